@@ -1,0 +1,56 @@
+"""What goes wrong, said so that the reader can act: the argument, the value it had, the remedy.
+
+Two kinds, because a command line has two exit codes. `UsageError` (exit 2) means the request cannot be carried out as
+written; `RunError` (exit 1) means a well-formed request failed while it ran. Library functions raise the same classes;
+`UsageError` is also a `ValueError`, so callers need not know this module.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RerollError(Exception):
+    """Base class: a message meant for a person, and the exit code the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(RerollError, ValueError):
+    """The request cannot be carried out as written; nothing was started."""
+
+    exit_code = 2
+
+
+class RunError(RerollError, RuntimeError):
+    """A well-formed request failed while it ran; what was saved before is intact."""
+
+    exit_code = 1
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean "x"?` for the closest known word, or the list of all of them when none is close.
+
+    Example:
+        >>> nearest("lsmt", ["lstm", "gru"])
+        ' Did you mean "lstm"?'
+        >>> nearest("zzz", ["lstm", "gru"])
+        ' Known: gru, lstm.'
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f' Did you mean "{close[0]}"?' if close else f" Known: {', '.join(known)}."
+
+
+def require_positive(**arguments: float | None) -> None:
+    """Raise `UsageError` naming the first argument that is not a finite number above zero (`None` is let through).
+
+    Example:
+        >>> require_positive(probes=0)
+        Traceback (most recent call last):
+        reroll.errors.UsageError: probes=0 must be greater than zero.
+    """
+    for name, value in arguments.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{name}={value} must be greater than zero.")

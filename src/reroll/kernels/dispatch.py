@@ -1,0 +1,67 @@
+"""Which implementation of an operation runs, and why.
+
+    choice = choose("noise_axpy", [("triton", on_cuda, "…"), ("cpu", on_cpu, "…"), ("reference", True, "…")])
+
+The first candidate whose condition holds is taken: the rules look at types, shapes and devices, never at a clock or at
+free memory, so the same call always runs the same code. What was taken last, and the reason, is kept for
+`reroll show` (`report`). Tests force one with `with use("noise_axpy", "reference"):`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from reroll.errors import UsageError
+
+
+class Choice(NamedTuple):
+    """The implementation taken and the reason for it."""
+
+    name: str
+    reason: str
+
+
+class Candidate(NamedTuple):
+    """One implementation: its name, whether it can compute this call, and why (or why not)."""
+
+    name: str
+    applies: bool
+    reason: str
+
+
+_forced: ContextVar[dict[str, str] | None] = ContextVar("forced implementations", default=None)
+_taken: dict[str, Choice] = {}
+
+
+def choose(op: str, candidates: Sequence[Candidate]) -> Choice:
+    """Return the first candidate that applies, or the one forced by `use`.
+
+    Raises:
+        UsageError: if the forced implementation cannot compute this call.
+    """
+    wanted = (_forced.get() or {}).get(op)
+    for name, applies, reason in candidates:
+        if wanted in (None, name) and applies:
+            choice = Choice(name, reason if wanted is None else "asked for")
+            _taken[op] = choice
+            return choice
+    reasons = "; ".join(f"{name}: {reason}" for name, applies, reason in candidates if not applies)
+    raise UsageError(f"No implementation of {op} can compute this call (asked for {wanted or 'any'}). {reasons}.")
+
+
+@contextmanager
+def use(op: str, implementation: str) -> Iterator[None]:
+    """Force one implementation of `op` inside the block (this thread and its context only)."""
+    token = _forced.set({**(_forced.get() or {}), op: implementation})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def report() -> dict[str, Choice]:
+    """Return what was taken last for every operation used so far in this process."""
+    return dict(_taken)

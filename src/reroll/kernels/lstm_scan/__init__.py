@@ -1,0 +1,105 @@
+"""A whole LSTM sequence with block-diagonal recurrence, by the fastest code that computes it.
+
+    pre_t = W_in x_t + R h_{t−1} + b        per head, gates in the order i, f, z, o
+    c_t = σ(f) ∘ c_{t−1} + σ(i) ∘ tanh(z)
+    h_t = σ(o) ∘ tanh(c_t)
+
+N heads of width D = H/N see only their own part of h. Rows of W_in, R and b are ordered by head, then gate: for N = 1
+this is torch's own order. Implementations: `reference` (a torch loop over steps: any device, differentiable), `library`
+(torch's LSTM kernel, one head: oneDNN or cuDNN, differentiable) and `cpu` (Numba, any number of heads, fp32, no
+gradient, can be batched over probes).
+
+The function can be intercepted by a `TorchFunctionMode`, as torch's own functions can: zeroth-order training perturbs
+the weights one group of heads at a time there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from reroll.errors import UsageError
+from reroll.kernels import dispatch
+
+__all__ = ["lstm_scan"]
+
+CPU_WIDTH = 128
+"""Widest single head given to the Numba kernel; above, torch's kernel is faster."""
+CPU_BATCH = 4
+"""Smallest batch given to the Numba kernel, which always computes sixteen sequences; below, torch operations win."""
+
+
+def lstm_scan(
+    inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run an LSTM over a sequence.
+
+    Args:
+        inputs: [B, T, E].
+        weight_ih: [4H, E], rows by head, then gate (i, f, z, o).
+        weight_hh: [N, 4D, D].
+        bias: [4H], ordered as the rows of `weight_ih`.
+        h, c: the state before the first step, [B, H] each.
+
+    Returns:
+        Hidden states [B, T, H], and the state after the last step, [B, H] each.
+
+    Raises:
+        UsageError: if the shapes disagree.
+
+    Example:
+        >>> x, h = torch.zeros(2, 5, 3), torch.zeros(2, 4)
+        >>> out, h, c = lstm_scan(x, torch.zeros(16, 3), torch.zeros(2, 8, 2), torch.zeros(16), h, h)
+        >>> tuple(out.shape), tuple(c.shape)
+        ((2, 5, 4), (2, 4))
+
+    Reference: Hochreiter and Schmidhuber, "Long short-term memory", 1997; block-diagonal heads as in
+    Chaubard and Kochenderfer, arXiv:2505.17852.
+    """
+    arguments = (inputs, weight_ih, weight_hh, bias, h, c)
+    if has_torch_function(arguments):
+        return handle_torch_function(lstm_scan, arguments, *arguments)
+    _check(*arguments)
+    choice = dispatch.choose("lstm_scan", _candidates(arguments))
+    if choice.name == "library":
+        from reroll.kernels.lstm_scan.library import scan
+    elif choice.name == "cpu":
+        from reroll.kernels.lstm_scan.cpu import scan
+    else:
+        from reroll.kernels.lstm_scan.reference import scan
+    return scan(*arguments)
+
+
+def _check(inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h: Tensor, c: Tensor) -> None:
+    heads, _, width = weight_hh.shape
+    hidden = heads * width
+    expected = {
+        "weight_ih": (weight_ih, (4 * hidden, inputs.shape[-1])),
+        "weight_hh": (weight_hh, (heads, 4 * width, width)),
+        "bias": (bias, (4 * hidden,)),
+        "h": (h, (inputs.shape[0], hidden)),
+        "c": (c, (inputs.shape[0], hidden)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise UsageError(f"lstm_scan: {name} has shape {tuple(tensor.shape)}; expected {shape}.")
+
+
+def _candidates(arguments: tuple[Tensor, ...]) -> tuple[dispatch.Candidate, ...]:
+    inputs, _, weight_hh, *_ = arguments
+    batch, time, _ = inputs.shape
+    heads, _, width = weight_hh.shape
+    device, dtype = inputs.device.type, inputs.dtype
+    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
+    compiled = device == "cpu" and dtype in (torch.float32, torch.bfloat16) and not gradient and time > 0
+    several = heads > 1 and batch >= CPU_BATCH
+    single = heads == 1 and batch >= CPU_BATCH and width <= CPU_WIDTH and dtype == torch.float32
+    library = heads == 1 and device in ("cpu", "cuda") and time > 0
+    what = f"{heads} {'heads' if heads > 1 else 'head'} of width {width}, batch {batch}, on {device}"
+    return (
+        dispatch.Candidate("cpu", compiled and (several or single), f"Numba kernel, no gradient needed: {what}"),
+        dispatch.Candidate("library", library, f"torch's LSTM kernel: {what}"),
+        dispatch.Candidate("reference", True, f"torch operations, step by step: {what}"),
+        dispatch.Candidate("cpu", compiled, "Numba kernel"),  # where it is not the fastest, but can be asked for
+    )

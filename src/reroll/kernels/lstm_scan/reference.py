@@ -1,0 +1,30 @@
+"""lstm_scan step by step in torch operations: any device, any dtype, differentiable. The others must equal it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def scan(
+    inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the sequence; see `lstm_scan`."""
+    projected = torch.nn.functional.linear(inputs, weight_ih, bias)
+    outputs = []
+    for u in projected.unbind(1):
+        h, c = step(u, weight_hh, h, c)
+        outputs.append(h)
+    stacked = torch.stack(outputs, 1) if outputs else inputs.new_zeros(*inputs.shape[:2], h.shape[-1])
+    return stacked, h, c
+
+
+def step(u: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Advance one step: u is W_in x + b, [..., 4H]; h and c are [..., H]; weight_hh is [N, 4D, D]."""
+    heads, gates, width = weight_hh.shape
+    recurrent = torch.einsum("...nd,ngd->...ng", h.unflatten(-1, (heads, width)), weight_hh)
+    pre = u.unflatten(-1, (heads, gates)) + recurrent
+    i, f, z, o = pre.unflatten(-1, (4, width)).unbind(-2)
+    c = torch.sigmoid(f) * c.unflatten(-1, (heads, width)) + torch.sigmoid(i) * torch.tanh(z)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    return h.flatten(-2), c.flatten(-2)

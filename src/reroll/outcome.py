@@ -1,0 +1,28 @@
+"""How a computation ended, as a value. The text of each outcome is the help a person needs; raising is a choice.
+
+Estimators and rollouts return an `Outcome` beside their result, so that a caller can look, log, or raise, and nothing
+fails silently. (The pattern is that of optimistix' RESULTS.)
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Outcome(Enum):
+    """How a gradient estimate or a rollout ended; `.value` says what it means and what to change."""
+
+    ok = "Everything asked for was computed."
+    some_probes_lost = (
+        "Some probes gave a non-finite loss; they were left out and the mean was taken over the others. "
+        "If it happens at more than a few steps, lower --epsilon or --lr."
+    )
+    all_probes_lost = (
+        "Every probe gave a non-finite loss, so there is no gradient. "
+        "Lower --epsilon (the probes leave the region where the loss is finite) or --lr (the weights have left it)."
+    )
+    not_finite = "The loss is not finite. Lower --lr, or clip the gradient with --clip."
+
+    def __bool__(self) -> bool:
+        """True when a usable result was computed."""
+        return self in (Outcome.ok, Outcome.some_probes_lost)

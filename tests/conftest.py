@@ -1,0 +1,32 @@
+"""Strict settings for every test: warnings are errors (pyproject.toml), and memory nobody wrote is NaN."""
+
+import os
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:  # must be set before triton is imported: its kernels then run in Triton's interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not CUDA:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+
+
+@pytest.fixture(autouse=True)
+def _global_generator_is_seeded():
+    """torch's own initialisers draw from the global generator; each test starts from the same state of it."""
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_restored():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

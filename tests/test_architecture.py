@@ -1,0 +1,36 @@
+"""The tree is the diagram: a layer imports only from the layers before it (docs/architecture.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import reroll
+
+SOURCE = Path(reroll.__file__).parent
+ORDER = ["kernels", "data", "cells", "rollout", "models", "grad", "optim", "train", "recipes", "bench", "cli"]
+ROOTS = ["keys", "outcome", "errors"]  # may be imported by all, and import no layer
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The first names under `reroll` that a file imports, at the top or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: use absolute imports, so that the layer shows."
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("reroll.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_layers_import_in_one_direction(path):
+    layer = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    used = imported(path) & set(ORDER)
+    if layer in ROOTS:
+        assert not used, f"{path.name} is imported by every layer and must import none, but imports {sorted(used)}."
+    if layer in ORDER:
+        late = {name for name in used if ORDER.index(name) > ORDER.index(layer)}
+        assert not late, f"{path} is in `{layer}` but imports {sorted(late)}, which come after it."
