@@ -1,0 +1,176 @@
+"""What a task is: batches as a pure function of the step, a loss, a score.
+
+    batch = task.batch(step)                   the same on every machine, in any order, after any restart
+    loss  = task.loss(model, batch).mean()     one loss per sequence, so that probes can share a batch out
+    score = task.score(model, batch)           sums: loss, scored, correct, exact …; scores add up
+
+Without a gradient the loss is computed window by window in time, so its memory does not grow with the length; the
+windows do not change it beyond rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from reroll.data.batch import Batch
+from reroll.errors import UsageError
+
+
+class Score(NamedTuple):
+    """Sums over outputs and sequences. Adding two scores gives the score of both sets.
+
+    Args:
+        loss: summed loss (nats, or squared error), of `scored` outputs.
+        scored: number of scored outputs.
+        correct: scored outputs whose largest logit is the target (0 for real-valued targets).
+        exact: sequences of which every scored output is correct.
+        sequences: number of sequences.
+    """
+
+    loss: float = 0.0
+    scored: float = 0.0
+    correct: float = 0.0
+    exact: float = 0.0
+    sequences: float = 0.0
+
+    def __add__(self, other: tuple[float, ...]) -> Score:  # type: ignore[override]
+        return Score(*(a + b for a, b in zip(self, other)))
+
+    def summary(self, symbols: bool) -> dict[str, float]:
+        """Return means: `loss`; for symbols also `bits` per symbol, `accuracy` and `exact`."""
+        loss = self.loss / self.scored if self.scored else math.nan
+        if not symbols:
+            return {"loss": loss}
+        return {
+            "loss": loss,
+            "bits": loss / math.log(2),
+            "accuracy": self.correct / self.scored if self.scored else math.nan,
+            "exact": self.exact / self.sequences if self.sequences else math.nan,
+        }
+
+
+class Losses(NamedTuple):
+    """Losses of the sequences of a batch, [B], whose mean is the loss; and the state after its last step."""
+
+    losses: Tensor
+    state: Any
+
+
+class Task(ABC):
+    """A source of batches with a loss.
+
+    Attributes a subclass sets: `vocab` (number of input symbols, or None), `inputs` (features of real-valued inputs, or
+    None), `outputs` (logits or values the model gives), `readout` ("every", "last" or "mean"), `splits` (names other
+    than "train"), `fingerprint` (SHA-256 of the data, or of its definition).
+    """
+
+    vocab: int | None = None
+    inputs: int | None = None
+    outputs: int = 0
+    readout: str = "every"
+    splits: tuple[str, ...] = ("valid",)
+    fingerprint: str = ""
+
+    @abstractmethod
+    def batch(self, step: int, split: str = "train", length: int | None = None) -> Batch:
+        """Return the batch of a step. `length` limits the sequences, for a curriculum; None is the full length."""
+
+    def batches(self, split: str) -> int:
+        """Return how many batches an evaluation of this split takes."""
+        return 8
+
+    def loss(self, model: Any, batch: Batch) -> Tensor | Losses:
+        """Return the losses of the sequences, [B]; with `batch.state` given, also the state after the last step."""
+        return sequence_losses(model, batch)
+
+    def score(self, model: Any, batch: Batch) -> Score:
+        """Return the summed loss and the number of correct outputs and sequences."""
+        return sequence_score(model, batch)
+
+    def decode(self, symbols: list[int]) -> str:
+        """Return symbols as text a person can read."""
+        return " ".join(map(str, symbols))
+
+    def encode(self, text: str) -> list[int]:
+        """Return text as symbols; the reverse of `decode`."""
+        raise UsageError(f"{type(self).__name__} has no text to encode; give symbols as numbers.")
+
+
+def sequence_losses(model: Any, batch: Batch) -> Tensor | Losses:
+    """Return per-sequence losses [B] whose mean is Σ loss / scored: cross-entropy for symbols, squared error else.
+
+    Args:
+        model: called as `model(inputs)`; if it has `advance`, long inputs are run window by window without a gradient.
+        batch: the batch; with a `state` the result is `Losses(losses, state)`.
+    """
+    total, state = torch.zeros((), dtype=torch.float64, device=batch.inputs.device), None
+    dtype = torch.float32
+    for outputs, part, after in predictions(model, batch):
+        each = position_losses(outputs, part.targets)
+        # fp32 sums of thousands of terms would lose what a central difference looks for.
+        total = total + (each * part.mask).view(len(batch), -1).sum(1, dtype=torch.float64)
+        dtype, state = each.dtype, after
+    losses = (total * (len(batch) / max(batch.scored, 1e-9))).to(dtype)
+    return losses if batch.state is None else Losses(losses, state)
+
+
+def sequence_score(model: Any, batch: Batch) -> Score:
+    """Return the summed loss of a batch and how many outputs and sequences are correct; see `Score`."""
+    total = correct = 0.0
+    wrong = torch.zeros(len(batch), dtype=torch.bool, device=batch.inputs.device)
+    for outputs, part, _ in predictions(model, batch):
+        each = position_losses(outputs, part.targets) * part.mask
+        total += each.sum(dtype=torch.float64).item()
+        if not part.targets.is_floating_point():
+            hit = outputs.argmax(-1) == part.targets
+            correct += (hit & part.mask).sum().item()
+            missed = ~hit & part.mask
+            wrong |= missed if missed.dim() == 1 else missed.flatten(1).any(1)
+    exact = 0.0 if batch.targets.is_floating_point() else float((~wrong).sum())
+    return Score(total, float(batch.mask.sum()), correct, exact, float(len(batch)))
+
+
+def position_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of every position: cross-entropy in nats for int64 targets, else the mean squared error."""
+    # At least fp32, whatever the model computes in.
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    if targets.is_floating_point():
+        return (outputs - targets).square().mean(-1)
+    return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def predictions(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]:
+    """Yield (outputs, the part of the batch they belong to, the state after it).
+
+    A gradient needs the whole sequence at once, and so does a model without `advance`, or with one output per sequence.
+    Everything else is run in windows of `model.time_chunk(B)` steps.
+    """
+    advance = getattr(model, "advance", None)
+    if (advance is None or batch.mask.dim() == 1) and batch.state is not None:
+        raise UsageError(
+            f"{type(model).__name__} cannot carry a state: it needs advance(inputs, state, reset) → (outputs, state) "
+            "and an output at every step. Turn carrying off, or use reroll.Recurrent."
+        )
+    if advance is None or batch.mask.dim() == 1:
+        outputs = model(batch.inputs) if batch.present is None else model(batch.inputs, present=batch.present)
+        yield _first(outputs), batch, None
+        return
+    chunk = batch.time if torch.is_grad_enabled() else model.time_chunk(len(batch))
+    state = batch.state
+    for begin in range(0, batch.time, max(chunk, 1)):
+        part = batch.steps(begin, begin + chunk)
+        outputs, state = advance(part.inputs, state, part.reset)
+        yield outputs, replace(part, state=None), state
+
+
+def _first(outputs: Any) -> Tensor:
+    """The outputs of a model that returns them alone, or first in a tuple."""
+    return outputs[0] if isinstance(outputs, tuple | list) else outputs
