@@ -1,3 +1,41 @@
-"""reroll: train sequence models past the three walls of backpropagation through time."""
+"""reroll: train sequence models past the three walls of backpropagation through time.
+
+    memory   gradients from probes, forward passes only (`CentralDifference`, `CDRGE`)
+    time     the recurrence evaluated in parallel along time (`Sequential` is the reference)
+    cost     a lean loop, one record of every run, optimizers that follow either gradient
+
+Everything public is named here and loaded when it is first used, so that `reroll --help` never imports torch.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Key": "reroll.keys",
+    "Outcome": "reroll.outcome",
+    "noise": "reroll.kernels.noise_axpy",
+    "cells": "reroll.cells",
+    "Cell": "reroll.cells",
+    "cell_from": "reroll.cells",
+    "Sequential": "reroll.rollout",
+    "Trajectory": "reroll.rollout",
+    "Recurrent": "reroll.models",
+}
+"""Public name → the module that defines it."""
+
+__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]: one list, not two
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'reroll' has no attribute {name!r}")
+    module = importlib.import_module(_PUBLIC[name])
+    value = module if _PUBLIC[name] == f"reroll.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

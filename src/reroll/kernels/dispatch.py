@@ -9,10 +9,13 @@ free memory, so the same call always runs the same code. What was taken last, an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
+
+from torch import Tensor
 
 from reroll.errors import UsageError
 
@@ -33,6 +36,7 @@ class Candidate(NamedTuple):
 
 
 _forced: ContextVar[dict[str, str] | None] = ContextVar("forced implementations", default=None)
+_mapped: ContextVar[bool] = ContextVar("inside vmap", default=False)
 _taken: dict[str, Choice] = {}
 
 
@@ -60,6 +64,36 @@ def use(op: str, implementation: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextmanager
+def mapped() -> Iterator[None]:
+    """Say that the block runs under `torch.func.vmap`, where torch's own recurrent kernels cannot be called."""
+    token = _mapped.set(True)
+    try:
+        yield
+    finally:
+        _mapped.reset(token)
+
+
+def is_mapped() -> bool:
+    """Return whether this code runs inside `mapped`."""
+    return _mapped.get()
+
+
+def library_runs(op: str, inputs: Tensor) -> bool:
+    """Choose between torch's kernel for a whole sequence ("library") and a loop over steps ("reference")."""
+    device = inputs.device.type
+    runs = device in ("cpu", "cuda") and not is_mapped() and inputs.shape[1] > 0
+    return choose(op, library_candidates(runs, device)).name == "library"
+
+
+@functools.cache
+def library_candidates(runs: bool, device: str) -> tuple[Candidate, ...]:
+    return (
+        Candidate("library", runs, f"torch's kernel for a whole sequence, on {device}"),
+        Candidate("reference", True, f"step by step in torch operations, on {device}"),
+    )
 
 
 def report() -> dict[str, Choice]:

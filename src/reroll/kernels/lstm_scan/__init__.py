@@ -93,9 +93,12 @@ def _candidates(arguments: tuple[Tensor, ...]) -> tuple[dispatch.Candidate, ...]
     device, dtype = inputs.device.type, inputs.dtype
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
     compiled = device == "cpu" and dtype in (torch.float32, torch.bfloat16) and not gradient and time > 0
-    several = heads > 1 and batch >= CPU_BATCH
-    single = heads == 1 and batch >= CPU_BATCH and width <= CPU_WIDTH and dtype == torch.float32
-    library = heads == 1 and device in ("cpu", "cuda") and time > 0
+    # Under vmap the batch here is that of one copy; the kernel is given all copies, and torch's kernel cannot be.
+    mapped = dispatch.is_mapped()
+    fills_lanes = batch >= CPU_BATCH or mapped
+    several = fills_lanes and (heads > 1 or mapped)
+    single = fills_lanes and heads == 1 and width <= CPU_WIDTH and dtype == torch.float32
+    library = heads == 1 and device in ("cpu", "cuda") and time > 0 and not mapped
     what = f"{heads} {'heads' if heads > 1 else 'head'} of width {width}, batch {batch}, on {device}"
     return (
         dispatch.Candidate("cpu", compiled and (several or single), f"Numba kernel, no gradient needed: {what}"),

@@ -1,0 +1,100 @@
+"""Cells from torch's LSTM and GRU modules, and back, weight by weight.
+
+torch adds two bias vectors in an LSTM where one does the same; here they are summed on the way in, and one of them is
+zero on the way out. A block-diagonal recurrence becomes a dense matrix with zeros outside the blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reroll.cells.base import Cell
+from reroll.cells.gru import GRU
+from reroll.cells.lstm import LSTM
+from reroll.errors import UsageError
+
+
+@torch.no_grad()
+def cells_from_torch(module: nn.LSTM | nn.GRU) -> tuple[Cell, ...]:
+    """Return one cell per layer of the module; see `Recurrent.from_torch`."""
+    if not isinstance(module, nn.LSTM | nn.GRU):
+        raise UsageError(f"from_torch takes torch.nn.LSTM or torch.nn.GRU; got {type(module).__name__}.")
+    for option, value in (
+        ("bidirectional", module.bidirectional),
+        ("proj_size", module.proj_size),
+        ("dropout", module.dropout),
+    ):
+        if value:
+            raise UsageError(f"from_torch: {option}={value} has no counterpart here; use a module without it.")
+    kind = LSTM if isinstance(module, nn.LSTM) else GRU
+    cells = []
+    for layer in range(module.num_layers):
+        weight_ih, weight_hh = getattr(module, f"weight_ih_l{layer}"), getattr(module, f"weight_hh_l{layer}")
+        zero = weight_ih.new_zeros(weight_ih.shape[0])
+        bias_ih = getattr(module, f"bias_ih_l{layer}", zero)
+        bias_hh = getattr(module, f"bias_hh_l{layer}", zero)
+        cell = kind(weight_ih.shape[1], module.hidden_size).to(weight_ih)
+        cell.weight_ih.copy_(weight_ih)
+        cell.weight_hh.copy_(weight_hh.view_as(cell.weight_hh))
+        if isinstance(cell, LSTM):
+            cell.bias.copy_(bias_ih + bias_hh)
+        else:
+            cell.bias_ih.copy_(bias_ih)
+            cell.bias_hh.copy_(bias_hh)
+        cells.append(cell)
+    return tuple(cells)
+
+
+@torch.no_grad()
+def cells_to_torch(cells: tuple[Cell, ...], initial: bool) -> Any:
+    """Return one torch module for all cells, and its initial state if asked for; see `Recurrent.to_torch`."""
+    kinds, sizes = {type(cell) for cell in cells}, {cell.output_size for cell in cells}
+    if len(kinds) != 1 or not kinds <= {LSTM, GRU} or len(sizes) != 1:
+        names = ", ".join(f"{type(cell).__name__}({cell.input_size}, {cell.output_size})" for cell in cells)
+        raise UsageError(f"to_torch needs cells that are all LSTM, or all GRU, of one hidden size; these are {names}.")
+    first = cells[0]
+    build = nn.LSTM if isinstance(first, LSTM) else nn.GRU
+    module = build(first.input_size, first.output_size, num_layers=len(cells), batch_first=True)
+    module.to(next(first.parameters()))
+    for layer, cell in enumerate(cells):
+        target = {
+            name: getattr(module, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        }
+        if isinstance(cell, LSTM):
+            target["weight_ih"].copy_(_gate_major(cell.weight_ih, cell.heads))
+            target["weight_hh"].copy_(_gate_major(_dense(cell), cell.heads))
+            target["bias_ih"].copy_(_gate_major(cell.bias, cell.heads))
+            target["bias_hh"].zero_()
+        else:
+            for name, parameter in target.items():
+                parameter.copy_(getattr(cell, name))
+    if not isinstance(first, LSTM):
+        return (module, next(first.parameters()).new_zeros(len(cells), 1, first.output_size)) if initial else module
+    state = _stack(cells, "h0"), _stack(cells, "c0")
+    if not initial and any(tensor.any() for tensor in state):
+        raise UsageError(
+            "to_torch would lose the trained initial state (h0, c0 are not zero). "
+            "Call to_torch(initial=True), which returns it beside the module."
+        )
+    return (module, state) if initial else module
+
+
+def _gate_major(rows: Tensor, heads: int) -> Tensor:
+    """Reorder rows from head, gate, unit to gate, head, unit."""
+    return rows.unflatten(0, (heads, 4, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _dense(cell: LSTM) -> Tensor:
+    """The recurrent matrix with its zeros, [4H, H], rows still by head."""
+    heads, gates, width = cell.weight_hh.shape
+    dense = cell.weight_hh.new_zeros(heads, gates, heads, width)
+    for n in range(heads):
+        dense[n, :, n] = cell.weight_hh[n]
+    return dense.flatten(2).flatten(0, 1)
+
+
+def _stack(cells: tuple[Cell, ...], name: str) -> Tensor:
+    return torch.stack([getattr(cell, name).detach().clone() for cell in cells]).unsqueeze(1)

@@ -1,0 +1,87 @@
+"""Continue a prompt, one symbol at a time.
+
+    p ∝ exp(logits / temperature), restricted to the `top_k` largest
+
+A symbol is drawn by the Gumbel-max trick, argmax(logits/temperature + g), with g from the keyed generator: the same
+seed gives the same text on every device, and no global random state is touched.
+
+Reference: Gumbel, "Statistical theory of extreme values", 1954.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError, require_positive
+from reroll.kernels.philox import random_words
+from reroll.keys import Key
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompt: Tensor | list[int],
+    length: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Continue a prompt.
+
+    Args:
+        model: with `vocab`, `advance` and `step`; see `reroll.models.Recurrent`.
+        prompt: symbols [time] or [batch, time], at least one.
+        length: how many symbols to add.
+        temperature: 1 samples the model's distribution, towards 0 the most likely symbol; 0 is exactly that.
+        top_k: draw from the k most likely symbols only.
+        seed: names the draws.
+
+    Returns:
+        The new symbols, [length] or [batch, length] as the prompt is.
+
+    Raises:
+        UsageError: for an empty prompt, a symbol outside the vocabulary, or a bad number.
+
+    Example:
+        >>> from reroll import Recurrent, cells
+        >>> model = Recurrent(cell=cells.RNN(8, 8), vocab=10)
+        >>> model.generate([1, 2, 3], 5, seed=1).shape
+        torch.Size([5])
+    """
+    ids = torch.as_tensor(prompt, dtype=torch.int64)
+    batched = ids.dim() == 2
+    ids = (ids if batched else ids.unsqueeze(0)).to(next(model.parameters()).device)
+    require_positive(length=length, top_k=top_k)
+    if model.vocab is None:
+        raise UsageError("generate needs a model of symbols; this one reads real-valued series (inputs=…).")
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise UsageError(f"prompt has shape {tuple(ids.shape)}; give at least one symbol, [time] or [batch, time].")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab:
+        raise UsageError(f"prompt holds symbols in [{ids.min()}, {ids.max()}]; the vocabulary is [0, {model.vocab}).")
+    if not 0 <= temperature < float("inf"):
+        raise UsageError(f"temperature={temperature} must be zero or a positive number.")
+    outputs, state = model.advance(ids)
+    logits, key, new = outputs[:, -1], Key(seed).at("generate"), []
+    for position in range(length):
+        new.append(_draw(logits, temperature, top_k, key.at(position)))
+        if position + 1 < length:
+            logits, state = model.step(new[-1], state)
+    result = torch.stack(new, 1)
+    return result if batched else result[0]
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, key: Key) -> Tensor:
+    """Draw one symbol per row of logits [batch, vocab]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    scores = logits.float() / temperature
+    if top_k is not None and top_k < scores.shape[-1]:
+        smallest = scores.topk(top_k, -1).values[:, -1:]
+        scores = scores.masked_fill(scores < smallest, -torch.inf)
+    words = torch.from_numpy(random_words(key, scores.numel())).view(scores.shape)
+    uniform = (words.double() + 0.5) * 2.0**-32
+    gumbel = -torch.log(-torch.log(uniform))
+    return (scores + gumbel.to(scores)).argmax(-1)

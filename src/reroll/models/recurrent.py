@@ -1,0 +1,225 @@
+"""A recurrent model: embed → cells, each under a rollout → head.
+
+model = Recurrent(cell=LSTM(64, 128), vocab=256)          symbols in, logits out at every step
+model = Recurrent(cell=GRU(3, 32), inputs=3, outputs=5, readout="last")      a series in, five values out
+
+logits = model(ids)                                       [B, T] → [B, T, vocab]
+logits, state = model.advance(ids, state)                 the same, from a state and giving one back
+logits, state = model.step(ids_t, state)                  one symbol, O(1); model.start(batch) gives the first state
+ids = model.generate(prompt, length, temperature=0.8, top_k=40, seed=0)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from reroll.cells.base import Cell, State
+from reroll.errors import UsageError, require_positive
+from reroll.models import convert
+from reroll.models.generate import generate
+from reroll.rollout.base import Rollout, start
+from reroll.rollout.sequential import Sequential
+
+WINDOW_FLOATS = 1 << 22
+"""Numbers a window of steps may keep alive when no gradient is needed: 16 MB of fp32."""
+
+
+class Recurrent(nn.Module):
+    """A stack of cells between an embedding and a linear head.
+
+    Args:
+        cell: one cell, or a tuple of cells that feed one another.
+        vocab: number of input symbols; give this or `inputs`.
+        inputs: features of real-valued inputs.
+        outputs: logits or values per output. None: `vocab` for symbols; for series no head, the last cell's readout.
+        embed: features of a symbol's embedding; None is the first cell's input size, the only value that fits it.
+        rollout: how the cells are evaluated along time.
+        readout: "every" step, the "last", or the "mean" over steps.
+
+    Raises:
+        UsageError: if sizes do not fit together; the message names the two that disagree.
+
+    Example:
+        >>> from reroll.cells import LSTM
+        >>> model = Recurrent(cell=LSTM(100, 240, heads=12), vocab=100)
+        >>> sum(p.numel() for p in model.parameters())
+        150740
+        >>> model(torch.zeros(2, 5, dtype=torch.int64)).shape
+        torch.Size([2, 5, 100])
+    """
+
+    def __init__(
+        self,
+        cell: Cell | tuple[Cell, ...],
+        vocab: int | None = None,
+        inputs: int | None = None,
+        outputs: int | None = None,
+        embed: int | None = None,
+        rollout: Rollout | None = None,
+        readout: Literal["every", "last", "mean"] = "every",
+    ):
+        super().__init__()
+        cells = (cell,) if isinstance(cell, Cell) else tuple(cell)
+        _check_sizes(cells, vocab, inputs, embed, readout)
+        require_positive(outputs=outputs)
+        self.vocab, self.inputs, self.readout = vocab, inputs, readout
+        self.outputs = outputs or vocab or cells[-1].output_size
+        self.window_floats = WINDOW_FLOATS
+        self.rollout: Rollout = rollout or Sequential()
+        self.embed = nn.Embedding(vocab, cells[0].input_size) if vocab is not None else None
+        self.cells = nn.ModuleList(cells)
+        has_head = vocab is not None or outputs is not None
+        self.head = nn.Linear(cells[-1].output_size, self.outputs) if has_head else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embedding from N(0, 1); head from N(0, ¼/fan-in), so that the first loss is close to ln(outputs)."""
+        if self.embed is not None:
+            nn.init.normal_(self.embed.weight)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.5 * self.head.in_features**-0.5)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, inputs: Tensor, *, present: Tensor | None = None) -> Tensor:
+        """Run whole sequences from the initial state.
+
+        Args:
+            inputs: symbols [B, T], or series [B, T, inputs].
+            present: True at the steps that exist, [B, T], for readout "last" or "mean"; None: all.
+
+        Returns:
+            [B, T, outputs] for readout "every", else [B, outputs].
+        """
+        if self.readout == "every":
+            return self.advance(inputs)[0]
+        return self._head(self._summary(inputs, present))
+
+    def advance(
+        self, inputs: Tensor, state: tuple[State, ...] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        """Run some steps from a state.
+
+        Args:
+            inputs: as for `forward`.
+            state: the state of every cell, as `start` or `advance` gives it; None starts afresh.
+            reset: True at the steps before which the state starts afresh, [B, T].
+
+        Returns:
+            (outputs of every step, the state after the last).
+        """
+        features, state = self._features(inputs, state, reset)
+        return self._head(features), state
+
+    def start(self, batch: int) -> tuple[State, ...]:
+        """Return the state of every cell before the first step, for this many sequences."""
+        like = next(self.parameters())
+        return tuple(start(cell, like.new_empty(batch, 0, 0), None) for cell in self._cells)
+
+    def step(self, inputs: Tensor, state: tuple[State, ...]) -> tuple[Tensor, tuple[State, ...]]:
+        """Advance one step: inputs [B] symbols or [B, inputs]; returns ([B, outputs], state). Time and memory O(1)."""
+        outputs, state = self.advance(inputs.unsqueeze(1), state)
+        return outputs.squeeze(1), state
+
+    def generate(
+        self,
+        prompt: Tensor | list[int],
+        length: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Continue a prompt; see `reroll.models.generate.generate`."""
+        return generate(self, prompt, length, temperature, top_k, seed)
+
+    def time_chunk(self, batch: int) -> int:
+        """Return how many steps to run at once when no gradient is needed, so that memory is bounded in the length."""
+        per_step = sum(cell.step_floats for cell in self._cells) + self.outputs
+        return max(1, self.window_floats // (batch * per_step))
+
+    @classmethod
+    def from_torch(cls, module: nn.LSTM | nn.GRU) -> Recurrent:
+        """Return the model that computes what a torch LSTM or GRU does: inputs [B, T, features] → hidden states.
+
+        Raises:
+            UsageError: for a bidirectional or projected module, or one with dropout.
+        """
+        return cls(cell=convert.cells_from_torch(module), inputs=module.input_size)
+
+    def to_torch(self, initial: bool = False) -> Any:
+        """Return the cells as one torch module (batch first). Embedding, head and readout are not part of it.
+
+        Args:
+            initial: also return the initial state, [layers, 1, hidden] each, to be passed on for every sequence as
+                `module(x, initial)`. An LSTM here trains it, and a torch module does not hold one.
+
+        Returns:
+            An `nn.LSTM` or `nn.GRU`; with `initial`, the pair (module, initial state).
+
+        Raises:
+            UsageError: if the cells are not all LSTM, or all GRU, of one hidden size; or if an initial state that is
+                not zero would be lost.
+        """
+        return convert.cells_to_torch(tuple(self._cells), initial)
+
+    @property
+    def _cells(self) -> tuple[Cell, ...]:
+        return tuple(self.cells)  # type: ignore[return-value]
+
+    def _features(
+        self, inputs: Tensor, state: tuple[State, ...] | None, reset: Tensor | None
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        """Return the last cell's readouts of every step, and the states after it."""
+        if inputs.dim() != (2 if self.embed is not None else 3):
+            expected = "[batch, time] symbols" if self.embed is not None else f"[batch, time, {self.inputs}]"
+            raise UsageError(f"inputs has shape {tuple(inputs.shape)}; expected {expected}.")
+        features = self.embed(inputs) if self.embed is not None else inputs
+        states = []
+        for i, cell in enumerate(self._cells):
+            features, final = self.rollout.read(cell, features, None if state is None else state[i], reset)
+            states.append(final)
+        return features, tuple(states)
+
+    def _head(self, features: Tensor) -> Tensor:
+        return features if self.head is None else self.head(features)
+
+    def _summary(self, inputs: Tensor, present: Tensor | None) -> Tensor:
+        """Return the last or the mean readout of the steps that exist, window by window without a gradient."""
+        batch, time = inputs.shape[:2]
+        if present is None:
+            present = torch.ones(batch, time, dtype=torch.bool, device=inputs.device)
+        chunk = max(1, time if torch.is_grad_enabled() else self.time_chunk(batch))
+        last = present.long().cumsum(1).argmax(1)
+        total, state = None, None
+        for begin in range(0, max(time, 1), chunk):
+            window = slice(begin, begin + chunk)
+            features, state = self._features(inputs[:, window], state, None)
+            weight = present[:, window].to(features.dtype)
+            if self.readout == "last":
+                steps = torch.arange(begin, begin + features.shape[1], device=inputs.device)
+                weight = weight * (steps == last.unsqueeze(1))
+            part = (features * weight.unsqueeze(-1)).sum(1)
+            total = part if total is None else total + part
+        assert total is not None
+        return total / present.sum(1, keepdim=True).clamp(min=1) if self.readout == "mean" else total
+
+
+def _check_sizes(
+    cells: tuple[Cell, ...], vocab: int | None, inputs: int | None, embed: int | None, readout: str
+) -> None:
+    if not cells:
+        raise UsageError("cell=() is empty; give one cell or a tuple of cells.")
+    if (vocab is None) == (inputs is None):
+        raise UsageError(f"Give vocab (symbols) or inputs (real-valued series); got vocab={vocab}, inputs={inputs}.")
+    require_positive(vocab=vocab, inputs=inputs, embed=embed)
+    if readout not in ("every", "last", "mean"):
+        raise UsageError(f'readout="{readout}" must be "every", "last" or "mean".')
+    if embed is not None and vocab is None:
+        raise UsageError(f"embed={embed} is for symbols; a model with inputs={inputs} has no embedding.")
+    name, size = ("embed", embed) if vocab is not None else ("inputs", inputs)
+    for cell in cells:
+        if size is not None and cell.input_size != size:
+            raise UsageError(f"{name}={size} does not fit {type(cell).__name__} with input_size={cell.input_size}.")
+        name, size = f"{type(cell).__name__}.output_size", cell.output_size

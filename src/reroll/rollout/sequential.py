@@ -1,0 +1,85 @@
+"""The recurrence evaluated one step after another: the reference for every other rollout.
+
+    s_t = step(project(x)_t, s_{t−1})
+
+`read` hands the whole sequence to the cell's own kernel where it has one that computes the same thing (cuDNN, oneDNN, a
+compiled scan); `Sequential(kernel="reference")` always loops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from reroll.cells.base import Cell, State
+from reroll.outcome import Outcome
+from reroll.rollout.base import Trajectory, start, where_reset
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """Evaluate a cell step by step.
+
+    Args:
+        kernel: "auto" lets `read` use the cell's kernel for whole sequences; "reference" always loops over `step`.
+
+    Example:
+        >>> from reroll.cells import GRU
+        >>> Sequential()(GRU(3, 5), torch.zeros(2, 7, 3)).states.shape
+        torch.Size([2, 7, 5])
+    """
+
+    kernel: Literal["auto", "reference"] = "auto"
+
+    def __call__(
+        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
+    ) -> Trajectory:
+        """Return all states; see `Rollout`."""
+        initial = start(cell, inputs, state)
+        states, final = [], initial
+        for final in _steps(cell, inputs, initial, reset):
+            states.append(final)
+        batch, device = inputs.shape[0], inputs.device
+        return Trajectory(
+            states=_stack(states, initial),
+            final=final,
+            outcome=Outcome.ok,
+            iterations=torch.ones(batch, dtype=torch.int64, device=device),
+            residual=torch.zeros(batch, device=device),
+            converged=torch.ones(batch, dtype=torch.bool, device=device),
+        )
+
+    def read(
+        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Return the readouts and the final state; see `Rollout`."""
+        initial = start(cell, inputs, state)
+        if self.kernel == "auto" and reset is None:
+            result = cell.fused(inputs, initial)
+            if result is not None:
+                return result
+        outputs, final = [], initial
+        for final in _steps(cell, inputs, initial, reset):
+            outputs.append(cell.readout(final))
+        return _stack(outputs, cell.readout(initial)), final
+
+
+def _steps(cell: Cell, inputs: Tensor, state: State, reset: Tensor | None) -> Any:
+    """Yield the state after every step."""
+    fresh = start(cell, inputs, None) if reset is not None else None
+    for t, u in enumerate(cell.project(inputs).unbind(1)):
+        if reset is not None:
+            state = where_reset(reset[:, t], fresh, state)
+        state = cell.step(u, state)
+        yield state
+
+
+def _stack(states: list[State], like: State) -> State:
+    """Stack states along a new axis 1; with no steps, that axis is empty."""
+    if isinstance(like, Tensor):
+        return torch.stack(states, 1) if states else like.unsqueeze(1)[:, :0]
+    parts = (_stack([state[i] for state in states], part) for i, part in enumerate(like))
+    return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
