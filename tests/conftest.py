@@ -1,6 +1,9 @@
 """Strict settings for every test: warnings are errors (pyproject.toml), and memory nobody wrote is NaN."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -8,6 +11,11 @@ import torch
 CUDA = torch.cuda.is_available()
 if not CUDA:  # must be set before triton is imported: its kernels then run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Encoded texts go to a folder of this run, not to the user's cache.
+CACHE = tempfile.mkdtemp(prefix="reroll-tests-")
+os.environ["REROLL_CACHE"] = CACHE
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True

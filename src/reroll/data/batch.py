@@ -76,6 +76,22 @@ class Batch:
         )
 
 
+def combine_states(states: list[Any], combine: Callable[[list[Tensor]], Tensor]) -> Any:
+    """Combine states of one structure tensor by tensor, with `torch.stack` or `torch.cat` say.
+
+    Example:
+        >>> combine_states([(torch.ones(1), None), (torch.zeros(1), None)], torch.cat)
+        (tensor([1., 0.]), None)
+    """
+    columns: list[list[Tensor]] = []
+    for state in states:
+        leaves: list[Tensor] = []
+        map_state(state, lambda tensor, leaves=leaves: leaves.append(tensor) or tensor)
+        columns.append(leaves)
+    combined = iter([combine(list(tensors)) for tensors in zip(*columns)])
+    return map_state(states[0], lambda tensor: next(combined))
+
+
 def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor of a state: a tensor, or (named) tuples, lists and dicts of states; None stays.
 

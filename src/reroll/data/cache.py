@@ -1,0 +1,195 @@
+"""Token streams on disk: a corpus is encoded once, chunk by chunk, and then memory-mapped.
+
+    streams = load(find("texts/"), "char", max_vocab=100)
+    streams.tokens["train"]        a memory-mapped array, of 1, 2 or 4 bytes a symbol
+
+The folder is $REROLL_CACHE, or $XDG_CACHE_HOME/reroll, or ~/.cache/reroll; anything in it may be deleted at any time. A
+file is named by a hash of the paths, sizes and times of the texts and of the settings of the tokenizer, written beside
+its name and moved into place when it is whole, so a build that is killed leaves no harm, and two builds at once write
+the same thing. What does not have the length it should have is built again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from reroll.data.corpus import CHUNK, Corpus, is_single, pieces
+from reroll.data.tokenizers import USUAL_SIZES, Tokenizer, decode_utf8, encode_chunks, fit, from_dict, symbol_dtype
+from reroll.errors import RunError, UsageError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the files; another number builds them afresh
+
+_temporary: Path | None = None  # made once a process, if the cache folder cannot be written
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The symbols of every split of a corpus, and the tokenizer they came from.
+
+    Args:
+        tokenizer: turns them back into text.
+        tokens: the symbols by split, memory-mapped.
+        fingerprint: SHA-256 of the symbols of all splits.
+        single: True if "valid" is the end of the document that "train" begins.
+    """
+
+    tokenizer: Tokenizer
+    tokens: dict[str, npt.NDArray[Any]]
+    fingerprint: str
+    single: bool
+
+
+def cache_folder() -> Path:
+    """Return the folder for files that can be made again; it is made if it can be, else a temporary one is."""
+    global _temporary
+    usual = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(os.environ.get("REROLL_CACHE") or Path(usual, "reroll")).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        if _temporary is None:
+            _temporary = Path(tempfile.mkdtemp(prefix="reroll-"))
+            atexit.register(shutil.rmtree, _temporary, ignore_errors=True)
+            log.warning(
+                "The cache folder %s cannot be written (%s): texts are encoded again for every run. "
+                "Set REROLL_CACHE to a folder that can.",
+                folder,
+                error.strerror,
+            )
+        return _temporary
+
+
+def load(corpus: Corpus, tokenizer: str | Tokenizer = "byte", max_vocab: int | None = None) -> Streams:
+    """Return the symbols of a corpus, from the cache if they are there.
+
+    Args:
+        corpus: what `find` returns.
+        tokenizer: a name, for a vocabulary of the training part; or a tokenizer, used as it is.
+        max_vocab: the largest vocabulary, see `tokenizers.fit`.
+
+    Raises:
+        UsageError: if a text cannot be read or encoded.
+        RunError: if there is no room for the symbols.
+    """
+    if isinstance(tokenizer, Tokenizer) and max_vocab is not None:
+        raise UsageError(f"max_vocab={max_vocab} cannot change a tokenizer that is given; leave it out.")
+    settings = tokenizer.to_dict() if isinstance(tokenizer, Tokenizer) else [tokenizer, max_vocab]
+    identity = json.dumps([FORMAT, corpus.signature, settings])
+    place = cache_folder() / f"text-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+    streams = _open(place)
+    if streams is None:
+        _build(place, corpus, tokenizer, max_vocab)
+        streams = _open(place)
+        assert streams is not None, f"{place} was just written"
+    return streams
+
+
+def _open(place: Path) -> Streams | None:
+    """The streams of a cache entry; None if there is none, or a damaged one."""
+    try:
+        saved = json.loads(_beside(place, "json").read_text())
+        tokenizer = from_dict(saved["tokenizer"])
+        dtype, tokens = symbol_dtype(tokenizer.size), {}
+        for split, count in saved["counts"].items():
+            path = _beside(place, split)
+            if path.stat().st_size != count * dtype.itemsize:
+                raise ValueError(f"{path} should hold {count} symbols")
+            tokens[split] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
+        return Streams(tokenizer, tokens, saved["fingerprint"], saved["single"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UsageError):  # GPT-2 without its table: building afresh would not help
+            raise
+        log.warning("The cache entry %s is damaged (%s) and built again.", place, error)
+        return None
+
+
+def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: int | None) -> None:
+    """Encode a corpus into the files of a cache entry; the description comes last, so what it says is there."""
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = fit(tokenizer, _training_text(corpus) if tokenizer in USUAL_SIZES else (), max_vocab)
+    files: dict[str, BinaryIO] = {}
+    digests: dict[str, Any] = {}
+    try:
+        with contextlib.ExitStack() as undo:
+            for split, symbols in _encoded(corpus, tokenizer):
+                if split not in files:
+                    files[split] = undo.enter_context(_replacing(_beside(place, split)))
+                    digests[split] = hashlib.sha256()
+                files[split].write(symbols)
+                digests[split].update(symbols)
+            counts = {split: file.tell() // symbol_dtype(tokenizer.size).itemsize for split, file in files.items()}
+        every = "".join(f"{split} {digests[split].hexdigest()}\n" for split in sorted(digests))
+        description = {
+            "path": corpus.path,
+            "tokenizer": tokenizer.to_dict(),
+            "counts": counts,
+            "single": is_single(corpus),
+            "fingerprint": hashlib.sha256(every.encode()).hexdigest(),
+        }
+        with _replacing(_beside(place, "json")) as file:
+            file.write(json.dumps(description).encode())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"{place.parent} has no room for the symbols of {corpus.path}: set REROLL_CACHE.") from None
+
+
+def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, bytes]]:
+    """The symbols of all pieces in order, as bytes, with their splits."""
+    dtype = symbol_dtype(tokenizer.size)
+    after = b"" if tokenizer.separator is None else np.array([tokenizer.separator], dtype).tobytes()
+    for piece in pieces(corpus):
+        chunks = piece.document.chunks(piece.begin, piece.end, CHUNK)
+        for symbols in encode_chunks(tokenizer, chunks, piece.document.where, piece.begin):
+            yield piece.split, symbols.astype(dtype, copy=False).tobytes()
+        if piece.separated:
+            yield piece.split, after
+
+
+def _training_text(corpus: Corpus) -> Iterator[str]:
+    """The text a vocabulary is made of."""
+    for piece in pieces(corpus):
+        if piece.split == "train":
+            chunks = piece.document.chunks(piece.begin, piece.end, CHUNK)
+            yield from decode_utf8(chunks, piece.document.where, piece.begin)
+            if piece.separated:
+                yield "\n"
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its place when it is whole, and vanishes if it never is."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _beside(place: Path, ending: str) -> Path:
+    return place.with_name(f"{place.name}.{ending}")

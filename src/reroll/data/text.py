@@ -1,0 +1,238 @@
+"""Text as a task: predict the next symbol, in windows drawn at random or in streams whose state is carried on.
+
+    task = Text("stdlib:prose", length=128, batch=16)         bytes of the prose of Python's own documentation
+    task = Text("ptb/", tokenizer="word", carry=True)         Penn Treebank, one text read on and on
+    task.baselines("valid")                                   what no unigram or bigram model, and gzip, gets below
+
+Inputs are tokens[i : i + T], targets tokens[i + 1 : i + T + 1], all of them scored. A split of n tokens has m = n − 1
+of these pairs. At training
+
+    drawn      row b of step t begins at ⌊u·(m − T + 1)⌋, u from Key(seed).at("data").at("text").at("train").at(t)
+    carried    row b of step t begins at (b·⌊m/B⌋ + t·T) mod m: B readers of the same text, each behind the next
+
+and an evaluation goes through the held-out part in order, each pair once.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from reroll.data.batch import Batch
+from reroll.data.cache import Streams, load
+from reroll.data.corpus import find
+from reroll.data.measures import Baselines, baselines
+from reroll.data.task import Task
+from reroll.data.tokenizers import Tokenizer
+from reroll.errors import UsageError, nearest, require_positive
+from reroll.kernels.philox import random_integers
+from reroll.keys import Key
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Text(Task):
+    """Predict the next symbol of a text.
+
+    Args:
+        path: a file, a folder, a glob, a .jsonl file, a folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt,
+            "stdlib" or "stdlib:prose"; see `corpus.find`.
+        tokenizer: "byte", "char", "word" or "gpt2"; or a tokenizer, used as it is.
+        length: T, steps per window.
+        batch: B, windows per batch.
+        seed: names the windows.
+        carry: batches continue each other, row by row, so that a model's state can be carried on; `Batch.reset` is
+            True where a row begins, at the first step and whenever it has come around to the beginning of the text.
+        max_vocab: the largest vocabulary of `char` (None: 1024) and `word` (None: 10,000).
+        field: the field of a JSON line that holds the text.
+        eval_batches: the most batches an evaluation takes; None is the whole of the held-out part.
+
+    Attributes: `tokenizer`; `tokens`, the symbols by split, memory-mapped; `fingerprint`, SHA-256 of all of them.
+
+    Raises:
+        UsageError: if there is no such text, or it is shorter than a window.
+
+    Example:
+        >>> task = Text("stdlib:prose", length=32, batch=2)
+        >>> batch = task.batch(0)
+        >>> batch.inputs.shape, batch.scored, task.vocab
+        (torch.Size([2, 32]), 64.0, 256)
+        >>> torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+        True
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        tokenizer: str | Tokenizer = "byte",
+        length: int = 128,
+        batch: int = 16,
+        seed: int = 0,
+        *,
+        carry: bool = False,
+        max_vocab: int | None = None,
+        field: str = "text",
+        eval_batches: int | None = 64,
+    ) -> None:
+        require_positive(length=length, batch=batch, eval_batches=eval_batches)
+        self.path, self.length, self.batch_size, self.seed = os.fspath(path), length, batch, seed
+        self.carry, self.eval_batches = carry, eval_batches
+        self._arguments = {"path": self.path, "tokenizer": tokenizer, "max_vocab": max_vocab, "field": field}
+        streams = load(find(path, field), tokenizer, max_vocab)
+        self.tokenizer, self.fingerprint = streams.tokenizer, streams.fingerprint
+        self.vocab = self.outputs = streams.tokenizer.size
+        self.tokens = _windows(streams, self.path, length)
+        self.splits = tuple(split for split in self.tokens if split != "train")
+        if carry and len(self.tokens["train"]) <= batch:
+            raise UsageError(f"batch={batch} has more rows than {self.path} has symbols; lower it, or give more text.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By its arguments, for another process to map the same files; pickled arrays would be copies of the text.
+        options = {"length": self.length, "batch": self.batch_size, "seed": self.seed, "carry": self.carry}
+        return partial(Text, **self._arguments, **options, eval_batches=self.eval_batches), ()
+
+    def batch(self, step: int, split: str = "train", length: int | None = None) -> Batch:
+        """Return the batch of a step, a pure function of (seed, step, split, length).
+
+        Args:
+            step: any integer ≥ 0 at training; below `batches(split)` for the other splits.
+            split: "train", or one of `splits`.
+            length: a smaller T, for a curriculum; not with `carry`, where each batch begins where the last one ended.
+
+        Raises:
+            UsageError: if there is no such batch.
+        """
+        self._check(step, split, length)
+        pairs = len(self._tokens(split)) - 1
+        steps = self.length if length is None else length
+        if split != "train":
+            return self._evaluation(step, split, steps)
+        if self.carry:
+            begin = np.arange(self.batch_size) * (pairs // self.batch_size) + step * self.length
+            place = (begin[:, None] + np.arange(steps)) % pairs
+            reset = place == 0
+            reset[:, 0] |= step == 0
+            return self._gather(split, place, np.ones_like(reset), reset)
+        key = Key(self.seed).at("data").at("text").at(split).at(step)
+        begin = random_places(key, self.batch_size, pairs - steps + 1)
+        place = begin[:, None] + np.arange(steps)
+        return self._gather(split, place, np.ones(place.shape, dtype=bool))
+
+    def batches(self, split: str) -> int:
+        """Return how many batches an evaluation of this split takes."""
+        if split == "train":
+            return super().batches(split)
+        pairs = len(self._tokens(split)) - 1
+        if self.carry:
+            count = _ceil(_ceil(pairs, self.batch_size), self.length)
+        else:
+            count = _ceil(_ceil(pairs, self.length), self.batch_size)
+        return count if self.eval_batches is None else min(count, self.eval_batches)
+
+    def baselines(self, split: str = "valid") -> Baselines:
+        """Return the bits per symbol that counting and gzip need for a split; see `measures.baselines`."""
+        return baselines(self._tokens(split), self.tokenizer)
+
+    def decode(self, symbols: list[int]) -> str:
+        """Return the text of symbols."""
+        return self.tokenizer.decode(symbols)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the symbols of a text."""
+        return self.tokenizer.encode(text).tolist()
+
+    def _evaluation(self, step: int, split: str, steps: int) -> Batch:
+        """A batch of the held-out part: B windows one after the other; when carrying, B readers of a B-th each."""
+        pairs, row = len(self._tokens(split)) - 1, np.arange(self.batch_size)
+        if self.carry:
+            share = _ceil(pairs, self.batch_size)
+            begin, end = row * share + step * self.length, (row + 1) * share
+        else:
+            begin = (step * self.batch_size + row) * self.length
+            begin = begin[begin < pairs]  # the last batch may have fewer rows
+            end = begin + self.length
+        place = begin[:, None] + np.arange(steps)
+        mask = place < np.minimum(end, pairs)[:, None]
+        reset = None
+        if self.carry:
+            reset = np.zeros_like(mask)
+            reset[:, 0] = step == 0
+        return self._gather(split, np.minimum(place, pairs - 1), mask, reset)
+
+    def _gather(
+        self,
+        split: str,
+        place: IntArray,
+        mask: npt.NDArray[np.bool_],
+        reset: npt.NDArray[np.bool_] | None = None,
+    ) -> Batch:
+        """The pairs of symbols at places [B, T] of a split."""
+        tokens = np.asarray(self._tokens(split))
+        inputs, targets = (torch.from_numpy(tokens[at].astype(np.int64)) for at in (place, place + 1))
+        # A mask of resets keeps a model from running the sequence by one kernel; most batches begin no document.
+        begins = torch.from_numpy(reset) if reset is not None and reset.any() else None
+        return Batch(inputs, targets, torch.from_numpy(mask), reset=begins)
+
+    def _tokens(self, split: str) -> npt.NDArray[Any]:
+        if split not in self.tokens:
+            raise UsageError(f"split={split!r} is not in {self.path}.{nearest(split, self.tokens)}")
+        return self.tokens[split]
+
+    def _check(self, step: int, split: str, length: int | None) -> None:
+        if step < 0 or (split != "train" and step >= self.batches(split)):
+            count = "" if split == "train" else f" below {self.batches(split)}, the number of batches of {split!r}"
+            raise UsageError(f"step={step} must be 0 or more{count}.")
+        if length is not None and not 1 <= length <= self.length:
+            raise UsageError(f"length={length} must lie in [1, {self.length}], the length of the task.")
+        if self.carry and length not in (None, self.length):
+            raise UsageError(f"length={length} cannot change with carry=True; drop the curriculum, or the carrying.")
+
+
+def random_places(key: Key, count: int, high: int) -> IntArray:
+    """Return integers in [0, high) for any `high` < 2⁵³: ⌊u · high⌋, u with 53 bits.
+
+    Example:
+        >>> random_places(Key(0), 4, 10**12).max() > 2**31
+        np.True_
+    """
+    coarse = random_integers(key.at("coarse"), count, 2**26)
+    fine = random_integers(key.at("fine"), count, 2**27)
+    # The product may round up to `high` itself.
+    return np.minimum(((coarse << 27) + fine) * 2.0**-53 * high, high - 1).astype(np.int64)
+
+
+def _windows(streams: Streams, path: str, length: int) -> dict[str, npt.NDArray[Any]]:
+    """The symbols by split, each with one window at least.
+
+    The held-out end of a single short text is made as long as a window; of other texts nothing is moved.
+    """
+    tokens, needed = dict(streams.tokens), length + 1
+    missing = needed - len(tokens["valid"]) if streams.single else 0
+    if missing > 0:
+        everything = np.concatenate([tokens["train"], tokens["valid"]])
+        if len(everything) < 2 * needed:
+            raise UsageError(
+                f"length={length} is too long for {path}: of its {len(everything)} symbols, {needed} are needed for "
+                f"training and {needed} for validation. Give {_shorter(len(everything) // 2)}."
+            )
+        tokens = {"train": everything[:-needed], "valid": everything[-needed:]}
+    for split, symbols in tokens.items():
+        if len(symbols) < needed:
+            raise UsageError(
+                f"length={length} is too long for the split {split!r} of {path}, which has {len(symbols)} symbols; "
+                f"{needed} are needed. Give {_shorter(len(symbols))}."
+            )
+    return tokens
+
+
+def _shorter(symbols: int) -> str:
+    return "more text" if symbols < 2 else f"length={symbols - 1} or less, or more text"
+
+
+def _ceil(count: int, by: int) -> int:
+    return -(-count // by)

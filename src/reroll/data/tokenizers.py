@@ -1,0 +1,369 @@
+"""Text into symbols and back: bytes, characters, words, or the byte pairs of GPT-2.
+
+    tokenizer = fit("char", texts, max_vocab=100)     texts: pieces of the training part, in order
+    symbols = tokenizer.encode("text")                a numpy array of the smallest unsigned type that holds them
+    text = tokenizer.decode(symbols)
+    tokenizer == from_dict(tokenizer.to_dict())       a run folder keeps the dictionary as JSON
+
+A text need not be in memory as a whole: `encode_chunks` cuts it only where `tokenizer.cut` says that
+encode(a + b) = encode(a) + encode(b), so the symbols do not depend on the size of the chunks.
+
+`byte` is the default: it needs nothing, knows every text, and its bits per symbol are bits per byte.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reroll.errors import UsageError, nearest, require_positive
+
+Symbols = npt.NDArray[Any]
+
+UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+# Counting the words of a large corpus keeps at most this many; the rarest are forgotten, far below any vocabulary.
+COUNTED_WORDS = 1 << 21
+
+
+class Tokenizer(ABC):
+    """A map between text and symbols 0 … size − 1.
+
+    Attributes a subclass sets: `name`, `size`, and `separator`, the symbol put after each of several documents (None
+    if the vocabulary has none).
+    """
+
+    name: str
+    size: int
+    separator: int | None
+
+    @abstractmethod
+    def encode(self, text: str) -> Symbols:
+        """Return the symbols of a text, as an array of `symbol_dtype(size)`."""
+
+    @abstractmethod
+    def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
+        """Return the text of symbols as UTF-8, cut anywhere: the bytes of parts are parts of the bytes."""
+
+    @abstractmethod
+    def cut(self, text: str) -> int:
+        """Return the largest place the text can be cut at without changing its symbols, whatever comes next."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return all there is to know, ready for JSON; `from_dict` reads it."""
+
+    def decode(self, symbols: Sequence[int] | Symbols) -> str:
+        """Return the text of symbols. What is not UTF-8, as a model may well generate, becomes �."""
+        return self.decode_bytes(symbols).decode("utf-8", "replace")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.size))
+
+
+class Byte(Tokenizer):
+    """The 256 bytes of UTF-8.
+
+    Example:
+        >>> Byte().encode("é!").tolist(), Byte().decode([195, 169, 33, 195])
+        ([195, 169, 33], 'é!�')
+    """
+
+    name, size, separator = "byte", 256, ord("\n")
+
+    def encode(self, text: str) -> Symbols:
+        return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).copy()
+
+    def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
+        return np.asarray(symbols, dtype=np.uint8).tobytes()
+
+    def cut(self, text: str) -> int:
+        return len(text)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+class Char(Tokenizer):
+    """The characters of a training text, the most frequent first; symbol 0 is every other character.
+
+    Args:
+        characters: the known characters, in the order of their symbols 1, 2, …
+
+    Example:
+        >>> tokenizer = fit("char", ["hello"], max_vocab=3)
+        >>> tokenizer.encode("hello").tolist(), tokenizer.decode([0, 2, 1, 1])
+        ([0, 2, 1, 1, 0], '�ell')
+    """
+
+    name = "char"
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.size = len(characters) + 1
+        codes = _codes(characters)
+        self._symbols = np.zeros(int(codes.max(initial=0)) + 2, dtype=symbol_dtype(self.size))
+        self._symbols[codes] = np.arange(1, self.size)
+        self._codes = np.concatenate([[0xFFFD], codes]).astype(np.uint32)
+        self.separator = characters.find("\n") + 1 or None
+
+    def encode(self, text: str) -> Symbols:
+        # The last place of the table is no character's: it stays 0, for all beyond it.
+        return self._symbols[np.minimum(_codes(text), len(self._symbols) - 1)]
+
+    def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
+        codes = self._codes[np.asarray(symbols, dtype=np.int64)]
+        return codes.tobytes().decode("utf-32-le", "surrogatepass").encode("utf-8", "replace")
+
+    def cut(self, text: str) -> int:
+        return len(text)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "characters": self.characters}
+
+
+class Word(Tokenizer):
+    """The words of a training text between white space, the most frequent first, and <eos> at the end of each line.
+
+    Symbol 0 is <unk>, for every other word, and symbol 1 is <eos>. A text that says <unk> itself, as Penn Treebank
+    does, means symbol 0. White space is not kept: decoding puts one space after a word.
+
+    Args:
+        words: the known words, in the order of their symbols 2, 3, …
+
+    Example:
+        >>> tokenizer = fit("word", ["the cat the dog\\n"], max_vocab=4)
+        >>> tokenizer.encode("the dog\\n").tolist(), tokenizer.decode([2, 0, 3, 1, 2])
+        ([2, 0, 1], 'the <unk> cat\\nthe')
+    """
+
+    name, separator = "word", 1
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = [UNKNOWN, END_OF_LINE, *words]
+        self.size = len(self.words)
+        self._symbols = {word: symbol for symbol, word in enumerate(self.words)}
+        self._texts = [word.encode("utf-8", "replace") + b" " for word in self.words]
+        self._texts[1] = b"\n"
+
+    def encode(self, text: str) -> Symbols:
+        words, symbols = split_words(text), self._symbols
+        return np.fromiter((symbols.get(word, 0) for word in words), symbol_dtype(self.size), len(words))
+
+    def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
+        return b"".join([self._texts[symbol] for symbol in np.asarray(symbols).tolist()])
+
+    def decode(self, symbols: Sequence[int] | Symbols) -> str:
+        return self.decode_bytes(symbols).decode("utf-8", "replace").replace(" \n", "\n").removesuffix(" ")
+
+    def cut(self, text: str) -> int:
+        return last_space(text)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "words": self.words[2:]}
+
+
+class GPT2(Tokenizer):
+    """The 50,257 byte pairs of GPT-2, by tiktoken (extra `data`); symbol 50256 ends a document.
+
+    Raises:
+        UsageError: if tiktoken is not installed, or its table is neither in its cache nor to be had.
+    """
+
+    name, size, separator = "gpt2", 50257, 50256
+
+    def __init__(self) -> None:
+        try:
+            import tiktoken
+        except ImportError:
+            raise UsageError(
+                "tokenizer='gpt2' needs tiktoken: pip install 'reroll[data]'; or take tokenizer='byte', which needs "
+                "nothing."
+            ) from None
+        try:
+            self._encoding = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            raise UsageError(
+                f"tokenizer='gpt2' could not fetch its table ({type(error).__name__}): load it once with a network and "
+                "TIKTOKEN_CACHE_DIR set, then keep that folder; or take tokenizer='byte', which needs no network."
+            ) from None
+
+    def encode(self, text: str) -> Symbols:
+        # encode_ordinary: a text that says <|endoftext|> means these letters.
+        return np.asarray(self._encoding.encode_ordinary(text), dtype=symbol_dtype(self.size))
+
+    def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
+        return self._encoding.decode_bytes(np.asarray(symbols).tolist())
+
+    def cut(self, text: str) -> int:
+        # GPT-2 first cuts text into pieces by a regular expression whose pieces have white space only in front, so a
+        # border before a space that follows a letter is always one of theirs. Near the end there nearly always is one.
+        for begin in (max(len(text) - 1000, 0), 0):
+            borders = [match.end() - 1 for match in re.finditer(r"\S[ \n]", text[begin:])]
+            if borders:
+                return begin + borders[-1]
+        return 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+# Every tokenizer, by the name it has on the command line.
+TOKENIZERS: dict[str, type[Byte] | type[Char] | type[Word] | type[GPT2]] = {
+    tokenizer.name: tokenizer for tokenizer in (Byte, Char, Word, GPT2)
+}
+USUAL_SIZES = {"char": 1024, "word": 10_000}
+
+
+def fit(name: str, texts: Iterable[str] = (), max_vocab: int | None = None) -> Tokenizer:
+    """Return a tokenizer, with the vocabulary of a training text where it has one.
+
+    Symbols are in order of frequency, then of code point, so the same text gives the same symbols everywhere.
+
+    Args:
+        name: "byte", "char", "word" or "gpt2".
+        texts: the training text in pieces, cut anywhere; read by `char` and `word` alone.
+        max_vocab: the largest size of the vocabulary, special symbols included. None: 1024 characters or 10,000 words
+            (which is all of Penn Treebank's).
+
+    Raises:
+        UsageError: if the name is unknown, or the vocabulary not one that can be chosen.
+    """
+    if name not in TOKENIZERS:
+        raise UsageError(f"tokenizer={name!r} is unknown.{nearest(name, TOKENIZERS)}")
+    if name not in USUAL_SIZES:
+        if max_vocab is not None:
+            raise UsageError(f"max_vocab={max_vocab} has no meaning for tokenizer={name!r}; leave it out.")
+        return GPT2() if name == "gpt2" else Byte()
+    require_positive(max_vocab=max_vocab)
+    size = USUAL_SIZES[name] if max_vocab is None else max_vocab
+    if size < 3:
+        raise UsageError(f"max_vocab={max_vocab} leaves no room beside the special symbols; give at least 3.")
+    if name == "char":
+        return Char("".join(_most_frequent(_count_characters(texts), size - 1)))
+    words = _count_words(texts)
+    del words[UNKNOWN], words[END_OF_LINE]
+    return Word(_most_frequent(words, size - 2))
+
+
+def from_dict(saved: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer a dictionary of `to_dict` describes.
+
+    Example:
+        >>> from_dict({"name": "char", "characters": "ab"}).encode("abc").tolist()
+        [1, 2, 0]
+    """
+    arguments = {key: value for key, value in saved.items() if key != "name"}
+    if saved.get("name") not in TOKENIZERS:
+        raise UsageError(f"tokenizer={saved.get('name')!r} is unknown.{nearest(str(saved.get('name')), TOKENIZERS)}")
+    return TOKENIZERS[saved["name"]](**arguments)
+
+
+def symbol_dtype(size: int) -> np.dtype[Any]:
+    """Return the smallest little-endian unsigned type for symbols below `size`: 1, 2 or 4 bytes."""
+    return np.dtype("<u1" if size <= 1 << 8 else "<u2" if size <= 1 << 16 else "<u4")
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a text, with <eos> for every newline."""
+    return text.replace("\n", f" {END_OF_LINE} ").split()
+
+
+def last_space(text: str) -> int:
+    """Return the place after the last white space of a text, 0 if there is none.
+
+    Example:
+        >>> last_space("one two"), last_space("one "), last_space("one")
+        (4, 4, 0)
+    """
+    if not text or text[-1].isspace():
+        return len(text)
+    return len(text) - len(text.rsplit(None, 1)[-1])
+
+
+def decode_utf8(chunks: Iterable[bytes], name: str, begin: int = 0) -> Iterator[str]:
+    """Yield the text of chunks of bytes that may end within a character.
+
+    Args:
+        chunks: the bytes.
+        name: what they are a part of, for an error.
+        begin: the place of the first byte in it, for an error.
+
+    Raises:
+        UsageError: if they are not text: a NUL byte, or not UTF-8.
+    """
+    decoder, place = codecs.getincrementaldecoder("utf-8")("strict"), begin
+    remedy = "Convert it to UTF-8 text, or take tokenizer='byte', which learns any file."
+    for chunk in chunks:
+        if b"\0" in chunk:
+            raise UsageError(f"path={name} is a binary file: byte {place + chunk.index(0)} is NUL. {remedy}")
+        pending = len(decoder.getstate()[0])
+        try:
+            yield decoder.decode(chunk)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"path={name} is not UTF-8 at byte {place - pending + error.start}. {remedy}") from None
+        place += len(chunk)
+    try:
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise UsageError(f"path={name} ends within a UTF-8 character. {remedy}") from None
+
+
+def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[bytes], name: str, begin: int = 0) -> Iterator[Symbols]:
+    """Yield the symbols of a document that comes in chunks of bytes; together they are those of the whole.
+
+    Memory is that of a few chunks; a word longer than a chunk has to fit as well. `name` and `begin` say where the
+    bytes are from, for an error.
+    """
+    if isinstance(tokenizer, Byte):
+        # The bytes as they are, UTF-8 or not.
+        for chunk in chunks:
+            yield np.frombuffer(chunk, dtype=np.uint8)
+        return
+    pending = ""
+    for text in decode_utf8(chunks, name, begin):
+        pending += text
+        place = tokenizer.cut(pending)
+        yield tokenizer.encode(pending[:place])
+        pending = pending[place:]
+    yield tokenizer.encode(pending)
+
+
+def _count_characters(texts: Iterable[str]) -> Counter[str]:
+    counts = np.zeros(0x110000, dtype=np.int64)
+    for text in texts:
+        present, times = np.unique(_codes(text), return_counts=True)
+        counts[present] += times
+    return Counter({chr(code): int(counts[code]) for code in np.flatnonzero(counts)})
+
+
+def _count_words(texts: Iterable[str]) -> Counter[str]:
+    counts, pending = Counter[str](), ""
+    for text in texts:
+        pending += text
+        # Only the last word of a piece can go on in the next one.
+        place = last_space(pending)
+        counts.update(split_words(pending[:place]))
+        pending = pending[place:]
+        if len(counts) > COUNTED_WORDS:
+            counts = Counter(dict(counts.most_common(COUNTED_WORDS // 2)))
+    counts.update(split_words(pending))
+    return counts
+
+
+def _most_frequent(counts: Counter[str], size: int) -> list[str]:
+    return sorted(counts, key=lambda item: (-counts[item], item))[:size]
+
+
+def _codes(text: str) -> npt.NDArray[np.uint32]:
+    """The code points of a text."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")

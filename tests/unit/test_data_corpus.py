@@ -1,0 +1,387 @@
+"""Where text is found, how it is divided, and how its symbols are kept on disk."""
+
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import random
+import sys
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reroll.data import cache, corpus
+from reroll.data.cache import cache_folder, load
+from reroll.data.corpus import Document, find, is_single, pieces
+from reroll.data.tokenizers import fit
+from reroll.errors import RunError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A cache of its own for every test."""
+    monkeypatch.setenv("REROLL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(root, **texts):
+    """Files by name; `__` stands for a slash and `_` for a dot."""
+    for name, text in texts.items():
+        path = root / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return root
+
+
+def read(piece):
+    return b"".join(piece.document.chunks(piece.begin, piece.end, chunk=5)).decode()
+
+
+def parts(path, **arguments):
+    """The texts of every split of a corpus."""
+    found = {}
+    for piece in pieces(find(path, **arguments)):
+        found.setdefault(piece.split, []).append(read(piece))
+    return found
+
+
+def names(path):
+    return [document.name for _, document in find(path).documents()]
+
+
+def test_a_single_text_is_held_out_at_its_end(tmp_path):
+    text = "".join(f"line {number}\n" for number in range(1000))
+    write(tmp_path, a_txt=text)
+    found = parts(tmp_path / "a.txt")
+    assert found["train"][0] + found["valid"][0] == text
+    assert found["valid"][0].startswith("line ")
+    assert 0.08 * len(text) < len(found["valid"][0]) <= 0.1 * len(text)
+    assert is_single(find(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize(
+    "text", ["é" * 999, "ab", "aaaaaaaaa\n", "a" * 50, "one two three four five six", "日本語" * 50]
+)
+def test_the_border_of_a_single_text_cuts_no_character(tmp_path, text):
+    write(tmp_path, a_txt=text)
+    found = parts(tmp_path / "a.txt")
+    assert found["train"][0] + found["valid"][0] == text
+    assert found["train"][0]
+    assert found["valid"][0]
+
+
+def test_a_folder_is_read_in_order_without_hidden_and_binary_files(tmp_path):
+    write(
+        tmp_path, b_txt="bb", a_txt="aa", sub__c_md="cc", _git__x_txt="no", z_bin=b"a\0b", y_bin=b"\xff\xfe", e_txt=""
+    )
+    assert names(tmp_path) == ["a.txt", "b.txt", "sub/c.md"]
+    assert names(f"{tmp_path}/**/*.*") == ["a.txt", "b.txt", "sub/c.md"]
+    assert names(f"{tmp_path}/*.txt") == ["a.txt", "b.txt"]
+
+
+def test_a_character_at_the_end_of_the_looked_at_head_is_no_fault(tmp_path):
+    write(tmp_path, a_txt="a" * 8191 + "é", b_txt="a" * 8190 + "é" + "b")
+    assert names(tmp_path) == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 20, 99, 400])
+def test_documents_are_held_out_by_name_not_by_place(tmp_path, count):
+    sizes = random.Random(count).choices([100, 300, 900], k=count)
+    write(tmp_path, **{f"d{number:03}_txt": f"{number:03}" * (size // 3) for number, size in enumerate(sizes)})
+    found = parts(tmp_path)
+    assert sum(map(len, found.values())) == count
+    assert found["train"]
+    assert found["valid"]
+    if count >= 20:
+        share = sum(map(len, found["valid"])) / sum(sizes)
+        assert 0.05 < share < 0.2
+        numbers = sorted(int(text[:3]) for text in found["valid"])
+        assert numbers != list(range(count - len(numbers), count))
+    # Moving the folder, or reading it from another path, changes nothing.
+    (tmp_path / "copy").mkdir()
+    for file in tmp_path.glob("*.txt"):
+        file.rename(tmp_path / "copy" / file.name)
+    assert parts(tmp_path / "copy") == found
+
+
+@pytest.mark.parametrize("sizes", [[9000, 500, 600, 700], [9000, 30], [10, 9000, 9000], [100] * 9 + [9000]])
+def test_a_large_document_is_never_held_out(tmp_path, sizes):
+    write(tmp_path, **{f"d{number}_txt": "x" * size for number, size in enumerate(sizes)})
+    found = parts(tmp_path)
+    assert 0 < sum(map(len, found["valid"])) <= sum(sizes) / 5
+    assert max(map(len, found["train"])) == 9000
+
+
+def test_files_named_after_splits_are_the_splits(tmp_path):
+    write(
+        tmp_path, ptb_train_txt="a", ptb_valid_txt="b", ptb_test_txt="c", ptb_char_train_txt="x", ptb_char_valid_txt="y"
+    )
+    write(tmp_path, README="read me")
+    assert parts(tmp_path) == {"train": ["a"], "valid": ["b"], "test": ["c"]}
+    assert parts(f"{tmp_path}/ptb.char.*") == {"train": ["x"], "valid": ["y"]}
+    write(tmp_path / "plain", train_txt="1", val_txt="2")
+    assert parts(tmp_path / "plain") == {"train": ["1"], "valid": ["2"]}
+    write(tmp_path / "one", train_txt="1", other_txt="2")  # no held-out file: a folder like any other
+    assert sorted(itertools.chain(*parts(tmp_path / "one").values())) == ["1", "2"]
+
+
+def test_json_lines(tmp_path):
+    lines = [json.dumps({"text": f"document é {number}", "n": number}) for number in range(150)]
+    write(tmp_path, a_jsonl="\n\n".join(lines) + "\n")
+    found = parts(tmp_path / "a.jsonl")
+    assert sorted(itertools.chain(*found.values())) == sorted(f"document é {number}" for number in range(150))
+    assert 5 <= len(found["valid"]) <= 30
+    write(tmp_path, b_jsonl='{"body": "one"}\n{"body": ""}\n{"body": "two"}')
+    assert sorted(itertools.chain(*parts(tmp_path / "b.jsonl", field="body").values())) == ["one", "two"]
+
+
+def test_the_standard_library_is_text_that_is_always_there():
+    prose, everything = find("stdlib:prose"), find("stdlib")
+    listed = [file.name for file in everything.files]
+    assert [file.name for file in prose.files] == [name for name in listed if name.startswith("topics/")]
+    assert {"argparse.py", "json/decoder.py"} <= set(listed)
+    assert not any(part in name.split("/") for name in listed for part in ("test", "tests", "site-packages", "idlelib"))
+    shares = Counter()
+    for piece in pieces(prose):
+        shares[piece.split] += piece.document.size
+    assert 0.09 < shares["valid"] / shares.total() < 0.21
+
+
+def test_a_stripped_python_says_so(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(UsageError, match=r"path='stdlib:prose': this Python comes without pydoc_data.*copy"):
+        find("stdlib:prose")
+    assert find("stdlib").files
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UsageError, match="path='stdlib': this Python comes without pydoc_data.topics nor sources"):
+        find("stdlib")
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("nothing.txt", "path='nothing.txt' does not exist. Give a file, a folder"),
+        ("no*.txt", r"path='no\*.txt' matches no file"),
+        ("empty.txt", "path='empty.txt' is empty"),
+        ("hollow", "path='hollow' has nothing but empty files"),
+        ("bare", r"path='bare' has no text files \(of 0 files\)"),
+        ("binary", r"path='binary' has no text files \(of 1 files\)"),
+        ("bad.jsonl", "path=bad.jsonl, line 3, is not JSON"),
+        ("latin.jsonl", "path=latin.jsonl, line 1, is not JSON"),
+        ("list.jsonl", "path=list.jsonl, line 1, has no text in field='text'; its fields with text: none"),
+        (
+            "other.jsonl",
+            "path=other.jsonl, line 2, has no text in field='text'; its fields with text: body, title. Give",
+        ),
+        ("blank.jsonl", "path='blank.jsonl' has no text: every document in it is empty"),
+    ],
+)
+def test_errors(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, empty_txt="", hollow__a_txt="", binary__a_bin=b"\0", bad_jsonl='{"text": "a"}\n\n{"text"\n')
+    write(tmp_path, other_jsonl='{"text": "a"}\n{"body": "b", "title": "c", "n": 1}\n', latin_jsonl=b'{"text": "\xe9"}')
+    write(tmp_path, list_jsonl='["a"]', blank_jsonl='\n{"text": ""}\n')
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UsageError, match=message) as caught:
+        list(pieces(find(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
+    write(tmp_path, a_txt="text")
+
+    def refuse(self, *arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UsageError, match=r"a.txt cannot be read \(Permission denied\)"):
+        find(tmp_path / "a.txt")
+
+
+# The cache
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder of 30 texts."""
+    lines = [f"text {number}: naïve café\n" * (number + 1) for number in range(30)]
+    return write(tmp_path / "texts", **{f"t{number}_txt": text for number, text in enumerate(lines)})
+
+
+def expected(path, tokenizer):
+    """The symbols of every split, encoded in one go; a separator ends each document."""
+    found = {}
+    for split, documents in parts(path).items():
+        found[split] = [s for text in documents for s in (*tokenizer.encode(text).tolist(), tokenizer.separator)]
+    return found
+
+
+@pytest.mark.parametrize("name, max_vocab", [("byte", None), ("char", None), ("char", 5), ("word", 7)])
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_streams_are_the_texts(texts, monkeypatch, name, max_vocab, chunk):
+    monkeypatch.setattr(cache, "CHUNK", chunk)
+    monkeypatch.setattr(corpus, "CHUNK", chunk)
+    streams = load(find(texts), name, max_vocab)
+    if name != "byte":
+        # Texts of several documents end in a newline, which separates them.
+        training = "".join(text + "\n" for text in parts(texts)["train"])
+        assert streams.tokenizer == fit(name, [training], max_vocab)
+    if max_vocab == 5:
+        return  # such a vocabulary has no newline to separate documents with
+    assert {split: tokens.tolist() for split, tokens in streams.tokens.items()} == expected(texts, streams.tokenizer)
+
+
+def test_a_vocabulary_is_of_the_training_part_alone(tmp_path):
+    write(tmp_path, a_txt="abc " * 100 + "\n" + "xyz " * 11)
+    streams = load(find(tmp_path / "a.txt"), "char")
+    assert set(streams.tokenizer.to_dict()["characters"]) == set("abc \n")
+    assert set(streams.tokens["valid"].tolist()) == {0, streams.tokenizer.encode(" ")[0]}
+
+
+def test_a_vocabulary_without_a_newline_has_no_separator(tmp_path):
+    write(tmp_path, a_txt="aabb", b_txt="aabb")
+    streams = load(find(tmp_path), "char", max_vocab=3)
+    assert [tokens.tolist() for tokens in streams.tokens.values()] == [[1, 1, 2, 2], [1, 1, 2, 2]]
+
+
+def test_binary_files_are_bytes(tmp_path):
+    data = bytes(range(256)) * 4
+    write(tmp_path, a_bin=data)
+    streams = load(find(tmp_path / "a.bin"))
+    assert b"".join(tokens.tobytes() for tokens in streams.tokens.values()) == data
+    with pytest.raises(UsageError, match="a.bin is a binary file: byte 0 is NUL"):
+        load(find(tmp_path / "a.bin"), "char")
+
+
+def test_a_second_load_reads_the_cache(texts, folder, monkeypatch):
+    first = load(find(texts), "char")
+    files = sorted(folder.iterdir())
+    assert [file.suffix for file in files] == [".json", ".train", ".valid"]
+    monkeypatch.setattr(cache, "_build", None)
+    second = load(find(texts), "char")
+    assert isinstance(second.tokens["train"], np.memmap)
+    assert second.fingerprint == first.fingerprint
+    assert second.tokenizer == first.tokenizer
+    assert load(find(texts), "char").tokens["valid"].tolist() == first.tokens["valid"].tolist()
+
+
+def test_other_texts_and_settings_are_other_entries(texts, folder):
+    prints = [load(find(texts), *how).fingerprint for how in [("byte",), ("char",), ("char", 9), ("word",)]]
+    assert load(find(texts), fit("char", ["abc"])).fingerprint not in prints
+    before = len(list(folder.glob("*.json")))
+    file = texts / "t3.txt"
+    file.write_text(file.read_text().replace("3", "4"))
+    os.utime(file, ns=(1, 1))
+    assert load(find(texts), "byte").fingerprint not in prints
+    assert len(list(folder.glob("*.json"))) == before + 1
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "missing", "broken description", "wrong description"])
+def test_a_damaged_entry_is_built_again(texts, folder, damage, caplog):
+    good = load(find(texts))
+    kept = {split: tokens.tolist() for split, tokens in good.tokens.items()}
+    description, train = next(folder.glob("*.json")), next(folder.glob("*.train"))
+    if damage == "short":
+        os.truncate(train, train.stat().st_size - 1)
+    elif damage == "long":
+        train.write_bytes(train.read_bytes() + b"x")
+    elif damage == "missing":
+        train.unlink()
+    else:
+        description.write_text(
+            "{" if damage == "broken description" else '{"counts": 3, "tokenizer": {"name": "byte"}}'
+        )
+    again = load(find(texts))
+    assert {split: tokens.tolist() for split, tokens in again.tokens.items()} == kept
+    assert again.fingerprint == good.fingerprint
+    assert ("is damaged" in caplog.text) == (damage != "missing")
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path, folder):
+    write(tmp_path, a_txt=b"text " * 100 + b"\xff")
+    with pytest.raises(UsageError, match="a.txt is not UTF-8 at byte 500"):
+        load(find(tmp_path / "a.txt"), fit("char", ["text "]))
+    assert list(folder.iterdir()) == []
+
+
+def test_no_room_is_said(texts, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "_encoded", full)
+    with pytest.raises(RunError, match="has no room for the symbols of .* set REROLL_CACHE"):
+        load(find(texts))
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_and_said_once(tmp_path, monkeypatch, caplog):
+    write(tmp_path, file="", a_txt="some text " * 20)
+    monkeypatch.setenv("REROLL_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(cache, "_temporary", None)
+    with caplog.at_level(logging.WARNING):
+        first, second = load(find(tmp_path / "a.txt")), load(find(tmp_path / "a.txt"))
+    assert first.fingerprint == second.fingerprint
+    assert caplog.text.count("cannot be written") == 1
+    assert "REROLL_CACHE" in caplog.text
+
+
+def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("REROLL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "reroll"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / ".cache" / "reroll"
+
+
+def build(path, results):
+    streams = load(find(path), "word")
+    results.put((streams.fingerprint, {split: tokens.tolist() for split, tokens in streams.tokens.items()}))
+
+
+def test_two_builds_at_once_agree(texts, folder):
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    results = context.Queue()
+    workers = [context.Process(target=build, args=(texts, results)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert all(result == found[0] for result in found)
+    assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".train", ".valid"]
+
+
+@pytest.mark.parametrize("name", ["byte", "char", "word"])
+def test_memory_is_that_of_a_few_chunks(tmp_path, monkeypatch, name):
+    with (tmp_path / "a.txt").open("w") as file:
+        for number in range(600 if name == "word" else 3000):  # words are slow under tracemalloc
+            file.write(f"{number} thé quick brown fox jumps over the lazy dog\n" * 200)
+    assert (tmp_path / "a.txt").stat().st_size > (5e6 if name == "word" else 25e6)
+    monkeypatch.setattr(cache, "CHUNK", 1 << 16)
+    tokenizer = fit(name, ["thé quick brown fox jumps over the lazy dog\n"] if name != "byte" else ())
+    tracemalloc.start()
+    try:
+        streams = load(find(tmp_path / "a.txt"), tokenizer)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(map(len, streams.tokens.values())) > 1e6
+    # A character of a chunk is 4 bytes of text, of code point, and of index each; a word is an object.
+    assert peak < 4e6
+
+
+def test_documents_in_memory_and_on_disk_are_read_alike(tmp_path):
+    data = bytes(range(200))
+    write(tmp_path, a_bin=data)
+    for source in (data, tmp_path / "a.bin"):
+        document = Document("a", source, len(data))
+        for begin, end in [(0, None), (10, None), (0, 77), (50, 51), (200, None)]:
+            blocks = list(document.chunks(begin, end, chunk=9))
+            assert b"".join(blocks) == data[begin:end]
+            assert all(0 < len(block) <= 9 for block in blocks)
