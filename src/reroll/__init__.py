@@ -22,6 +22,13 @@ _PUBLIC = {
     "Sequential": "reroll.rollout",
     "Trajectory": "reroll.rollout",
     "Recurrent": "reroll.models",
+    "Backprop": "reroll.grad",
+    "CentralDifference": "reroll.grad",
+    "Dense": "reroll.grad",
+    "Estimate": "reroll.grad",
+    "Seeded": "reroll.grad",
+    "CDRGE": "reroll.optim",
+    "apply": "reroll.optim",
 }
 """Public name → the module that defines it."""
 

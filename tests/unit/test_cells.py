@@ -163,7 +163,7 @@ def test_lstm_heads_are_independent_lstms():
     for n in range(2):
         alone = LSTM(5, 3)
         with torch.no_grad():
-            alone.weight_hh.copy_(cell.weight_hh[n : n + 1])
+            alone.weight_hh.copy_(cell.weight_hh[12 * n : 12 * n + 12])
         part = alone.step(u[:, 12 * n : 12 * n + 12], type(state)(*(s[:, 3 * n : 3 * n + 3] for s in state)))
         torch.testing.assert_close(together.h[:, 3 * n : 3 * n + 3], part.h)
         torch.testing.assert_close(together.c[:, 3 * n : 3 * n + 3], part.c)

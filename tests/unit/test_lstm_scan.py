@@ -17,7 +17,7 @@ def problem(batch, time, size, heads, width, seed=0, dtype=torch.float32):
     shapes = [
         (batch, time, size),
         (4 * hidden, size),
-        (heads, 4 * width, width),
+        (4 * hidden, width),
         (4 * hidden,),
         (batch, hidden),
         (batch, hidden),
@@ -28,13 +28,14 @@ def problem(batch, time, size, heads, width, seed=0, dtype=torch.float32):
 
 def by_hand(x, weight_ih, weight_hh, bias, h, c):
     """Head by head, gate by gate, with nothing but matrix products."""
-    heads, gates, width = weight_hh.shape
+    width = weight_hh.shape[1]
+    heads, gates = h.shape[1] // width, 4 * width
     parts = []
     for n in range(heads):
         lanes, rows = slice(n * width, (n + 1) * width), slice(n * gates, (n + 1) * gates)
         hn, cn, steps = h[:, lanes], c[:, lanes], []
         for t in range(x.shape[1]):
-            pre = x[:, t] @ weight_ih[rows].T + hn @ weight_hh[n].T + bias[rows]
+            pre = x[:, t] @ weight_ih[rows].T + hn @ weight_hh[rows].T + bias[rows]
             i, f, z, o = pre.split(width, 1)
             cn = f.sigmoid() * cn + i.sigmoid() * z.tanh()
             hn = o.sigmoid() * cn.tanh()

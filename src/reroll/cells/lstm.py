@@ -33,7 +33,7 @@ class LSTMState(NamedTuple):
 class LSTM(Cell):
     """A long short-term memory cell.
 
-    Parameters are ordered by head, then gate (i, f, z, o), then unit: `weight_ih` [4H, E], `weight_hh` [N, 4D, D],
+    Parameters are ordered by head, then gate (i, f, z, o), then unit: `weight_ih` [4H, E], `weight_hh` [4H, D],
     `bias` [4H], and the initial state `h0`, `c0` [H]. With one head this is torch's own order.
 
     Args:
@@ -57,7 +57,7 @@ class LSTM(Cell):
         self.input_size, self.hidden_size, self.output_size, self.heads = input_size, hidden_size, hidden_size, heads
         width = hidden_size // heads
         self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(heads, 4 * width, width))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, width))
         self.bias = nn.Parameter(torch.empty(4 * hidden_size))
         self.h0 = nn.Parameter(torch.empty(hidden_size))
         self.c0 = nn.Parameter(torch.empty(hidden_size))

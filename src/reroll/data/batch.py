@@ -24,7 +24,8 @@ class Batch:
         mask: True where the output is scored, [B, T]; or [B] for one output per sequence.
         scored: how many outputs the loss is averaged over; 0 counts the mask.
         present: True at the steps that exist, [B, T], for models that read out the last step or the mean; None: all.
-        state: the model's state before the first step; None starts afresh.
+        state: the model's state before the first step, and the wish to have the one after the last; `START` for the
+            first of several windows. None starts afresh, and nothing is carried.
         reset: True at the steps before which the state is reset (a new document begins), [B, T].
     """
 
@@ -74,6 +75,17 @@ class Batch:
             present=None if self.present is None else change(self.present),
             reset=None if self.reset is None else change(self.reset),
         )
+
+
+class _Start:
+    """A state that has not begun: start afresh, and give the state after the last step back."""
+
+    def __repr__(self) -> str:
+        return "START"
+
+
+START = _Start()
+"""`Batch.state` of the first of several windows."""
 
 
 def combine_states(states: list[Any], combine: Callable[[list[Tensor]], Tensor]) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reroll.data.batch import Batch
+from reroll.data.batch import START, Batch
 from reroll.errors import UsageError
 
 
@@ -164,7 +164,7 @@ def predictions(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]
         yield _first(outputs), batch, None
         return
     chunk = batch.time if torch.is_grad_enabled() else model.time_chunk(len(batch))
-    state = batch.state
+    state = None if batch.state is START else batch.state
     for begin in range(0, batch.time, max(chunk, 1)):
         part = batch.steps(begin, begin + chunk)
         outputs, state = advance(part.inputs, state, part.reset)

@@ -38,7 +38,7 @@ def cells_from_torch(module: nn.LSTM | nn.GRU) -> tuple[Cell, ...]:
         bias_hh = getattr(module, f"bias_hh_l{layer}", zero)
         cell = kind(weight_ih.shape[1], module.hidden_size).to(weight_ih)
         cell.weight_ih.copy_(weight_ih)
-        cell.weight_hh.copy_(weight_hh.view_as(cell.weight_hh))
+        cell.weight_hh.copy_(weight_hh)
         if isinstance(cell, LSTM):
             cell.bias.copy_(bias_ih + bias_hh)
         else:
@@ -89,10 +89,11 @@ def _gate_major(rows: Tensor, heads: int) -> Tensor:
 
 def _dense(cell: LSTM) -> Tensor:
     """The recurrent matrix with its zeros, [4H, H], rows still by head."""
-    heads, gates, width = cell.weight_hh.shape
-    dense = cell.weight_hh.new_zeros(heads, gates, heads, width)
+    heads, width = cell.heads, cell.weight_hh.shape[1]
+    blocks = cell.weight_hh.unflatten(0, (heads, 4 * width))
+    dense = cell.weight_hh.new_zeros(heads, 4 * width, heads, width)
     for n in range(heads):
-        dense[n, :, n] = cell.weight_hh[n]
+        dense[n, :, n] = blocks[n]
     return dense.flatten(2).flatten(0, 1)
 
 

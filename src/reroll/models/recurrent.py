@@ -76,9 +76,9 @@ class Recurrent(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embedding from N(0, 1); head from N(0, ¼/fan-in), so that the first loss is close to ln(outputs)."""
+        """Embedding from N(0, ¼); head from N(0, ¼/fan-in), so that the first loss is close to ln(outputs)."""
         if self.embed is not None:
-            nn.init.normal_(self.embed.weight)
+            nn.init.normal_(self.embed.weight, std=0.5)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.5 * self.head.in_features**-0.5)
             nn.init.zeros_(self.head.bias)
@@ -136,8 +136,12 @@ class Recurrent(nn.Module):
 
     def time_chunk(self, batch: int) -> int:
         """Return how many steps to run at once when no gradient is needed, so that memory is bounded in the length."""
-        per_step = sum(cell.step_floats for cell in self._cells) + self.outputs
-        return max(1, self.window_floats // (batch * per_step))
+        return max(1, self.window_floats // (batch * self.step_floats))
+
+    @property
+    def step_floats(self) -> int:
+        """About how many numbers one step of one sequence keeps alive."""
+        return sum(cell.step_floats for cell in self._cells) + self.outputs
 
     @classmethod
     def from_torch(cls, module: nn.LSTM | nn.GRU) -> Recurrent:

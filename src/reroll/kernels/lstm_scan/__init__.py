@@ -4,10 +4,10 @@
     c_t = σ(f) ∘ c_{t−1} + σ(i) ∘ tanh(z)
     h_t = σ(o) ∘ tanh(c_t)
 
-N heads of width D = H/N see only their own part of h. Rows of W_in, R and b are ordered by head, then gate: for N = 1
-this is torch's own order. Implementations: `reference` (a torch loop over steps: any device, differentiable), `library`
-(torch's LSTM kernel, one head: oneDNN or cuDNN, differentiable) and `cpu` (Numba, any number of heads, fp32, no
-gradient, can be batched over probes).
+N heads of width D = H/N see only their own part of h, so R is stored as its blocks, [4H, D]. Rows of W_in, R and b are
+ordered by head, then gate: for N = 1 this is torch's own order. Implementations: `reference` (a torch loop over steps:
+any device, differentiable), `library` (torch's LSTM kernel, one head: oneDNN or cuDNN, differentiable) and `cpu`
+(Numba, any number of heads, fp32, no gradient, can be batched over probes).
 
 The function can be intercepted by a `TorchFunctionMode`, as torch's own functions can: zeroth-order training perturbs
 the weights one group of heads at a time there.
@@ -38,7 +38,7 @@ def lstm_scan(
     Args:
         inputs: [B, T, E].
         weight_ih: [4H, E], rows by head, then gate (i, f, z, o).
-        weight_hh: [N, 4D, D].
+        weight_hh: [4H, D]; D says how many heads there are.
         bias: [4H], ordered as the rows of `weight_ih`.
         h, c: the state before the first step, [B, H] each.
 
@@ -50,7 +50,7 @@ def lstm_scan(
 
     Example:
         >>> x, h = torch.zeros(2, 5, 3), torch.zeros(2, 4)
-        >>> out, h, c = lstm_scan(x, torch.zeros(16, 3), torch.zeros(2, 8, 2), torch.zeros(16), h, h)
+        >>> out, h, c = lstm_scan(x, torch.zeros(16, 3), torch.zeros(16, 2), torch.zeros(16), h, h)
         >>> tuple(out.shape), tuple(c.shape)
         ((2, 5, 4), (2, 4))
 
@@ -72,11 +72,10 @@ def lstm_scan(
 
 
 def _check(inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h: Tensor, c: Tensor) -> None:
-    heads, _, width = weight_hh.shape
-    hidden = heads * width
+    hidden, width = h.shape[-1], weight_hh.shape[-1]
     expected = {
         "weight_ih": (weight_ih, (4 * hidden, inputs.shape[-1])),
-        "weight_hh": (weight_hh, (heads, 4 * width, width)),
+        "weight_hh": (weight_hh, (4 * hidden, width)),
         "bias": (bias, (4 * hidden,)),
         "h": (h, (inputs.shape[0], hidden)),
         "c": (c, (inputs.shape[0], hidden)),
@@ -84,12 +83,15 @@ def _check(inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise UsageError(f"lstm_scan: {name} has shape {tuple(tensor.shape)}; expected {shape}.")
+    if hidden % width:
+        raise UsageError(f"lstm_scan: weight_hh has {width} columns, which do not divide the {hidden} features of h.")
 
 
 def _candidates(arguments: tuple[Tensor, ...]) -> tuple[dispatch.Candidate, ...]:
     inputs, _, weight_hh, *_ = arguments
     batch, time, _ = inputs.shape
-    heads, _, width = weight_hh.shape
+    width = weight_hh.shape[1]
+    heads = weight_hh.shape[0] // (4 * width)
     device, dtype = inputs.device.type, inputs.dtype
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
     compiled = device == "cpu" and dtype in (torch.float32, torch.bfloat16) and not gradient and time > 0

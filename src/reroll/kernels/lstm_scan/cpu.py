@@ -28,11 +28,12 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the sequence; see `lstm_scan`. bf16 arguments are computed with in fp32, and the results rounded."""
     dtype = inputs.dtype
-    heads, gates, width = weight_hh.shape
+    width = weight_hh.shape[1]
+    heads, gates = h.shape[1] // width, 4 * width
     outputs, h, c = _scan(
         inputs.permute(1, 2, 0).unsqueeze(0).float(),
         weight_ih.unflatten(0, (heads, gates)).float(),
-        weight_hh.float(),
+        weight_hh.unflatten(0, (heads, gates)).float(),
         bias.unflatten(0, (heads, gates)).float(),
         h.unflatten(-1, (heads, width)).permute(1, 2, 0).float(),
         c.unflatten(-1, (heads, width)).permute(1, 2, 0).float(),

@@ -20,10 +20,15 @@ def scan(
 
 
 def step(u: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Advance one step: u is W_in x + b, [..., 4H]; h and c are [..., H]; weight_hh is [N, 4D, D]."""
-    heads, gates, width = weight_hh.shape
-    recurrent = torch.einsum("...nd,ngd->...ng", h.unflatten(-1, (heads, width)), weight_hh)
-    pre = u.unflatten(-1, (heads, gates)) + recurrent
+    """Advance one step: u is W_in x + b, [..., 4H]; h and c are [..., H]; weight_hh is [4H, D]."""
+    width = weight_hh.shape[1]
+    heads = h.shape[-1] // width
+    if heads == 1:
+        recurrent = torch.nn.functional.linear(h, weight_hh).unsqueeze(-2)
+    else:
+        blocks = weight_hh.unflatten(0, (heads, 4 * width))
+        recurrent = torch.einsum("...nd,ngd->...ng", h.unflatten(-1, (heads, width)), blocks)
+    pre = u.unflatten(-1, (heads, 4 * width)) + recurrent
     i, f, z, o = pre.unflatten(-1, (4, width)).unbind(-2)
     c = torch.sigmoid(f) * c.unflatten(-1, (heads, width)) + torch.sigmoid(i) * torch.tanh(z)
     h = torch.sigmoid(o) * torch.tanh(c)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -25,7 +25,7 @@ from reroll.kernels import dispatch
 from reroll.kernels.noise_axpy.stream import NARROW, Stream, layout, parse_kind
 from reroll.keys import Key
 
-__all__ = ["Stream", "layout", "noise", "noise_axpy", "noise_axpy_each", "noise_axpy_rows", "parse_kind"]
+__all__ = ["Stream", "layout", "noise", "noise_axpy", "noise_axpy_each", "noise_axpy_rows", "parse_kind", "perturber"]
 
 
 def noise_axpy(
@@ -74,6 +74,27 @@ def noise_axpy(
         indices = np.asarray(probes, dtype=np.uint32)
         factors = _factors(alphas, stream.kind, sums or _sums(p))
         _implementation(p, out).axpy(p.detach(), out.detach(), stream, first_row, indices, factors)
+
+
+def perturber(p: Tensor, stream: Stream, out: Tensor) -> Callable[[int, float], None]:
+    """Return a function (probe, alpha) that computes out ← p + alpha · z(probe).
+
+    It does what `noise_axpy` does with one probe, prepared once: for small tensors most of a call is preparation. Both
+    tensors must keep their memory while it is used; their numbers may change.
+
+    Example:
+        >>> p, out = torch.zeros(2, 64), torch.empty(2, 64)
+        >>> perturb = perturber(p, Stream(Key(0), "w"), out)
+        >>> perturb(3, 0.5)
+        >>> torch.equal(out, 0.5 * noise(Key(0), (2, 64), 3, "w"))
+        True
+    """
+    if _implementation(p, out).__name__.endswith(".cpu") and p.is_contiguous() and out.is_contiguous() and p.numel():
+        from reroll.kernels.noise_axpy import cpu
+
+        real = np.float64 if _sums(p) == torch.float64 else np.float32
+        return cpu.perturber(p.detach(), out.detach(), stream, real, real(parse_kind(stream.kind).scale))
+    return lambda probe, alpha: noise_axpy(p, stream, [probe], [alpha], out=out)
 
 
 def noise_axpy_each(p: Tensor, stream: Stream, probes: Sequence[int], alphas: Sequence[float], *, out: Tensor) -> None:

@@ -9,6 +9,7 @@ Measured on one core (docs/results.md): 0.15 ns per weight to perturb, 0.04 ns p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,22 @@ def axpy(p: Tensor, out: Tensor, stream: Stream, first_row: int, probes: np.ndar
 
     split(work, panels, _PER_THREAD)
     target.finish()
+
+
+def perturber(p: Tensor, out: Tensor, stream: Stream, real: Any, scale: Any) -> Callable[[int, float], None]:
+    """Return (probe, alpha) → None that computes out ← p + alpha · z(probe); see `noise_axpy.perturber`."""
+    rows, columns = layout(p.shape)
+    source, target, spec = _array(p, (rows, columns)), _array(out, (rows, columns)), _spec(stream)
+    panels = -(-rows * -(-columns // 128) // LANES)
+
+    def perturb(probe: int, alpha: float) -> None:
+        probes, factors = np.array([probe], np.uint32), np.array([alpha], real) * scale
+        if panels < 2 * _PER_THREAD:
+            _axpy(target, source, 0, *spec, probes, factors, 0, panels)
+        else:
+            split(lambda begin, end: _axpy(target, source, 0, *spec, probes, factors, begin, end), panels, _PER_THREAD)
+
+    return perturb
 
 
 def axpy_each(p: Tensor, out: Tensor, stream: Stream, probes: np.ndarray, factors: np.ndarray) -> None:

@@ -1,0 +1,127 @@
+"""The gradient by backpropagation: the comparison for everything else.
+
+    g = ∂L/∂θ                     exact, of the whole sequence (BPTT)
+    truncate = k                  the state is carried from window to window of k steps, its gradient is not
+    checkpoint = True             exact, keeping only the state at the borders of about √T windows and computing the
+                                  rest again on the way back
+
+`accumulate` cuts the batch by sequences and adds the gradients of the parts: the same gradient with the memory of one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from reroll.data.batch import START, combine_states, map_state
+from reroll.errors import UsageError, require_positive
+from reroll.grad.base import Dense, Estimate, LossFn, trainable
+from reroll.grad.evaluate.probing import batch_rows, batch_size, cuda_devices, seed_of, split_result, with_state
+from reroll.keys import Key
+from reroll.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """Compute the gradient by automatic differentiation, into `.grad`.
+
+    Args:
+        accumulate: parts the batch is cut into.
+        truncate: steps through which the gradient flows; None is all of them.
+        checkpoint: keep states at window borders only and recompute, for memory that grows as √T.
+
+    `truncate` and `checkpoint` need a model with `start` and `advance` (`reroll.Recurrent`) and batches with `steps`
+    (`reroll.data.Batch`).
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> estimate = Backprop()(model, lambda m, x: m(x).square().mean(), torch.ones(5, 3), Key(0))
+        >>> model.weight.grad.shape, estimate.stats["forward_passes"]
+        (torch.Size([1, 3]), 1)
+    """
+
+    accumulate: int = 1
+    truncate: int | None = None
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive(accumulate=self.accumulate, truncate=self.truncate)
+        if self.checkpoint and self.truncate:
+            raise UsageError(f"truncate={self.truncate} and checkpoint=True exclude each other; choose one.")
+
+    def __call__(self, model: nn.Module, loss_fn: LossFn, batch: Any, key: Key) -> Estimate:
+        """Compute the gradient; see `reroll.grad.base.Estimator`. Random numbers in the model come from the key."""
+        parameters = dict(trainable(model))
+        for p in parameters.values():
+            p.grad = None
+        size = batch_size(batch)
+        if self.accumulate > 1 and (size is None or size < self.accumulate):
+            raise UsageError(f"accumulate={self.accumulate} cannot cut a batch of {size} sequences; lower it.")
+        total, passes, states = torch.zeros((), dtype=torch.float64), 0, []
+        with torch.random.fork_rng(devices=cuda_devices(parameters)), torch.enable_grad():
+            torch.manual_seed(seed_of(key))
+            for a in range(self.accumulate):
+                part, share = batch, 1.0
+                if self.accumulate > 1 and size is not None:
+                    begin, end = size * a // self.accumulate, size * (a + 1) // self.accumulate
+                    part, share = batch_rows(batch, begin, end), (end - begin) / size
+                loss, state, windows = self._backward(model, loss_fn, part, share)
+                total, passes = total + loss, passes + windows
+                states.append(state)
+        finite = bool(torch.isfinite(total))
+        return Estimate(
+            loss=total,
+            gradient=Dense(dict(parameters)),
+            outcome=Outcome.ok if finite else Outcome.not_finite,
+            stats={"forward_passes": passes},
+            state=states[0] if len(states) == 1 else combine_states(states, torch.cat),
+        )
+
+    def _backward(self, model: Any, loss_fn: LossFn, batch: Any, share: float) -> tuple[Tensor, Any, int]:
+        """Add share · gradient of the batch to `.grad`; return its loss, the state after it, and forward passes."""
+        if not (self.truncate or self.checkpoint):
+            result = loss_fn(model, batch)
+            loss, state = _mean(result)
+            (loss * share).backward()
+            return loss.detach().double().cpu() * share, map_state(state, torch.detach), 1
+        windows = self._windows(model, batch)
+        fresh = batch.state is None or batch.state is START
+        state = model.start(len(batch)) if fresh else batch.state
+        total, graph = torch.zeros((), dtype=torch.float64), None
+        for window in windows:
+            if self.truncate:
+                loss, state = _mean(loss_fn(model, with_state(window, map_state(state, torch.detach))))
+                (loss * share).backward()
+            else:
+                loss, state = recompute(_window_loss, loss_fn, model, window, state, use_reentrant=False)
+                graph = loss if graph is None else graph + loss
+            total = total + loss.detach().double().cpu() * share
+        if graph is not None:
+            (graph * share).backward()
+        carried = map_state(state, torch.detach) if batch.state is not None else None
+        return total, carried, len(windows) * (2 if self.checkpoint else 1)
+
+    def _windows(self, model: Any, batch: Any) -> list[Any]:
+        option = f"truncate={self.truncate}" if self.truncate else "checkpoint=True"
+        if not (hasattr(model, "start") and hasattr(batch, "steps") and batch.mask.dim() > 1):
+            raise UsageError(
+                f"{option} needs a model with start() and advance() (reroll.Recurrent), a reroll Batch, and an output "
+                "at every step."
+            )
+        length = self.truncate or math.isqrt(max(batch.time - 1, 0)) + 1
+        return [replace(batch.steps(t, t + length), state=None) for t in range(0, max(batch.time, 1), length)]
+
+
+def _window_loss(loss_fn: LossFn, model: Any, window: Any, state: Any) -> tuple[Tensor, Any]:
+    return _mean(loss_fn(model, with_state(window, state)))
+
+
+def _mean(result: Any) -> tuple[Tensor, Any]:
+    loss, state = result if isinstance(result, tuple) else (result, None)
+    split_result((loss, None), single=False)  # checks the shape
+    return (loss.mean() if loss.dim() else loss), state

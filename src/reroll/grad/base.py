@@ -1,0 +1,211 @@
+"""What an estimator is: a model, a loss and a batch in, a gradient out.
+
+    estimate = estimator(model, loss_fn, batch, key)      Estimate(loss, gradient, outcome, stats)
+
+A gradient is a value with two forms. `Dense`: numbers, in every parameter's `.grad`. `Seeded`: N coefficients and a
+key, from which any tensor of
+
+    ĝ = Σ_k c_k · noise(key, shape, k, name)
+
+can be made when it is needed, in tiles, and forgotten. Everything after the estimator (`reroll.optim.apply`) works on
+either.
+
+`loss_fn(model, batch)` is any callable that returns a scalar, or one loss per sequence [batch]; the model is any
+`torch.nn.Module`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from reroll.errors import UsageError
+from reroll.kernels.noise_axpy import Stream, layout, noise_axpy
+from reroll.kernels.philox import stream_id
+from reroll.keys import Key
+from reroll.outcome import Outcome
+
+LossFn = Callable[[Any, Any], Any]
+TILE_BYTES = 8 << 20
+"""A perturbed copy or a piece of a gradient is at most this large, or 1 % of the weights if that is more."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an estimator found.
+
+    Args:
+        loss: the loss it saw: of the batch, or the mean of (L⁺ + L⁻)/2 over the probes. A 0-dimensional fp64 tensor.
+        gradient: `Dense` or `Seeded`.
+        outcome: how it ended; `bool(outcome)` is False where there is no usable gradient.
+        stats: numbers about it; always `forward_passes`.
+        state: the state after the batch's last step, when the batch carried one.
+    """
+
+    loss: Tensor
+    gradient: Dense | Seeded
+    outcome: Outcome
+    stats: dict[str, Any] = field(default_factory=dict)
+    state: Any = None
+
+
+class Estimator(Protocol):
+    """A way from a loss to a gradient."""
+
+    def __call__(self, model: nn.Module, loss_fn: LossFn, batch: Any, key: Key) -> Estimate:
+        """Estimate the gradient of the loss.
+
+        Args:
+            model: the module; its parameters with `requires_grad` are differentiated, tied ones once.
+            loss_fn: `loss_fn(model, batch)` → scalar, or one loss per sequence [batch].
+            batch: whatever `loss_fn` takes.
+            key: the key of this step, `Key(seed).at(step)`; all randomness comes from it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A gradient that lies in the `.grad` of these parameters."""
+
+    parameters: dict[str, Tensor]
+
+    def norm(self) -> float:
+        """Return ‖g‖, over all parameters, summed in fp64."""
+        squares = [p.grad.double().square().sum().item() for p in self.parameters.values() if p.grad is not None]
+        return sum(squares) ** 0.5
+
+    def scaled(self, factor: float) -> Dense:
+        """Multiply every `.grad` by a number, in place."""
+        for p in self.parameters.values():
+            if p.grad is not None:
+                p.grad.mul_(factor)
+        return self
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """A gradient as coefficients and seeds: ĝ = Σ_k c_k · noise(key, shape, k, name).
+
+    Args:
+        key: the key of the step.
+        coefficients: c_k, fp32 on the CPU, one per probe, 1/N over the finite probes included.
+        noise: the kind of noise, as for `reroll.noise`.
+        parameters: the perturbed tensors by name.
+        scales: a factor per tensor, for tensors that were probed with another ε than the coefficients are for.
+        sums: dtype of the sums over probes; None: fp32, fp64 for fp64 tensors.
+    """
+
+    key: Key
+    coefficients: Tensor
+    noise: str
+    parameters: dict[str, Tensor]
+    scales: Mapping[str, float] = field(default_factory=dict)
+    sums: torch.dtype | None = None
+
+    def add_to(self, target: Tensor, name: str, factor: float = 1.0, first_row: int = 0) -> None:
+        """Compute target += factor · ĝ for one tensor, or for the rows of it from `first_row` on.
+
+        Args:
+            target: shaped like the tensor, or like some consecutive rows of it; changed in place.
+            name: which tensor.
+            factor: a number; −η makes it a step of gradient descent.
+            first_row: where the rows start (see `reroll.kernels.noise_axpy`).
+        """
+        stream = Stream(self.key, name, self.noise)
+        factor = factor * self.scales.get(name, 1.0)
+        alphas = (self.coefficients.double() * factor).tolist()
+        noise_axpy(target, stream, range(len(alphas)), alphas, first_row=first_row, sums=self.sums)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return ĝ of one tensor, in fp32 (fp64 for fp64 tensors)."""
+        p = self.parameters[name]
+        made = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+        self.add_to(made, name)
+        return made
+
+    def norm(self) -> float:
+        """Return ‖ĝ‖, over all tensors, in pieces of at most 8 MB; the sum is in fp64."""
+        total = 0.0
+        for name, p in self.parameters.items():
+            wide = torch.promote_types(p.dtype, torch.float32)
+            for rows, first in row_blocks(p, TILE_BYTES):
+                piece = torch.zeros(rows.shape, dtype=wide, device=p.device)
+                self.add_to(piece, name, first_row=first)
+                total += piece.double().square_().sum().item()
+        return total**0.5
+
+    def scaled(self, factor: float) -> Seeded:
+        """Return the gradient times a number: only the coefficients change."""
+        coefficients = (self.coefficients.double() * factor).float()
+        return Seeded(self.key, coefficients, self.noise, self.parameters, self.scales, self.sums)
+
+
+Gradient = Dense | Seeded
+
+
+def row_blocks(p: Tensor, limit_bytes: int) -> Iterator[tuple[Tensor, int]]:
+    """Yield views of consecutive rows of a tensor, of at most this many fp32 bytes, with the number of their first row.
+
+    Rows are those of the noise stream; a tensor that is one row there comes whole.
+    """
+    p = p.detach()
+    count, columns = layout(p.shape)
+    if count == 1 or not p.is_contiguous():
+        yield p, 0
+        return
+    matrix = p.view(count, columns)
+    step = max(1, limit_bytes // (4 * columns))
+    for first in range(0, count, step):
+        yield matrix[first : first + step], first
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters with `requires_grad` by canonical name, tied ones once, under their first name.
+
+    Wrappers leave the name alone: `_orig_mod.`, `module.` and `_fsdp_wrapped_module.` are taken off, so a compiled or
+    distributed model has the noise of the plain one.
+
+    Raises:
+        UsageError: if there is none, if one is not of floating dtype, or if two names share a noise stream.
+    """
+    named = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    check_streams(named)
+    return named
+
+
+def canonical_name(name: str) -> str:
+    """Return a parameter's name without the prefixes that wrappers add.
+
+    Example:
+        >>> canonical_name("_orig_mod.module.cells.0._fsdp_wrapped_module.bias")
+        'cells.0.bias'
+    """
+    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_fsdp_wrapped_module")]
+    while len(parts) > 1 and parts[0] == "module":
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def check_streams(named: Mapping[str, Tensor]) -> None:
+    """Raise `UsageError` unless these are floating tensors that all have their own noise."""
+    if not named:
+        raise UsageError("The model has no parameter with requires_grad=True; there is nothing to train.")
+    seen: dict[int, str] = {}
+    for name, p in named.items():
+        if not p.is_floating_point():
+            raise UsageError(
+                f"{name} is {p.dtype}; only floating tensors can be trained. Set requires_grad=False on it."
+            )
+        other = seen.setdefault(stream_id(name), name)
+        if other != name:
+            raise UsageError(f'"{other}" and "{name}" hash to the same noise stream; rename one of the parameters.')
+
+
+def weight_bytes(named: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of these tensors, or of copies in `dtype`."""
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in named.values())

@@ -1,0 +1,105 @@
+"""Perturb the weights themselves, evaluate, and put them back bit for bit. Works for any module.
+
+    p ← copy + ε z,  L⁺;    p ← copy − ε z,  L⁻;    …;    p ← copy
+
+Adding ε z and taking it away again does not give p back: floating-point addition rounds (in bf16 the weights drift by
+more than an update, in fp32 by a unit in the last place now and then). So a pristine copy is kept, which costs as much
+memory as the weights; or, with `restore="grid"`, fp32 weights are first rounded to a fixed-point grid on which adding
+and removing a multiple of the grid is exact, and no copy is needed:
+
+    unit = 2^(e − 24) with 2^e > max |p| + 2 ε,        ε ← a multiple of the largest unit of all tensors
+
+The rounding moves a weight by at most half a unit, 2⁻²⁴ of the tensor's largest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.grad.evaluate.probing import Probing, Result, Unit
+from reroll.kernels.noise_axpy import noise_axpy, parse_kind
+
+
+class InPlace:
+    """Evaluate units by overwriting the weights; one unit at a time."""
+
+    def __init__(self, probing: Probing, restore: str = "copy"):
+        if probing.dtype is not None:
+            raise UsageError('evaluate="in_place" cannot change the dtype of the weights; use evaluate="tiles".')
+        self.probing, self.restore = probing, restore
+        self.copies: dict[str, Tensor] = {}
+
+    def __enter__(self) -> InPlace:
+        if self.restore == "copy":
+            self.copies = {name: p.detach().clone() for name, p in self.probing.parameters.items()}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for name, copy in self.copies.items():
+            self.probing.parameters[name].detach().copy_(copy)
+        self.copies = {}
+
+    def losses(self, unit: Unit) -> Result:
+        """Return the losses of a unit; see `Result`."""
+        losses = [torch.tensor(0.0)] * (len(self.probing.sides) * len(unit.probes))
+        states: list[Any] = [None] * len(losses)
+        # Probe by probe, both signs in turn, so that the grid policy needs one pass over the weights between them.
+        with self.probing.isolated() as rewind:
+            for index, side, probe in sorted(self.probing.branches(unit), key=lambda branch: branch[2]):
+                rewind()
+                self._perturb(side, probe)
+                try:
+                    losses[index], states[index] = self.probing.loss(unit, unit.states and unit.states[index])
+                finally:
+                    if self.restore == "grid":
+                        self._perturb(-side, probe)
+        return Result(torch.stack(losses).view(len(self.probing.sides), -1), states)
+
+    def _perturb(self, side: int, probe: int) -> None:
+        for name, p in self.probing.parameters.items():
+            source = self.copies.get(name, p)
+            noise_axpy(source, self.probing.stream(name), [probe], [self.probing.alpha(name, side)], out=p.detach())
+
+
+def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: str = "rademacher") -> float:
+    """Round fp32 weights to grids on which ±ε is exact, in place, and return the ε that is.
+
+    Args:
+        parameters: the tensors; every one gets the grid 2^(e − 24) with 2^e > max |p| + 2 ε.
+        epsilon: the wished size of a probe.
+        noise: must be "rademacher": other noise is no multiple of a grid.
+
+    Returns:
+        The multiple of the largest grid unit that is nearest to `epsilon`.
+
+    Raises:
+        UsageError: for weights that are not fp32, other noise, or an ε below the largest unit.
+
+    Example:
+        >>> p = torch.tensor([0.3, -1.7])
+        >>> epsilon = snap_to_grid({"p": p}, 0.01)
+        >>> torch.equal((p + epsilon) - epsilon, p)
+        True
+    """
+    if parse_kind(noise) != parse_kind("rademacher"):
+        raise UsageError(f'restore="grid" needs noise="rademacher"; with noise="{noise}" use restore="copy".')
+    units = {}
+    for name, p in parameters.items():
+        if p.dtype != torch.float32:
+            raise UsageError(f'restore="grid" needs fp32 weights; {name} is {p.dtype}. Use restore="copy".')
+        largest = float(p.detach().abs().max()) + 2 * epsilon if p.numel() else epsilon
+        units[name] = 2.0 ** (math.frexp(largest)[1] - 24) if math.isfinite(largest) else 1.0
+    for name, p in parameters.items():
+        # Dividing by a power of two and rounding are exact; so is the product.
+        p.detach().div_(units[name]).round_().mul_(units[name])
+    coarsest = max(units.values())
+    multiple = round(epsilon / coarsest)
+    if multiple < 1:
+        raise UsageError(f"epsilon={epsilon:g} is below the grid of the weights, {coarsest:g}; raise it.")
+    return multiple * coarsest

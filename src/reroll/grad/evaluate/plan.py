@@ -1,0 +1,183 @@
+"""Which way probes are evaluated, in what units, by how many threads: static rules, decided once.
+
+The rules look at the model, the shapes and the number of cores; never at a clock or at free memory. What they decide
+goes into a run's config and journal, so a resumed run, on whatever machine, does the same arithmetic: `evaluate`,
+`chunk` and `threads` can change the last bits of a loss, the number of workers cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reroll.errors import UsageError
+from reroll.grad.base import TILE_BYTES, weight_bytes
+from reroll.models import Recurrent
+
+MODES = ("in_place", "tiles", "batched")
+SMALL = 1 << 18
+"""Weights up to which a model is evaluated batched: a perturbed copy (1 MB) and the next stay in the second cache."""
+BATCHED_FLOATS = 1 << 20
+"""Numbers in the perturbed copies of a batched unit, unless that is less than four probes: 4 MB of fp32."""
+BATCHED_ACTIVATIONS = 1 << 24
+"""Numbers a batched unit may keep alive beside its weights: 64 MB of fp32."""
+ONE_THREAD = 1 << 23
+"""Weights up to which a unit is given one thread and the cores work on different units."""
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the probes of a step are evaluated.
+
+    Args:
+        evaluate: "in_place", "tiles" or "batched".
+        chunk: probes of a unit.
+        threads: threads of torch within a unit.
+        workers: units evaluated at the same time.
+        isolate: whether a branch may draw random numbers or change buffers, so that both must be kept from the others.
+        tile_bytes: budget of perturbed weights per worker, for tiles.
+        whole: all perturbed weights fit the budget, and the model can be copied: nothing need be cut.
+        reason: why, for people.
+    """
+
+    evaluate: str
+    chunk: int
+    threads: int
+    workers: int
+    isolate: bool
+    tile_bytes: int
+    whole: bool
+    reason: str
+
+    def extra_bytes(self, parameters: Mapping[str, Tensor], restore: str, dtype: torch.dtype | None) -> int:
+        """Return the bytes of perturbed or pristine copies held at once."""
+        size = weight_bytes(parameters, dtype)
+        if self.evaluate == "in_place":
+            return weight_bytes(parameters) if restore == "copy" else 0
+        per_worker = min(size, self.tile_bytes) if self.evaluate == "tiles" else 2 * self.chunk * size
+        return per_worker * self.workers
+
+
+def make_plan(
+    model: nn.Module | None,
+    parameters: Mapping[str, Tensor],
+    probes: int,
+    *,
+    batch: Any = None,
+    evaluate: str = "auto",
+    chunk: int | None = None,
+    threads: int | None = None,
+    workers: int | None = None,
+    dtype: torch.dtype | None = None,
+    sides: int = 2,
+) -> Plan:
+    """Decide how to evaluate.
+
+    Args:
+        model: the module; None for a closure that nothing is known about.
+        parameters: the perturbed tensors.
+        probes: N.
+        batch: a batch as the probes will see it; only its shape matters.
+        evaluate: a mode, or "auto".
+        chunk, threads, workers: None decides; a number is taken.
+        dtype: the dtype of the evaluation, None for the weights' own.
+        sides: branches of a probe.
+
+    Raises:
+        UsageError: for an unknown mode.
+    """
+    if evaluate not in ("auto", *MODES):
+        raise UsageError(f'evaluate="{evaluate}" must be auto, {", ".join(MODES)}.')
+    weights = sum(p.numel() for p in parameters.values())
+    low = any(p.dtype.itemsize < 4 for p in parameters.values()) or dtype is not None
+    on_cpu = all(p.device.type == "cpu" for p in parameters.values())
+    known = model is not None and is_known(model)
+    still = model is not None and known and is_still(model)
+    if evaluate == "auto":
+        evaluate, reason = _choose(model, weights, low, known)
+    else:
+        reason = "asked for"
+    # One unit at a time where units would share weights, the global generator, buffers or a device.
+    alone = evaluate == "in_place" or not still or not on_cpu
+    cores = torch.get_num_threads() if on_cpu else 1
+    if threads is None:
+        threads = cores if alone or weights > ONE_THREAD else 1
+    workers = 1 if alone else workers or max(1, cores // threads)
+    if chunk is None:
+        chunk = (
+            _chunk(weights, -(-probes // workers), sides, _activations(model, batch)) if evaluate == "batched" else 1
+        )
+    tile_bytes = max(TILE_BYTES, weight_bytes(parameters) // 100)
+    whole = known and weight_bytes(parameters, dtype) <= tile_bytes
+    return Plan(evaluate, max(1, min(chunk, probes)), threads, workers, not still, tile_bytes, whole, reason)
+
+
+def _choose(model: nn.Module | None, weights: int, low: bool, known: bool) -> tuple[str, str]:
+    if model is None or not known:
+        if low:
+            return "tiles", "evaluation below fp32 works on copies, never in place"
+        return "in_place", "the model has code of its own, which may read its weights in any way"
+    if weights <= SMALL and can_be_mapped(model):
+        return "batched", f"{weights:,} weights: many perturbed copies fit into the cache"
+    return "tiles", f"{weights:,} weights: pieces are perturbed where they are used, the weights stay untouched"
+
+
+def _chunk(weights: int, most: int, sides: int, activations: int) -> int:
+    """The largest power of two whose weights and activations fit."""
+    by_weights = max(4, BATCHED_FLOATS // (sides * max(weights, 1)))
+    by_activations = BATCHED_ACTIVATIONS // (sides * max(activations, 1))
+    return 1 << (max(1, min(by_weights, by_activations, most)).bit_length() - 1)
+
+
+def _activations(model: nn.Module | None, batch: Any) -> int:
+    """About how many numbers one evaluation keeps alive: positions of the batch times numbers per position."""
+    first = getattr(batch, "inputs", batch)
+    while isinstance(first, tuple | list | dict) and first:
+        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+    if not isinstance(first, Tensor):
+        return 1
+    positions = first.numel() if not first.is_floating_point() else first.numel() // max(first.shape[-1], 1)
+    if model is None:
+        return positions
+    if isinstance(model, Recurrent):
+        return min(positions * model.step_floats, model.window_floats)
+    # Unknown insides: as many numbers per position as the sides of all matrices have together.
+    return positions * sum(sum(p.shape[-2:]) for p in model.parameters() if p.dim() > 1)
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether all modules are torch's or reroll's, so that weights are used in torch operations only."""
+    return all(type(module).__module__.startswith(("torch.nn.", "reroll.")) for module in model.modules())
+
+
+def can_be_mapped(model: nn.Module) -> bool:
+    """Whether all modules run under torch.func.vmap: not torch's recurrent ones, nor what writes batch statistics."""
+    return not any(
+        isinstance(module, nn.RNNBase | nn.RNNCellBase) or (module.training and isinstance(module, _STATISTICS))
+        for module in model.modules()
+    )
+
+
+def is_still(model: nn.Module) -> bool:
+    """Whether a model of known modules draws no random numbers and changes no buffer in its present mode."""
+    return not any(_moves(module) for module in model.modules() if module.training)
+
+
+def _moves(module: nn.Module) -> bool:
+    if isinstance(module, _DROPOUT):
+        return module.p > 0
+    if isinstance(module, nn.LSTM | nn.GRU | nn.RNN | nn.MultiheadAttention | nn.RReLU):
+        return getattr(module, "dropout", 1.0) > 0
+    return isinstance(module, _STATISTICS)
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Return the plan as it is written into a journal's header."""
+    return {"evaluate": plan.evaluate, "chunk": plan.chunk, "threads": plan.threads}

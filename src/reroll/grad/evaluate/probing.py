@@ -1,0 +1,211 @@
+"""What every way of evaluating probes is given, and the bookkeeping around one evaluation of the loss.
+
+One step has N probes; probe k is evaluated on its branches, θ + ε z_k and θ − ε z_k (or only the first). A *unit* is a
+few consecutive probes, both signs together, on a fixed part of the batch: the piece of work that a thread, a process or
+a rank takes whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from reroll.errors import UsageError
+from reroll.kernels.noise_axpy import Stream
+from reroll.keys import Key
+
+
+class Unit(NamedTuple):
+    """Consecutive probes on a part of the batch.
+
+    Args:
+        probes: indices of the probes.
+        batch: the part of the batch they see.
+        states: one carried state per branch, [(side, probe)], sides outermost; None: the batch's own.
+        single: True if the part is a single sequence of several, so that the loss must come per sequence.
+    """
+
+    probes: range
+    batch: Any
+    states: list[Any] | None = None
+    single: bool = False
+
+
+class Result(NamedTuple):
+    """Losses [sides, probes of the unit], and the state after each branch, in the order of `Unit.states`."""
+
+    losses: Tensor
+    states: list[Any]
+
+
+@dataclass(frozen=True)
+class Probing:
+    """One step's probes.
+
+    Args:
+        parameters: the perturbed tensors by name.
+        call: (model, batch) → loss (scalar or [batch]), or a pair (loss, state after the batch).
+        key: the key of the step.
+        epsilon: ε, the size of a probe.
+        noise: the kind of noise.
+        sides: (+1, −1) for central differences, (+1,) for one-sided ones.
+        dtype: evaluate in this dtype; None: the weights' own.
+        scales: a factor on ε per tensor.
+        model: the module, where there is one.
+        isolate: give every branch the same random numbers, and undo what it does to buffers and the global generator.
+    """
+
+    parameters: Mapping[str, Tensor]
+    call: Callable[[Any, Any], Any]
+    key: Key
+    epsilon: float
+    noise: str = "rademacher"
+    sides: tuple[int, ...] = (1, -1)
+    dtype: torch.dtype | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
+    model: nn.Module | None = None
+    isolate: bool = True
+
+    def stream(self, name: str) -> Stream:
+        """Return the noise stream of a tensor."""
+        return Stream(self.key, name, self.noise)
+
+    def alpha(self, name: str, side: int) -> float:
+        """Return the factor on the noise of a tensor: ±ε, times its scale."""
+        return side * self.epsilon * self.scales.get(name, 1.0)
+
+    def branches(self, unit: Unit) -> Iterator[tuple[int, int, int]]:
+        """Yield (index, side, probe) of every branch of a unit, sides outermost."""
+        for s, side in enumerate(self.sides):
+            for i, probe in enumerate(unit.probes):
+                yield s * len(unit.probes) + i, side, probe
+
+    def loss(self, unit: Unit, state: Any, model: nn.Module | None = None) -> tuple[Tensor, Any]:
+        """Call the loss once, as the branch that carries this state sees it; return (scalar loss, state after).
+
+        Args:
+            unit: its part of the batch is what the loss sees.
+            state: the carried state of this branch, or None.
+            model: a copy of the model to evaluate instead of the model itself.
+        """
+        result = self.call(self.model if model is None else model, with_state(unit.batch, state))
+        return split_result(result, unit.single)
+
+    @contextmanager
+    def isolated(self) -> Iterator[Callable[[], None]]:
+        """Keep branches apart: gives a function to call before each of them.
+
+        It sets torch's generators to a state that depends on the step alone, and buffers to what they were, so that
+        every branch sees the same dropout and the same statistics. Afterwards both are as before.
+        """
+        if not self.isolate:
+            yield lambda: None
+            return
+        devices = cuda_devices(self.parameters)
+        buffers = [] if self.model is None else [(b, b.detach().clone()) for b in self.model.buffers()]
+
+        def restore_buffers() -> None:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed_of(self.key))
+            states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+            def rewind() -> None:
+                torch.set_rng_state(states[0])
+                for device, state in zip(devices, states[1:]):
+                    torch.cuda.set_rng_state(state, device)
+                restore_buffers()
+
+            try:
+                yield rewind
+            finally:
+                restore_buffers()
+
+
+class Evaluator(Protocol):
+    """A way to compute the losses of units. It is a context: whatever it changes is put back when it ends."""
+
+    def __enter__(self) -> Evaluator: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def losses(self, unit: Unit) -> Result: ...
+
+
+def seed_of(key: Key) -> int:
+    """Return a seed for torch's own generators, for modules that draw from them."""
+    return int.from_bytes(key.digest, "little") >> 1
+
+
+def cuda_devices(parameters: Mapping[str, Tensor]) -> list[int]:
+    """Return the indices of the CUDA devices these tensors are on."""
+    return sorted({p.device.index or 0 for p in parameters.values() if p.device.type == "cuda"})
+
+
+def split_result(result: Any, single: bool) -> tuple[Tensor, Any]:
+    """Return (scalar loss, state) of what a loss function returned: a loss, or a pair of a loss and a state.
+
+    Raises:
+        UsageError: if the loss is no tensor, is neither a scalar nor one number per sequence, or is a scalar where one
+            per sequence is needed.
+    """
+    loss, state = result if isinstance(result, tuple) else (result, None)
+    if not isinstance(loss, Tensor):
+        raise UsageError(f"loss_fn returned {type(loss).__name__}; it must return a tensor, scalar or [batch].")
+    if loss.dim() > 1:
+        raise UsageError(
+            f"loss_fn returned shape {tuple(loss.shape)}; it must return a scalar or one loss per sequence."
+        )
+    if single and loss.dim() == 0:
+        raise UsageError(
+            'batch="split" gives every probe its own sequence, but loss_fn returned a scalar. '
+            "Return one loss per sequence, [batch], or lower probes below the batch size."
+        )
+    loss = loss.detach()
+    return (loss.mean() if loss.dim() else loss), state
+
+
+# ---- batches of any kind
+
+
+def batch_size(batch: Any) -> int | None:
+    """Return the number of sequences of a batch: its `len` if it can be cut by rows, or that of its first tensor."""
+    if hasattr(batch, "rows"):
+        return len(batch)
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, tuple | list):
+        sizes = [size for size in map(batch_size, batch) if size is not None]
+        return sizes[0] if sizes else None
+    return None
+
+
+def batch_rows(batch: Any, begin: int, end: int) -> Any:
+    """Return some of the sequences of a batch: its own `rows`, or the rows of every tensor in it."""
+    if hasattr(batch, "rows"):
+        return batch.rows(begin, end)
+    if isinstance(batch, Tensor):
+        return batch[begin:end] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {name: batch_rows(value, begin, end) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(batch_rows(value, begin, end) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(batch_rows(value, begin, end) for value in batch)
+    return batch
+
+
+def with_state(batch: Any, state: Any) -> Any:
+    """Return the batch with this carried state; None leaves it as it is."""
+    if state is None:
+        return batch
+    return replace(batch, state=state)

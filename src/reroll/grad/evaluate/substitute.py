@@ -1,0 +1,95 @@
+"""Hand perturbed weights to a model that does not know, by intercepting the operations that use them.
+
+Inside `with Substitute(source):` every torch function called in this thread is looked at. One that is given a perturbed
+parameter gets what the source has in its place: a perturbed copy, a slice of a stack under vmap, or, for the products a
+source has rules for, piece after piece. The module is not changed, so several threads can evaluate it at once.
+
+This is torch's public `TorchFunctionMode`; code that reads weights outside torch functions (an extension that takes a
+data pointer) does not pass here and needs `evaluate="in_place"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# What a tensor says about itself, or lends its type to, without its numbers.
+_ABOUT = {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "requires_grad", "is_leaf", "ndim", "layout", "is_cuda", "is_meta", "grad")
+} | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.ndimension,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.element_size,
+    Tensor.stride,
+    Tensor.is_contiguous,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.get_device,
+    Tensor.new_empty,
+    Tensor.new_zeros,
+    Tensor.new_ones,
+    Tensor.new_full,
+    Tensor.new_tensor,
+    Tensor.__hash__,
+    Tensor.__len__,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
+
+
+class Source(Protocol):
+    """Where perturbed weights come from."""
+
+    ids: set[int]
+    """`id` of every parameter that is replaced."""
+
+    rules: dict[Callable[..., Any], Callable[..., Any]]
+    """Functions a source computes by itself: called with (*args, **kwargs) of the function."""
+
+    def tensor(self, p: Tensor) -> Tensor:
+        """Return what stands in for a parameter."""
+        ...
+
+
+class Substitute(TorchFunctionMode):
+    """Replace parameters by what a source has for them, in every torch function called inside the block."""
+
+    def __init__(self, source: Source):
+        super().__init__()
+        self.source = source
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        source = self.source
+        if func in _ABOUT or not (_mentions(args, source.ids) or (kwargs and _mentions(kwargs.values(), source.ids))):
+            return func(*args, **kwargs)
+        rule = source.rules.get(func)
+        if rule is not None:
+            return rule(*args, **kwargs)
+        return func(*_replace(args, source), **{name: _replace(value, source) for name, value in kwargs.items()})
+
+
+def _mentions(values: Any, ids: set[int]) -> bool:
+    return any(
+        id(value) in ids
+        or (isinstance(value, list | tuple) and not isinstance(value, torch.Size) and _mentions(value, ids))
+        for value in values
+    )
+
+
+def _replace(value: Any, source: Source) -> Any:
+    if id(value) in source.ids:
+        return source.tensor(value)
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+        items = [_replace(item, source) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

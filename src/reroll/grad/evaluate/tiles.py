@@ -1,0 +1,224 @@
+"""Evaluate probes with perturbed pieces of weights, made when a product needs them and forgotten after it.
+
+What is small is perturbed once per branch and kept while the branch runs. What does not fit the budget comes in pieces:
+
+    linear        W in blocks of rows, one block of outputs each
+    embedding     only the rows that are looked up
+    lstm_scan     groups of heads, each with all its time steps before the next
+    anything else the whole tensor, for as long as the one operation takes
+
+so beside the weights there are never more than the budget (8 MB, or 1 % of the weights) of perturbed ones per worker,
+except for an operation that needs a larger tensor whole; `whole` counts the bytes of the largest such tensor.
+
+The rows of a matrix in the noise stream can be made alone (`reroll.kernels.noise_axpy`), which is why a piece of a
+perturbed matrix is the piece of the perturbed matrix.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from reroll.grad.base import TILE_BYTES
+from reroll.grad.evaluate.probing import Probing, Result, Unit
+from reroll.grad.evaluate.substitute import Substitute
+from reroll.kernels import dispatch
+from reroll.kernels.lstm_scan import lstm_scan
+from reroll.kernels.noise_axpy import layout, noise_axpy, noise_axpy_rows
+
+
+class Tiles:
+    """Evaluate units without touching the weights. Several threads may call `losses` at once."""
+
+    def __init__(self, probing: Probing, budget: int = TILE_BYTES):
+        self.probing, self.budget = probing, budget
+        self.whole = 0
+        self.thread = threading.local()
+
+    def __enter__(self) -> Tiles:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        return None
+
+    def losses(self, unit: Unit) -> Result:
+        """Return the losses of a unit; see `Result`."""
+        losses, states = [], []
+        if not hasattr(self.thread, "scratch"):
+            self.thread.scratch = {}
+        with self.probing.isolated() as rewind:
+            for index, side, probe in self.probing.branches(unit):
+                rewind()
+                source = Perturbed(self.probing, side, probe, self.budget, self.thread.scratch)
+                with Substitute(source), self._step_by_step():
+                    loss, state = self.probing.loss(unit, unit.states and unit.states[index])
+                losses.append(loss)
+                states.append(state)
+                self.whole = max(self.whole, source.whole)
+        return Result(torch.stack(losses).view(len(self.probing.sides), -1), states)
+
+    @contextmanager
+    def _step_by_step(self) -> Iterator[None]:
+        """Torch's kernels for whole sequences need whole weights: loop over steps where one does not fit."""
+        largest = max(p.numel() * p.element_size() for p in self.probing.parameters.values())
+        with ExitStack() as stack:
+            if largest > self.budget:
+                for op in ("rnn", "gru"):
+                    stack.enter_context(dispatch.use(op, "reference"))
+            yield
+
+
+class Perturbed:
+    """The weights of one branch, θ ± ε z_k, as a source of copies and pieces for `Substitute`."""
+
+    def __init__(self, probing: Probing, side: int, probe: int, budget: int, scratch: dict[int, Tensor]):
+        self.probing, self.side, self.probe, self.budget = probing, side, probe, budget
+        # Memory by weight, used again by the next branch of this thread: fresh pages would cost more than the noise.
+        self.scratch = scratch
+        self.names: dict[int, str | None] = {id(p): name for name, p in probing.parameters.items()}
+        if probing.dtype is not None and probing.model is not None:
+            # Weights that are not perturbed are still cast to the dtype of the branch.
+            self.names = {id(p): None for p in probing.model.parameters()} | self.names
+        self.ids = set(self.names)
+        self.rules = {functional.linear: self.linear, functional.embedding: self.embedding, lstm_scan: self.lstm_scan}
+        self.kept: dict[int, Tensor] = {}
+        self.kept_bytes = self.whole = 0
+
+    # ---- copies and pieces
+
+    def tensor(self, p: Tensor) -> Tensor:
+        """Return the whole perturbed tensor, kept for the rest of the branch if the budget allows."""
+        if id(p) in self.kept:
+            return self.kept[id(p)]
+        keep = self.fits(p)
+        made = self.rows(p, 0, layout(p.shape)[0], again=keep).view(p.shape)
+        if keep:
+            self.kept[id(p)] = made
+            self.kept_bytes += self.bytes(p)
+        else:
+            self.whole = max(self.whole, self.bytes(p))
+        return made
+
+    def rows(self, p: Tensor, begin: int, end: int, again: bool = True) -> Tensor:
+        """Return rows of the perturbed tensor, as the matrix it is in the noise stream.
+
+        With `again` their memory is used again by the next rows of this tensor, so they must have been used up by then.
+        """
+        source = p.detach().reshape(layout(p.shape))[begin:end]
+        out = self.scratch.get(id(p)) if again else None
+        if out is None or out.dtype != self.dtype(p) or out.numel() < source.numel():
+            out = torch.empty(source.numel(), dtype=self.dtype(p), device=p.device)
+            if again:
+                self.scratch[id(p)] = out
+        out = out[: source.numel()].view(source.shape)
+        name = self.names[id(p)]
+        if name is None:
+            return out.copy_(source)
+        alpha = self.probing.alpha(name, self.side)
+        noise_axpy(source, self.probing.stream(name), [self.probe], [alpha], out=out, first_row=begin)
+        return out
+
+    def value(self, p: Any) -> Any:
+        """Return what stands in for an argument: a perturbed copy of a weight, anything else as it is."""
+        return self.tensor(p) if id(p) in self.ids else p
+
+    def dtype(self, p: Tensor) -> torch.dtype:
+        return self.probing.dtype if self.probing.dtype is not None and p.is_floating_point() else p.dtype
+
+    def bytes(self, p: Tensor) -> int:
+        return p.numel() * self.dtype(p).itemsize
+
+    def fits(self, *tensors: Any) -> bool:
+        """Whether these weights can all be kept whole."""
+        missing = {id(p): self.bytes(p) for p in tensors if id(p) in self.ids and id(p) not in self.kept}
+        return self.kept_bytes + sum(missing.values()) <= self.budget
+
+    def room(self) -> int:
+        """Bytes a piece may have: what the kept tensors leave of the budget, but at least a quarter of it."""
+        return max(self.budget - self.kept_bytes, self.budget // 4)
+
+    # ---- rules: functions computed piece by piece
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """torch.nn.functional.linear, in blocks of outputs if the weight does not fit."""
+        outputs, columns = weight.shape
+        bias = self.value(bias)
+        input = input.to(self.dtype(weight))
+        if id(weight) not in self.ids or self.fits(weight) or layout(weight.shape)[0] != outputs:
+            return functional.linear(input, self.value(weight), bias)
+        result = input.new_empty(*input.shape[:-1], outputs)
+        step = max(1, self.room() // (columns * input.element_size()))
+        for begin in range(0, outputs, step):
+            end = min(begin + step, outputs)
+            part = None if bias is None else bias[begin:end]
+            result[..., begin:end] = functional.linear(input, self.rows(weight, begin, end), part)
+        return result
+
+    def embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """torch.nn.functional.embedding, of the rows that are looked up if that is less than all."""
+        name = self.names.get(id(weight))
+        few = input.numel() < weight.shape[0] or not self.fits(weight)
+        # max_norm renormalises the weight in place; only a whole copy can take that.
+        max_norm = kwargs.get("max_norm", args[1] if len(args) > 1 else None)
+        if name is None or not few or id(weight) in self.kept or layout(weight.shape)[0] == 1 or max_norm is not None:
+            return functional.embedding(input, self.value(weight), *args, **kwargs)
+        out = torch.empty(*input.shape, weight.shape[1], dtype=self.dtype(weight), device=weight.device)
+        flat = out.view(-1, weight.shape[1])
+        alpha = self.probing.alpha(name, self.side)
+        noise_axpy_rows(weight, input.reshape(-1), self.probing.stream(name), self.probe, alpha, out=flat)
+        return out
+
+    def lstm_scan(
+        self, inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """reroll.kernels.lstm_scan, one group of heads after another if the weights do not fit."""
+        inputs, h, c = (self.value(t).to(self.dtype(weight_hh)) for t in (inputs, h, c))
+        bias = self.value(bias)
+        if self.fits(weight_ih, weight_hh):
+            return lstm_scan(inputs, self.value(weight_ih), self.value(weight_hh), bias, h, c)
+        width = weight_hh.shape[1]
+        heads, gates = h.shape[1] // width, 4 * width
+        head_bytes = gates * (inputs.shape[2] + width) * inputs.element_size()
+        group = min(heads, self.room() // head_bytes)
+        if group == 0:
+            return self._lstm_by_steps(inputs, weight_ih, weight_hh, bias, h, c)
+        parts = []
+        for n in range(0, heads, group):
+            rows, lanes = slice(n * gates, (n + group) * gates), slice(n * width, (n + group) * width)
+            piece_ih, piece_hh = self._piece(weight_ih, rows), self._piece(weight_hh, rows)
+            parts.append(lstm_scan(inputs, piece_ih, piece_hh, bias[rows], h[:, lanes], c[:, lanes]))
+        return tuple(torch.cat(tensors, -1) for tensors in zip(*parts))  # type: ignore[return-value]
+
+    def _piece(self, matrix: Tensor, rows: slice) -> Tensor:
+        """Rows of a matrix, perturbed if it is a weight; cut from a whole copy if it is one row of the noise stream."""
+        if id(matrix) not in self.ids or layout(matrix.shape)[0] == 1:
+            return self.value(matrix)[rows]
+        return self.rows(matrix, rows.start, min(rows.stop, len(matrix)))
+
+    def _lstm_by_steps(
+        self, inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A head that does not fit: its recurrent matrix is made again, in blocks of rows, at every step."""
+        width = weight_hh.shape[1]
+        heads, gates = h.shape[1] // width, 4 * width
+        step = max(1, self.room() // (width * inputs.element_size()))
+        projected = self.linear(inputs, weight_ih, bias)
+        outputs = []
+        for u in projected.unbind(1):
+            pre = u.clone()
+            for n in range(heads):
+                own = h[:, n * width : (n + 1) * width]
+                for begin in range(n * gates, (n + 1) * gates, step):
+                    rows = slice(begin, min(begin + step, (n + 1) * gates))
+                    pre[:, rows] += own @ self._piece(weight_hh, rows).T
+            i, f, z, o = pre.view(-1, heads, 4, width).unbind(2)
+            c = (torch.sigmoid(f) * c.view(-1, heads, width) + torch.sigmoid(i) * torch.tanh(z)).flatten(1)
+            h = (torch.sigmoid(o) * torch.tanh(c.view(-1, heads, width))).flatten(1)
+            outputs.append(h)
+        return torch.stack(outputs, 1), h, c

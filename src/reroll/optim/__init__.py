@@ -1,0 +1,9 @@
+"""A gradient into an update: three ways to apply one, schedules, optimizers by name, and CD-RGE as an optimizer."""
+
+from reroll.optim.apply import apply, clip_norm
+from reroll.optim.cdrge import CDRGE
+from reroll.optim.ema import Average
+from reroll.optim.groups import OPTIMIZERS, build_optimizer
+from reroll.optim.schedule import Plateau, Schedule
+
+__all__ = ["CDRGE", "OPTIMIZERS", "Average", "Plateau", "Schedule", "apply", "build_optimizer", "clip_norm"]

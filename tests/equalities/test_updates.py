@@ -1,0 +1,376 @@
+"""Ways of taking a step that give the same weights, and ways of backpropagating that give the same gradient."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from reroll.data.batch import START
+from reroll.data.task import sequence_losses
+from reroll.errors import RunError, UsageError
+from reroll.grad import Backprop, CentralDifference, Dense
+from reroll.grad.base import row_blocks, trainable
+from reroll.keys import Key
+from reroll.optim import CDRGE, OPTIMIZERS, Average, apply, build_optimizer, clip_norm
+from reroll.outcome import Outcome
+from tests.models import a_batch, build
+
+KEY = Key(5).at(1)
+
+
+def steps(name, how, count=3, optimizer="sgd", **options):
+    """Weights after a few steps of CD-RGE."""
+    model, batch = build(name), a_batch()
+    opt = build_optimizer(optimizer, trainable(model), 0.02, **options)
+    for step in range(count):
+        estimate = CentralDifference(6, 0.02)(model, sequence_losses, batch, Key(5).at(step))
+        apply(estimate.gradient, opt, how)
+        assert all(p.grad is None for p in model.parameters())
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["lstm", "lstm-heads", "gru", "foreign"])
+def test_write_is_stream(name, optimizer):
+    write, stream = (steps(name, how, optimizer=optimizer, weight_decay=0.1) for how in ("write", "stream"))
+    assert all(torch.equal(write[n], stream[n]) for n in write)
+    start = dict(build(name).named_parameters())
+    moved = [n for n in write if not torch.equal(write[n], start[n])]
+    assert set(moved) == set(trainable(build(name)))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_fused_is_write(decay):
+    options = dict(momentum=0.0, weight_decay=decay)
+    write, fused = (steps("lstm-heads", how, **options) for how in ("write", "fused"))
+    for n in write:
+        torch.testing.assert_close(fused[n], write[n], rtol=1e-6, atol=1e-7)
+    model, batch = build("lstm", torch.float64), a_batch()
+    double = {}
+    for how in ("write", "fused"):
+        copied = copy.deepcopy(model)
+        estimate = CentralDifference(6, 0.02)(copied, sequence_losses, batch, KEY)
+        apply(estimate.gradient, torch.optim.SGD(copied.parameters(), lr=0.1, weight_decay=decay), how)
+        double[how] = torch.cat([p.flatten() for p in copied.parameters()])
+    torch.testing.assert_close(double["fused"], double["write"], rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_improves_with_either_estimator(optimizer):
+    lr = {"sgd": 0.3, "adamw": 0.02, "muon": 0.02}[optimizer]
+    for estimator in (Backprop(), CentralDifference(48, 0.05)):
+        model, batch = build("gru"), a_batch(rows=16)
+        opt = build_optimizer(optimizer, trainable(model), lr)
+        losses = []
+        for step in range(60):
+            estimate = estimator(model, sequence_losses, batch, Key(0).at(step))
+            losses.append(estimate.loss.item())
+            apply(estimate.gradient, opt)
+        assert losses[-1] < 0.9 * losses[0], (optimizer, estimator, losses[0], losses[-1])
+
+
+def test_adamw_and_sgd_are_torchs():
+    for name, make in [
+        ("adamw", lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.0)),
+        ("sgd", lambda ps: torch.optim.SGD(ps, lr=0.01, momentum=0.9)),
+    ]:
+        model, batch = build("gru"), a_batch()
+        other = copy.deepcopy(model)
+        ours, theirs = build_optimizer(name, trainable(model), 0.01), make(list(other.parameters()))
+        for _ in range(3):
+            apply(Backprop()(model, sequence_losses, batch, KEY).gradient, ours)
+            theirs.zero_grad()
+            sequence_losses(other, batch).mean().backward()
+            theirs.step()
+        for a, b in zip(model.parameters(), other.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_weight_decay_is_decoupled_and_for_matrices_only():
+    model = build("lstm")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    opt = build_optimizer("sgd", trainable(model), 0.5, weight_decay=0.1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    apply(Dense(dict(trainable(model))), opt)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p, before[n] * (0.95 if p.dim() >= 2 else 1.0))
+
+
+def test_muon_takes_the_matrices_of_the_recurrence():
+    model = build("lstm")
+    opt = build_optimizer("muon", trainable(model), 0.01)
+    names = {id(p): n for n, p in model.named_parameters()}
+    muon, adam = opt.optimizers
+    assert {names[id(p)] for g in muon.param_groups for p in g["params"]} == {"cells.0.weight_ih", "cells.0.weight_hh"}
+    assert sum(len(g["params"]) for g in (*muon.param_groups, *adam.param_groups)) == len(names)
+
+
+def test_optimizer_state_survives_a_round_trip():
+    for name in OPTIMIZERS:
+        model, batch = build("gru"), a_batch()
+        opt = build_optimizer(name, trainable(model), 0.01)
+        apply(Backprop()(model, sequence_losses, batch, KEY).gradient, opt)
+        other = copy.deepcopy(model)
+        again = build_optimizer(name, trainable(other), 0.01)
+        again.load_state_dict(copy.deepcopy(opt.state_dict()))
+        for m, o in ((model, opt), (other, again)):
+            apply(Backprop()(m, sequence_losses, batch, KEY).gradient, o)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_clipping_scales_either_gradient():
+    model, batch = build("lstm"), a_batch()
+    seeded = CentralDifference(6, 0.02)(model, sequence_losses, batch, KEY).gradient
+    whole = torch.cat([seeded.tensor(n).flatten() for n in seeded.parameters]).double().norm().item()
+    assert seeded.norm() == pytest.approx(whole, rel=1e-6)
+    clipped, norm = clip_norm(seeded, whole / 4)
+    assert norm == pytest.approx(whole)
+    assert clipped.norm() == pytest.approx(whole / 4, rel=1e-5)
+    assert clip_norm(seeded, whole * 2)[0] is seeded
+    dense = Backprop()(model, sequence_losses, batch, KEY).gradient
+    expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    assert dense.norm() == pytest.approx(expected, rel=1e-6)
+    assert clip_norm(dense, 0.01)[0].norm() == pytest.approx(0.01, rel=1e-5)
+
+
+def test_row_blocks_are_the_tensor():
+    for shape in [(7,), (5, 40), (3, 4, 50), (6, 20)]:
+        p = torch.arange(torch.Size(shape).numel()).float().view(shape)
+        blocks = list(row_blocks(p, 400))
+        assert torch.equal(torch.cat([rows.flatten() for rows, _ in blocks]), p.flatten())
+        assert sum(rows.shape[0] for rows, _ in blocks if rows.dim() == 2) in (
+            0,
+            blocks[-1][1] + blocks[-1][0].shape[0],
+        )
+
+
+def test_illegal_pairs_name_the_remedy():
+    model, batch = build("lstm"), a_batch()
+    seeded = CentralDifference(2, 0.02)(model, sequence_losses, batch, KEY).gradient
+    adam = torch.optim.AdamW(model.parameters())
+    with pytest.raises(UsageError, match='AdamW keeps state per weight.*Use how="stream"'):
+        apply(seeded, adam, "fused")
+    with pytest.raises(UsageError, match=r'SGD with momentum=0.9.*Use how="stream"'):
+        apply(seeded, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), "fused")
+    with pytest.raises(UsageError, match='how="steam" is no way.*Did you mean "stream"'):
+        apply(seeded, adam, "steam")
+    with pytest.raises(UsageError, match=r"not in the optimizer, head.weight first"):
+        apply(seeded, torch.optim.SGD([p for n, p in model.named_parameters() if n != "head.weight"], lr=0.1))
+    dense = Backprop()(model, sequence_losses, batch, KEY).gradient
+    with pytest.raises(UsageError, match='Use how="write"'):
+        apply(dense, adam, "stream")
+
+
+def test_average_follows_and_swaps():
+    p = nn.Parameter(torch.zeros(3))
+    average, expected = Average({"p": p}, 0.9), torch.zeros(3)
+    for t in range(1, 6):
+        with torch.no_grad():
+            p += 1
+        average.update({"p": p})
+        beta = min(0.9, (1 + t) / (10 + t))
+        expected = beta * expected + (1 - beta) * t
+    torch.testing.assert_close(average.tensors["p"], expected)
+    with average.swapped_in({"p": p}):
+        torch.testing.assert_close(p.detach(), expected)
+    assert p.tolist() == [5, 5, 5]
+    torch.testing.assert_close(average.tensors["p"], expected)
+
+
+# ---- backpropagation
+
+
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm", "lstm-heads", "dnc", "stack"])
+@pytest.mark.parametrize("options", [dict(accumulate=3), dict(checkpoint=True), dict(accumulate=2, checkpoint=True)])
+def test_backprop_in_parts_is_backprop(name, options):
+    model, batch = build(name, torch.float64), a_batch(rows=7, time=11)
+    whole = Backprop()(model, sequence_losses, batch, KEY)
+    expected = {n: p.grad.clone() for n, p in trainable(model).items()}
+    loss = sequence_losses(model, batch).mean()
+    for p, g in zip(trainable(model).values(), torch.autograd.grad(loss, list(trainable(model).values()))):
+        torch.testing.assert_close(p.grad, g)
+    parts = Backprop(**options)(model, sequence_losses, batch, KEY)
+    assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=1e-12)
+    for n, p in trainable(model).items():
+        torch.testing.assert_close(p.grad, expected[n], rtol=1e-10, atol=1e-14)
+
+
+def test_truncated_backprop_stops_at_the_borders():
+    model, batch = build("gru", torch.float64), a_batch(time=9)
+    Backprop(truncate=4)(model, sequence_losses, batch, KEY)
+    found = {n: p.grad.clone() for n, p in trainable(model).items()}
+    state, total = None, 0.0
+    for begin in range(0, 9, 4):
+        window = replace(batch.steps(begin, begin + 4), state=START if state is None else state)
+        losses, after = sequence_losses(model, window)
+        total = total + losses.mean()
+        state = tuple(s.detach() for s in after)
+    named = trainable(model)
+    for (n, _), g in zip(named.items(), torch.autograd.grad(total, list(named.values()))):
+        torch.testing.assert_close(found[n], g, rtol=1e-10, atol=1e-14)
+    whole = Backprop(truncate=9)(model, sequence_losses, batch, KEY)
+    exact = Backprop()(model, sequence_losses, batch, KEY)
+    assert whole.loss.item() == pytest.approx(exact.loss.item())
+
+
+def test_backprop_says_when_the_loss_is_not_finite():
+    model = nn.Linear(2, 1)
+    estimate = Backprop()(model, lambda m, x: m(x).sum() * float("nan"), torch.ones(1, 2), KEY)
+    assert estimate.outcome is Outcome.not_finite
+    assert not estimate.outcome
+
+
+def test_backprop_draws_dropout_from_the_key():
+    model, batch = build("noisy"), a_batch()
+    generator = torch.get_rng_state()
+    losses = [Backprop()(model, sequence_losses, batch, Key(s)).loss.item() for s in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(accumulate=0), "accumulate=0"),
+        (dict(truncate=-1), "truncate=-1"),
+        (dict(truncate=3, checkpoint=True), "exclude each other"),
+    ],
+)
+def test_backprop_names_bad_arguments(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        Backprop(**arguments)
+
+
+def test_what_needs_a_recurrent_model_says_so():
+    with pytest.raises(UsageError, match=r"truncate=4 needs a model with start\(\) and advance\(\)"):
+        Backprop(truncate=4)(build("foreign"), sequence_losses, a_batch(), KEY)
+    with pytest.raises(UsageError, match="accumulate=9 cannot cut a batch of 6"):
+        Backprop(accumulate=9)(build("gru"), sequence_losses, a_batch(), KEY)
+
+
+# ---- CD-RGE as an optimizer
+
+
+def test_the_facade_is_the_estimator_and_a_step():
+    model, batch = build("lstm"), a_batch()
+    other = copy.deepcopy(model)
+    optimizer = CDRGE(model.named_parameters(), lr=0.05, probes=7, seed=3)
+    for step in range(3):
+        loss = optimizer.step(lambda: sequence_losses(model, batch).mean())
+        estimate = CentralDifference(7, 0.05, evaluate="in_place")(other, sequence_losses, batch, Key(3).at(step))
+        apply(estimate.gradient, torch.optim.SGD(other.parameters(), lr=0.05), "fused")
+        assert loss.item() == pytest.approx(estimate.loss.item(), rel=1e-6)
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_step_is_the_tied_identity():
+    """With ε = η the step is −(1/N) Σ (L⁺ − L⁻)/2 z: ε appears only in where the losses are taken."""
+    model = nn.Linear(3, 1, bias=False)
+    start, x, losses = model.weight.detach().clone(), torch.tensor([[1.0, -2.0, 0.5]]), []
+
+    def closure():
+        losses.append(model(x).square().sum().item())
+        return model(x).square().sum()
+
+    CDRGE([("w", model.weight)], lr=0.01, probes=4).step(closure)
+    from reroll.kernels.noise_axpy import noise
+
+    expected = start.clone().double()
+    for k in range(4):
+        expected -= (losses[2 * k] - losses[2 * k + 1]) / 2 / 4 * noise(Key(0).at(0), (1, 3), k, "w").double()
+    torch.testing.assert_close(model.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_may_have_their_own_epsilon_and_rate():
+    """On a linear loss the estimate of each group is its gradient whatever ε it was probed with."""
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = CDRGE([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.5, "epsilon": 0.02}], lr=1.0, probes=4000)
+    optimizer.step(lambda: (3 * a - 2 * b).squeeze())
+    # The other number's slope is noise in each estimate: 2 · ε_b/ε_a for a, and 3 · ε_a/ε_b for b, over √N.
+    assert a.item() == pytest.approx(-0.1 * 3, abs=4 * 0.1 * 2 * 0.2 / 4000**0.5)
+    assert b.item() == pytest.approx(0.5 * 2, abs=4 * 0.5 * 3 / 0.2 / 4000**0.5)
+
+
+def test_epsilon_follows_the_current_rate_down_to_its_floor():
+    model = nn.Linear(2, 1)
+    optimizer = CDRGE(model.parameters(), lr=0.1, probes=2, epsilon_min=1e-3)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    seen = []
+    for _ in range(4):
+        optimizer.step(lambda: model.weight.sum())
+        seen.append(optimizer.last.stats["epsilon"])
+        scheduler.step()
+    assert seen == pytest.approx([0.1, 0.01, 1e-3, 1e-3])
+
+
+def test_the_facade_resumes_from_its_state():
+    model, x = nn.Linear(4, 2), torch.randn(8, 4)
+    loss_fn = lambda m: m(x).square().mean()
+    optimizer = CDRGE(model.named_parameters(), lr=0.05, probes=5, momentum=0.9)
+    for _ in range(3):
+        optimizer.step(lambda: loss_fn(model))
+    other = copy.deepcopy(model)
+    again = CDRGE(other.named_parameters(), lr=0.05, probes=5, momentum=0.9)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (other, again)):
+        for _ in range(2):
+            o.step(lambda m=m: loss_fn(m))
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_the_facade_trains_what_torch_would_train_and_nothing_else():
+    model = build("foreign")
+    frozen = model.frozen.clone()
+    batch = a_batch()
+    optimizer = CDRGE(model.parameters(), lr=0.02, probes=4)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.step(lambda: sequence_losses(model, batch).mean())
+    assert torch.equal(model.frozen, frozen)
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_tiles_leave_the_weights_untouched_while_the_closure_runs():
+    model, batch, seen = build("lstm"), a_batch(), []
+
+    def closure():
+        seen.append(model.head.bias.tolist())
+        return sequence_losses(model, batch).mean()
+
+    start = model.head.bias.tolist()
+    CDRGE(model.named_parameters(), lr=0.02, probes=3, evaluate="tiles").step(closure)
+    assert len(seen) == 6
+    # Asked inside the closure, a weight is what this branch perturbs it to …
+    assert len({tuple(s) for s in seen}) == 6
+    # … while the memory of the weight was changed by the update alone.
+    assert model.head.bias.tolist() != start
+
+
+def test_the_facade_names_its_mistakes():
+    model = nn.Linear(2, 1)
+    optimizer = CDRGE(model.parameters(), lr=0.1, probes=2)
+    with pytest.raises(UsageError, match=r"loss = optimizer.step\(lambda"):
+        optimizer.step()
+
+    def with_backward():
+        loss = model(torch.ones(1, 2)).sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(UsageError, match=r"does not call backward"):
+        optimizer.step(with_backward)
+    before = model.weight.detach().clone()
+    with pytest.raises(RunError, match="Lower --epsilon"):
+        optimizer.step(lambda: model.weight.sum() * float("nan"))
+    assert torch.equal(model.weight, before)
+    with pytest.raises(UsageError, match="params is empty"):
+        CDRGE([], lr=0.1)
+    with pytest.raises(UsageError, match="lr=-1 must lie in"):
+        CDRGE(model.parameters(), lr=-1)
+    with pytest.raises(UsageError, match="probes=0"):
+        CDRGE(model.parameters(), lr=0.1, probes=0)
+    with pytest.raises(UsageError, match="nothing to train"):
+        CDRGE([torch.zeros(2)], lr=0.1)
