@@ -29,6 +29,8 @@ _PUBLIC = {
     "Seeded": "reroll.grad",
     "CDRGE": "reroll.optim",
     "apply": "reroll.optim",
+    "load": "reroll.train.load",
+    "measure": "reroll.train.measure",
 }
 """Public name → the module that defines it."""
 

@@ -148,6 +148,7 @@ class Arrays(Task):
     def _set_targets(self, data: Series, readout: str) -> None:
         """Decide what is predicted, "next", "every" or "sequence", and keep the targets by step or by sequence."""
         self.predicts, self._targets, self.outputs, self.readout = "next", None, data.values.shape[1], "every"
+        self.categorical = False
         targets, mask = data.targets, self._mask
         if targets is None:
             return
@@ -166,6 +167,7 @@ class Arrays(Task):
             mask = np.any(data.mask, axis=1) if data.mask is not None and data.mask.ndim == 2 else data.mask
         else:
             self.predicts = "every"
+        self.categorical = classes
         columns = 1 if len(shape) == 1 or (each and len(shape) == 2) else shape[-1]
         rows = targets.reshape(-1, columns)
         self._targets = _cleaned(self.path, rows, mask, classes)

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from reroll.data.batch import START, Batch
 from reroll.errors import UsageError
+from reroll.passes import one_pass
 
 
 class Score(NamedTuple):
@@ -44,10 +45,10 @@ class Score(NamedTuple):
     def __add__(self, other: tuple[float, ...]) -> Score:  # type: ignore[override]
         return Score(*(a + b for a, b in zip(self, other)))
 
-    def summary(self, symbols: bool) -> dict[str, float]:
-        """Return means: `loss`; for symbols also `bits` per symbol, `accuracy` and `exact`."""
+    def summary(self, categorical: bool) -> dict[str, float]:
+        """Return means: `loss`; for symbols and classes also `bits` per output, `accuracy` and `exact`."""
         loss = self.loss / self.scored if self.scored else math.nan
-        if not symbols:
+        if not categorical:
             return {"loss": loss}
         return {
             "loss": loss,
@@ -69,7 +70,8 @@ class Task(ABC):
 
     Attributes a subclass sets: `vocab` (number of input symbols, or None), `inputs` (features of real-valued inputs, or
     None), `outputs` (logits or values the model gives), `readout` ("every", "last" or "mean"), `splits` (names other
-    than "train"), `fingerprint` (SHA-256 of the data, or of its definition).
+    than "train"), `categorical` (whether targets are symbols or classes, not numbers), `fingerprint` (SHA-256 of the
+    data, or of its definition).
     """
 
     vocab: int | None = None
@@ -77,6 +79,7 @@ class Task(ABC):
     outputs: int = 0
     readout: str = "every"
     splits: tuple[str, ...] = ("valid",)
+    categorical: bool = True
     fingerprint: str = ""
 
     @abstractmethod
@@ -93,7 +96,7 @@ class Task(ABC):
 
     def score(self, model: Any, batch: Batch) -> Score:
         """Return the summed loss and the number of correct outputs and sequences."""
-        return sequence_score(model, batch)
+        return sequence_score(model, batch)[0]
 
     def decode(self, symbols: list[int]) -> str:
         """Return symbols as text a person can read."""
@@ -122,11 +125,13 @@ def sequence_losses(model: Any, batch: Batch) -> Tensor | Losses:
     return losses if batch.state is None else Losses(losses, state)
 
 
-def sequence_score(model: Any, batch: Batch) -> Score:
-    """Return the summed loss of a batch and how many outputs and sequences are correct; see `Score`."""
+def sequence_score(model: Any, batch: Batch) -> tuple[Score, Any]:
+    """Return the summed loss of a batch and how many outputs and sequences are correct; and the state after it."""
     total = correct = 0.0
+    state = None
     wrong = torch.zeros(len(batch), dtype=torch.bool, device=batch.inputs.device)
-    for outputs, part, _ in predictions(model, batch):
+    for outputs, part, after in predictions(model, batch):
+        state = after
         each = position_losses(outputs, part.targets) * part.mask
         total += each.sum(dtype=torch.float64).item()
         if not part.targets.is_floating_point():
@@ -135,7 +140,7 @@ def sequence_score(model: Any, batch: Batch) -> Score:
             missed = ~hit & part.mask
             wrong |= missed if missed.dim() == 1 else missed.flatten(1).any(1)
     exact = 0.0 if batch.targets.is_floating_point() else float((~wrong).sum())
-    return Score(total, float(batch.mask.sum()), correct, exact, float(len(batch)))
+    return Score(total, float(batch.mask.sum()), correct, exact, float(len(batch))), state
 
 
 def position_losses(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -153,6 +158,11 @@ def predictions(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]
     A gradient needs the whole sequence at once, and so does a model without `advance`, or with one output per sequence.
     Everything else is run in windows of `model.time_chunk(B)` steps.
     """
+    with one_pass():
+        yield from _windows(model, batch)
+
+
+def _windows(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]:
     advance = getattr(model, "advance", None)
     if (advance is None or batch.mask.dim() == 1) and batch.state is not None:
         raise UsageError(

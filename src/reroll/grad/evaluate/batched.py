@@ -19,6 +19,7 @@ from reroll.grad.evaluate.probing import Probing, Result, Unit, split_result, wi
 from reroll.grad.evaluate.substitute import Substitute
 from reroll.kernels import dispatch
 from reroll.kernels.noise_axpy import noise_axpy_each
+from reroll.passes import add_passes
 
 
 class Batched:
@@ -59,6 +60,7 @@ class Batched:
                     f'evaluate="batched" cannot run this model under torch.func.vmap ({str(error).splitlines()[0]}). '
                     'Use evaluate="tiles" or "in_place".'
                 ) from error
+        add_passes(len(branches) - 1)
         losses, after = result if isinstance(result, tuple) else (result, None)
         return Result(losses.view(len(probing.sides), -1), [_pick(after, index) for index in range(len(branches))])
 

@@ -1,0 +1,121 @@
+"""Flags: from dataclasses to a command line by tyro, with every mistake in one line.
+
+tyro writes its errors as boxes of several lines; here they are caught and told as one: what was wrong, and the nearest
+flag or the flag's own help. All use of tyro is in this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+from reroll.errors import UsageError
+from reroll.train.config import SECTIONS, Config
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], arguments: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
+    """Return a dataclass filled from arguments.
+
+    Args:
+        kind: a dataclass; its fields are the flags.
+        arguments: the command line after the command.
+        prog: how the command is called.
+        description: what `--help` says first.
+        default: where values that are not given come from.
+
+    Raises:
+        UsageError: one line, for anything wrong.
+        SystemExit: with 0, after `--help`.
+    """
+    import tyro
+
+    wide = {} if {"-h", "--help"} & set(arguments) else {"COLUMNS": "1000"}
+    before = {name: os.environ.get(name) for name in wide}
+    os.environ.update(wide)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            options: dict[str, Any] = {} if default is None else {"default": default}
+            return tyro.cli(
+                tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type]
+                args=list(arguments), prog=prog, description=description, **options,
+            )  # fmt: skip
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise UsageError(f"{prog}: {one_line(errors.getvalue())}") from None
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def one_line(box: str) -> str:
+    """Return the text of one of tyro's boxes in a line.
+
+    Example:
+        >>> one_line("╭─ Unrecognized ─╮\\n│ Unrecognized options: --stpes │\\n│ ──── │\\n│ For full helptext │")
+        'Unrecognized options: --stpes.'
+    """
+    lines = []
+    for raw in box.splitlines():
+        line = re.sub(r"\x1b\[[0-9;]*m", "", raw).strip().strip("│").strip()
+        if not line or set(line) <= set("─╭╮╰╯") or line.startswith(("╭", "╰", "For full helptext")):
+            continue
+        lines.append(line)
+    text = " ".join(" ".join(lines).split())
+    return text.rstrip(".") + "."
+
+
+def flag_fields() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
+    """Return the config fields that have a flag: flag's attribute → (section, field, type)."""
+    import typing
+
+    found = {}
+    for section in SECTIONS:
+        kind = type(getattr(Config(), section))
+        hints = typing.get_type_hints(kind)
+        for f in dataclasses.fields(kind):
+            if f.metadata["flag"]:
+                found[f.metadata["flag"].replace("-", "_")] = (section, f, hints[f.name])
+    return found
+
+
+def config_flags(name: str, extra: Sequence[tuple[str, Any, Any, str]] = ()) -> type[Any]:
+    """Return a dataclass of all flags of a config, and of some more given as (name, type, default, help)."""
+    import tyro
+
+    fields: list[Any] = [
+        (n, Annotated[kind, tyro.conf.arg(help=help)], dataclasses.field(default=value))
+        for n, kind, value, help in extra
+    ]
+    for attribute, (_, f, kind) in flag_fields().items():
+        annotated = Annotated[kind, tyro.conf.arg(help=f.metadata["help"])]
+        fields.append((attribute, annotated, dataclasses.field(default=f.default)))
+    return dataclasses.make_dataclass(name, fields, frozen=True)
+
+
+def values_of(config: Config) -> dict[str, Any]:
+    """Return the values that the flags have in a config."""
+    return {
+        attribute: getattr(getattr(config, section), f.name) for attribute, (section, f, _) in flag_fields().items()
+    }
+
+
+def given(config: Config, flags: Any) -> dict[str, dict[str, Any]]:
+    """Return what the flags change in a config, as tables to lay over it."""
+    before, tables = values_of(config), {}
+    for attribute, (section, f, _) in flag_fields().items():
+        value = getattr(flags, attribute)
+        if value != before[attribute]:
+            tables.setdefault(section, {})[f.name] = value
+    return tables

@@ -1,0 +1,84 @@
+"""`reroll show`: the resolved config of a recipe or run, where each value is from, and what would compute it.
+`reroll recipes`: what can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from reroll.cli.train import Request, read
+from reroll.recipes import RECIPES
+from reroll.train import toml
+from reroll.train.config import Config, fields_of, resolve
+from reroll.train.run import ROOT, read_config, read_json
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    if command == "recipes":
+        width = max(map(len, RECIPES))
+        for name, recipe in RECIPES.items():
+            print(f"{name:<{width}}  {(recipe.__doc__ or '').strip().splitlines()[0]}")
+        print("\nTrain one: reroll train NAME. See all of its values: reroll show NAME.")
+        return 0
+    folder = _run_folder(arguments)
+    if folder is not None:
+        print(toml.dumps(read_config(folder)), end="")
+        about = read_json(folder / "environment.json")
+        status = read_json(folder / "status.json")
+        print(f"\n# {status.get('state', 'unknown')} at step {status.get('step')}; {about.get('parameters')} weights")
+        print(f"# made by reroll {about.get('reroll')} ({about.get('commit')}) on {about.get('hardware')}")
+        return 0
+    request = read("show", arguments)
+    config = resolve(request.config)
+    print(toml.dumps(config, _origins(request, config)), end="")
+    print("\n" + _computing(config))
+    return 0
+
+
+def _run_folder(arguments: Sequence[str]) -> Path | None:
+    """The run folder the first argument names, if it names one and no recipe."""
+    if not arguments or arguments[0].startswith("-") or arguments[0] in RECIPES:
+        return None
+    for path in (Path(arguments[0]), ROOT / arguments[0]):
+        if (path / "config.toml").is_file():
+            return path
+    return None
+
+
+def _origins(request: Request, config: Config) -> dict[str, str]:
+    """Where each value is from, with what `resolve` filled in."""
+    before = {f"{s}.{f.name}": value for s, f, value in fields_of(request.config)}
+    after = {f"{s}.{f.name}": value for s, f, value in fields_of(config)}
+    defaults = {f"{s}.{f.name}": value for s, f, value in fields_of(Config())}
+    origins = dict(request.origin)
+    for name, value in after.items():
+        if value != before[name]:
+            origins[name] = "derived"
+        elif origins[name].startswith("recipe") and value == defaults[name]:
+            origins[name] = "default"
+    return origins
+
+
+def _computing(config: Config) -> str:
+    """Which device, dtype and kernels the run would use, and why."""
+    import torch
+
+    from reroll.kernels.lstm_scan import _candidates
+    from reroll.train import build
+
+    device = build.find_device(config.run.device)
+    why = "asked for" if config.run.device != "auto" else "a CUDA card is there" if device.type == "cuda" else "no card"
+    lines = [f"# device {device} ({why}), dtype {config.run.dtype}, {build.cores()} cores, torch {torch.__version__}"]
+    if config.gradient.method == "probes":
+        from reroll.kernels.noise_axpy import _candidates as noise_candidates
+
+        taken = next(c for c in noise_candidates(device.type, torch.float32, torch.float32) if c.applies)
+        lines.append(f"# noise by {taken.name}: {taken.reason}")
+    if config.model.cell == "lstm":
+        model, heads = config.model, config.model.heads
+        shapes = [(config.task.batch, config.task.length, 1), (1, 1), (4 * model.hidden, model.hidden // heads)]
+        inputs, _, hh = (torch.empty(s, device=device if device.type != "mps" else "cpu") for s in shapes)
+        with torch.no_grad():
+            taken = next(c for c in _candidates((inputs, hh, hh)) if c.applies)
+        lines.append(f"# lstm, without a gradient, by {taken.name}: {taken.reason}")
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""`reroll train [RECIPE] [flags]`: a recipe, changed by files and flags, trained into a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reroll.cli.flags import config_flags, given, parse, values_of
+from reroll.errors import UsageError, nearest
+from reroll.recipes import RECIPES
+from reroll.train import toml
+from reroll.train.config import Config, fields_of, resolve
+from reroll.train.run import new_folder, read_config
+
+EXTRA = [
+    ("run_dir", Path | None, None, "the run folder itself; none: a new name under runs/"),
+    ("resume", bool, False, "go on with the run in --run-dir; begin one if there is none"),
+    ("init", str | None, None, "begin with the weights of a run or an exported file"),
+    ("config", tuple[Path, ...], (), "TOML files laid over the recipe, in order"),
+    ("set", tuple[str, ...], (), "any other field, as section.field=value (see `reroll show`)"),
+]
+"""Flags of `train` besides those of the config."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a command line asks for: the config, where each changed value is from, and the other flags."""
+
+    config: Config
+    origin: dict[str, str]
+    flags: Any
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    request = read(command, arguments)
+    flags, config = request.flags, resolve(request.config)
+    from reroll.cli.console import Console
+    from reroll.train.loop import train
+
+    init = None
+    if flags.init is not None:
+        from reroll.train.checkpoint import weights_of
+        from reroll.train.load import load
+
+        init = weights_of(load(flags.init))
+    path = flags.run_dir or new_folder(config.recipe)
+    with Console(config) as console:
+        summary = train(config, path, resume=flags.resume, init=init, report=console)
+    print(console.farewell(summary, path))
+    return 0 if summary["state"] == "done" else 1
+
+
+def read(command: str, arguments: Sequence[str]) -> Request:
+    """Put a command line together: recipe < files < --set < flags."""
+    arguments = list(arguments)
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    if name is not None and name not in RECIPES:
+        raise UsageError(f'recipe "{name}" is unknown.{nearest(name, RECIPES)}')
+    prog = f"reroll {command}{' ' + name if name else ''}"
+    kind = config_flags("train", EXTRA)
+    # Flags are read twice: first to find the files and pairs, then with what these say as defaults.
+    first = parse(kind, arguments, prog, _description(name), kind(**values_of(_base(name, None))))
+    base = _base(name, first)
+    config, origin = base, dict.fromkeys(_names(), f"recipe {base.recipe}")
+    for path in first.config:
+        config, origin = _lay(config, toml.load(path), str(path), origin)
+    config, origin = _lay(config, toml.parse_pairs(first.set), "--set", origin)
+    extra = {n: getattr(first, n) for n, *_ in EXTRA}
+    flags = parse(kind, arguments, prog, _description(name), kind(**values_of(config), **extra))
+    config, origin = _lay(config, given(config, flags), "flag", origin)
+    return Request(config, origin, flags)
+
+
+def _base(name: str | None, flags: Any) -> Config:
+    """The config that everything is laid over: the recipe's, a resumed run's, or plain defaults under --config."""
+    if name is not None:
+        return RECIPES[name]()
+    if flags is not None and flags.resume and flags.run_dir is not None and (flags.run_dir / "config.toml").is_file():
+        return read_config(flags.run_dir)
+    return Config() if flags is not None and flags.config else RECIPES["demo"]()
+
+
+def _lay(config: Config, tables: dict[str, Any], source: str, origin: dict[str, str]) -> tuple[Config, dict[str, str]]:
+    changed = toml.overlay(config, tables, source)
+    touched = {f"{s}.{name}" for s, fields in tables.items() if isinstance(fields, dict) for name in fields}
+    return changed, origin | dict.fromkeys(touched, source)
+
+
+def _names() -> list[str]:
+    return [f"{section}.{f.name}" for section, f, _ in fields_of(Config())]
+
+
+def _description(name: str | None) -> str:
+    about = (RECIPES[name].__doc__ or "").strip().splitlines()[0] if name else "Train the recipe `demo`, or RECIPE."
+    return f"{about}\n\nexample: reroll train {name or 'copy'} --steps 300 --probes 128\nAny command takes --debug, which shows the traceback of an error."

@@ -1,0 +1,106 @@
+"""Every result as a function that returns one config. A recipe is where to start: change it by flags, files, or code.
+
+    RECIPES["copy"]().replace(gradient={"probes": 512})
+
+Plain data, no torch. The first line of a function's docstring is what `reroll recipes` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from reroll.train.config import Config
+
+
+def demo() -> Config:
+    """A character LSTM by CD-RGE on the prose of Python's own documentation: two minutes on two cores, no download."""
+    return Config(recipe="demo").replace(
+        task={
+            "name": "text", "path": "stdlib:prose", "tokenizer": "char", "max_vocab": 100, "length": 32, "batch": 32,
+        },
+        model={"cell": "lstm", "hidden": 64, "embed": 24},
+        gradient={"method": "probes", "probes": 96, "epsilon": 0.01},
+        optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+        run={"steps": 1000},
+    )  # fmt: skip
+
+
+def demo_backprop() -> Config:
+    """The demo's model and data, trained by backpropagation through time with AdamW."""
+    return demo().replace(
+        recipe="demo_backprop",
+        gradient={"method": "backprop", "epsilon": None},
+        optim={"optimizer": "adamw", "lr": 0.005, "clip": 1.0},
+        run={"steps": 100_000},
+    )
+
+
+def smoke() -> Config:
+    """Nine symbols learned by heart by CD-RGE, in seconds: does this installation train?"""
+    return Config(recipe="smoke").replace(
+        task={"name": "memorise", "length": 9, "batch": 1, "symbols": 100},
+        model={"cell": "lstm", "hidden": 64, "heads": 4, "embed": 32},
+        gradient={"method": "probes", "probes": 32, "epsilon": 0.05},
+        optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+        run={"steps": 60, "target_loss": 0.1, "threads": 1},
+    )
+
+
+def memorise() -> Config:
+    """The paper's smoke test at small size: nine symbols, the 1.1 M "small" LSTM, 96 probes, ε = η = 0.1."""
+    return Config(recipe="memorise").replace(
+        task={"name": "memorise", "length": 9, "batch": 1, "symbols": 100},
+        model={"cell": "lstm", "hidden": 1600, "heads": 32, "embed": 100},
+        gradient={"method": "probes", "probes": 96, "epsilon": None},
+        optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.0},
+        run={"steps": 20, "target_loss": 0.1, "eval_every": 20},
+    )
+
+
+def text() -> Config:
+    """A byte LSTM by CD-RGE on your own text: --path FILE, FOLDER, GLOB or JSONL."""
+    return demo().replace(
+        recipe="text",
+        task={"path": None, "tokenizer": "byte", "max_vocab": None, "length": 64},
+        run={"steps": 1000},
+    )
+
+
+def ptb() -> Config:
+    """Penn Treebank by CD-RGE, word by word, read on and on: --path FOLDER with ptb.train.txt and ptb.valid.txt."""
+    return text().replace(
+        recipe="ptb",
+        task={"tokenizer": "word", "max_vocab": 10_000, "length": 35, "batch": 20, "carry": True},
+        model={"hidden": 128, "embed": 64},
+    )
+
+
+def arrays() -> Config:
+    """A GRU by CD-RGE on your own series: --path FILE.npy, .npz or .csv."""
+    return Config(recipe="arrays").replace(
+        task={"name": "arrays", "length": 64, "batch": 32},
+        model={"cell": "gru", "hidden": 32},
+        gradient={"method": "probes", "probes": 96, "epsilon": 0.01},
+        optim={"optimizer": "sgd", "lr": 0.05, "momentum": 0.9},
+        run={"steps": 500},
+    )
+
+
+def _generated(name: str, **task: int) -> Callable[[], Config]:
+    def recipe() -> Config:
+        return Config(recipe=name).replace(
+            task={"name": name, "length": 5, "batch": 64, **task},
+            model={"cell": "lstm", "hidden": 64, "heads": 4, "embed": 32},
+            gradient={"method": "probes", "probes": 96, "epsilon": 0.02},
+            optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+            run={"steps": 1000},
+        )
+
+    recipe.__doc__ = f"The task {name} by CD-RGE, on generated sequences: exact answers, no files."
+    return recipe
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    recipe.__name__: recipe for recipe in (demo, demo_backprop, smoke, memorise, text, ptb, arrays)
+} | {name: _generated(name) for name in ("copy", "repeat_copy", "reverse", "sort", "add", "parity", "recall")}
+"""Every recipe by name. The tests run over this table: each, shrunk, must improve."""

@@ -1,0 +1,208 @@
+"""Checkpoints: everything a run needs to go on, in safetensors and JSON, whole or not there at all.
+
+    checkpoints/step-00000200/
+        model.safetensors     the weights and buffers, by name
+        state.safetensors     every other tensor: optimizer, averages, carried states
+        state.json            numbers, the shape of the optimizer's state, SHA-256 of both files
+
+A checkpoint is written into a folder of another name, which is renamed when all of it is on the disk; one that does not
+check is passed over, with a message, for the one before. Pickles are neither written nor read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from reroll.errors import RunError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_FILES = ("model.safetensors", "state.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved after some steps.
+
+    Args:
+        step: steps taken.
+        weights: parameters and buffers by name.
+        state: the rest, as it was given to `save`: nested dicts, lists, numbers and tensors.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint and delete all but the newest `keep`.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        step: steps taken.
+        model: its parameters and buffers are saved.
+        state: nested dicts (of string or integer keys), lists, tuples, numbers, texts, None and tensors.
+        keep: how many checkpoints remain.
+    """
+    target = folder / f"step-{step:08d}"
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        tensors: dict[str, Tensor] = {}
+        skeleton = _flatten(state, "", tensors)
+        save_file(weights_of(model), temporary / _FILES[0])
+        save_file(tensors, temporary / _FILES[1])
+        hashes = {name: _sha256(temporary / name) for name in _FILES}
+        content = {"format": FORMAT, "step": step, "sha256": hashes, "state": skeleton}
+        (temporary / "state.json").write_text(json.dumps(content))
+        for path in (*temporary.iterdir(), temporary):
+            _to_disk(path)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        _to_disk(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in all_of(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def all_of(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, oldest first; they may be damaged."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, or None; damaged ones are passed over with a message."""
+    for path in reversed(all_of(folder)):
+        try:
+            return read(path)
+        except RunError as error:
+            log.warning("%s Passing over it.", error)
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        RunError: if it is damaged, or of another version.
+    """
+    try:
+        content = json.loads((path / "state.json").read_text())
+        if content.get("format") != FORMAT:
+            raise RunError(f"{path} is a checkpoint of another version of reroll (format {content.get('format')}).")
+        for name, expected in content["sha256"].items():
+            if _sha256(path / name) != expected:
+                raise RunError(f"{path} is damaged: {name} does not have the checksum it was saved with.")
+        weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
+        return Checkpoint(int(content["step"]), weights, _unflatten(content["state"], tensors))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise RunError(f"{path} is no checkpoint that can be read ({type(error).__name__}: {error}).") from None
+
+
+# ---- weights
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers on the CPU by name, tied ones once."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in named}
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into a model.
+
+    Raises:
+        RunError: if names or shapes are not those of the model.
+    """
+    named = dict([*model.named_parameters(), *model.named_buffers()])
+    missing, foreign = sorted(named.keys() - weights.keys()), sorted(weights.keys() - named.keys())
+    if missing or foreign:
+        raise RunError(
+            f"{source} has other weights than the model: {len(missing)} are missing "
+            f"({', '.join(missing[:3]) or 'none'}), {len(foreign)} unknown ({', '.join(foreign[:3]) or 'none'}). "
+            "Give the model the sizes it was trained with."
+        )
+    for name, tensor in named.items():
+        if tensor.shape != weights[name].shape:
+            raise RunError(
+                f"{source}: {name} has shape {tuple(weights[name].shape)}, the model's is {tuple(tensor.shape)}. "
+                "Give the model the sizes it was trained with."
+            )
+        tensor.copy_(weights[name])
+
+
+def checksum(weights: Mapping[str, Tensor]) -> str:
+    """Return SHA-256 over (name, dtype, shape, little-endian bytes) of all tensors, sorted by name, in hex."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- nested state as tensors and JSON
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Put tensors aside under their path, and return what is left as JSON."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        # JSON has string keys only; optimizers number their parameters.
+        items = [[key, _flatten(item, f"{path}/{key}", tensors)] for key, item in value.items()]
+        return {"dict": items}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_flatten(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise TypeError(f"cannot save {type(value).__name__} at {path}")
+
+
+def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unflatten(item, tensors) for key, item in content}
+    if kind in ("list", "tuple"):
+        return {"list": list, "tuple": tuple}[kind](_unflatten(item, tensors) for item in content)
+    return content
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

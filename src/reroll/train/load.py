@@ -1,0 +1,114 @@
+"""Models out of runs and files, and into files.
+
+model = load("runs/2026-11-22-text-1a2b")        the newest checkpoint of a run
+model = load("model.safetensors")                a file of `export`
+export(run, "model.safetensors")                 weights, and beside them what they are: config, sizes, tokenizer
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reroll.data.tokenizers import Tokenizer, from_dict
+from reroll.errors import RunError, UsageError
+from reroll.models import Recurrent
+from reroll.train import build, checkpoint, toml
+from reroll.train.config import Config
+from reroll.train.run import find_run, read_config, read_json
+
+METADATA = "reroll"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what it was trained with."""
+
+    model: Recurrent
+    config: Config
+    tokenizer: Tokenizer | None
+    step: int
+
+
+def load(path: str | Path) -> Recurrent:
+    """Return a trained model, on the CPU, ready to be used.
+
+    Args:
+        path: a run folder, the name of one under runs/, or a .safetensors file of `reroll export`.
+
+    Raises:
+        UsageError: if it is neither.
+        RunError: if it is damaged, or was made by another version. Pickles are never loaded.
+    """
+    return open_model(path).model
+
+
+def open_model(path: str | Path) -> Loaded:
+    """Return a trained model with its config, tokenizer and step; see `load`. An average of weights is preferred."""
+    if Path(path).is_file():
+        return _from_file(Path(path))
+    run = find_run(str(path))
+    config, extra = read_config(run), read_json(run / "environment.json")
+    saved = checkpoint.newest(run / "checkpoints")
+    if saved is None or "sizes" not in extra:
+        raise RunError(f"{run} has no whole checkpoint yet; wait for its first, or resume it.")
+    average = saved.state.get("average")
+    weights = saved.weights | (average["tensors"] if average else {})
+    return _assemble(config, extra, weights, saved.step, str(run))
+
+
+def export(loaded: Loaded, path: Path) -> list[Path]:
+    """Write a model as safetensors, with all that is needed to load it in its metadata, and its config beside it.
+
+    Returns:
+        The files written: PATH and PATH with the ending .toml.
+
+    Raises:
+        RunError: if they cannot be written.
+    """
+    model, config = loaded.model, loaded.config
+    sizes = {"vocab": model.vocab, "inputs": model.inputs, "outputs": model.outputs, "readout": model.readout}
+    about = {
+        "format": checkpoint.FORMAT, "config": toml.dumps(config), "sizes": sizes, "step": loaded.step,
+        "tokenizer": loaded.tokenizer and loaded.tokenizer.to_dict(),
+    }  # fmt: skip
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(checkpoint.weights_of(model), path, {METADATA: json.dumps(about)})
+        beside = path.with_suffix(".toml")
+        beside.write_text(toml.dumps(config))
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be written ({error}).") from None
+    return [path, beside]
+
+
+def _from_file(path: Path) -> Loaded:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        weights = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(
+            f"{path} is no safetensors file that can be read ({error}). Pickles (.pt, .pth, .bin) are never loaded."
+        ) from None
+    if METADATA not in metadata:
+        raise UsageError(f"{path} was not written by `reroll export`: it does not say what model it holds.")
+    try:
+        about = json.loads(metadata[METADATA])
+        config = toml.overlay(Config(), toml.tomllib.loads(about["config"]), str(path))
+        return _assemble(config, about, weights, int(about["step"]), str(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} was written by another version of reroll ({error}).") from None
+
+
+def _assemble(config: Config, about: dict[str, Any], weights: dict[str, Tensor], step: int, source: str) -> Loaded:
+    model = build.build_model(config.model, build.Sizes(**about["sizes"]), seed=0)
+    checkpoint.put_weights(model, weights, source)
+    tokenizer = from_dict(about["tokenizer"]) if about.get("tokenizer") else None
+    return Loaded(model.eval(), config, tokenizer, step)

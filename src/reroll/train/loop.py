@@ -1,0 +1,294 @@
+"""The loop: one for every task, model, estimator and optimizer.
+
+    batch → estimate → clip → record → step → averages → row → evaluate · checkpoint · stop?
+
+Nothing here knows which of them it is running.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from reroll.errors import RunError
+from reroll.grad.base import Estimate, Gradient, Seeded, trainable
+from reroll.keys import Key
+from reroll.optim import apply, clip_norm
+from reroll.train import build
+from reroll.train.config import Config, resolve
+from reroll.train.evaluate import evaluate
+from reroll.train.journal import Record
+from reroll.train.run import read_config, read_json
+from reroll.train.search import search_lr
+from reroll.train.session import Session, agree, open_session, start_record
+
+PROBING = ("spread", "probe_snr", "lost_probes", "drift")
+"""What a row says of the probes; see `reroll.grad.probes.Coefficients`."""
+
+
+class Reporter(Protocol):
+    """Who is told what happens; see `reroll.cli.console`."""
+
+    def note(self, line: str) -> None:
+        """Something worth a line."""
+
+    def step(self, row: dict[str, Any], config: Config) -> None:
+        """A step was taken."""
+
+
+class Quiet:
+    """A reporter that says nothing."""
+
+    def note(self, line: str) -> None:
+        return None
+
+    def step(self, row: dict[str, Any], config: Config) -> None:
+        return None
+
+
+def train(
+    config: Config,
+    path: Path,
+    *,
+    resume: bool = False,
+    init: dict[str, torch.Tensor] | None = None,
+    report: Reporter | None = None,
+) -> dict[str, Any]:
+    """Train, and leave the record in a folder.
+
+    Args:
+        config: what to do; it is resolved here.
+        path: the run folder, new or (with `resume`) one to go on with.
+        resume: go on from the newest checkpoint; on a finished run nothing is done.
+        init: weights to begin with.
+        report: who is told.
+
+    Returns:
+        The last row of the metrics, with `state`: "done", "stopped" (a signal: it can be resumed) or "diverged"; and
+        `reason`, a sentence.
+
+    Raises:
+        UsageError: if something asked for cannot be done.
+        RunError: if it fails on the way; what was saved before is intact.
+    """
+    report = report or Quiet()
+    config = resolve(config)
+    finished = _finished(config, path) if resume else None
+    if finished is not None:
+        report.note(f"{path} is finished ({finished['state']} at step {finished['step']}); nothing to do.")
+        return finished
+    session, note = open_session(config, path, resume=resume, init=init)
+    report.note(note)
+    with _torch_threads(session.config), _signals() as stop:
+        if session.progress.step == 0:
+            _prepare(session, report)
+        try:
+            return _run(session, report, stop)
+        except Exception as error:
+            session.folder.write_status("failed", step=session.progress.step, reason=str(error).splitlines()[:1])
+            raise
+        finally:
+            session.folder.close()
+            if session.journal is not None:
+                session.journal.close()
+
+
+def _finished(config: Config, path: Path) -> dict[str, Any] | None:
+    """The status of a run that has ended, unless it is asked to go on for longer than it was."""
+    status = read_json(path / "status.json")
+    if status.get("state") not in ("done", "diverged"):
+        return None
+    saved = read_config(path)
+    return status if agree(saved, config) == saved else None
+
+
+def _prepare(session: Session, report: Reporter) -> None:
+    """What happens once, before the first step: decide the units, find a learning rate, begin the record."""
+    session.config, reason = build.plan_units(session.config, session.model, session.batch(0))
+    report.note(f"Evaluation: {session.config.gradient.evaluate} ({reason}).")
+    if session.config.optim.lr == "auto":
+        lr = search_lr(session, report.note)
+        session.config = session.config.replace(optim={"lr": lr})
+        session.optimizer = build.build_optim(session.config, session.model, lr)
+    session.estimator = build.build_estimator(session.config, 1.0)
+    start_record(session)
+
+
+def _run(session: Session, report: Reporter, stop: list[str]) -> dict[str, Any]:
+    """Take steps until something ends the run."""
+    config, progress = session.config, session.progress
+    eval_every, checkpoint_every = config.run.eval_every or 1, config.run.checkpoint_every or 1
+    session.folder.write_status("running", step=progress.step, steps=config.run.steps)
+    row: dict[str, Any] = {"step": progress.step - 1}
+    state, reason = "done", f"all {config.run.steps} steps are taken."
+    while progress.step < config.run.steps:
+        row = take_step(session)
+        ended = _ends(session, row, stop)
+        last = ended is not None or progress.step >= config.run.steps
+        if progress.step % eval_every == 0 or (last and not stop):
+            row |= _validate(session)
+        session.folder.record(row)
+        report.step(row, config)
+        if progress.step % checkpoint_every == 0 or last:
+            session.save()
+        if ended is not None:
+            state, reason = ended
+            break
+    summary = row | {"state": state, "reason": reason, "step": progress.step, "steps": config.run.steps}
+    session.folder.write_status(state, **{k: v for k, v in summary.items() if k != "state"})
+    session.folder.log(f"{state}: {reason}")
+    return summary | {"state": state}
+
+
+def take_step(session: Session) -> dict[str, Any]:
+    """Take one step and return its row of the metrics."""
+    config, progress, began = session.config, session.progress, time.perf_counter()
+    step, lr = progress.step, _learning_rate(session)
+    epsilon = session.epsilon(lr)
+    key = Key(config.run.seed).at(step - step % (config.gradient.episode or 1))
+    batch = session.batch(step)
+    estimate = build.at_epsilon(session.estimator, epsilon)(session.model, session.loss_fn, batch, key)
+    loss = float(estimate.loss)
+    if not estimate.outcome:
+        return _lost(session, estimate)
+    gradient, norm = _clipped(estimate.gradient, config.optim.clip)
+    if session.journal is not None and isinstance(gradient, Seeded):
+        used = estimate.stats["epsilon"]
+        session.journal.write(Record(step, key, used, lr, loss, gradient.coefficients))
+    apply(gradient, session.optimizer, config.optim.update)
+    if session.average is not None:
+        session.average.update(trainable(session.model))
+    progress.see(loss)
+    session.plateau.see(loss)
+    _grow(session)
+    if config.task.carry:
+        progress.carried = estimate.state
+    progress.step += 1
+    progress.tokens += len(batch) * batch.time
+    progress.forward_passes += estimate.stats["forward_passes"]
+    seconds = time.perf_counter() - began
+    progress.seconds += seconds
+    probing = {name: value for name, value in estimate.stats.items() if name in PROBING}
+    length = progress.length or config.task.length
+    return {
+        "step": step, "loss": loss, "loss_fast": progress.fast, "loss_slow": progress.slow, "lr": lr,
+        "epsilon": estimate.stats.get("epsilon"), "gradient_norm": norm, "length": length,
+        "forward_passes": progress.forward_passes, "tokens": progress.tokens, "seconds": seconds,
+        "total_seconds": progress.seconds, "peak_bytes": peak_bytes(session.device), **probing,
+    }  # fmt: skip
+
+
+def _learning_rate(session: Session) -> float:
+    """η of the step: base rate, schedule, plateau; also set in the optimizer."""
+    base = session.config.optim.lr
+    assert isinstance(base, float)
+    lr = base * session.schedule(session.progress.step) * session.plateau.multiplier
+    for group in session.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def _clipped(gradient: Gradient, most: float | None) -> tuple[Gradient, float]:
+    if most is None:
+        return gradient, gradient.norm()
+    return clip_norm(gradient, most)
+
+
+def _grow(session: Session) -> None:
+    """Let the curriculum's length grow when the loss has been low for long enough."""
+    task, progress = session.config.task, session.progress
+    if progress.length is None or progress.length >= task.length:
+        return
+    progress.below = progress.below + 1 if progress.fast < task.curriculum_threshold else 0
+    if progress.below >= task.curriculum_patience:
+        progress.length, progress.below = min(progress.length + task.curriculum_step, task.length), 0
+
+
+def _lost(session: Session, estimate: Estimate) -> dict[str, Any]:
+    """There is no gradient: an error at the first step, the end of the run at a later one."""
+    if session.progress.step == 0:
+        raise RunError(f"The loss is not finite at step 0. {estimate.outcome.value}")
+    return {"step": session.progress.step, "loss": math.nan, "reason": estimate.outcome.value}
+
+
+def _ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, str] | None:
+    """Whether the run ends with this step: (state, reason) or None."""
+    run, progress, loss = session.config.run, session.progress, row["loss"]
+    if not math.isfinite(loss):
+        return "diverged", row["reason"]
+    if progress.fast > run.diverged * max(progress.first_loss, 1e-12):
+        return "diverged", (
+            f"the loss (average {progress.fast:.4g}) is more than {run.diverged:g} times the first "
+            f"({progress.first_loss:.4g}). Lower --lr or --epsilon, or raise run.diverged."
+        )
+    if run.target_loss is not None and loss < run.target_loss:
+        return "done", f"the loss is below the target {run.target_loss:g} after {progress.step} steps."
+    if run.max_seconds is not None and progress.seconds >= run.max_seconds:
+        return "done", f"{run.max_seconds:g} seconds are over, after {progress.step} steps."
+    if stop:
+        where = session.folder.path
+        return "stopped", f"{stop[0]} after {progress.step} steps. Go on with: reroll train --run-dir {where} --resume"
+    return None
+
+
+def _validate(session: Session) -> dict[str, float]:
+    """Score the (averaged) weights on held-out data."""
+    model, task = session.model, session.task
+    if session.average is None:
+        found = evaluate(model, task, task.splits[0], session.device)
+    else:
+        with session.average.swapped_in(trainable(model)):
+            found = evaluate(model, task, task.splits[0], session.device)
+    session.progress.valid = {f"valid_{name}": value for name, value in found.items()}
+    return session.progress.valid
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the largest memory so far: of the allocator on a card, resident of the process else."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collect SIGTERM and Ctrl-C instead of dying of them; the second Ctrl-C is let through."""
+    received: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: signals are someone else's
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _torch_threads(config: Config) -> Iterator[None]:
+    """Backpropagation runs with the run's number of threads, which its results depend on."""
+    before = torch.get_num_threads()
+    if config.gradient.method == "backprop" and config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,134 @@
+"""Time, memory and forward passes of a call. Every memory figure of the project comes from here.
+
+    seconds, peak_bytes, forward_passes = measure(lambda: model(x))
+
+Memory is what the call needs above what was there before it: on a card the allocator's peak; on a CPU the peak of the
+resident memory of a fresh process that has done nothing else, measured after a warm-up call. In that process freed
+memory goes back to the system at once (`MALLOC_MMAP_THRESHOLD_`), so that it is counted again when it is needed again.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reroll.errors import RunError
+
+
+class Measurement(NamedTuple):
+    """What a call took.
+
+    Args:
+        seconds: wall time.
+        peak_bytes: largest memory during the call, above that before it.
+        forward_passes: evaluations of models, whatever asked for them.
+    """
+
+    seconds: float
+    peak_bytes: int
+    forward_passes: int
+
+
+def measure(function: Callable[[], Any], *, warmup: int = 1, threads: int | None = None) -> Measurement:
+    """Call a function and return what it took.
+
+    Args:
+        function: called without arguments. On the CPU it is sent to a fresh process (by cloudpickle, so lambdas and
+            closures over models and tensors are fine), and what it returns or changes stays there.
+        warmup: calls before the one that is measured: compiling, thread pools, state that stays.
+        threads: of torch in that process; None: as here.
+
+    Raises:
+        RunError: if it fails there; with its error.
+
+    Example:
+        >>> import torch
+        >>> measure(lambda: torch.zeros(4 << 20).sum()).peak_bytes > 15_000_000
+        True
+    """
+    import torch
+
+    from reroll.passes import count_forward_passes
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for _ in range(warmup):
+            function()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, began = torch.cuda.memory_allocated(), time.perf_counter()
+        with count_forward_passes() as passes:
+            function()
+        torch.cuda.synchronize()
+        return Measurement(time.perf_counter() - began, torch.cuda.max_memory_allocated() - before, passes.count)
+    return _in_fresh_process(function, warmup, threads or torch.get_num_threads())
+
+
+def _in_fresh_process(function: Callable[[], Any], warmup: int, threads: int) -> Measurement:
+    import cloudpickle
+
+    with tempfile.TemporaryDirectory(prefix="reroll-measure-") as folder:
+        request, answer = Path(folder, "request"), Path(folder, "answer")
+        request.write_bytes(cloudpickle.dumps((function, warmup, threads)))
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "reroll.train.measure", str(request), str(answer)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode or not answer.exists():
+            raise RunError(f"The measured call failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        return Measurement(*pickle.loads(answer.read_bytes()))
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process now."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RunError("/proc/self/status has no VmRSS; memory of a process can be measured on Linux only.")
+
+
+def reset_peak() -> None:
+    """Forget the peak of the resident memory so far."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_since_reset() -> int:
+    """Return the peak of the resident memory since `reset_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RunError("/proc/self/status has no VmHWM; memory of a process can be measured on Linux only.")
+
+
+def _child(request: str, answer: str) -> None:
+    """The fresh process: warm up, call once, report."""
+    import gc
+
+    import torch
+
+    from reroll.passes import count_forward_passes
+
+    function, warmup, threads = pickle.loads(Path(request).read_bytes())
+    torch.set_num_threads(threads)
+    for _ in range(warmup):
+        function()
+    gc.collect()
+    reset_peak()
+    before, began = resident_bytes(), time.perf_counter()
+    with count_forward_passes() as passes:
+        function()
+    seconds = time.perf_counter() - began
+    peak = peak_since_reset()
+    Path(answer).write_bytes(pickle.dumps((seconds, max(0, peak - before), passes.count)))
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])

@@ -1,0 +1,67 @@
+"""Make the weights of any step of a run again, from its seed and journal, without its data.
+
+    θ_0 from the seed (or the saved initial weights), checked against its checksum
+    for each record: ĝ = Σ_k c_k z_k from its key and coefficients; a step of the run's optimizer with its η
+
+The optimizer is run again from its recorded settings, so momentum and moments are made again too. On the machine and
+torch the run was made with, the weights are the run's bit for bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from reroll.errors import RunError, UsageError
+from reroll.grad.base import Seeded, trainable
+from reroll.grad.evaluate.in_place import snap_to_grid
+from reroll.models import Recurrent
+from reroll.optim import apply
+from reroll.train import build, checkpoint, journal
+from reroll.train.run import read_config
+
+
+def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
+    """Return the model as it was after some steps, on the CPU.
+
+    Args:
+        path: the run folder.
+        to: how many steps; None is all of the journal.
+
+    Returns:
+        The model and the number of steps.
+
+    Raises:
+        UsageError: if the run has no such step, or was trained by backprop (it keeps no journal).
+        RunError: if the journal is damaged, or the initial weights are not those of the run.
+    """
+    config = read_config(path)
+    if config.gradient.method != "probes":
+        saved = ", ".join(p.name for p in checkpoint.all_of(path / "checkpoints")) or "none"
+        raise UsageError(f"{path} was trained by backprop, whose steps cannot be replayed; its checkpoints: {saved}.")
+    found = journal.read(path / "journal")
+    steps = len(found.records) if to is None else to
+    if not 0 <= steps <= len(found.records):
+        raise UsageError(f"--to {to}: the journal of {path} has {len(found.records)} steps.")
+    header = found.header
+    model = build.build_model(config.model, build.Sizes(**header["sizes"]), config.run.seed)
+    if header["init"]:
+        checkpoint.put_weights(model, checkpoint.load_file(path / "init.safetensors"), "init.safetensors")
+    if checkpoint.checksum(checkpoint.weights_of(model)) != header["initial"]:
+        raise RunError(
+            f"{path}: the initial weights made from the seed are not those of the run; it was made with another torch "
+            "(environment.json says which), or init.safetensors has changed."
+        )
+    assert isinstance(config.optim.lr, float)
+    optimizer = build.build_optim(config, model, config.optim.lr)
+    parameters: dict[str, torch.Tensor] = dict(trainable(model))
+    sums = torch.float64 if header["sums"] == "fp64" else None
+    for record in found.records[:steps]:
+        if header["restore"] == "grid":
+            snap_to_grid(parameters, record.epsilon)
+        for group in optimizer.param_groups:
+            group["lr"] = record.lr
+        gradient = Seeded(record.key, record.coefficients, header["noise"], parameters, sums=sums)
+        apply(gradient, optimizer, header["update"])
+    return model, steps

@@ -1,0 +1,235 @@
+"""The run folder: one place that tells the whole story of a run.
+
+runs/NAME/
+    config.toml         resolved; `reroll train --config runs/NAME/config.toml` does it again
+    environment.json    versions, hardware, commit, fingerprint of the data, sizes of the model
+    metrics.jsonl       a row per step
+    journal             probes only: the weights of every step can be made from it (`reroll replay`)
+    checkpoints/        the newest ones
+    status.json         state, process, last step: what `reroll runs` shows
+    log.txt             what was printed
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reroll.errors import RunError, UsageError
+from reroll.train import toml
+from reroll.train.config import Config
+
+ROOT = Path("runs")
+
+
+def new_folder(recipe: str) -> Path:
+    """Return a fresh name under runs/: date, recipe, four hexadecimal digits."""
+    return ROOT / f"{time.strftime('%Y-%m-%d')}-{recipe}-{secrets.token_hex(2)}"
+
+
+def find_run(name: str) -> Path:
+    """Return the folder of a run: a path, or a name under runs/.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    for path in (Path(name), ROOT / name):
+        if (path / "config.toml").is_file():
+            return path
+    raise UsageError(
+        f"RUN={name!r} is no run: neither {name} nor {ROOT / name} holds a config.toml. See `reroll runs`."
+    )
+
+
+class RunFolder:
+    """The files of a run that is being written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.journal = path / "journal"
+        self._metrics: Any = None
+
+    def refuse_used(self) -> None:
+        """Raise `UsageError` if the folder exists and is not empty."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UsageError(
+                f"--run-dir {self.path} is not empty. Add --resume to go on with it, or name another folder."
+            )
+
+    def make(self) -> None:
+        """Make the folder; raise `RunError` if it cannot be written."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            (self.path / "log.txt").touch()
+        except OSError as error:
+            raise RunError(
+                f"--run-dir {self.path} cannot be written ({error.strerror}); name another folder."
+            ) from None
+
+    def write_config(self, config: Config) -> None:
+        """Write config.toml."""
+        _replace(self.path / "config.toml", toml.dumps(config))
+
+    def write_environment(self, **more: Any) -> None:
+        """Write environment.json: what the run ran on, and what is given."""
+        _replace(self.path / "environment.json", json.dumps(environment() | more, indent=2) + "\n")
+
+    def write_status(self, state: str, **more: Any) -> None:
+        """Write status.json: "running", "done", "stopped", "diverged" or "failed", and what is given."""
+        content = {"state": state, "pid": os.getpid(), "started": process_start(os.getpid())}
+        content |= {"host": socket.gethostname(), "time": time.time()}
+        _replace(self.path / "status.json", json.dumps(content | more) + "\n")
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl."""
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a")
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+
+    def log(self, line: str) -> None:
+        """Append a line to log.txt."""
+        with (self.path / "log.txt").open("a") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+
+    def cut_metrics(self, steps: int) -> None:
+        """Keep the rows of the first `steps` steps; a resumed run writes the others again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            kept = [json.dumps(row) for row in read_metrics(self.path) if row["step"] < steps]
+            _replace(path, "".join(line + "\n" for line in kept))
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+
+def read_config(path: Path) -> Config:
+    """Return the config of a run."""
+    return toml.overlay(Config(), toml.load(path / "config.toml"), str(path / "config.toml"))
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of metrics.jsonl; a torn last line is left out."""
+    file = path / "metrics.jsonl"
+    if not file.exists():
+        return
+    with file.open() as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return
+            if isinstance(row, dict) and "step" in row:
+                yield row
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file of a run; an empty one if it is missing or torn."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, hardware and commit, as they are now."""
+    import torch
+
+    packages = ("torch", "numpy", "numba", "safetensors", "triton")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    from reroll import __version__
+
+    return {
+        "reroll": __version__,
+        "commit": commit(),
+        "command": sys.argv,
+        "versions": versions,
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def hardware() -> str:
+    """Return the processor, cores and card in one line."""
+    import torch
+
+    parts = [processor(), f"{os.cpu_count()} cores"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str | None:
+    """Return the commit of the source tree, with a plus if it has changes; None outside a repository."""
+    source = Path(__file__).resolve().parents[3]
+    if not (source / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except OSError:
+        return None
+
+
+def process_start(pid: int) -> str | None:
+    """Return when a process started, in the kernel's words: with its number it names a process for good."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[19]
+
+
+def is_alive(status: dict[str, Any]) -> bool:
+    """Return whether the process of a status.json still runs here: same host, number and start."""
+    if status.get("host") != socket.gethostname() or not isinstance(status.get("pid"), int):
+        return False
+    started = process_start(status["pid"])
+    if started is not None or Path("/proc/self").exists():
+        return started is not None and started == status.get("started")
+    try:  # without /proc the number alone has to do
+        os.kill(status["pid"], 0)
+    except OSError:
+        return False
+    return True
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that it is either the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

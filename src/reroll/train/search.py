@@ -1,0 +1,104 @@
+"""`--lr auto`: find a learning rate by trying some, a few steps each, from the same weights.
+
+    1. a logarithmic grid from low to high, a point per factor of ten
+    2. around the best: the geometric middles between it and its tested neighbours
+    3. again, once
+
+A rate is judged by the mean loss over the second half of its steps, on batches the run itself does not begin with; one
+that diverges counts as infinite. No rate is tested twice, and weights, optimizer and generators come back bit for bit.
+The ε tied to a rate is tried with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from reroll.errors import RunError
+from reroll.keys import Key
+from reroll.optim import apply
+from reroll.train import build, checkpoint
+from reroll.train.session import Session
+
+ROUNDS = 2
+
+
+def search_lr(session: Session, note: Callable[[str], None]) -> float:
+    """Return the best learning rate found; the session is as before.
+
+    Raises:
+        RunError: if no rate gave a finite loss.
+    """
+    optim = session.config.optim
+    rates = grid(optim.search_low, optim.search_high)
+    losses: dict[float, float] = {}
+    generator = torch.get_rng_state()
+
+    def test(lr: float) -> None:
+        losses[lr] = _trial(session, lr)
+        note(f"Trying lr {lr:.3g}: loss {losses[lr]:.4f}")
+
+    for lr in rates:
+        test(lr)
+    for _ in range(ROUNDS):
+        for lr in middles(losses):
+            test(lr)
+    assert torch.equal(torch.get_rng_state(), generator), "a trial has touched the global generator"
+    best = min(losses, key=lambda lr: losses[lr])
+    if not math.isfinite(losses[best]):
+        raise RunError(
+            f"lr=auto: every rate from {optim.search_low:g} to {optim.search_high:g} gave a non-finite loss. "
+            "Set optim.search_low lower, or check the data."
+        )
+    note(f"Taking lr {best:.3g} of the {len(losses)} tried.")
+    return best
+
+
+def grid(low: float, high: float) -> list[float]:
+    """Return rates from low to high, evenly spaced in their logarithm, a factor of ten or less apart.
+
+    Example:
+        >>> grid(1e-5, 0.1)
+        [1e-05, 0.0001, 0.001, 0.01, 0.1]
+    """
+    count = max(1, math.ceil(math.log10(high / low) - 1e-9))
+    return [float(f"{low * (high / low) ** (i / count):.6g}") for i in range(count + 1)]
+
+
+def middles(losses: dict[float, float]) -> list[float]:
+    """Return the untested geometric middles between the best rate and its tested neighbours.
+
+    Example:
+        >>> middles({0.01: 2.0, 0.1: 1.0, 1.0: 3.0})
+        [0.0316228, 0.316228]
+    """
+    rates = sorted(losses)
+    at = rates.index(min(losses, key=lambda lr: losses[lr]))
+    near = [rates[i] for i in (at - 1, at + 1) if 0 <= i < len(rates)]
+    found = [float(f"{math.sqrt(rates[at] * other):.6g}") for other in near]
+    return [lr for lr in found if lr not in losses]
+
+
+def _trial(session: Session, lr: float) -> float:
+    """Take a few steps with a rate, and put the weights back."""
+    steps = session.config.optim.search_steps
+    before = {name: tensor.clone() for name, tensor in checkpoint.weights_of(session.model).items()}
+    optimizer = build.build_optim(session.config, session.model, lr)
+    estimator = build.build_estimator(session.config, session.epsilon(lr))
+    losses = []
+    key = Key(session.config.run.seed).at("lr search")
+    try:
+        for step in range(steps):
+            # Far from the first batches, which the run itself will see.
+            batch = session.batch(0 if session.config.task.overfit else 10**9 + step)
+            estimate = estimator(session.model, session.loss_fn, batch, key.at(step))
+            if not estimate.outcome:
+                return math.inf
+            losses.append(float(estimate.loss))
+            apply(estimate.gradient, optimizer, session.config.optim.update)
+    finally:
+        checkpoint.put_weights(session.model, before, "the snapshot before the trial")
+    late = losses[len(losses) // 2 :]
+    return sum(late) / len(late)

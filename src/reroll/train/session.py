@@ -1,0 +1,294 @@
+"""Everything a run holds while it runs, built from its config, or put back from a checkpoint.
+
+A `Session` is the task, model, estimator, optimizer and record of one run; its `Progress` is all that changes from step
+to step besides weights and optimizer. Both together are what a checkpoint saves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reroll.data.batch import START, Batch, map_state
+from reroll.data.task import Task
+from reroll.data.text import Text
+from reroll.data.tokenizers import from_dict
+from reroll.errors import RunError, UsageError
+from reroll.grad.base import Estimator, LossFn, trainable
+from reroll.grad.central_difference import BranchStates, CentralDifference
+from reroll.kernels.noise_axpy import layout
+from reroll.kernels.philox import stream_id
+from reroll.models import Recurrent
+from reroll.optim import Average, Plateau, Schedule
+from reroll.train import build, checkpoint, journal
+from reroll.train.config import Config, fields_of
+from reroll.train.run import RunFolder, read_config, read_json
+
+log = logging.getLogger(__name__)
+
+FAST, SLOW = 0.9, 0.99
+"""Decays of the two averages of the loss."""
+
+
+@dataclass
+class Progress:
+    """What changes from step to step, besides weights and optimizer.
+
+    Args:
+        step: steps taken.
+        tokens: input positions seen, of the batch alone (probes see them again).
+        forward_passes: evaluations of the loss of a batch.
+        seconds: of training, without evaluations.
+        first_loss, fast, slow, best: the first loss, its two averages, and the smallest.
+        valid: the last score on held-out data.
+        length: the curriculum's limit, None without one; `below`: steps its loss was low enough.
+        carried: state of a carried text.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    forward_passes: int = 0
+    seconds: float = 0.0
+    first_loss: float = math.nan
+    fast: float = math.nan
+    slow: float = math.nan
+    best: float = math.inf
+    valid: dict[str, float] = field(default_factory=dict)
+    length: int | None = None
+    below: int = 0
+    carried: Any = START
+
+    def see(self, loss: float) -> None:
+        """Take the loss of a step into the averages."""
+        if self.step == 0:
+            self.first_loss = self.fast = self.slow = loss
+        self.fast = FAST * self.fast + (1 - FAST) * loss
+        self.slow = SLOW * self.slow + (1 - SLOW) * loss
+        self.best = min(self.best, loss)
+
+
+@dataclass
+class Session:
+    """The objects of one run."""
+
+    config: Config
+    folder: RunFolder
+    device: torch.device
+    task: Task
+    model: Recurrent
+    loss_fn: LossFn
+    estimator: Estimator
+    optimizer: Any
+    schedule: Schedule
+    plateau: Plateau
+    average: Average | None
+    progress: Progress
+    journal: journal.Writer | None = None
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step, on the device, with the state it carries on."""
+        index = 0 if self.config.task.overfit else step
+        batch = self.task.batch(index, length=self.progress.length).to(self.device)
+        if self.config.task.carry:
+            episode = self.config.gradient.episode
+            begins = episode is not None and step % episode == 0
+            batch = replace(batch, state=START if begins else self.progress.carried)
+        return batch
+
+    def epsilon(self, lr: float) -> float:
+        """Return ε: fixed, or tied to the current learning rate, with a floor."""
+        gradient = self.config.gradient
+        return gradient.epsilon or max(lr * gradient.epsilon_ratio, gradient.epsilon_min)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        state = {
+            "progress": asdict(replace(self.progress, carried=None)),
+            "carried": None if self.progress.carried is START else self.progress.carried,
+            "optimizer": self.optimizer.state_dict(),
+            "plateau": self.plateau.state_dict(),
+            "average": self.average and {"count": self.average.count, "tensors": self.average.tensors},
+        }
+        return checkpoint.save(self.folder.checkpoints, self.progress.step, self.model, state, self.config.run.keep)
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Put everything back as it was when the checkpoint was written."""
+        checkpoint.put_weights(self.model, saved.weights, "the checkpoint")
+        state = saved.state
+        self.progress = Progress(**{**state["progress"], "carried": START})
+        if state["carried"] is not None:
+            self.progress.carried = self._carried(state["carried"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.plateau.load_state_dict(state["plateau"])
+        if self.average is not None and state["average"] is not None:
+            self.average.count = state["average"]["count"]
+            self.average.tensors = {n: t.to(self.device) for n, t in state["average"]["tensors"].items()}
+
+    def _carried(self, saved: Any) -> Any:
+        """The carried state with the types the cells gave it: a checkpoint keeps plain tuples."""
+        template = self.model.start(1)
+
+        def typed(values: Any) -> Any:
+            leaves: list[torch.Tensor] = []
+            map_state(values, lambda t: leaves.append(t.to(self.device)) or t)
+            flat = iter(leaves)
+            return map_state(template, lambda _: next(flat))
+
+        if self.config.gradient.episode is not None:
+            return BranchStates(None if branch is None else typed(branch) for branch in saved)
+        return typed(saved)
+
+
+def open_session(
+    config: Config, path: Path, *, resume: bool = False, init: dict[str, torch.Tensor] | None = None
+) -> tuple[Session, str]:
+    """Begin a run in a folder, or go on with the one that is there.
+
+    Args:
+        config: resolved.
+        path: the run folder.
+        resume: go on with what the folder holds; an empty or absent one is begun.
+        init: weights to begin with instead of drawn ones.
+
+    Returns:
+        The session, and a sentence on how it begins.
+
+    Raises:
+        UsageError: if the folder or config cannot be used, or the config is not the folder's.
+        RunError: if what the folder holds is damaged.
+    """
+    there = (path / "config.toml").is_file()
+    if resume and not there and path.exists() and any(path.iterdir()):
+        raise UsageError(f"--run-dir {path} is not empty and holds no run (no config.toml); name another folder.")
+    if not (resume and there):
+        RunFolder(path).refuse_used()
+        return _begin(config, RunFolder(path), init), _says_start(path, resume)
+    folder, config = RunFolder(path), agree(read_config(path), config)
+    extra = read_json(path / "environment.json")
+    saved = checkpoint.newest(folder.checkpoints)
+    if saved is None or "sizes" not in extra:
+        return _restart(config, folder), f"{path} has no whole checkpoint yet: it begins again, at step 0."
+    session = _build(config, folder, extra)
+    session.restore(saved)
+    folder.write_config(config)
+    folder.cut_metrics(saved.step)
+    note = f"Resuming {path} at step {saved.step}."
+    if config.gradient.method == "probes":
+        torn = journal.read(folder.journal).torn_bytes
+        if torn:
+            note += f" The journal's last record was torn ({torn} bytes); it is dropped."
+        session.journal = journal.Writer.append(folder.journal, saved.step)
+    return session, note
+
+
+def _says_start(path: Path, resume: bool) -> str:
+    return f"Nothing to resume in {path}: a new run begins." if resume else f"Run folder: {path}"
+
+
+FREE = {"run.steps", "run.max_seconds", "run.target_loss", "run.eval_every", "run.checkpoint_every", "run.keep"}
+"""What may change when a run is resumed; everything else would make it another run."""
+
+
+def agree(saved: Config, given: Config) -> Config:
+    """Return the saved config of a resumed run with what may change taken from the given one.
+
+    Raises:
+        UsageError: if another field was given with another value.
+    """
+    changed: dict[str, dict[str, Any]] = {}
+    old = {f"{section}.{f.name}": value for section, f, value in fields_of(saved)}
+    for section, f, value in fields_of(given):
+        name = f"{section}.{f.name}"
+        if value == old[name] or value in (None, "auto"):
+            continue
+        if name not in FREE:
+            raise UsageError(
+                f"{name}={value!r}, but the run to resume has {old[name]!r}. Leave it as it was, or begin another run."
+            )
+        changed.setdefault(section, {})[f.name] = value
+    return saved.replace(**changed)  # type: ignore[arg-type]
+
+
+def _restart(config: Config, folder: RunFolder) -> Session:
+    init = folder.path / "init.safetensors"
+    weights = checkpoint.load_file(init) if init.exists() else None
+    folder.cut_metrics(0)
+    return _begin(config, folder, weights)
+
+
+def _begin(config: Config, folder: RunFolder, init: dict[str, torch.Tensor] | None) -> Session:
+    session = _build(config, folder, None)
+    folder.make()  # only now, when all that was asked for is known to be there
+    if init is not None:
+        checkpoint.put_weights(session.model, init, "--init")
+        checkpoint.save_file(checkpoint.weights_of(session.model), folder.path / "init.safetensors")
+    return session
+
+
+def _build(config: Config, folder: RunFolder, extra: dict[str, Any] | None) -> Session:
+    """Build the objects; `extra` is the environment.json of a run to go on with."""
+    device = build.find_device(config.run.device)
+    tokenizer = from_dict(extra["tokenizer"]) if extra and extra.get("tokenizer") else None
+    task = build.build_task(config.task, config.run.seed, tokenizer)
+    if extra and extra.get("fingerprint") not in (None, task.fingerprint):
+        raise RunError(
+            f"The data have changed since the run began (fingerprint {task.fingerprint[:12]}, was "
+            f"{extra['fingerprint'][:12]}): going on would be another run. Bring the data back, or begin a new one."
+        )
+    sizes = build.Sizes.of(task)
+    model = build.build_model(config.model, sizes, config.run.seed).to(device)
+    lr = 1.0 if config.optim.lr == "auto" else config.optim.lr
+    schedule, plateau = build.build_schedule(config)
+    average = config.optim.average
+    progress = Progress(length=config.task.curriculum_start)
+    return Session(
+        config, folder, device, task, model, _loss_fn(config, task, device),
+        build.build_estimator(config, config.gradient.epsilon or lr), build.build_optim(config, model, lr),
+        schedule, plateau, None if average is None else Average(trainable(model), average), progress,
+    )  # fmt: skip
+
+
+def _loss_fn(config: Config, task: Task, device: torch.device) -> LossFn:
+    """The loss of the task; with backprop in bf16, under autocast."""
+    if not (config.gradient.method == "backprop" and config.run.dtype == "bf16"):
+        return task.loss
+
+    def in_bf16(model: Any, batch: Any) -> Any:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return task.loss(model, batch)
+
+    return in_bf16
+
+
+def start_record(session: Session) -> None:
+    """Write config, environment and the journal's header; what a run does before its first step."""
+    config, folder, task, model = session.config, session.folder, session.task, session.model
+    sizes = asdict(build.Sizes.of(task))
+    tokenizer = task.tokenizer.to_dict() if isinstance(task, Text) else None
+    folder.write_config(config)
+    folder.write_environment(
+        fingerprint=task.fingerprint, sizes=sizes, tokenizer=tokenizer,
+        parameters=sum(p.numel() for p in model.parameters()), device=str(session.device),
+    )  # fmt: skip
+    if isinstance(session.estimator, CentralDifference):
+        header = {
+            "sizes": sizes,
+            "initial": checkpoint.checksum(checkpoint.weights_of(model)),
+            "noise": session.estimator.kind,
+            "restore": config.gradient.restore if config.gradient.evaluate == "in_place" else "copy",
+            "update": config.optim.update,
+            "sums": config.gradient.sums,
+            "init": (folder.path / "init.safetensors").exists(),
+            "parameters": [
+                {"name": name, "shape": list(p.shape), "layout": layout(p.shape), "id": stream_id(name)}
+                for name, p in trainable(model).items()
+            ],
+            "plan": [config.gradient.evaluate, config.gradient.chunk, config.run.threads],
+        }  # fmt: skip
+        session.journal = journal.Writer.create(folder.journal, json.loads(json.dumps(header)))
