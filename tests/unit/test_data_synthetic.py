@@ -71,7 +71,7 @@ def test_a_perfect_model_is_perfect(name):
         batch = task.batch(2, split)
         model = oracle(batch, task.vocab)
         assert task.loss(model, batch).tolist() == [0.0] * 4
-        summary = task.score(model, batch).summary(symbols=True)
+        summary = task.score(model, batch).summary(categorical=True)
         assert summary == {"loss": 0.0, "bits": 0.0, "accuracy": 1.0, "exact": 1.0}
 
 

@@ -57,7 +57,7 @@ def test_a_perfect_model_is_perfect(path):
     for split in ("train", "valid"):
         batch = task.batch(0, split)
         assert task.loss(oracle(task, batch), batch).tolist() == [0.0] * len(batch)
-        assert task.score(oracle(task, batch), batch).summary(symbols=True)["accuracy"] == 1.0
+        assert task.score(oracle(task, batch), batch).summary(categorical=True)["accuracy"] == 1.0
 
 
 def test_batches_are_a_function_of_seed_and_step(path):

@@ -94,4 +94,5 @@ def _names() -> list[str]:
 
 def _description(name: str | None) -> str:
     about = (RECIPES[name].__doc__ or "").strip().splitlines()[0] if name else "Train the recipe `demo`, or RECIPE."
-    return f"{about}\n\nexample: reroll train {name or 'copy'} --steps 300 --probes 128\nAny command takes --debug, which shows the traceback of an error."
+    example = f"example: reroll train {name or 'copy'} --steps 300 --probes 128"
+    return f"{about}\n\n{example}\nAny command takes --debug, which shows the traceback of an error."
