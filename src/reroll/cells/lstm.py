@@ -90,5 +90,5 @@ class LSTM(Cell):
 
     @property
     def step_floats(self) -> int:
-        # Several heads are run one after another: only inputs and outputs live for a whole window.
-        return self.input_size + self.hidden_size * (5 if self.heads == 1 else 1)
+        # Several heads are run one after another: only inputs and outputs (in two layouts) live for a whole window.
+        return self.input_size + self.hidden_size * (5 if self.heads == 1 else 2)

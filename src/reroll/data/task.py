@@ -173,12 +173,17 @@ def _windows(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]:
         outputs = model(batch.inputs) if batch.present is None else model(batch.inputs, present=batch.present)
         yield _first(outputs), batch, None
         return
-    chunk = batch.time if torch.is_grad_enabled() else model.time_chunk(len(batch))
+    chunk = batch.time if torch.is_grad_enabled() else _even(batch.time, model.time_chunk(len(batch)))
     state = None if batch.state is START else batch.state
     for begin in range(0, batch.time, max(chunk, 1)):
         part = batch.steps(begin, begin + chunk)
         outputs, state = advance(part.inputs, state, part.reset)
         yield outputs, replace(part, state=None), state
+
+
+def _even(time: int, most: int) -> int:
+    """The length of the fewest windows of at most `most` steps that are as long as one another."""
+    return -(-time // -(-time // most)) if time else 1
 
 
 def _first(outputs: Any) -> Tensor:

@@ -279,9 +279,12 @@ def _inverse(scales: Mapping[str, float] | None) -> dict[str, float]:
 def bit_sums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """Return the sum of every tensor's bit patterns. A tensor that probing left changed has another one."""
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return {
-        name: int(p.detach().view(words[p.element_size()]).sum(dtype=torch.int64)) for name, p in parameters.items()
-    }
+    sums = {}
+    for name, p in parameters.items():
+        patterns = p.detach().view(words[p.element_size()]).flatten()
+        # In pieces: torch makes an int64 copy of what it sums in int64.
+        sums[name] = sum(int(piece.sum(dtype=torch.int64)) for piece in patterns.split(1 << 16))
+    return sums
 
 
 def _evaluator(plan: Plan, probing: Probing, restore: str) -> Evaluator:

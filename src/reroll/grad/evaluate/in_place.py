@@ -93,7 +93,7 @@ def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: str = 
     for name, p in parameters.items():
         if p.dtype != torch.float32:
             raise UsageError(f'restore="grid" needs fp32 weights; {name} is {p.dtype}. Use restore="copy".')
-        largest = float(p.detach().abs().max()) + 2 * epsilon if p.numel() else epsilon
+        largest = float(torch.linalg.vector_norm(p.detach(), float("inf"))) + 2 * epsilon if p.numel() else epsilon
         units[name] = 2.0 ** (math.frexp(largest)[1] - 24) if math.isfinite(largest) else 1.0
     for name, p in parameters.items():
         # Dividing by a power of two and rounding are exact; so is the product.
