@@ -116,17 +116,18 @@ def build_estimator(config: Config, epsilon: float) -> Estimator:
 
 
 def plan_units(config: Config, model: nn.Module, batch: Any) -> tuple[Config, str]:
-    """Fill in how probes are evaluated (mode, chunk, threads), by static rules; return the config and the reason."""
+    """Fill in how probes are evaluated (mode, chunk, threads), by static rules; return the config and a sentence."""
     if config.gradient.method == "backprop":
         threads = config.run.threads or torch.get_num_threads()
-        return config.replace(run={"threads": threads}), "backprop: one pass, all threads"
+        return config.replace(run={"threads": threads}), f"Gradient by backpropagation, on {threads} threads."
     estimator = build_estimator(config, 1.0)
     assert isinstance(estimator, CentralDifference)
     if config.gradient.micro_batch is not None:
         batch = batch.rows(0, min(config.gradient.micro_batch, len(batch)))
     plan = estimator.plan(model, trainable(model), batch)
     gradient = {"evaluate": plan.evaluate, "chunk": plan.chunk}
-    return config.replace(gradient=gradient, run={"threads": plan.threads}), plan.reason
+    note = f"Probes are evaluated {plan.evaluate}, {plan.chunk} at a time ({plan.reason})."
+    return config.replace(gradient=gradient, run={"threads": plan.threads}), note
 
 
 def build_optim(config: Config, model: nn.Module, lr: float) -> Any:

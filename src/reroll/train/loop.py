@@ -7,8 +7,8 @@ Nothing here knows which of them it is running.
 
 from __future__ import annotations
 
+import contextlib
 import math
-import resource
 import signal
 import sys
 import time
@@ -113,8 +113,8 @@ def _finished(config: Config, path: Path) -> dict[str, Any] | None:
 
 def _prepare(session: Session, report: Reporter) -> None:
     """What happens once, before the first step: decide the units, find a learning rate, begin the record."""
-    session.config, reason = build.plan_units(session.config, session.model, session.batch(0))
-    report.note(f"Evaluation: {session.config.gradient.evaluate} ({reason}).")
+    session.config, note = build.plan_units(session.config, session.model, session.batch(0))
+    report.note(note)
     if session.config.optim.lr == "auto":
         lr = search_lr(session, report.note)
         session.config = session.config.replace(optim={"lr": lr})
@@ -253,11 +253,15 @@ def _validate(session: Session) -> dict[str, float]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the largest memory so far: of the allocator on a card, resident of the process else."""
+    """Return the largest memory so far: of the allocator on a card, resident of the process else (0: not known)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    with contextlib.suppress(ImportError):
+        import resource  # Windows has none
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return 0
 
 
 @contextmanager

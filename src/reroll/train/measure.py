@@ -9,6 +9,8 @@ memory goes back to the system at once (`MALLOC_MMAP_THRESHOLD_`), so that it is
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import pickle
 import subprocess
@@ -108,6 +110,12 @@ def peak_since_reset() -> int:
     raise RunError("/proc/self/status has no VmHWM; memory of a process can be measured on Linux only.")
 
 
+def _give_back() -> None:
+    """Return freed memory that the C library still holds to the system, so that using it again is seen."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _child(request: str, answer: str) -> None:
     """The fresh process: warm up, call once, report."""
     import gc
@@ -121,6 +129,7 @@ def _child(request: str, answer: str) -> None:
     for _ in range(warmup):
         function()
     gc.collect()
+    _give_back()
     reset_peak()
     before, began = resident_bytes(), time.perf_counter()
     with count_forward_passes() as passes:

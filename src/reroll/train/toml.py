@@ -81,7 +81,7 @@ def parse_pairs(pairs: typing.Sequence[str]) -> dict[str, dict[str, Any]]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         section, dot, name = key.strip().partition(".")
-        if not (equals and dot and name):
+        if not (equals and section and dot and name):
             raise UsageError(f"--set {pair!r} must be section.field=value, for example optim.lr=0.01.")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
@@ -102,7 +102,7 @@ def dumps(config: Config, origin: Mapping[str, str] | None = None) -> str:
         >>> overlay(Config(), tomllib.loads(dumps(Config().replace(run={"seed": 3}))), "text").run.seed
         3
     """
-    lines = [f"format = {FORMAT}", f"recipe = {json.dumps(config.recipe)}"]
+    lines = [f"format = {FORMAT}", f"recipe = {_value(config.recipe)}"]
     current = ""
     for section, f, value in fields_of(config):
         if section != current:
@@ -120,8 +120,8 @@ def _value(value: Any) -> str:
         return f"[{', '.join(_value(item) for item in value)}]"
     if isinstance(value, float):
         return repr(value)
-    # A JSON string is a TOML string, but for characters beyond the first 65,536 written as surrogates.
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+    # A JSON string is a TOML string, but for characters beyond the first 65,536 (escaped as surrogates) and DEL (bare).
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else str(value)
 
 
 def _fields(section: Any, name: str, values: Mapping[str, Any], source: str) -> dict[str, Any]:
