@@ -20,7 +20,7 @@ def demo() -> Config:
         },
         model={"cell": "lstm", "hidden": 64, "embed": 24},
         gradient={"method": "probes", "probes": 96, "epsilon": 0.01},
-        optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+        optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "schedule": "linear", "warmdown": 300, "floor": 0.05},
         run={"steps": 1000},
     )  # fmt: skip
 
@@ -30,8 +30,8 @@ def demo_backprop() -> Config:
     return demo().replace(
         recipe="demo_backprop",
         gradient={"method": "backprop", "epsilon": None},
-        optim={"optimizer": "adamw", "lr": 0.005, "clip": 1.0},
-        run={"steps": 100_000},
+        optim={"optimizer": "adamw", "lr": 0.003, "clip": 1.0, "schedule": "constant", "warmdown": None, "floor": 0.0},
+        run={"steps": 3000},
     )
 
 
@@ -52,7 +52,7 @@ def memorise() -> Config:
         task={"name": "memorise", "length": 9, "batch": 1, "symbols": 100},
         model={"cell": "lstm", "hidden": 1600, "heads": 32, "embed": 100},
         gradient={"method": "probes", "probes": 96, "epsilon": None},
-        optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.0},
+        optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
         run={"steps": 20, "target_loss": 0.1, "eval_every": 20},
     )
 

@@ -1,0 +1,106 @@
+"""What the demo compares: CD-RGE and backpropagation on the same model, data and wall time; and their memory.
+
+Memory is the peak of a step above that of plain inference, each in a fresh process: at the demo's sequence length,
+where it hardly matters, and at a long one, where backpropagation has to keep every step and probes do not. The demo
+trains in the faster batched evaluation, whose copies are weighed too; the lean one is in place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reroll.data.batch import Batch
+from reroll.data.task import Task, sequence_losses
+from reroll.data.text import Text
+from reroll.grad import Backprop, CentralDifference
+from reroll.grad.base import trainable
+from reroll.keys import Key
+from reroll.models import Recurrent
+from reroll.optim import apply, build_optimizer
+from reroll.train.build import Sizes, build_model
+from reroll.train.config import ModelConfig
+from reroll.train.measure import measure
+
+LONG = 2048
+"""Steps of the long sequences."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the demo's table."""
+
+    name: str
+    bits: float
+    forward_passes: int | None = None
+    seconds: float | None = None
+    memory: tuple[int, int] | None = None
+
+
+class Weigh:
+    """A step, or plain inference, of the demo's model on random symbols; built at the first call."""
+
+    def __init__(self, what: str, config: ModelConfig, sizes: Sizes, rows: int, time: int):
+        self.what, self.config, self.sizes, self.rows, self.time = what, config, sizes, rows, time
+        self.built: tuple[Recurrent, Batch, Any] | None = None
+
+    def __call__(self) -> None:
+        if self.built is None:
+            model = build_model(self.config, self.sizes, 0)
+            ids = torch.randint(self.sizes.outputs, (self.rows, self.time + 1))
+            mask = torch.ones(self.rows, self.time, dtype=torch.bool)
+            batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask)
+            name = "adamw" if self.what == "backprop" else "sgd"
+            self.built = model, batch, build_optimizer(name, trainable(model), 1e-6, momentum=0.0)
+        model, batch, optimizer = self.built
+        if self.what == "inference":
+            with torch.no_grad():
+                sequence_losses(model, batch)
+        elif self.what == "backprop":
+            apply(Backprop()(model, sequence_losses, batch, Key(0)).gradient, optimizer)
+        else:
+            lean = self.what == "probes"
+            estimator = CentralDifference(4 if lean else 96, 0.01, evaluate="in_place" if lean else "auto")
+            apply(estimator(model, sequence_losses, batch, Key(0)).gradient, optimizer, "fused")
+
+
+def memory_over_inference(config: ModelConfig, task: Task, rows: int, time: int) -> dict[str, tuple[int, int]]:
+    """Return bytes above plain inference at the demo's length and at `LONG`: in place, as trained, by backprop."""
+    sizes = Sizes.of(task)
+    found: dict[str, list[int]] = {"probes": [], "batched": [], "backprop": []}
+    for length in (time, LONG):
+        peak = {w: measure(Weigh(w, config, sizes, rows, length)).peak_bytes for w in ("inference", *found)}
+        for what, numbers in found.items():
+            numbers.append(max(0, peak[what] - peak["inference"]))
+    return {what: (numbers[0], numbers[1]) for what, numbers in found.items()}
+
+
+def rows_of(
+    task: Text, probes: dict[str, Any], backprop: dict[str, Any], memory: dict[str, tuple[int, int]]
+) -> list[Row]:
+    """Return the table: both runs below what needs no model."""
+    base = task.baselines("valid")
+    return [
+        Row("unigram entropy of the held-out text", base.unigram),
+        Row("bigram entropy of the held-out text", base.bigram),
+        Row("gzip -9 of the held-out text", base.gzip),
+        Row("CD-RGE (forward passes only)", probes["valid_bits"], probes["forward_passes"], probes["total_seconds"],
+            memory["batched"]),
+        Row("    the same, evaluated in place", math.nan, memory=memory["probes"]),
+        Row("backprop (BPTT, AdamW)", backprop["valid_bits"], backprop["forward_passes"], backprop["total_seconds"],
+            memory["backprop"]),
+    ]  # fmt: skip
+
+
+def sample(path: Path, length: int = 240) -> str:
+    """Return some text that a run's model makes up."""
+    from reroll.train.load import open_model
+
+    loaded = open_model(path)
+    assert loaded.tokenizer is not None
+    prompt = loaded.tokenizer.encode("The ").tolist()
+    return "The " + loaded.tokenizer.decode(loaded.model.generate(prompt, length, 0.7, None, 0).tolist())

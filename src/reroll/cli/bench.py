@@ -1,0 +1,78 @@
+"""`reroll bench NAME` and `reroll reproduce NAME`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from reroll.cli.flags import parse
+from reroll.errors import UsageError, nearest
+
+BENCHES = ("zeroth", "estimator")
+
+
+@dataclass(frozen=True)
+class Bench:
+    name: Annotated[str, tyro.conf.Positional]
+    """zeroth (speed and memory of CD-RGE) or estimator (its gradient against the true one)"""
+    json: Path | None = None
+    """write the result to this file"""
+    rounds: int = 5
+    """times everything is measured; the median counts"""
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """the claim to measure; none: list them"""
+    list: bool = False
+    """list all claims with their last measured values"""
+    json: Path | None = None
+    """write the result to this file"""
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    return _bench(arguments) if command == "bench" else _reproduce(arguments)
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    request = parse(Bench, arguments, "reroll bench", "Measure speed and memory, as ratios, in one run.")
+    if request.name not in BENCHES:
+        raise UsageError(f'bench "{request.name}" is unknown.{nearest(request.name, BENCHES)}')
+    if request.rounds < 1:
+        raise UsageError(f"rounds={request.rounds} must be greater than zero.")
+    if request.name == "zeroth":
+        from reroll.bench import zeroth
+
+        zeroth.run(request.rounds, request.json)
+        return 0
+    from reroll.bench import estimator
+
+    found = estimator.run()
+    if request.json is not None:
+        request.json.parent.mkdir(parents=True, exist_ok=True)
+        request.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+def _reproduce(arguments: Sequence[str]) -> int:
+    request = parse(Reproduce, arguments, "reroll reproduce", "Measure a claim of the papers here.")
+    from reroll.bench import claims
+
+    if request.list or request.name is None:
+        print(claims.table())
+        return 0
+    found = claims.reproduce(request.name)
+    claim = claims.CLAIMS[request.name]
+    print(f"{claim.name}: {claim.says}\n{claim.report(found)}")
+    print(f"published: {claim.published}\nmeasured:  {claim.key} = {found[claim.key]:.4g}, {found['status']} "
+          f"({claim.tolerance})\n{found['hardware']}, commit {found['commit']}, {found['seconds']:.0f} s")  # fmt: skip
+    if request.json is not None:
+        request.json.parent.mkdir(parents=True, exist_ok=True)
+        request.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0 if found["status"] == "holds" else 1
