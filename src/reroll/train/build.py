@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from reroll.cells import DNC, GRU, LSTM, RNN, Cell
-from reroll.data.arrays import Arrays
+from reroll.data.arrays import READOUTS, Arrays
 from reroll.data.synthetic import SYNTHETIC
 from reroll.data.task import Task
 from reroll.data.text import Text
@@ -38,6 +38,18 @@ class Sizes:
     @classmethod
     def of(cls, task: Task) -> Sizes:
         return cls(task.vocab, task.inputs, task.outputs, task.readout)
+
+    @classmethod
+    def read(cls, saved: Any) -> Sizes:
+        """Return the sizes that a file keeps as a dictionary; raise `ValueError` or `TypeError` if it is another."""
+        if not isinstance(saved, dict):
+            raise ValueError(f"sizes={saved!r} are those of no model")
+        sizes = cls(**saved)
+        counts = [sizes.outputs, *(n for n in (sizes.vocab, sizes.inputs) if n is not None)]
+        whole = len(counts) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in counts)
+        if not whole or sizes.readout not in READOUTS:
+            raise ValueError(f"sizes={saved!r} are those of no model")
+        return sizes
 
 
 def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None) -> Task:
