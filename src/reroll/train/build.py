@@ -18,6 +18,7 @@ from reroll.data.tokenizers import Tokenizer
 from reroll.errors import UsageError, nearest
 from reroll.grad import Backprop, CentralDifference
 from reroll.grad.base import Estimator, trainable
+from reroll.grad.evaluate.probing import seeded_generators
 from reroll.models import Recurrent
 from reroll.optim import Plateau, Schedule, build_optimizer
 from reroll.train.config import Config, ModelConfig, TaskConfig
@@ -89,8 +90,7 @@ def build_model(config: ModelConfig, sizes: Sizes, seed: int) -> Recurrent:
     """Return the model on the CPU, in fp32, with weights drawn from the seed; the global generator is left alone."""
     first = config.embed if sizes.vocab is not None else sizes.inputs
     assert first is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_generators(seed):
         cells: list[Cell] = []
         for _ in range(config.layers):
             cells.append(_cell(config, cells[-1].output_size if cells else first))
