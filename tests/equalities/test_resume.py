@@ -67,10 +67,17 @@ def test_wherever_it_is_interrupted(tmp_path):
     train(small(), tmp_path / "straight")
     straight = left(tmp_path / "straight")
     for how in ("signal", "abandoned"):
-        for step in range(small().run.steps - (how == "signal")):
+        for step in range(7 if how == "signal" else 9):
             path = tmp_path / f"{how}-{step}"
-            interrupted(small(), path, (step, how)) if step < 7 or how == "abandoned" else interrupted(small(), path)
+            interrupted(small(), path, (step, how))
             assert differences(straight, left(path)) == [], (how, step)
+
+
+@pytest.mark.parametrize("step", [7, 8])
+def test_a_signal_at_the_end_stops_nothing(tmp_path, step):
+    train(small(), tmp_path / "straight")
+    assert train(small(), tmp_path / "run", report=Interrupt(step))["state"] == "done"
+    assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
 
 
 CASES = {
@@ -140,6 +147,35 @@ def test_initial_weights_are_kept(tmp_path):
     found, _ = compare(small(), tmp_path, (0, "abandoned"), *TWICE, init=init)
     train(small(), tmp_path / "drawn")
     assert found["weights"] != left(tmp_path / "drawn")["weights"]
+
+
+class GoneWhileSearching(Interrupt):
+    def note(self, line):
+        super().note(line)
+        if line.startswith("Trying"):
+            raise Abandoned
+
+
+def test_a_run_killed_while_it_searches_knows_what_it_was_asked_for(tmp_path, initial):
+    """It has neither checkpoint nor journal yet, but its config, and the weights it was to begin with."""
+    path = tmp_path / "run"
+    train(small(**SEARCHING), tmp_path / "straight", init=initial)
+    with pytest.raises(Abandoned):
+        train(small(**SEARCHING), path, init=initial, report=GoneWhileSearching())
+    _, report = interrupted(read_config(path), path)
+    assert report.notes[0] == f"{path} has no checkpoint yet: it begins again, at step 0."
+    assert differences(left(tmp_path / "straight"), left(path)) == []
+
+
+def test_what_was_half_written_is_cleared_away(tmp_path):
+    path = tmp_path / "run"
+    train(small(), path, report=Interrupt(3))
+    half = [path / ".config.toml.123.tmp", path / "checkpoints" / ".step-00000006.123.tmp"]
+    half[0].write_text("format")
+    half[1].mkdir()
+    (half[1] / "model.safetensors").write_bytes(b"half")
+    train(small(), path, resume=True)
+    assert not any(p.exists() for p in half)
 
 
 # ---- a record that is damaged
