@@ -58,6 +58,9 @@ def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], keep:
         model: its parameters and buffers are saved.
         state: nested dicts (of string or integer keys), lists, tuples, numbers, texts, None and tensors.
         keep: how many checkpoints remain.
+
+    Raises:
+        RunError, OSError: if it cannot be written; the others stay.
     """
     target = folder / f"step-{step:08d}"
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
@@ -76,8 +79,10 @@ def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], keep:
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         _to_disk(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # of the operating system, in its own words
+            raise RunError(f"{target} cannot be written ({error}); the checkpoints before it are whole.") from None
         raise
     for old in all_of(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -123,7 +128,7 @@ def read(path: Path) -> Checkpoint:
                 raise RunError(f"{path} is damaged: {name} does not have the checksum it was saved with.")
         weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
         return Checkpoint(int(content["step"]), weights, _unflatten(content["state"], tensors))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise RunError(f"{path} is no checkpoint that can be read ({type(error).__name__}: {error}).") from None
 
 

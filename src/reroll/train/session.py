@@ -121,9 +121,19 @@ class Session:
         return checkpoint.save(self.folder.checkpoints, self.progress.step, self.model, state, self.config.run.keep)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Put everything back as it was when the checkpoint was written."""
+        """Put everything back as it was when the checkpoint was written.
+
+        Raises:
+            RunError: if the checkpoint is of another model, or of another version.
+        """
         checkpoint.put_weights(self.model, saved.weights, "the checkpoint")
-        state = saved.state
+        try:
+            self._restore(saved.state)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise RunError(f"The checkpoint of step {saved.step} is of another version of reroll ({what}).") from None
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.progress = Progress(**{**state["progress"], "carried": START})
         if state["carried"] is not None:
             self.progress.carried = self._carried(state["carried"])
