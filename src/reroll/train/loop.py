@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
-from reroll.errors import RunError
-from reroll.grad.base import Estimate, Gradient, Seeded, trainable
+from reroll.errors import EpsilonTooSmall, RunError
+from reroll.grad.base import Gradient, Seeded, trainable
 from reroll.keys import Key
 from reroll.optim import apply, clip_norm
 from reroll.train import build
@@ -164,10 +164,15 @@ def take_step(session: Session) -> dict[str, Any]:
     epsilon = session.epsilon(lr)
     key = Key(config.run.seed).at(step - step % (config.gradient.episode or 1))
     batch = session.batch(step)
-    estimate = build.at_epsilon(session.estimator, epsilon)(session.model, session.loss_fn, batch, key)
+    try:
+        estimate = build.at_epsilon(session.estimator, epsilon)(session.model, session.loss_fn, batch, key)
+    except EpsilonTooSmall as error:
+        if step == 0:
+            raise
+        return _lost(session, f"Since the first step the weights have grown, or ε has shrunk: {error}")
     loss = float(estimate.loss)
     if not estimate.outcome:
-        return _lost(session, estimate)
+        return _lost(session, estimate.outcome.value)
     gradient, norm = _clipped(estimate.gradient, config.optim.clip)
     if session.journal is not None and isinstance(gradient, Seeded):
         # ε as it was asked for: with restore="grid", it is what the grid of the weights is made from.
@@ -221,11 +226,11 @@ def _grow(session: Session) -> None:
         progress.length, progress.below = min(progress.length + task.curriculum_step, task.length), 0
 
 
-def _lost(session: Session, estimate: Estimate) -> dict[str, Any]:
+def _lost(session: Session, reason: str) -> dict[str, Any]:
     """There is no gradient: an error at the first step, the end of the run at a later one."""
     if session.progress.step == 0:
-        raise RunError(f"The loss is not finite at step 0. {estimate.outcome.value}")
-    return {"step": session.progress.step, "loss": math.nan, "reason": estimate.outcome.value}
+        raise RunError(f"The loss is not finite at step 0. {reason}")
+    return {"step": session.progress.step, "loss": math.nan, "reason": reason}
 
 
 def _ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, str] | None:
