@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def sparkline(values: list[float], width: int = 24) -> str:
         >>> sparkline([3.0, 2.0, 1.0], width=3)
         '█▅▁'
     """
+    values = [value for value in values if math.isfinite(value)]
     count = min(width, len(values))
     pieces = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]
     means = [sum(piece) / len(piece) for piece in pieces]
