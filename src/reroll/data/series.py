@@ -75,7 +75,10 @@ def read_series(path: str | os.PathLike[str]) -> Series:
                 return _read_csv(where, file)
         if ending == ".npy":
             return _read_npy(where)
-        with where.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with where.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise UsageError(f"path={where} is no .npz file but a .npy one; name it so.")
             return _read_npz(where, arrays)
     except UsageError:
         raise
@@ -142,7 +145,10 @@ def first_not_finite(values: Array, mask: npt.NDArray[np.bool_] | None, gaps: bo
 
 
 def _read_npy(path: Path) -> Series:
-    array = _numbers(path, "the array", np.load(path, mmap_mode="r", allow_pickle=False))
+    loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(loaded, np.ndarray):
+        raise UsageError(f"path={path} is no .npy file but a .npz one; name it so.")
+    array = _numbers(path, "the array", loaded)
     if array.ndim not in (1, 2, 3):
         raise UsageError(f"path={path} has shape {array.shape}; expected [T], [N, T] or [N, T, F].")
     return _stacked(array[None] if array.ndim == 1 else array)
