@@ -512,7 +512,6 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     # Exactly as it was said.
     assert main(way.partition("reroll ")[2].split()) == 0
     assert differences(left(tmp_path / "straight"), left(path)) == []
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def launch(*arguments):
