@@ -51,6 +51,20 @@ def test_what_is_kept_from_the_warm_up_does_not_count():
     assert reroll.measure(call, warmup=0).peak_bytes > 49_000_000
 
 
+@pytest.mark.slow
+def test_memory_the_c_library_holds_on_to_counts_when_it_is_used_again():
+    """Small pieces are freed into its heap, which cannot shrink below the last of them, which is kept."""
+    kept = []
+
+    def call():
+        pieces = [torch.full((2000,), 1.5) for _ in range(3000)]
+        if not kept:
+            kept.append(torch.full((2000,), 1.5))
+        return pieces
+
+    assert abs(reroll.measure(call).peak_bytes - 24_000_000) < 2 * NOISE
+
+
 def test_passes_seconds_and_threads_are_of_one_call_elsewhere(tmp_path):
     model, batch, calls, file = build("gru"), a_batch(), [], tmp_path / "threads"
 

@@ -107,6 +107,7 @@ def test_no_rate_is_tried_twice_and_the_best_is_taken(session, seed, infinite):
 def test_middles_leave_out_what_was_tried():
     assert middles({0.01: 2.0, 0.1: 1.0, 1.0: 3.0, 0.0316228: 1.5}) == [0.0562342, 0.316228]
     assert middles({1.0: 1.0}) == []
+    assert middles({1.0: 1.0, 1.00001: 2.0}) == []  # nothing lies between them in six digits
 
 
 def test_when_every_rate_fails_it_says_what_to_change(monkeypatch, session):
