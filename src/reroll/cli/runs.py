@@ -87,7 +87,7 @@ def row_of(path: Path, root: Path) -> dict[str, Any]:
 def _numbers(rows: list[dict[str, Any]], name: str) -> list[Any]:
     """The finite numbers of this name; a record may be damaged, and a loss that diverged is not finite."""
     values = [row.get(name) for row in rows]
-    return [value for value in values if type(value) in (int, float) and abs(value) < 1e300]
+    return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e300]
 
 
 def _last(values: list[Any]) -> Any:

@@ -14,10 +14,13 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import struct
+import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, TextIO
 from zipfile import BadZipFile
 
@@ -34,6 +37,8 @@ ENDINGS = (".csv", ".npy", ".npz")
 MISSING = {"", "na", "n/a", "nan", "null", "none"}
 ROWS = 1 << 16  # steps looked at at a time
 SERIES_COLUMNS = ("series", "id")
+FOREIGN = (SyntaxError, TokenError, TypeError, KeyError, OverflowError, RuntimeError, struct.error, zlib.error)
+"""What numpy and zipfile raise besides, for a damaged header or member."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def read_series(path: str | os.PathLike[str]) -> Series:
         raise UsageError(f"path={where} cannot be read ({error}); is it whole, and yours to read?") from None
     except UnicodeDecodeError:
         raise UsageError(f"path={where} is not UTF-8 text; convert it.") from None
-    except (ValueError, csv.Error) as error:
+    except (ValueError, csv.Error, *FOREIGN) as error:
         # numpy says so of object arrays, and of files that are pickles.
         if "pickle" in str(error) or "Python objects" in str(error):
             raise UsageError(
@@ -255,6 +260,8 @@ def _first(arrays: Any, names: str) -> Array | None:
 
 
 def _numbers(path: Path, name: str, array: Array) -> Array:
+    if not isinstance(array, np.ndarray):  # numpy gives a member of an archive that is no array as its bytes
+        raise UsageError(f"path={path}: {name} are no array; save the archive with numpy.savez.")
     if array.dtype.kind not in "biuf":
         raise UsageError(f"path={path}: {name} are of type {array.dtype}; expected real numbers.")
     return array
