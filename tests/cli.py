@@ -6,6 +6,7 @@ from reroll.train import checkpoint
 
 TINY = (
     *("--length", "3", "--batch", "2", "--hidden", "8", "--heads", "1", "--probes", "3", "--steps", "4"),
+    *("--schedule", "constant"),  # else a step would depend on how many are to come
     *("--set", "model.embed=4", "run.checkpoint_every=1", "run.eval_every=4", "run.threads=1"),
 )
 TRAIN = ("train", "copy", *TINY)
