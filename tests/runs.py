@@ -21,7 +21,6 @@ def small(**sections):
         model={"hidden": 8, "heads": 2, "embed": 5},
         gradient={"probes": 5, "epsilon": 0.02},
         optim={"lr": 0.1, "momentum": 0.9},
-        optim={"lr": 0.1, "schedule": "constant", "floor": 0.0},
         run={"steps": 9, "eval_every": 3, "checkpoint_every": 2, "threads": 1, "seed": 7},
     )
     return base.replace(**sections)
