@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cli import TRAIN, contents
+from tests.cli import TINY, TRAIN, contents
 
 
 def mistakes(folder):
@@ -63,7 +63,7 @@ def mistakes(folder):
         (("train", "smoke", "--epsilon", "0"), 2, ["epsilon=0", "greater than zero"]),
         (("train", "smoke", "--epsilon", "-0.1"), 2, ["epsilon=-0.1", "greater than zero"]),
         (("train", "smoke", "--set", "gradient.micro_batch=0"), 2, ["micro_batch=0", "greater than zero"]),
-        (("train", "smoke", "--lr", "inf"), 2, ["lr=inf", "finite"]),
+        (("train", "smoke", "--lr", "inf"), 2, ["lr=inf", "at most"]),
         (("train", "smoke", "--momentum", "1.5"), 2, ["momentum=1.5"]),
         (("train", "smoke", "--seed", "-1"), 2, ["seed=-1", "[0, 2**64)"]),
         (("train", "smoke", "--device", "mps" if torch.cuda.is_available() else "cuda"), 2, ["device=", "has cpu"]),
@@ -170,7 +170,9 @@ def test_backprop_keeps_no_journal(cli, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_at_step_0(cli, tmp_path):
-    found = cli(*TRAIN, "--run-dir", "run", "--epsilon", "1e38")
+    inputs, targets = np.sin(np.arange(120)).reshape(4, 15, 2), np.full((4, 1), 1e25)
+    np.savez("huge.npz", inputs=inputs, targets=targets)  # their squares are more than single precision holds
+    found = cli("train", "arrays", "--path", "huge.npz", *TINY[2:], "--run-dir", "run", "--length", 15)
     assert found.code == 1
     assert "not finite at step 0" in found.error
     assert "Lower --epsilon" in found.error

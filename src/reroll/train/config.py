@@ -183,8 +183,13 @@ def resolve(config: Config) -> Config:
     )
 
 
-MOST = {"probes": 1 << 24, "threads": 1024, "workers": 1024, "window_floats": 1 << 62, "seed": 1 << 64}
-"""Largest values that can be meant: a step holds a list of its units, and a process dies of too many threads."""
+SIZES = ("length", "batch", "hidden", "heads", "layers", "embed", "word_size", "memory_size", "probes")
+MOST = dict.fromkeys(SIZES, 1 << 24) | {"threads": 1024, "workers": 1024, "window_floats": 1 << 62, "seed": 1 << 64}
+"""Largest values that can be meant: products of sizes must not overflow, and a process dies of too many threads."""
+
+
+THRESHOLDS = ("target_loss", "curriculum_threshold")
+"""Losses to compare with, which may be infinite."""
 
 
 def _check_values(config: Config) -> None:
@@ -196,6 +201,9 @@ def _check_values(config: Config) -> None:
         most = MOST.get(name, 1 << 31)
         if isinstance(value, int) and abs(value) > most:
             raise UsageError(f"{name}={_short(value)} is too large; it can be {most:,} at most.")
+        # Products of two such numbers are still numbers of single precision.
+        if isinstance(value, float) and abs(value) > 1e18 and name not in THRESHOLDS:
+            raise UsageError(f"{name}={value:g} is too large; it can be 1e18 at most.")
 
 
 def _is_text(value: str) -> bool:
