@@ -24,7 +24,7 @@ class UsageError(RerollError, ValueError):
 
 
 class EpsilonTooSmall(UsageError):
-    """ε is below what the precision of the weights can tell apart: from the start, or because the weights have grown."""
+    """ε is below what the precision of the weights can tell apart: from the start, or since the weights have grown."""
 
 
 class RunError(RerollError, RuntimeError):

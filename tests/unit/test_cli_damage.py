@@ -192,8 +192,13 @@ def test_damaged_records_of_a_run_are_said(cli, run):
     for content in ("", "[]", '{"sizes": 3}', '{"sizes": {"vocab": 3}}', foreign):
         (run / "environment.json").write_text(content)
         found = cli("eval", "run")
-        assert found.code == 1
+        assert found.code == (2 if content == foreign else 1)
         assert "environment.json" in found.error
+    before = contents(run)
+    found = cli("train", "--run-dir", "run", "--resume", "--steps", 5)
+    assert found.code == 2
+    assert "environment.json: tokenizer=4" in found.error
+    assert contents(run) == before
     (run / "environment.json").write_text(kept)
     for content in ("format = 3", "[task", "[optim]\nlr = 'x'", "[model]\nhidden = 0"):
         (run / "config.toml").write_text(content)
@@ -289,7 +294,7 @@ def test_out_of_memory_is_one_line_with_remedies(cli, run, tmp_path, monkeypatch
 
 
 def test_more_memory_than_there_is(cli, tmp_path):
-    found = cli(*TRAIN, "--run-dir", "run", "--hidden", 2**30)
+    found = cli(*TRAIN, "--run-dir", "run", "--hidden", 2**22)
     assert found.code == 1
     assert found.error.startswith("error: Out of memory: ")
     assert list(tmp_path.iterdir()) == []

@@ -242,6 +242,9 @@ def _check(config: Config) -> None:
          f"search_high={optim.search_high}."),
         (gradient.method == "backprop" and optim.update in ("stream", "fused"), f'update="{optim.update}" is for '
          'gradient=probes; a backprop gradient is in .grad already. Use update="write".'),
+        (optim.update == "fused" and (optim.optimizer != "sgd" or optim.momentum),
+         f'update="fused" adds the gradient to the weights and nothing else; optimizer={optim.optimizer} with '
+         f'momentum={optim.momentum} needs update="stream".'),
         (gradient.episode and not task.carry, f"episode={gradient.episode} keeps probes while text is carried on; "
          "set task.carry = true."),
         (task.carry and task.name != "text", "carry=true reads a text on and on; it is for the task text only."),

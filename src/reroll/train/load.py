@@ -126,8 +126,8 @@ def _assemble(
     try:
         sizes = build.Sizes.read(about.get("sizes"))
         tokenizer = from_dict(about["tokenizer"]) if about.get("tokenizer") else None
-    except RerollError:
-        raise
+    except UsageError as error:
+        raise UsageError(f"{described}: {error}") from None
     except UNREADABLE as error:
         raise _foreign(described, error) from None
     if tokenizer is not None and tokenizer.size != sizes.vocab:
