@@ -188,8 +188,8 @@ MOST = dict.fromkeys(SIZES, 1 << 24) | {"threads": 1024, "workers": 1024, "windo
 """Largest values that can be meant: products of sizes must not overflow, and a process dies of too many threads."""
 
 
-THRESHOLDS = ("target_loss", "curriculum_threshold")
-"""Losses to compare with, which may be infinite."""
+THRESHOLDS = ("target_loss", "curriculum_threshold", "diverged", "max_seconds")
+"""Numbers that others are compared with, which may be as large as they like."""
 
 
 def _check_values(config: Config) -> None:

@@ -114,7 +114,9 @@ def _finished(config: Config, path: Path) -> dict[str, Any] | None:
     if status.get("state") not in ("done", "diverged"):
         return None
     saved = read_config(path)
-    return status if agree(saved, config) == saved else None
+    if agree(saved, config) != saved:
+        return None
+    return {"step": saved.run.steps, "reason": "it had ended before."} | status
 
 
 def _prepare(session: Session, say: Callable[[str], None]) -> None:
@@ -138,7 +140,7 @@ def _run(session: Session, report: Reporter, stop: list[str]) -> dict[str, Any]:
     if progress.step:
         row = session.folder.last_row() or row
     # A run that was killed after its last step, and before it said so, has nothing left to do.
-    ended = _ends(session, row, stop) if "loss" in row else None
+    ended = _ends(session, row, stop) if isinstance(row.get("loss"), float) else None
     while ended is None and progress.step < config.run.steps:
         row = take_step(session)
         ended = _ends(session, row, stop)
@@ -237,7 +239,7 @@ def _ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, 
     """Whether the run ends with this step: (state, reason) or None."""
     run, progress, loss = session.config.run, session.progress, row["loss"]
     if not math.isfinite(loss):
-        return "diverged", row["reason"]
+        return "diverged", str(row.get("reason"))
     if progress.fast > run.diverged * max(progress.first_loss, 1e-12):
         return "diverged", (
             f"the loss (average {progress.fast:.4g}) is more than {run.diverged:g} times the first "
