@@ -519,6 +519,18 @@ def test_a_forced_implementation_holds_in_the_workers():
         (dict(probes=4, epsilon=0.1, batch="shard"), 'batch="shard" must be shared or split'),
         (dict(probes=4, epsilon=0.1, shaping="softmax"), 'shaping="softmax" must be'),
         (dict(probes=4, epsilon=0.1, chunk=-1), "chunk=-1"),
+        (
+            dict(probes=4, epsilon=0.1, batch="split", difference="one_sided"),
+            'batch="split" and difference="one_sided" exclude each other',
+        ),
+        (
+            dict(probes=4, epsilon=0.1, per_branch_state=True, micro_batch=2),
+            "per_branch_state=True and micro_batch=2 exclude each other",
+        ),
+        (
+            dict(probes=4, epsilon=0.1, per_branch_state=True, difference="one_sided"),
+            'per_branch_state=True and difference="one_sided" exclude each other',
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

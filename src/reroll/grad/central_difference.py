@@ -105,6 +105,18 @@ class CentralDifference:
             if getattr(self, name) not in known:
                 raise UsageError(f'{name}="{getattr(self, name)}" must be {" or ".join(known)}.')
         parse_kind(self.kind)
+        one_sided = self.difference == "one_sided"
+        pairs = [
+            (one_sided and self.batch == "split", 'batch="split" and difference="one_sided"',
+             "a probe's loss is of its own sequences, the unperturbed one of all"),
+            (one_sided and self.per_branch_state, 'per_branch_state=True and difference="one_sided"',
+             "the unperturbed model has no state of its own among the branches"),
+            (self.per_branch_state and self.micro_batch, f"per_branch_state=True and micro_batch={self.micro_batch}",
+             "the states of branches are not cut by sequences"),
+        ]  # fmt: skip
+        for broken, pair, reason in pairs:
+            if broken:
+                raise UsageError(f"{pair} exclude each other: {reason}. Drop one of them.")
 
     @property
     def kind(self) -> str:

@@ -231,6 +231,7 @@ def _check(config: Config) -> None:
         checkpoint_every=run.checkpoint_every, curriculum_start=task.curriculum_start,
         search_low=optim.search_low, search_high=optim.search_high, search_steps=optim.search_steps,
     )  # fmt: skip
+    probes, one_sided = gradient.method == "probes", gradient.difference == "one_sided"
     rules = [
         (model.cell == "lstm" and model.hidden % model.heads, f"hidden={model.hidden} is not divisible by "
          f"heads={model.heads}; choose a divisor of it."),
@@ -247,6 +248,13 @@ def _check(config: Config) -> None:
          f'momentum={optim.momentum} needs update="stream".'),
         (gradient.episode and not task.carry, f"episode={gradient.episode} keeps probes while text is carried on; "
          "set task.carry = true."),
+        (probes and one_sided and gradient.share == "split", "share=split and difference=one_sided exclude each other: "
+         "a probe's loss is of its own sequences, the unperturbed one of all. Drop one of them."),
+        (probes and one_sided and gradient.episode, f"episode={gradient.episode} and difference=one_sided exclude each "
+         "other: the unperturbed model has no state of its own among the branches. Drop one of them."),
+        (probes and gradient.episode and gradient.micro_batch, f"episode={gradient.episode} and "
+         f"micro_batch={gradient.micro_batch} exclude each other: the states of branches are not cut by sequences. "
+         "Drop one of them."),
         (task.carry and task.name != "text", "carry=true reads a text on and on; it is for the task text only."),
         (task.carry and task.curriculum_start, "carry=true and curriculum_start exclude each other: carried windows "
          "have one length."),
