@@ -322,6 +322,53 @@ def test_the_facade_resumes_from_its_state():
     assert torch.equal(model.weight, other.weight)
 
 
+def test_the_facade_resumes_a_momentum_wider_than_the_weights():
+    model, x = nn.Linear(4, 3, dtype=torch.bfloat16), torch.randn(8, 4, dtype=torch.bfloat16)
+    optimizer = CDRGE(model.named_parameters(), lr=0.05, probes=5, momentum=0.9)
+    loss_fn = lambda m: m(x).float().square().mean()
+    for _ in range(3):
+        optimizer.step(lambda: loss_fn(model))
+    other = copy.deepcopy(model)
+    again = CDRGE(other.named_parameters(), lr=0.05, probes=5, momentum=0.9)
+    again.load_state_dict(optimizer.state_dict())
+    for p, q in zip(model.parameters(), other.parameters()):
+        saved, loaded = optimizer.state[p]["momentum_buffer"], again.state[q]["momentum_buffer"]
+        assert loaded.dtype == torch.float32
+        assert torch.equal(loaded, saved)
+        assert loaded.data_ptr() != saved.data_ptr()
+        assert not torch.equal(saved.bfloat16().float(), saved)
+    for m, o in ((model, optimizer), (other, again)):
+        for _ in range(3):
+            o.step(lambda m=m: loss_fn(m))
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert torch.equal(p, q)
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], again.state[q]["momentum_buffer"])
+
+
+def test_two_tensors_of_one_name_are_refused():
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    groups = [{"params": list(m.named_parameters()), "lr": 0.1} for m in (first, second)]
+    with pytest.raises(UsageError, match='Two parameters are named "weight"'):
+        CDRGE(groups, lr=0.1)
+    optimizer = CDRGE(first.named_parameters(), lr=0.1)
+    with pytest.raises(UsageError, match='Two parameters are named "weight"'):
+        optimizer.add_param_group({"params": list(second.named_parameters())})
+    assert len(optimizer.param_groups) == 1
+    renamed = [(f"second.{name}", p) for name, p in second.named_parameters()]
+    optimizer.add_param_group({"params": renamed})
+    before = second.weight.detach().clone()
+    optimizer.step(lambda: second(first.weight).square().mean())
+    assert not torch.equal(second.weight, before)
+
+
+def test_a_name_under_a_wrapper_is_the_name_of_another_tensor():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2))
+    model.module = nn.Linear(2, 2, bias=False)
+    with pytest.raises(UsageError, match='Two parameters are named "weight"'):
+        trainable(model)
+
+
 def test_the_facade_trains_what_torch_would_train_and_nothing_else():
     model = build("foreign")
     frozen = model.frozen.clone()

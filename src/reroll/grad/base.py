@@ -16,7 +16,7 @@ either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -171,9 +171,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     distributed model has the noise of the plain one.
 
     Raises:
-        UsageError: if there is none, if one is not of floating dtype, or if two names share a noise stream.
+        UsageError: if there is none, if one is not of floating dtype, or if two have one name or share a noise stream.
     """
-    named = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    pairs = [(canonical_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
+    check_names(name for name, _ in pairs)
+    named = dict(pairs)
     check_streams(named)
     return named
 
@@ -189,6 +191,17 @@ def canonical_name(name: str) -> str:
     while len(parts) > 1 and parts[0] == "module":
         parts.pop(0)
     return ".".join(parts)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise `UsageError` if two tensors have one canonical name: in a dict by name, one would go untrained unseen."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise UsageError(
+                f'Two parameters are named "{name}" (the prefixes of wrappers do not count); rename one of them.'
+            )
+        seen.add(name)
 
 
 def check_streams(named: Mapping[str, Tensor]) -> None:
