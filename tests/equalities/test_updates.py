@@ -41,6 +41,29 @@ def test_write_is_stream(name, optimizer):
     assert set(moved) == set(trainable(build(name)))
 
 
+@pytest.mark.parametrize("how", ["write", "stream", "fused", "dense"])
+def test_what_an_earlier_backward_left_is_no_part_of_a_step(how):
+    model, batch = build("lstm"), a_batch()
+    beside = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([*model.parameters(), beside], lr=0.1)
+    estimator = Backprop() if how == "dense" else CentralDifference(3, 0.02)
+    estimate = estimator(model, sequence_losses, batch, KEY)
+    beside.square().sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    apply(estimate.gradient, optimizer, "write" if how == "dense" else how)
+    assert torch.equal(beside, torch.ones(3))
+    assert beside.grad is None
+    assert all(p.grad is None and not torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("how", ["write", "stream"])
+def test_an_optimizer_that_evaluates_the_loss_itself_is_refused(how):
+    model = nn.Linear(3, 1)
+    estimate = CentralDifference(2, 0.02)(model, lambda m, x: m(x).square().mean(), torch.ones(2, 3), KEY)
+    with pytest.raises(UsageError, match="LBFGS evaluates the loss itself.*Use SGD or AdamW"):
+        apply(estimate.gradient, torch.optim.LBFGS(model.parameters()), how)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_fused_is_write(decay):
     options = dict(momentum=0.0, weight_decay=decay)
@@ -293,6 +316,13 @@ def test_groups_may_have_their_own_epsilon_and_rate():
     # The other number's slope is noise in each estimate: 2 · ε_b/ε_a for a, and 3 · ε_a/ε_b for b, over √N.
     assert a.item() == pytest.approx(-0.1 * 3, abs=4 * 0.1 * 2 * 0.2 / 4000**0.5)
     assert b.item() == pytest.approx(0.5 * 2, abs=4 * 0.5 * 3 / 0.2 / 4000**0.5)
+
+
+def test_an_epsilon_of_a_group_that_its_weights_cannot_show_is_refused():
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = CDRGE([{"params": [a]}, {"params": [b], "epsilon": 1e-9}], lr=0.1, probes=2)
+    with pytest.raises(UsageError, match=r"epsilon=1e-09 is below two units in the last place of 1\.0"):
+        optimizer.step(lambda: (a * b).sum())
 
 
 def test_epsilon_follows_the_current_rate_down_to_its_floor():

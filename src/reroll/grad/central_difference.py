@@ -165,7 +165,7 @@ class CentralDifference:
             scales: a factor on ε per tensor.
         """
         plan = self.plan(model, parameters, batch)
-        epsilon = self._usable_epsilon(parameters, plan)
+        epsilon = self._usable_epsilon(parameters, plan, scales or {})
         probing = Probing(
             parameters=parameters, call=loss_fn, key=key, epsilon=epsilon, noise=self.kind,
             sides=(1, -1) if self.difference == "central" else (1,), dtype=self.dtype, scales=scales or {}, model=model,
@@ -197,15 +197,16 @@ class CentralDifference:
             outcome = Outcome.all_probes_lost
         return Estimate(found.loss, gradient, outcome, stats, states if self.per_branch_state else after)
 
-    def _usable_epsilon(self, parameters: Mapping[str, Tensor], plan: Plan) -> float:
+    def _usable_epsilon(self, parameters: Mapping[str, Tensor], plan: Plan, scales: Mapping[str, float]) -> float:
         """Return ε, on the grid if weights are restored by one; raise if it is too small for the precision."""
         for name, p in parameters.items():
             typical = float(torch.linalg.vector_norm(p)) / max(p.numel(), 1) ** 0.5
             # Two units in the last place of a weight of typical size: below, rounding decides where a probe goes.
             smallest = torch.finfo(self.dtype or p.dtype).eps * 2.0 ** math.frexp(typical)[1]
-            if self.epsilon < smallest:
+            own = self.epsilon * scales.get(name, 1.0)
+            if own < smallest:
                 raise EpsilonTooSmall(
-                    f"epsilon={self.epsilon:g} is below two units in the last place of {name} ({smallest:.2g} in "
+                    f"epsilon={own:g} is below two units in the last place of {name} ({smallest:.2g} in "
                     f"{str(self.dtype or p.dtype).removeprefix('torch.')}); raise it, or evaluate in a wider dtype."
                 )
         if plan.evaluate == "in_place" and self.restore == "grid":
