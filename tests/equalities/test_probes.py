@@ -1,5 +1,6 @@
 """Central differences: the theory they obey, and the ways of computing them that must agree."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -264,6 +265,44 @@ def test_one_sided_differences(evaluate):
     for k, c in enumerate(estimate.gradient.coefficients.tolist()):
         slope = sum((g[n] * noise(KEY, p.shape, k, n)).sum().item() for n, p in trainable(model).items())
         assert c == pytest.approx(slope / 4, rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("evaluate", ["tiles", "batched"])
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_the_unperturbed_loss_is_that_of_the_dtype_and_the_parts_of_branches(evaluate, micro_batch):
+    model, seen = nn.Linear(40, 30, bias=False), []
+    x = torch.randn(7, 40).bfloat16()
+
+    def loss_fn(m, b):
+        y = m(b)
+        seen.append((len(b), y.dtype))
+        return y.double().square().mean(1)
+
+    options = dict(evaluate=evaluate, micro_batch=micro_batch, dtype=torch.bfloat16, difference="one_sided", workers=1)
+    estimate = CentralDifference(2, 0.1, **options)(model, loss_fn, x, KEY)
+    rows = [7] if micro_batch is None else [3, 3, 1]
+    assert seen[-len(rows) :] == [(count, torch.bfloat16) for count in rows]
+    assert estimate.stats["forward_passes"] == 3 * len(rows)
+    with torch.no_grad():
+        low = loss_fn(copy.deepcopy(model).bfloat16(), x).mean().item()
+    assert estimate.loss.item() == pytest.approx(low, rel=1e-6)
+
+
+def test_the_unperturbed_model_is_evaluated_in_micro_batches():
+    model, batch, seen = build("gru", torch.float64), replace(a_batch(rows=7), state=START), []
+
+    def loss_fn(m, b):
+        losses, state = sequence_losses(m, b)
+        seen.append(len(losses))
+        return losses, state
+
+    options = dict(difference="one_sided", evaluate="in_place")
+    whole = CentralDifference(2, 0.1, **options)(model, loss_fn, batch, KEY)
+    seen.clear()
+    parts = CentralDifference(2, 0.1, micro_batch=3, **options)(model, loss_fn, batch, KEY)
+    assert seen == [3, 3, 3, 3, 1, 1, 3, 3, 1]
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.state, whole.state, rtol=1e-12, atol=1e-14)
 
 
 def test_non_differentiable_losses_work():

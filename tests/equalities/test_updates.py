@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reroll.data.batch import START
 from reroll.data.task import sequence_losses
@@ -92,6 +93,40 @@ def test_every_optimizer_improves_with_either_estimator(optimizer):
             losses.append(estimate.loss.item())
             apply(estimate.gradient, opt)
         assert losses[-1] < 0.9 * losses[0], (optimizer, estimator, losses[0], losses[-1])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made; views do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not func.is_view:
+            self.bytes = max(self.bytes, made.numel() * made.element_size())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_norm_needs_little_memory(dtype):
+    model = nn.Linear(700, 900, dtype=dtype)
+    weight, bias = model.weight, model.bias
+    estimate = CentralDifference(2, 0.1)(model, lambda m, x: m(x).square().mean(), torch.ones(2, 700, dtype=dtype), KEY)
+    made = [estimate.gradient.tensor(name).double() for name in ("weight", "bias")]
+    expected = torch.cat([g.flatten() for g in made]).norm().item()
+    with Largest() as largest:
+        norm = estimate.gradient.norm()
+    assert norm == pytest.approx(expected, rel=1e-12)
+    assert 1 << 19 < largest.bytes <= 1 << 20
+    weight.grad, bias.grad = (g.to(dtype) for g in made)
+    with Largest() as largest:
+        norm = Dense({"weight": weight, "bias": bias}).norm()
+    assert norm == pytest.approx(
+        torch.cat([p.grad.double().flatten() for p in (weight, bias)]).norm().item(), rel=1e-12
+    )
+    assert largest.bytes <= 1 << 20
 
 
 def test_adamw_and_sgd_are_torchs():
