@@ -15,7 +15,7 @@ from reroll.grad import Backprop, CentralDifference, Seeded
 from reroll.grad.base import trainable
 from reroll.grad.evaluate.in_place import InPlace, snap_to_grid
 from reroll.grad.evaluate.probing import Probing, Unit
-from reroll.grad.evaluate.tiles import Tiles
+from reroll.grad.evaluate.tiles import Perturbed, Tiles
 from reroll.grad.probes import coefficients, expected_relative_error
 from reroll.kernels import dispatch
 from reroll.kernels.noise_axpy import Stream, noise, noise_axpy
@@ -128,6 +128,33 @@ def test_weights_in_pieces_are_the_weights(name, budget):
             expected = evaluator.losses(unit).losses
         with Tiles(probing, budget) as evaluator:
             torch.testing.assert_close(evaluator.losses(unit).losses, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name, budget", [("wide", 20_000), ("wide", 60_000), ("lstm-heads", 20_000), ("lstm-heads", 76_000)]
+)
+def test_what_is_held_of_many_layers_is_within_the_budget(name, budget):
+    """Layers are cut, or one is kept and the others are cut; heads are cut, or one group comes after the other."""
+    layers = [layer for _ in range(9) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    model = nn.Sequential(*layers) if name == "wide" else build(name)
+    batch = torch.randn(3, 64) if name == "wide" else a_batch()
+    loss_fn = (lambda m, x: m(x).square().mean()) if name == "wide" else sequence_losses
+    assert sum(p.numel() * 4 for p in model.parameters()) > budget
+    probing = Probing(trainable(model), loss_fn, KEY, 0.05, model=model)
+    evaluator, held = Tiles(probing, budget), []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        fill = Perturbed._fill
+
+        def noting(self, *args):
+            made = fill(self, *args)
+            held.append(self.scratch.bytes())
+            return made
+
+        patch.setattr(Perturbed, "_fill", noting)
+        losses = evaluator.losses(Unit(range(3), batch)).losses
+    assert budget // 4 < max(held) <= budget
+    with torch.no_grad(), InPlace(probing) as other:
+        torch.testing.assert_close(losses, other.losses(Unit(range(3), batch)).losses, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
