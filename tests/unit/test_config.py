@@ -117,6 +117,11 @@ CARRIED = {"name": "text", "path": "somewhere", "carry": True}
         (dict(optim={"average": 1.0}), r"average=1.0 must lie in \[0, 1\)"),
         (dict(optim={"update": "fused"}, gradient={"method": "backprop"}), 'Use update="write"'),
         (dict(gradient={"episode": 3}), "set task.carry = true"),
+        (dict(task={"curriculum_start": 11}), "curriculum_start=11 is longer than length=10"),
+        (dict(optim={"update": "fused"}), 'with momentum=0.9 needs update="stream"'),
+        (dict(optim={"lr": 1e30}), r"lr=1e\+30 is too large"),
+        (dict(gradient={"probes": 1 << 30}), "probes=1073741824 is too large"),
+        (dict(task={"path": "a\0b"}), "holds a character that no file can hold"),
         (
             dict(gradient={"share": "split", "difference": "one_sided"}),
             "share=split and difference=one_sided exclude each other",

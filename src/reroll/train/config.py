@@ -256,6 +256,8 @@ def _check(config: Config) -> None:
          f"micro_batch={gradient.micro_batch} exclude each other: the states of branches are not cut by sequences. "
          "Drop one of them."),
         (task.carry and task.name != "text", "carry=true reads a text on and on; it is for the task text only."),
+        (task.curriculum_start and task.curriculum_start > task.length, f"curriculum_start={task.curriculum_start} is "
+         f"longer than length={task.length}, up to which the curriculum grows."),
         (task.carry and task.curriculum_start, "carry=true and curriculum_start exclude each other: carried windows "
          "have one length."),
         (task.carry and task.overfit, "carry=true and overfit exclude each other: overfitting stays on one batch."),
