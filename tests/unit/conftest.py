@@ -1,6 +1,7 @@
 """Runs made once by the command line, and the command line itself."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,21 @@ def cli(capsys, tmp_path, monkeypatch):
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def little_room(tmp_path, monkeypatch):
+    """An empty folder, one thread, and memory that ends in an error rather than with the process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REROLL_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+    if sys.platform != "linux":
+        yield tmp_path
+        return
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 30), limits[1]))
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_AS, limits)
