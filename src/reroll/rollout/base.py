@@ -30,6 +30,7 @@ class Trajectory(NamedTuple):
         iterations: passes over the sequence, [batch] int64.
         residual: largest violation of the recurrence, [batch].
         converged: True where the method itself reached its tolerance, [batch]; False where a fallback was used.
+        resets: entries that were not finite on the way and had to be replaced, [batch]; None if nothing iterates.
     """
 
     states: State
@@ -38,6 +39,7 @@ class Trajectory(NamedTuple):
     iterations: Tensor
     residual: Tensor
     converged: Tensor
+    resets: Tensor | None = None
 
 
 class Rollout(Protocol):

@@ -1,0 +1,460 @@
+"""The Jacobian of a step in closed form, found by running its code once on values that know how they depend on the state.
+
+A `Tracked` is a tensor v [rows, …] together with ∂v/∂s, kept as a sum of
+
+    terms     diag(α) W               W the same at all rows, α different from row to row
+    chains    diag(β) L diag(α) W     a second linear map behind a nonlinearity
+
+Elementwise functions multiply α and β, linear maps act on W (or begin a chain), shapes change on all of them alike. So
+the diagonal of the Jacobian costs a few elementwise operations instead of D derivatives, and the whole Jacobian costs
+row scalings. For a GRU what comes out is the formula one would derive by hand.
+
+Code that does anything else (attention over a state, a third product in a row, a branch on values) raises `Untrackable`,
+and derivatives are taken by automatic differentiation instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+MOST = 32
+"""Pieces of a Jacobian that are followed; beyond, automatic differentiation is cheaper."""
+
+
+class Untrackable(Exception):
+    """The step does something whose Jacobian has no such form."""
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """diag(α) W: `weight` is Wᵀ, [D, …]; `alpha` [rows, …], None for ones."""
+
+    weight: Tensor
+    alpha: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """diag(β) L diag(α) W: `outer` is Lᵀ, [P, …]; `inner` the term with P features; `beta` [rows, …] or None."""
+
+    outer: Tensor
+    inner: Term
+    beta: Tensor | None = None
+
+
+class Tracked:
+    """A value and its Jacobian with respect to the state; see the module."""
+
+    def __init__(self, value: Tensor, terms: Sequence[Term], chains: Sequence[Chain] = ()):
+        self.value, self.terms, self.chains = value, tuple(terms), tuple(chains)
+
+    @classmethod
+    def state(cls, vector: Tensor) -> Tracked:
+        """Begin with the state itself, [rows, D]."""
+        return cls(vector, [Term(torch.eye(vector.shape[-1], dtype=vector.dtype, device=vector.device))])
+
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        return call(name, function, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(name)
+        if name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad"):
+            return getattr(self.value, name)
+        if name in ("dim", "size", "numel", "is_floating_point", "new_zeros", "new_ones", "new_empty", "new_full"):
+            return getattr(self.value, name)
+        function = getattr(Tensor, name)
+        return lambda *args, **kwargs: call(name, function, (self, *args), kwargs)
+
+    def __getitem__(self, index: Any) -> Tracked:
+        index = index if isinstance(index, tuple) else (index,)
+        rest = [i for i in index if i is not Ellipsis]
+        # The rows' axis is left alone by [..., x] and [:, x]; anything else would mix rows.
+        if index[0] is not Ellipsis and index[0] != slice(None):
+            raise Untrackable(f"indexing rows with {index!r}")
+        if any(not isinstance(i, int | slice) for i in rest) or len(rest) >= self.value.dim() + (index[0] != Ellipsis):
+            raise Untrackable(f"indexing with {index!r}")
+        return self.reshaped(lambda t: t[index])
+
+    def reshaped(self, change: Callable[[Tensor], Tensor]) -> Tracked:
+        """Apply a change of shape (or a choice of features) that leaves the first axis alone."""
+
+        def term(t: Term) -> Term:
+            return Term(change(t.weight), None if t.alpha is None else change(t.alpha))
+
+        chains = [Chain(change(c.outer), c.inner, None if c.beta is None else change(c.beta)) for c in self.chains]
+        return Tracked(change(self.value), [term(t) for t in self.terms], chains)
+
+    def scaled(self, value: Tensor, factor: Any) -> Tracked:
+        """Return something with this value whose derivative by what this is is `factor` (a number or tensor)."""
+        fits = self.expanded(value.shape)
+        terms = [Term(t.weight, _times(t.alpha, factor, value)) for t in fits.terms]
+        return Tracked(value, terms, [replace(c, beta=_times(c.beta, factor, value)) for c in fits.chains])
+
+    def expanded(self, shape: torch.Size) -> Tracked:
+        """Return this broadcast to a shape."""
+        if self.value.shape == shape:
+            return self
+        features = shape[1:]
+        if len(shape) != self.value.dim() or shape[0] != self.value.shape[0]:
+            raise Untrackable(f"broadcasting {tuple(self.value.shape)} to {tuple(shape)}")
+        return self.reshaped(lambda t: t.expand(t.shape[0], *features))
+
+    def mapped(self, value: Tensor, linear: Callable[[Tensor], Tensor]) -> Tracked:
+        """Apply a linear map of the features, the same at all rows."""
+        if self.chains:
+            raise Untrackable("three products in a row")
+        features = math.prod(self.value.shape[1:])
+        terms = [Term(linear(t.weight)) for t in self.terms if t.alpha is None]
+        bent = [t for t in self.terms if t.alpha is not None]
+        if not bent:
+            return Tracked(value, terms)
+        identity = torch.eye(features, dtype=value.dtype, device=value.device)
+        outer = linear(identity.reshape(features, *self.value.shape[1:]))
+        chains = [Chain(outer, Term(t.weight.flatten(1), t.alpha.flatten(1))) for t in bent if t.alpha is not None]
+        return Tracked(value, terms, chains)
+
+    def plus(self, value: Tensor, other: Tracked) -> Tracked:
+        """Return something with this value whose derivative is the sum of both."""
+        a, b = self.expanded(value.shape), other.expanded(value.shape)
+        terms: dict[int, Term] = {id(t.weight): t for t in a.terms}
+        for t in b.terms:
+            known = terms.get(id(t.weight))
+            terms[id(t.weight)] = t if known is None else Term(t.weight, _sum(known.alpha, t.alpha, value))
+        if len(terms) + len(a.chains) + len(b.chains) > MOST:
+            raise Untrackable("a Jacobian of too many pieces")
+        return Tracked(value, list(terms.values()), [*a.chains, *b.chains])
+
+    __add__ = __radd__ = lambda self, other: call("add", torch.add, (self, other), {})
+    __mul__ = __rmul__ = lambda self, other: call("mul", torch.mul, (self, other), {})
+    __sub__ = lambda self, other: call("sub", torch.sub, (self, other), {})
+    __rsub__ = lambda self, other: call("sub", torch.sub, (other, self), {})
+    __truediv__ = lambda self, other: call("div", torch.div, (self, other), {})
+    __rtruediv__ = lambda self, other: call("div", torch.div, (other, self), {})
+    __neg__ = lambda self: call("neg", torch.neg, (self,), {})
+    __pow__ = lambda self, power: call("pow", torch.pow, (self, power), {})
+    __matmul__ = lambda self, other: call("matmul", torch.matmul, (self, other), {})
+    __rmatmul__ = lambda self, other: call("matmul", torch.matmul, (other, self), {})
+    __abs__ = lambda self: call("abs", torch.abs, (self,), {})
+
+    def __bool__(self) -> bool:
+        raise Untrackable("a branch on a value")
+
+    __float__ = __int__ = __iter__ = __len__ = __bool__  # type: ignore[assignment]
+
+
+def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
+    ones = None
+    if a is None or b is None:
+        ones = torch.ones_like(like)
+    return (ones if a is None else a) + (ones if b is None else b)  # type: ignore[operator]
+
+
+def _times(alpha: Tensor | None, factor: Any, like: Tensor) -> Tensor:
+    if alpha is not None:
+        return alpha * factor
+    if isinstance(factor, Tensor) and factor.shape == like.shape:
+        return factor
+    return torch.ones_like(like) * factor
+
+
+# ---- operations
+
+
+def call(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Carry out an operation on values of which some are tracked."""
+    rule = RULES.get(name)
+    if rule is None:
+        raise Untrackable(f"the operation {name}")
+    return rule(function, *args, **kwargs)
+
+
+def _value(x: Any) -> Any:
+    return x.value if isinstance(x, Tracked) else x
+
+
+def _add(function: Any, a: Any, b: Any, *, alpha: float = 1) -> Tracked:
+    sign = -alpha if function in (torch.sub, Tensor.sub) else alpha
+    value = torch.add(_value(a), _value(b), alpha=sign)
+    if isinstance(a, Tracked) and isinstance(b, Tracked):
+        return a.plus(value, b if sign == 1 else b.scaled(b.value, sign))
+    if isinstance(a, Tracked):
+        fits = a.expanded(value.shape)
+        return Tracked(value, fits.terms, fits.chains)
+    return b.expanded(value.shape).scaled(value, sign) if sign != 1 else _add(function, b, a)
+
+
+def _mul(function: Any, a: Any, b: Any) -> Tracked:
+    value = _value(a) * _value(b)
+    if isinstance(a, Tracked) and isinstance(b, Tracked):
+        return a.scaled(value, b.value.expand_as(value)).plus(value, b.scaled(value, a.value.expand_as(value)))
+    known, factor = (a, b) if isinstance(a, Tracked) else (b, a)
+    if not isinstance(factor, Tensor) or factor.dim() < value.dim() or factor.shape[0] == 1:
+        return _weighted(known, value, factor)
+    return known.scaled(value, factor.expand_as(value))
+
+
+def _weighted(known: Tracked, value: Tensor, factor: Any) -> Tracked:
+    """A factor that is the same at all rows goes into the weights of what has no α yet."""
+    fits = known.expanded(value.shape)
+    terms = [
+        Term(t.weight * factor) if t.alpha is None else Term(t.weight, t.alpha * factor) for t in fits.terms
+    ]
+    chains = [
+        replace(c, outer=c.outer * factor) if c.beta is None else replace(c, beta=c.beta * factor)
+        for c in fits.chains
+    ]
+    return Tracked(value, terms, chains)
+
+
+def _div(function: Any, a: Any, b: Any) -> Tracked:
+    if not isinstance(b, Tracked):
+        return _mul(function, a, 1 / b)
+    inverse = 1 / b.value
+    return _mul(function, a, b.scaled(inverse, -inverse * inverse))
+
+
+def _linear(function: Any, x: Any, weight: Any, bias: Any = None) -> Tracked:
+    if isinstance(weight, Tracked) or isinstance(bias, Tracked):
+        raise Untrackable("weights that depend on the state")
+    return x.mapped(functional.linear(x.value, weight, bias), lambda t: functional.linear(t, weight))
+
+
+def _matmul(function: Any, a: Any, b: Any) -> Tracked:
+    if isinstance(b, Tracked) or b.dim() != 2:
+        raise Untrackable("a product of states")
+    return a.mapped(a.value @ b, lambda t: t @ b)
+
+
+def _addmm(function: Any, bias: Any, x: Any, weight: Any) -> Tracked:
+    return _add(torch.add, _matmul(function, x, weight), bias)
+
+
+def _einsum(function: Any, equation: str, *operands: Any) -> Tracked:
+    known = [i for i, x in enumerate(operands) if isinstance(x, Tracked)]
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    if len(known) != 1 or not output.startswith("...") or not inputs.split(",")[known[0]].startswith("..."):
+        raise Untrackable(f"einsum {equation!r}")
+    if any("..." in part for i, part in enumerate(inputs.split(",")) if i != known[0]):
+        raise Untrackable(f"einsum {equation!r}")
+
+    def apply(t: Tensor) -> Tensor:
+        return torch.einsum(equation, *operands[: known[0]], t, *operands[known[0] + 1 :])
+
+    return operands[known[0]].mapped(apply(operands[known[0]].value), apply)
+
+
+def _total(function: Any, x: Tracked, dim: Any = None, keepdim: bool = False) -> Tracked:
+    if dim is None:
+        raise Untrackable("a sum over rows")
+    _features_only(x, dim)
+    return x.mapped(function(x.value, dim, keepdim), lambda t: function(t, dim, keepdim))
+
+
+def _roll(function: Any, x: Tracked, shifts: Any, dims: Any = None) -> Tracked:
+    _features_only(x, dims)
+    return x.reshaped(lambda t: torch.roll(t, shifts, dims))
+
+
+def _features_only(x: Tracked, *dims: Any) -> None:
+    for dim in dims:
+        for d in dim if isinstance(dim, tuple | list) else (dim,):
+            if not isinstance(d, int) or d % x.value.dim() == 0:
+                raise Untrackable(f"an operation along axis {dim}")
+
+
+def _along(position: int, default: Any = None) -> Callable[..., Any]:
+    """A change of shape whose axis is the argument at `position`; it may return several."""
+
+    def rule(function: Any, x: Tracked, *args: Any, **kwargs: Any) -> Any:
+        dim = kwargs.get("dim", args[position] if len(args) > position else default)
+        if function is torch.unsqueeze or getattr(function, "__name__", "") == "unsqueeze":
+            if not isinstance(dim, int) or dim % (x.value.dim() + 1) == 0:
+                raise Untrackable("a new first axis")
+        else:
+            _features_only(x, dim)
+        value = function(x.value, *args, **kwargs)
+        if isinstance(value, Tensor):
+            return x.reshaped(lambda t: function(t, *args, **kwargs))
+        return tuple(x.reshaped(lambda t, i=i: function(t, *args, **kwargs)[i]) for i in range(len(value)))
+
+    return rule
+
+
+def _flatten(function: Any, x: Tracked, start_dim: int = 0, end_dim: int = -1) -> Tracked:
+    _features_only(x, start_dim)
+    return x.reshaped(lambda t: t.flatten(start_dim, end_dim))
+
+
+def _transpose(function: Any, x: Tracked, dim0: int, dim1: int) -> Tracked:
+    _features_only(x, dim0, dim1)
+    return x.reshaped(lambda t: t.transpose(dim0, dim1))
+
+
+def _cat(function: Any, tensors: Sequence[Any], dim: int = 0) -> Tracked:
+    known = [x for x in tensors if isinstance(x, Tracked)]
+    _features_only(known[0], dim)
+    if known[0].value.dim() != 2:
+        raise Untrackable("cat of more than one feature axis")
+    value = torch.cat([_value(x) for x in tensors], dim)
+    width, begin, terms, chains = value.shape[1], 0, [], []
+    for x in tensors:
+        size = x.shape[1]
+        if isinstance(x, Tracked):
+            pad = (begin, width - begin - size)
+            terms += [Term(_padded(t.weight, pad), _padded(t.alpha, pad)) for t in x.terms]
+            chains += [Chain(_padded(c.outer, pad), c.inner, _padded(c.beta, pad)) for c in x.chains]
+        begin += size
+    return Tracked(value, terms, chains)
+
+
+def _padded(t: Any, pad: tuple[int, int]) -> Any:
+    return None if t is None else functional.pad(t, pad)
+
+
+def _where(function: Any, condition: Any, a: Any, b: Any) -> Tracked:
+    if isinstance(condition, Tracked):
+        raise Untrackable("where on a tracked condition")
+    value = torch.where(condition, _value(a), _value(b))
+    mask = condition.to(value.dtype).expand_as(value)
+    parts = [x.scaled(value, m) for x, m in ((a, mask), (b, 1 - mask)) if isinstance(x, Tracked)]
+    return parts[0] if len(parts) == 1 else parts[0].plus(value, parts[1])
+
+
+def _lerp(function: Any, a: Any, b: Any, weight: Any) -> Tracked:
+    return _add(torch.add, a, _mul(torch.mul, weight, _add(torch.sub, b, a)))
+
+
+def _addcmul(function: Any, a: Any, b: Any, c: Any, *, value: float = 1) -> Tracked:
+    product = b * c
+    return _add(torch.add, a, product if value == 1 else product * value)
+
+
+def _same(function: Any, x: Tracked, *args: Any, **kwargs: Any) -> Tracked:
+    return x
+
+
+def _smooth(derivative: Callable[[Tensor, Tensor], Any]) -> Callable[..., Tracked]:
+    """An elementwise function whose derivative is a function of (argument, value)."""
+
+    def rule(function: Any, x: Tracked) -> Tracked:
+        value = function(x.value)
+        return x.scaled(value, derivative(x.value, value))
+
+    return rule
+
+
+def _elementwise(function: Any, x: Any, *args: Any, **kwargs: Any) -> Tracked:
+    """An elementwise function without a rule of its own: its derivative by automatic differentiation."""
+    if any(isinstance(a, Tracked) for a in (*args, *kwargs.values())) or not isinstance(x, Tracked):
+        raise Untrackable(f"{function} of two tracked values")
+    with torch.enable_grad():
+        leaf = x.value.detach().requires_grad_()
+        value = function(leaf, *args, **kwargs)
+        (slope,) = torch.autograd.grad(value.sum(), leaf)
+    return x.scaled(value.detach(), slope)
+
+
+_SHAPES = {
+    "chunk": _along(1, 0), "split": _along(1, 0), "unbind": _along(0, 0), "narrow": _along(0), "select": _along(0),
+    "unsqueeze": _along(0), "squeeze": _along(0), "unflatten": _along(0), "flip": _along(0), "flatten": _flatten,
+    "transpose": _transpose, "roll": _roll, "cat": _cat, "concat": _cat,
+}  # fmt: skip
+_ARITHMETIC = {
+    "add": _add, "sub": _add, "subtract": _add, "mul": _mul, "multiply": _mul, "div": _div, "true_divide": _div,
+    "linear": _linear, "matmul": _matmul, "mm": _matmul, "addmm": _addmm, "einsum": _einsum, "where": _where,
+    "lerp": _lerp, "sum": _total, "mean": _total, "addcmul": _addcmul, "neg": lambda function, x: x * -1.0,
+}  # fmt: skip
+_FUNCTIONS = {
+    "tanh": _smooth(lambda x, y: 1 - y * y),
+    "sigmoid": _smooth(lambda x, y: y - y * y),
+    "exp": _smooth(lambda x, y: y),
+    "relu": _smooth(lambda x, y: (x > 0).to(y.dtype)),
+    "square": _smooth(lambda x, y: 2 * x),
+    "sin": _smooth(lambda x, y: x.cos()),
+    "cos": _smooth(lambda x, y: -x.sin()),
+} | {
+    name: _elementwise
+    for name in (
+        "abs", "log", "sqrt", "rsqrt", "pow", "reciprocal", "softplus", "silu", "gelu", "elu", "selu", "celu", "mish",
+        "leaky_relu", "hardtanh", "hardsigmoid", "softsign", "logsigmoid", "erf", "atan", "sinh", "cosh", "clamp",
+        "clip", "log1p", "expm1", "asinh", "tanhshrink",
+    )
+}  # fmt: skip
+RULES: dict[str, Callable[..., Any]] = _SHAPES | _ARITHMETIC | _FUNCTIONS | {
+    name: _same for name in ("contiguous", "clone")
+}
+"""How each operation, by its name in torch, acts on tracked values."""
+
+
+# ---- the Jacobian of a whole state
+
+
+def diagonal_of(parts: Sequence[Any], sizes: Sequence[int]) -> Tensor:
+    """Return the diagonal of the Jacobian, [rows, D], of a new state given by its parts [rows, size]."""
+    begin, found = 0, []
+    for part, size in zip(parts, sizes):
+        found.append(_band(part, begin))
+        begin += size
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def blocks_of(parts: Sequence[Any], count: int) -> Tensor:
+    """Return the derivatives of feature c of part k by feature c of part l, [rows, K, K, C]; all parts are equal."""
+    width = parts[0].shape[-1]
+    rows = [torch.stack([_band(part, width * other) for other in range(count)], 1) for part in parts]
+    return torch.stack(rows, 1)
+
+
+def _band(part: Any, begin: int) -> Tensor:
+    """Return ∂v_c/∂s_{begin + c}, [rows, C]."""
+    if not isinstance(part, Tracked):
+        return torch.zeros_like(part)
+    size, total = part.shape[-1], None
+    for t in part.terms:
+        diagonal = t.weight[begin : begin + size].diagonal()
+        total = _accumulate(total, t.alpha, diagonal, part.value)
+    for c in part.chains:
+        assert c.inner.alpha is not None
+        # Σ_p L[c, p] α_p W[p, c]: one product for all rows
+        band = c.inner.alpha @ (c.inner.weight[begin : begin + size].T * c.outer)
+        total = _accumulate(total, c.beta, band, part.value)
+    return torch.zeros_like(part.value) if total is None else total
+
+
+def _accumulate(total: Tensor | None, alpha: Tensor | None, factor: Tensor, like: Tensor) -> Tensor:
+    if alpha is None:
+        return factor.expand_as(like) if total is None else total + factor
+    return alpha * factor if total is None else torch.addcmul(total, alpha, factor)
+
+
+def dense_of(parts: Sequence[Any], size: int) -> Tensor:
+    """Return the Jacobian, [rows, D, D]: entry [r, i, j] is the derivative of s_i by the old s_j."""
+    return torch.cat([_dense(part, size) for part in parts], 1)
+
+
+def _dense(part: Any, size: int) -> Tensor:
+    rows, features = part.shape
+    if not isinstance(part, Tracked):
+        return part.new_zeros(rows, features, size)
+    total: Tensor | None = None
+    for t in part.terms:
+        matrix = t.weight.T
+        scaled = matrix.expand(rows, -1, -1) if t.alpha is None else t.alpha.unsqueeze(-1) * matrix
+        total = scaled if total is None else total + scaled
+    for c in part.chains:
+        assert c.inner.alpha is not None
+        matrix = (c.outer.T * c.inner.alpha.unsqueeze(1)) @ c.inner.weight.T
+        matrix = matrix if c.beta is None else c.beta.unsqueeze(-1) * matrix
+        total = matrix if total is None else total + matrix
+    return part.value.new_zeros(rows, features, size) if total is None else total

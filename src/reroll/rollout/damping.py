@@ -1,0 +1,152 @@
+"""How far a Newton step is trusted: the correction δ of the states from the residual and the linearisation.
+
+    undamped        δ_t = A_t δ_{t−1} + r_t,   r_t = f_t(s_{t−1}) − s_t,   δ_0 = 0
+    Scale(k)        (1 − k) A_t in place of A_t
+    Clip(limit)     a diagonal A_t held within ±limit
+    Kalman(σ²)      δ seen as a chain with noise of variance 1, and "δ = 0" observed with variance σ² at every step
+
+The last is ELK (arXiv:2407.19115). Its filter mean is what the paper's code runs; the smoother mean is the
+Levenberg–Marquardt step of its text, the solution of (JᵀJ + 1/σ²) δ = Jᵀr. As σ² → ∞ both are the undamped step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError, require_positive
+from reroll.kernels.linear_scan import kalman_scan, linear_scan
+from reroll.rollout.linearise import Transition
+
+
+class Damping(Protocol):
+    """How corrections are computed."""
+
+    @property
+    def damped(self) -> bool:
+        """Whether steps may be short, so that their size says nothing about convergence."""
+        ...
+
+    def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
+        """Return δ, [B, T, D].
+
+        Args:
+            transition: A, [B, T, …], zero where a sequence starts.
+            residual: r, [B, T, D].
+            trust: what multiplies σ², [B]; None is 1.
+        """
+        ...
+
+
+def solve(transition: Transition, residual: Tensor) -> Tensor:
+    """Return δ of δ_t = A_t δ_{t−1} + r_t."""
+    kind, a = transition
+    if kind == "zero":
+        return residual
+    if a is None:
+        raise UsageError("a transition without a tensor must be zero.")
+    if kind == "block":
+        blocks, channels = a.shape[2], a.shape[4]
+        return linear_scan(a, residual.unflatten(-1, (blocks, channels)), structure="block").flatten(-2)
+    return linear_scan(a, residual, structure=kind)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Undamped:
+    """The whole Newton step."""
+
+    damped: bool = False
+
+    def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
+        return solve(transition, residual)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """(1 − k) A: exact after T iterations, as the undamped step is.
+
+    Args:
+        k: in [0, 1]; 0 is undamped, 1 is Jacobi.
+    """
+
+    k: float
+    damped: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.k <= 1:
+            raise UsageError(f"k={self.k} must lie in [0, 1].")
+
+    def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
+        a = transition.tensor
+        return solve(transition._replace(tensor=None if a is None else (1 - self.k) * a), residual)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A diagonal held within ±limit.
+
+    Args:
+        limit: 1 keeps every channel from growing.
+    """
+
+    limit: float = 1.0
+    damped: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(limit=self.limit)
+
+    def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
+        if transition.kind != "diagonal" or transition.tensor is None:
+            raise UsageError(f"Clip holds a diagonal, not a transition of kind {transition.kind}; use Scale or Kalman.")
+        return solve(transition._replace(tensor=transition.tensor.clamp(-self.limit, self.limit)), residual)
+
+
+@dataclass(frozen=True)
+class Kalman:
+    """A trust region as a Kalman filter or smoother; see the module.
+
+    Args:
+        variance: σ², the papers' "sigmasq"; smaller is stronger damping.
+        smoother: also run backwards: the Levenberg–Marquardt step.
+        adaptive: let σ² grow threefold when Σ r² falls, and shrink threefold, going back, when it rises.
+    """
+
+    variance: float
+    smoother: bool = False
+    adaptive: bool = False
+    damped: bool = True
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.variance) or self.variance <= 0:
+            raise UsageError(f"variance={self.variance} must be greater than zero; infinity is undamped.")
+
+    def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
+        if math.isinf(self.variance):
+            return solve(transition, residual)
+        kind, a = transition
+        if kind not in ("diagonal", "dense") or a is None:
+            raise UsageError(f"Kalman works with Dense or Diagonal, not a transition of kind {kind}.")
+        variance = self.variance if trust is None else self.variance * trust
+        mean, covariance = kalman_scan(a, residual, variance, structure=kind)
+        return _smooth(kind, a, mean, covariance, residual) if self.smoother else mean
+
+
+def _smooth(kind: str, a: Tensor, mean: Tensor, covariance: Tensor, residual: Tensor) -> Tensor:
+    """The backward pass: δ_t = m_t + E_t (δ_{t+1} − A_{t+1} m_t − r_{t+1}), E_t = P_t A_{t+1}ᵀ (A P_t Aᵀ + 1)⁻¹."""
+    ahead, later = a[:, 1:], residual[:, 1:]
+    m, p = mean[:, :-1], covariance[:, :-1]
+    if kind == "diagonal":
+        gain = p * ahead / (ahead * ahead * p + 1)
+        rest = m - gain * (ahead * m + later)
+        gain = torch.nn.functional.pad(gain, (0, 0, 0, 1))
+    else:
+        pa = p @ ahead.mT
+        predicted = ahead @ pa + torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        gain = torch.linalg.solve_ex(predicted, pa.mT)[0].mT
+        rest = m - (gain @ ((ahead @ m.unsqueeze(-1)) + later.unsqueeze(-1))).squeeze(-1)
+        gain = torch.nn.functional.pad(gain, (0, 0, 0, 0, 0, 1))
+    return linear_scan(gain, torch.cat([rest, mean[:, -1:]], 1), reverse=True, structure=kind)  # type: ignore[arg-type]

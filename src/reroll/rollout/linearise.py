@@ -1,0 +1,161 @@
+"""What a Newton iteration keeps of the Jacobian A_t = ∂s_t/∂s_{t−1}: the choice that names the method.
+
+    Dense()          all of it            DEER: quadratic convergence, B·T·D² numbers
+    Block(K)         K×K per channel      for states of K parts of equal size, as an LSTM's (h, c)
+    Diagonal()       the diagonal         quasi-DEER: linear convergence, B·T·D numbers
+    Hutchinson(m)    the diagonal, estimated from m products with Aᵀ: for large states of unknown structure
+    Identity()       1                    Picard
+    Zero()           nothing              Jacobi
+
+Each takes rows (sequences and steps alike) and returns the next states and what it keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from reroll.cells import jacobian
+from reroll.cells.base import Cell
+from reroll.cells.layout import Layout
+from reroll.errors import require_positive
+from reroll.kernels.noise_axpy import noise
+from reroll.keys import Key
+
+Kind = Literal["zero", "identity", "diagonal", "block", "dense"]
+
+ROWS_FLOATS = 1 << 16
+"""Numbers of state evaluated at a time on a CPU, so that temporaries stay in the second cache."""
+
+
+class Transition(NamedTuple):
+    """An approximate Jacobian for every row.
+
+    Args:
+        kind: its structure.
+        tensor: [rows, D], [rows, K, K, C] or [rows, D, D]; None for "zero" and "identity".
+    """
+
+    kind: Kind
+    tensor: Tensor | None = None
+
+
+class Linearisation(Protocol):
+    """What of a Jacobian is kept."""
+
+    @property
+    def kind(self) -> Kind:
+        """The structure of what is kept."""
+        ...
+
+    def __call__(
+        self, cell: Cell, layout: Layout, u: Tensor, state: Tensor, steps: int, iteration: int, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return next states [rows, D] and what is kept of their Jacobian.
+
+        Args:
+            cell, layout: the recurrence.
+            u: projected inputs, [rows, U]; row r is step r % steps of sequence r // steps.
+            state: [rows, D].
+            steps: T.
+            iteration: 0 for the guess.
+            kept: what the iteration before kept.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The whole Jacobian: Newton's method, DEER (Lim et al., arXiv:2309.12252)."""
+
+    kind: Kind = "dense"
+
+    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
+        return jacobian.linearise(cell, layout, u, state, "dense")
+
+
+@dataclass(frozen=True)
+class Block:
+    """The K×K block of every channel: feature c of part k by feature c of part l.
+
+    Args:
+        count: K; None takes the number of tensors in the state, which must have equal sizes.
+    """
+
+    count: int | None = None
+    kind: Kind = "block"
+
+    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
+        return jacobian.linearise(cell, layout, u, state, "block", self.count or len(layout.sizes))
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The diagonal: quasi-DEER (Gonzalez et al., arXiv:2407.19115).
+
+    Args:
+        every: iterations for which a diagonal is used; more than 1 saves evaluations and costs iterations.
+    """
+
+    every: int = 1
+    kind: Kind = "diagonal"
+
+    def __post_init__(self) -> None:
+        require_positive(every=self.every)
+
+    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
+        if kept is not None and iteration % self.every:
+            return jacobian.step(cell, layout, u, state), kept
+        return jacobian.linearise(cell, layout, u, state, "diagonal")
+
+
+@dataclass(frozen=True)
+class Hutchinson:
+    """The diagonal estimated as the mean of v ∘ Aᵀv over m random signs v, the same at every iteration.
+
+    The variance of entry i is Σ_{j≠i} A_ij² / m. With m = 1 the iteration can diverge where the exact diagonal does
+    not; it costs m products per iteration, whatever D is.
+
+    Args:
+        products: m.
+        seed: names the signs.
+    """
+
+    products: int = 4
+    seed: int = 0
+    kind: Kind = "diagonal"
+
+    def __post_init__(self) -> None:
+        require_positive(products=self.products)
+
+    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
+        signs = [
+            noise(Key(self.seed).at("hutchinson"), (steps, layout.size), m, "signs", dtype=state.dtype,
+                  device=str(state.device))
+            for m in range(self.products)
+        ]  # fmt: skip
+        repeated = torch.stack([v.repeat(len(state) // steps, 1) for v in signs])
+        return jacobian.hutchinson(cell, layout, u, state, repeated)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A ≈ 1: Picard iteration; good for small steps of a differential equation."""
+
+    kind: Kind = "identity"
+
+    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
+        return jacobian.step(cell, layout, u, state), None
+
+
+@dataclass(frozen=True)
+class Zero:
+    """A ≈ 0: Jacobi iteration; good where a step forgets nearly everything."""
+
+    kind: Kind = "zero"
+
+    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
+        return jacobian.step(cell, layout, u, state), None
