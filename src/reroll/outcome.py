@@ -26,8 +26,12 @@ class Outcome(Enum):
         "Raise max_iterations, damp the iteration (elk, quasi_elk with a smaller variance), or use Sequential: see "
         "reroll.predictability for which of them can work."
     )
+    solver_too_loose = (
+        "What the rollout's solver leaves over moves the loss nearly as much as a probe does, so the gradient is mostly "
+        "its error. Lower the rollout's tolerance (model.rollout_rtol), or raise --epsilon."
+    )
     not_finite = "The loss is not finite. Lower --lr, or clip the gradient with --clip."
 
     def __bool__(self) -> bool:
         """True when a usable result was computed."""
-        return self in (Outcome.ok, Outcome.some_probes_lost, Outcome.fell_back)
+        return self not in (Outcome.all_probes_lost, Outcome.not_finite)

@@ -33,6 +33,7 @@ from reroll.rollout.base import Trajectory, start
 from reroll.rollout.damping import Damping, Undamped
 from reroll.rollout.linearise import ROWS_FLOATS, Diagonal, Linearisation, Transition
 from reroll.rollout.purity import require_pure
+from reroll.rollout.watch import current
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Default `rtol` and `atol`; lower precisions are solved in float32."""
@@ -166,7 +167,7 @@ class Newton:
         states = found.states
         if torch.is_grad_enabled():
             states = adjoint.attach(problem, states, self.adjoint)
-        return Trajectory(
+        trajectory = Trajectory(
             states=problem.layout.unpack(states),
             final=problem.layout.unpack(states[:, -1]),
             outcome=outcome,
@@ -175,6 +176,9 @@ class Newton:
             converged=found.converged,
             resets=found.resets,
         )
+        if (watch := current()) is not None:
+            watch.see(trajectory, states)
+        return trajectory
 
     def read(
         self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
@@ -189,14 +193,16 @@ class Newton:
         """Solve window after window."""
         batch, time, size = problem.u.shape[0], problem.u.shape[1], problem.layout.size
         width = self._width(problem, batch, time, size)
+        watch = current()
+        warm = None if watch is None else watch.guess((batch, time, size))
         if width >= time:
-            return self._newton(problem, self._guess(problem, 0, time))
+            return self._newton(problem, self._guess(problem, warm, 0, time))
         windows: list[Solution] = []
         begin_state = problem.start
         for begin in range(0, time, width):
             end = min(begin + width, time)
             part = problem.window(begin, end, begin_state)
-            found = self._newton(part, self._guess(part, begin, end))
+            found = self._newton(part, self._guess(part, warm, begin, end))
             if not bool(found.converged.all()):
                 found = _repair(part, found)
             windows.append(found)
@@ -212,9 +218,11 @@ class Newton:
             return max(64, ROWS_FLOATS // per_step)
         return self.window or time
 
-    def _guess(self, problem: Problem, begin: int, end: int) -> Tensor:
+    def _guess(self, problem: Problem, warm: Tensor | None, begin: int, end: int) -> Tensor:
         batch, steps, size = *problem.u.shape[:2], problem.layout.size
         repeated = problem.start.unsqueeze(1).expand(batch, steps, size)
+        if warm is not None:
+            return warm[:, begin:end].to(problem.u.dtype)
         if isinstance(self.guess, Tensor):
             expected = (batch, size)
             if (self.guess.shape[0], self.guess.shape[-1]) != expected or self.guess.shape[1] < end:
@@ -268,7 +276,9 @@ class Newton:
 
     def _tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         usual = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
-        return usual if self.atol is None else self.atol, usual if self.rtol is None else self.rtol
+        factor = 1.0 if (watch := current()) is None else watch.tolerance
+        atol, rtol = (usual if given is None else given for given in (self.atol, self.rtol))
+        return factor * atol, factor * rtol
 
     def _finish(self, problem: Problem, found: Solution) -> tuple[Outcome, Solution]:
         """Do what `on_failure` says about sequences that have not converged."""
