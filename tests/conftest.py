@@ -38,3 +38,10 @@ def _threads_are_restored():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick_steps(monkeypatch):
+    """One thread, which is faster for the smallest models, and no waiting for a disk that no test takes away."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)

@@ -53,4 +53,4 @@ def require_positive(**arguments: float | None) -> None:
     """
     for name, value in arguments.items():
         if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"{name}={value} must be greater than zero.")
+            raise UsageError(f"{name}={value} must be {'finite' if value == float('inf') else 'greater than zero'}.")

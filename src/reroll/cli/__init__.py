@@ -9,7 +9,9 @@ before a command needs it.
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -40,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character, or the name of a file that is no text, must not end a run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -54,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f'"{command}" is no command.{nearest(command, COMMANDS)}')
         module = importlib.import_module(f"reroll.cli.{COMMANDS[command][0]}")
         return module.run(command, arguments[1:])
+    except SystemExit as end:  # after --help
+        return end.code if isinstance(end.code, int) else 0
     except BrokenPipeError:
         # The reader of our output has gone (`reroll runs | head`); there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,8 +81,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, RerollError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        where = f" ({error.filename})" if error.filename else ""
-        full = " Free some space, or name another folder with --run-dir." if error.errno == 28 else ""
+        where = f" ({' '.join(str(error.filename).split())})" if error.filename else ""
+        full = " Free some space, or name another folder with --run-dir." if error.errno == errno.ENOSPC else ""
         return f"{error.strerror}{where}.{full}"
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:

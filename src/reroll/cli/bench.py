@@ -46,6 +46,7 @@ def _bench(arguments: Sequence[str]) -> int:
         raise UsageError(f'bench "{request.name}" is unknown.{nearest(request.name, BENCHES)}')
     if request.rounds < 1:
         raise UsageError(f"rounds={request.rounds} must be greater than zero.")
+    _make_room(request.json)
     if request.name == "zeroth":
         from reroll.bench import zeroth
 
@@ -55,7 +56,6 @@ def _bench(arguments: Sequence[str]) -> int:
 
     found = estimator.run()
     if request.json is not None:
-        request.json.parent.mkdir(parents=True, exist_ok=True)
         request.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
@@ -67,12 +67,24 @@ def _reproduce(arguments: Sequence[str]) -> int:
     if request.list or request.name is None:
         print(claims.table())
         return 0
+    _make_room(request.json)
     found = claims.reproduce(request.name)
     claim = claims.CLAIMS[request.name]
     print(f"{claim.name}: {claim.says}\n{claim.report(found)}")
     print(f"published: {claim.published}\nmeasured:  {claim.key} = {found[claim.key]:.4g}, {found['status']} "
           f"({claim.tolerance})\n{found['hardware']}, commit {found['commit']}, {found['seconds']:.0f} s")  # fmt: skip
     if request.json is not None:
-        request.json.parent.mkdir(parents=True, exist_ok=True)
         request.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0 if found["status"] == "holds" else 1
+
+
+def _make_room(path: Path | None) -> None:
+    """Refuse a file that cannot be written before the minutes of measuring, not after them."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--json {path} cannot be written ({error.strerror}); name another file.") from None
+    if path.is_dir() or not path.name:
+        raise UsageError(f"--json {str(path)!r} is a folder; name a file in it.")

@@ -36,6 +36,7 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, description: str, 
     """
     import tyro
 
+    refuse_unusable(arguments)
     wide = {} if {"-h", "--help"} & set(arguments) else {"COLUMNS": "1000"}
     before = {name: os.environ.get(name) for name in wide}
     os.environ.update(wide)
@@ -57,6 +58,49 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, description: str, 
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def refuse_unusable(arguments: Sequence[str]) -> None:
+    """Raise `UsageError` for an argument that no file can be named: it holds a NUL, or half a character."""
+    for argument in arguments:
+        try:
+            if b"\0" not in os.fsencode(argument):
+                continue
+        except UnicodeEncodeError:
+            pass
+        raise UsageError(f"the argument {argument!r} holds a character that no file's name can have; leave it out.")
+
+
+def together(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the arguments with all values of a flag that takes several in one place: tyro would keep the last mention.
+
+    Raises:
+        UsageError: if such a flag is given without a value.
+
+    Example:
+        >>> together(["--set", "a=1", "--lr", "2", "--set=b=2"], ["--set"])
+        ['--lr', '2', '--set', 'a=1', 'b=2']
+    """
+    rest: list[str] = []
+    values: dict[str, list[str]] = {}
+    current: str | None = None
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            current = flag if flag in names else None
+            if current is None:
+                rest.append(argument)
+            else:
+                values.setdefault(current, []).extend([value] if equals else [])
+        elif current is None:
+            rest.append(argument)
+        else:
+            values[current].append(argument)
+    for flag, given_values in values.items():
+        if not given_values:
+            raise UsageError(f"{flag} is given without a value; give one behind it, or leave it out.")
+        rest += [flag, *given_values]
+    return rest
 
 
 def one_line(box: str) -> str:

@@ -4,17 +4,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from reroll.cli.flags import parse
 from reroll.cli.train import Request, read
+from reroll.errors import UsageError
 from reroll.recipes import RECIPES
 from reroll.train import toml
 from reroll.train.config import Config, fields_of, resolve
 from reroll.train.run import ROOT, read_config, read_json
 
 
+@dataclass(frozen=True)
+class Recipes:
+    pass
+
+
 def run(command: str, arguments: Sequence[str]) -> int:
     if command == "recipes":
+        parse(Recipes, arguments, "reroll recipes", "List the recipes: what can be trained, a line each.")
         width = max(map(len, RECIPES))
         for name, recipe in RECIPES.items():
             print(f"{name:<{width}}  {(recipe.__doc__ or '').strip().splitlines()[0]}")
@@ -22,6 +31,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
         return 0
     folder = _run_folder(arguments)
     if folder is not None:
+        if len(arguments) > 1:
+            raise UsageError(f"{arguments[1]!r} changes nothing of a run; `reroll show {folder}` shows what it did.")
         print(toml.dumps(read_config(folder)), end="")
         about = read_json(folder / "environment.json")
         status = read_json(folder / "status.json")

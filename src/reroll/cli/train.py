@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reroll.cli.flags import config_flags, given, parse, values_of
+from reroll.cli.flags import config_flags, given, parse, together, values_of
 from reroll.errors import UsageError, nearest
 from reroll.recipes import RECIPES
 from reroll.train import toml
@@ -60,6 +60,8 @@ def read(command: str, arguments: Sequence[str]) -> Request:
         raise UsageError(f'recipe "{name}" is unknown.{nearest(name, RECIPES)}')
     prog = f"reroll {command}{' ' + name if name else ''}"
     kind = config_flags("train", EXTRA)
+    # The word of config files for "no value", as tyro knows it.
+    arguments = ["None" if argument == "none" else argument for argument in together(arguments, ("--set", "--config"))]
     # Flags are read twice: first to find the files and pairs, then with what these say as defaults.
     first = parse(kind, arguments, prog, _description(name), kind(**values_of(_base(name, None))))
     base = _base(name, first)
@@ -74,11 +76,14 @@ def read(command: str, arguments: Sequence[str]) -> Request:
 
 
 def _base(name: str | None, flags: Any) -> Config:
-    """The config that everything is laid over: the recipe's, a resumed run's, or plain defaults under --config."""
+    """The config that everything is laid over: a resumed run's, the recipe's, or plain defaults under --config."""
+    if flags is not None and flags.resume and flags.run_dir is not None and (flags.run_dir / "config.toml").is_file():
+        saved = read_config(flags.run_dir)
+        if name is not None and not flags.config and saved.recipe != name:
+            raise UsageError(f'--run-dir {flags.run_dir} holds a run of the recipe "{saved.recipe}", not of "{name}".')
+        return saved
     if name is not None:
         return RECIPES[name]()
-    if flags is not None and flags.resume and flags.run_dir is not None and (flags.run_dir / "config.toml").is_file():
-        return read_config(flags.run_dir)
     return Config() if flags is not None and flags.config else RECIPES["demo"]()
 
 

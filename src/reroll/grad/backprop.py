@@ -21,7 +21,15 @@ from torch.utils.checkpoint import checkpoint as recompute
 from reroll.data.batch import START, combine_states, map_state
 from reroll.errors import UsageError, require_positive
 from reroll.grad.base import Dense, Estimate, LossFn, trainable
-from reroll.grad.evaluate.probing import batch_rows, batch_size, cuda_devices, seed_of, split_result, with_state
+from reroll.grad.evaluate.probing import (
+    batch_rows,
+    batch_size,
+    cuda_devices,
+    seed_of,
+    seeded_generators,
+    split_result,
+    with_state,
+)
 from reroll.keys import Key
 from reroll.outcome import Outcome
 
@@ -63,8 +71,7 @@ class Backprop:
         if self.accumulate > 1 and (size is None or size < self.accumulate):
             raise UsageError(f"accumulate={self.accumulate} cannot cut a batch of {size} sequences; lower it.")
         total, passes, states = torch.zeros((), dtype=torch.float64), 0, []
-        with torch.random.fork_rng(devices=cuda_devices(parameters)), torch.enable_grad():
-            torch.manual_seed(seed_of(key))
+        with seeded_generators(seed_of(key), cuda_devices(parameters)), torch.enable_grad():
             for a in range(self.accumulate):
                 part, share = batch, 1.0
                 if self.accumulate > 1 and size is not None:

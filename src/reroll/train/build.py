@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from reroll.cells import DNC, GRU, LSTM, RNN, Cell
-from reroll.data.arrays import Arrays
+from reroll.data.arrays import READOUTS, Arrays
 from reroll.data.synthetic import SYNTHETIC
 from reroll.data.task import Task
 from reroll.data.text import Text
@@ -18,6 +18,7 @@ from reroll.data.tokenizers import Tokenizer
 from reroll.errors import UsageError, nearest
 from reroll.grad import Backprop, CentralDifference
 from reroll.grad.base import Estimator, trainable
+from reroll.grad.evaluate.probing import seeded_generators
 from reroll.models import Recurrent
 from reroll.optim import Plateau, Schedule, build_optimizer
 from reroll.train.config import Config, ModelConfig, TaskConfig
@@ -38,6 +39,18 @@ class Sizes:
     @classmethod
     def of(cls, task: Task) -> Sizes:
         return cls(task.vocab, task.inputs, task.outputs, task.readout)
+
+    @classmethod
+    def read(cls, saved: Any) -> Sizes:
+        """Return the sizes that a file keeps as a dictionary; raise `ValueError` or `TypeError` if it is another."""
+        if not isinstance(saved, dict):
+            raise ValueError(f"sizes={saved!r} are those of no model")
+        sizes = cls(**saved)
+        counts = [sizes.outputs, *(n for n in (sizes.vocab, sizes.inputs) if n is not None)]
+        whole = len(counts) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in counts)
+        if not whole or sizes.readout not in READOUTS:
+            raise ValueError(f"sizes={saved!r} are those of no model")
+        return sizes
 
 
 def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None) -> Task:
@@ -77,8 +90,7 @@ def build_model(config: ModelConfig, sizes: Sizes, seed: int) -> Recurrent:
     """Return the model on the CPU, in fp32, with weights drawn from the seed; the global generator is left alone."""
     first = config.embed if sizes.vocab is not None else sizes.inputs
     assert first is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_generators(seed):
         cells: list[Cell] = []
         for _ in range(config.layers):
             cells.append(_cell(config, cells[-1].output_size if cells else first))

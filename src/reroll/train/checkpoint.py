@@ -89,6 +89,15 @@ def all_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Rename checkpoints of later steps: a run that could not be resumed from them must not count them as its own."""
+    for path in all_of(folder):
+        if path.name > f"step-{step:08d}":
+            target = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+
+
 def newest(folder: Path) -> Checkpoint | None:
     """Return the newest checkpoint that is whole, or None; damaged ones are passed over with a message."""
     for path in reversed(all_of(folder)):

@@ -183,7 +183,35 @@ def resolve(config: Config) -> Config:
     )
 
 
+MOST = {"probes": 1 << 24, "threads": 1024, "workers": 1024, "window_floats": 1 << 62, "seed": 1 << 64}
+"""Largest values that can be meant: a step holds a list of its units, and a process dies of too many threads."""
+
+
+def _check_values(config: Config) -> None:
+    """Refuse what no config file can hold, and integers that would overflow, or fill the memory, far from here."""
+    for section, f, value in [("config", None, config.recipe), *fields_of(config)]:
+        name = f.name if f else "recipe"
+        if isinstance(value, str) and ("\0" in value or not _is_text(value)):
+            raise UsageError(f"{section}.{name}={value!r} holds a character that no file can hold; leave it out.")
+        most = MOST.get(name, 1 << 31)
+        if isinstance(value, int) and abs(value) > most:
+            raise UsageError(f"{name}={_short(value)} is too large; it can be {most:,} at most.")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a character, as the name of a file on the command line can have
+        return False
+    return True
+
+
+def _short(value: int) -> str:
+    return str(value) if abs(value) < 10**30 else f"a number of {value.bit_length() * 3 // 10} digits or more"
+
+
 def _check(config: Config) -> None:
+    _check_values(config)
     task, model, gradient, optim, run = (getattr(config, section) for section in SECTIONS)
     require_positive(
         length=task.length, batch=task.batch, hidden=model.hidden, heads=model.heads, layers=model.layers,

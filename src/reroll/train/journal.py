@@ -98,10 +98,14 @@ class Writer:
         self.file.write(_block(_RECORD.pack(*fixed) + coefficients.tobytes()))
         self.file.flush()
 
-    def close(self) -> None:
-        """Write everything to the disk and close the file."""
+    def sync(self) -> None:
+        """Wait until everything is on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Write everything to the disk and close the file."""
+        self.sync()
         self.file.close()
 
 

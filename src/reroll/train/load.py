@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reroll.data.tokenizers import Tokenizer, from_dict
-from reroll.errors import RunError, UsageError
+from reroll.errors import RerollError, RunError, UsageError
 from reroll.models import Recurrent
 from reroll.train import build, checkpoint, toml
-from reroll.train.config import Config
+from reroll.train.config import Config, resolve
 from reroll.train.run import find_run, read_config, read_json
 
 METADATA = "reroll"
+UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What reading a description that is not one of ours can raise."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,14 @@ def open_model(path: str | Path) -> Loaded:
     run = find_run(str(path))
     config, extra = read_config(run), read_json(run / "environment.json")
     saved = checkpoint.newest(run / "checkpoints")
-    if saved is None or "sizes" not in extra:
+    if saved is None:
         raise RunError(f"{run} has no whole checkpoint yet; wait for its first, or resume it.")
-    average = saved.state.get("average")
-    weights = saved.weights | (average["tensors"] if average else {})
-    return _assemble(config, extra, weights, saved.step, str(run))
+    try:
+        average = saved.state.get("average")
+        weights = saved.weights | (average["tensors"] if average else {})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{run} has a checkpoint of another version of reroll ({error}).") from None
+    return _assemble(config, extra, weights, saved.step, str(run / "environment.json"))
 
 
 def export(loaded: Loaded, path: Path) -> list[Path]:
@@ -70,8 +75,11 @@ def export(loaded: Loaded, path: Path) -> list[Path]:
         The files written: PATH and PATH with the ending .toml.
 
     Raises:
+        UsageError: if PATH cannot be that of a file beside which another one, ending in .toml, is written.
         RunError: if they cannot be written.
     """
+    if not path.name or path.suffix == ".toml" or (path.exists() and not path.is_file()):
+        raise UsageError(f"the weights cannot be written to {str(path)!r}; name a file, such as model.safetensors.")
     model, config = loaded.model, loaded.config
     sizes = {"vocab": model.vocab, "inputs": model.inputs, "outputs": model.outputs, "readout": model.readout}
     about = {
@@ -82,7 +90,7 @@ def export(loaded: Loaded, path: Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(checkpoint.weights_of(model), path, {METADATA: json.dumps(about)})
         beside = path.with_suffix(".toml")
-        beside.write_text(toml.dumps(config))
+        beside.write_text(toml.dumps(config), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be written ({error}).") from None
     return [path, beside]
@@ -101,14 +109,30 @@ def _from_file(path: Path) -> Loaded:
         raise UsageError(f"{path} was not written by `reroll export`: it does not say what model it holds.")
     try:
         about = json.loads(metadata[METADATA])
-        config = toml.overlay(Config(), toml.tomllib.loads(about["config"]), str(path))
-        return _assemble(config, about, weights, int(about["step"]), str(path))
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} was written by another version of reroll ({error}).") from None
+        config = toml.overlay(Config(), toml.parse(about["config"]), str(path))
+        step = int(about["step"])
+    except RerollError:
+        raise
+    except UNREADABLE as error:
+        raise _foreign(str(path), error) from None
+    return _assemble(config, about, weights, step, str(path))
 
 
 def _assemble(config: Config, about: dict[str, Any], weights: dict[str, Tensor], step: int, source: str) -> Loaded:
-    model = build.build_model(config.model, build.Sizes(**about["sizes"]), seed=0)
+    config = resolve(config)  # refuses sizes that no model can have
+    try:
+        sizes = build.Sizes.read(about.get("sizes"))
+        tokenizer = from_dict(about["tokenizer"]) if about.get("tokenizer") else None
+    except RerollError:
+        raise
+    except UNREADABLE as error:
+        raise _foreign(source, error) from None
+    if tokenizer is not None and tokenizer.size != sizes.vocab:
+        raise RunError(f"{source} is damaged: its model has {sizes.vocab} symbols, its tokenizer {tokenizer.size}.")
+    model = build.build_model(config.model, sizes, seed=0)
     checkpoint.put_weights(model, weights, source)
-    tokenizer = from_dict(about["tokenizer"]) if about.get("tokenizer") else None
     return Loaded(model.eval(), config, tokenizer, step)
+
+
+def _foreign(source: str, error: Exception) -> RunError:
+    return RunError(f"{source} is damaged, or of another version of reroll ({type(error).__name__}: {error}).")

@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,14 +87,20 @@ def train(
         report.note(f"{path} is finished ({finished['state']} at step {finished['step']}); nothing to do.")
         return finished
     session, note = open_session(config, path, resume=resume, init=init)
-    report.note(note)
+
+    def say(line: str) -> None:
+        session.folder.log(line)
+        report.note(line)
+
+    say(note)
     with _torch_threads(session.config), _signals() as stop:
-        if session.progress.step == 0:
-            _prepare(session, report)
         try:
+            if session.progress.step == 0:
+                _prepare(session, say)
             return _run(session, report, stop)
         except Exception as error:
-            session.folder.write_status("failed", step=session.progress.step, reason=str(error).splitlines()[:1])
+            reason = " ".join(str(error).split()) or type(error).__name__
+            session.folder.write_status("failed", step=session.progress.step, reason=reason)
             raise
         finally:
             session.folder.close()
@@ -111,12 +117,12 @@ def _finished(config: Config, path: Path) -> dict[str, Any] | None:
     return status if agree(saved, config) == saved else None
 
 
-def _prepare(session: Session, report: Reporter) -> None:
+def _prepare(session: Session, say: Callable[[str], None]) -> None:
     """What happens once, before the first step: decide the units, find a learning rate, begin the record."""
     session.config, note = build.plan_units(session.config, session.model, session.batch(0))
-    report.note(note)
+    say(note)
     if session.config.optim.lr == "auto":
-        lr = search_lr(session, report.note)
+        lr = search_lr(session, say)
         session.config = session.config.replace(optim={"lr": lr})
         session.optimizer = build.build_optim(session.config, session.model, lr)
     session.estimator = build.build_estimator(session.config, 1.0)
@@ -129,20 +135,22 @@ def _run(session: Session, report: Reporter, stop: list[str]) -> dict[str, Any]:
     eval_every, checkpoint_every = config.run.eval_every or 1, config.run.checkpoint_every or 1
     session.folder.write_status("running", step=progress.step, steps=config.run.steps)
     row: dict[str, Any] = {"step": progress.step - 1}
-    state, reason = "done", f"all {config.run.steps} steps are taken."
-    while progress.step < config.run.steps:
+    if progress.step:
+        row = session.folder.last_row() or row
+    # A run that was killed after its last step, and before it said so, has nothing left to do.
+    ended = _ends(session, row, stop) if "loss" in row else None
+    while ended is None and progress.step < config.run.steps:
         row = take_step(session)
         ended = _ends(session, row, stop)
         last = ended is not None or progress.step >= config.run.steps
-        if progress.step % eval_every == 0 or (last and not stop):
+        stopped = ended is not None and ended[0] == "stopped"
+        if progress.step % eval_every == 0 or (last and not stopped):
             row |= _validate(session)
         session.folder.record(row)
         report.step(row, config)
         if progress.step % checkpoint_every == 0 or last:
             session.save()
-        if ended is not None:
-            state, reason = ended
-            break
+    state, reason = ended or ("done", f"all {config.run.steps} steps are taken.")
     summary = row | {"state": state, "reason": reason, "step": progress.step, "steps": config.run.steps}
     session.folder.write_status(state, **{k: v for k, v in summary.items() if k != "state"})
     session.folder.log(f"{state}: {reason}")
@@ -162,8 +170,8 @@ def take_step(session: Session) -> dict[str, Any]:
         return _lost(session, estimate)
     gradient, norm = _clipped(estimate.gradient, config.optim.clip)
     if session.journal is not None and isinstance(gradient, Seeded):
-        used = estimate.stats["epsilon"]
-        session.journal.write(Record(step, key, used, lr, loss, gradient.coefficients))
+        # ε as it was asked for: with restore="grid", it is what the grid of the weights is made from.
+        session.journal.write(Record(step, key, epsilon, lr, loss, gradient.coefficients))
     apply(gradient, session.optimizer, config.optim.update)
     if session.average is not None:
         session.average.update(trainable(session.model))
@@ -234,7 +242,7 @@ def _ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, 
         return "done", f"the loss is below the target {run.target_loss:g} after {progress.step} steps."
     if run.max_seconds is not None and progress.seconds >= run.max_seconds:
         return "done", f"{run.max_seconds:g} seconds are over, after {progress.step} steps."
-    if stop:
+    if stop and progress.step < run.steps:
         where = session.folder.path
         return "stopped", f"{stop[0]} after {progress.step} steps. Go on with: reroll train --run-dir {where} --resume"
     return None

@@ -12,13 +12,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from reroll.errors import RunError, UsageError
+from reroll.errors import RerollError, RunError, UsageError
 from reroll.grad.base import Seeded, trainable
 from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.models import Recurrent
 from reroll.optim import apply
 from reroll.train import build, checkpoint, journal
+from reroll.train.config import Config, resolve
 from reroll.train.run import read_config
 
 
@@ -36,7 +38,7 @@ def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
         UsageError: if the run has no such step, or was trained by backprop (it keeps no journal).
         RunError: if the journal is damaged, or the initial weights are not those of the run.
     """
-    config = read_config(path)
+    config = resolve(read_config(path))
     if config.gradient.method != "probes":
         saved = ", ".join(p.name for p in checkpoint.all_of(path / "checkpoints")) or "none"
         raise UsageError(f"{path} was trained by backprop, whose steps cannot be replayed; its checkpoints: {saved}.")
@@ -44,8 +46,19 @@ def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
     steps = len(found.records) if to is None else to
     if not 0 <= steps <= len(found.records):
         raise UsageError(f"--to {to}: the journal of {path} has {len(found.records)} steps.")
+    try:
+        return _again(path, config, found, steps), steps
+    except RerollError:
+        raise
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RunError(f"the journal of {path} is of another run, or of another version of reroll ({what}).") from None
+
+
+def _again(path: Path, config: Config, found: journal.Journal, steps: int) -> Recurrent:
+    """Draw the initial weights, check them, and take the steps."""
     header = found.header
-    model = build.build_model(config.model, build.Sizes(**header["sizes"]), config.run.seed)
+    model = build.build_model(config.model, build.Sizes.read(header["sizes"]), config.run.seed)
     if header["init"]:
         checkpoint.put_weights(model, checkpoint.load_file(path / "init.safetensors"), "init.safetensors")
     if checkpoint.checksum(checkpoint.weights_of(model)) != header["initial"]:
@@ -53,8 +66,7 @@ def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
             f"{path}: the initial weights made from the seed are not those of the run; it was made with another torch "
             "(environment.json says which), or init.safetensors has changed."
         )
-    assert isinstance(config.optim.lr, float)
-    optimizer = build.build_optim(config, model, config.optim.lr)
+    optimizer = build.build_optim(config, model, 1.0)  # every record says its own rate
     parameters: dict[str, torch.Tensor] = dict(trainable(model))
     sums = torch.float64 if header["sums"] == "fp64" else None
     for record in found.records[:steps]:
@@ -64,4 +76,4 @@ def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
             group["lr"] = record.lr
         gradient = Seeded(record.key, record.coefficients, header["noise"], parameters, sums=sums)
         apply(gradient, optimizer, header["update"])
-    return model, steps
+    return model

@@ -17,10 +17,12 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,14 +60,38 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.journal = path / "journal"
+        self.init = path / "init.safetensors"
         self._metrics: Any = None
 
-    def refuse_used(self) -> None:
+    def refuse_used(self, resume: bool = False) -> None:
         """Raise `UsageError` if the folder exists and is not empty."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not self.path.is_dir():
+            raise UsageError(f"--run-dir {self.path} is a file; name a folder.")
+        if resume:
             raise UsageError(
-                f"--run-dir {self.path} is not empty. Add --resume to go on with it, or name another folder."
+                f"--run-dir {self.path} is not empty and holds no run (no config.toml); name another folder."
             )
+        raise UsageError(f"--run-dir {self.path} is not empty. Add --resume to go on with it, or name another folder.")
+
+    def refuse_running(self) -> None:
+        """Raise `UsageError` if another process is training this run now: two would mix their records."""
+        status = read_json(self.path / "status.json")
+        if status.get("state") == "running" and status.get("pid") != os.getpid() and is_alive(status):
+            raise UsageError(
+                f"--run-dir {self.path} is being trained by process {status['pid']}. Wait for it, or stop it: "
+                f"reroll runs stop {self.path}"
+            )
+
+    def is_unbegun(self) -> bool:
+        """Return whether the folder holds nothing but what a run makes before its config: it was killed at once."""
+        if not self.path.exists():
+            return True
+        if not (self.checkpoints.is_dir() and not any(self.checkpoints.iterdir())):
+            return False
+        early = (self.checkpoints.name, self.init.name, "log.txt")
+        return all(p.name in early or _is_temporary(p) for p in self.path.iterdir())
 
     def make(self) -> None:
         """Make the folder; raise `RunError` if it cannot be written."""
@@ -76,6 +102,22 @@ class RunFolder:
             raise RunError(
                 f"--run-dir {self.path} cannot be written ({error.strerror}); name another folder."
             ) from None
+
+    def write_init(self, weights: dict[str, Any]) -> None:
+        """Write the weights a run begins with, if they are not drawn from its seed."""
+        from safetensors.torch import save_file
+
+        temporary = _temporary(self.init)
+        save_file(weights, temporary)
+        os.replace(temporary, self.init)
+
+    def clear_temporary(self) -> None:
+        """Delete what was being written when the run was killed."""
+        for path in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def write_config(self, config: Config) -> None:
         """Write config.toml."""
@@ -97,6 +139,15 @@ class RunFolder:
             self._metrics = (self.path / "metrics.jsonl").open("a")
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
+
+    def sync(self) -> None:
+        """Wait until the rows are on the disk."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
+    def last_row(self) -> dict[str, Any] | None:
+        """Return the last row of metrics.jsonl."""
+        return next(iter(deque(read_metrics(self.path), 1)), None)
 
     def log(self, line: str) -> None:
         """Append a line to log.txt."""
@@ -206,12 +257,15 @@ def commit() -> str | None:
 
 
 def process_start(pid: int) -> str | None:
-    """Return when a process started, in the kernel's words: with its number it names a process for good."""
+    """Return when a process started, in the kernel's words: with its number it names a process for good.
+
+    None for one that is not there, or has ended and waits for its parent to take notice.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return fields[19]
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def is_alive(status: dict[str, Any]) -> bool:
@@ -230,6 +284,14 @@ def is_alive(status: dict[str, Any]) -> bool:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file so that it is either the old or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")

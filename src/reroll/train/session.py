@@ -107,7 +107,10 @@ class Session:
         return gradient.epsilon or max(lr * gradient.epsilon_ratio, gradient.epsilon_min)
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step, behind the record of all steps that led to it."""
+        self.folder.sync()
+        if self.journal is not None:
+            self.journal.sync()
         state = {
             "progress": asdict(replace(self.progress, carried=None)),
             "carried": None if self.progress.carried is START else self.progress.carried,
@@ -163,27 +166,33 @@ def open_session(
         UsageError: if the folder or config cannot be used, or the config is not the folder's.
         RunError: if what the folder holds is damaged.
     """
-    there = (path / "config.toml").is_file()
-    if resume and not there and path.exists() and any(path.iterdir()):
-        raise UsageError(f"--run-dir {path} is not empty and holds no run (no config.toml); name another folder.")
-    if not (resume and there):
-        RunFolder(path).refuse_used()
-        return _begin(config, RunFolder(path), init), _says_start(path, resume)
-    folder, config = RunFolder(path), agree(read_config(path), config)
-    extra = read_json(path / "environment.json")
+    folder = RunFolder(path)
+    if not (resume and (path / "config.toml").is_file()):
+        if not (resume and folder.is_unbegun()):
+            folder.refuse_used(resume)
+        return _begin(config, folder, init), _says_start(path, resume)
+    folder.refuse_running()
+    config, extra = agree(read_config(path), config), read_json(path / "environment.json")
     saved = checkpoint.newest(folder.checkpoints)
+    if saved is None and not checkpoint.all_of(folder.checkpoints):
+        folder.cut_metrics(0)
+        return _begin(config, folder, init), f"{path} has no checkpoint yet: it begins again, at step 0."
     if saved is None or "sizes" not in extra:
-        return _restart(config, folder), f"{path} has no whole checkpoint yet: it begins again, at step 0."
+        what = "none of its checkpoints is whole" if saved is None else "environment.json is missing or damaged"
+        raise RunError(f"{path} cannot be resumed: {what}. It is left as it is; begin another run in another folder.")
     session = _build(config, folder, extra)
     session.restore(saved)
-    folder.write_config(config)
-    folder.cut_metrics(saved.step)
     note = f"Resuming {path} at step {saved.step}."
     if config.gradient.method == "probes":
         torn = journal.read(folder.journal).torn_bytes
         if torn:
             note += f" The journal's last record was torn ({torn} bytes); it is dropped."
         session.journal = journal.Writer.append(folder.journal, saved.step)
+    # From here on, what is later than the checkpoint goes: it is about to be made again.
+    folder.write_config(config)
+    folder.cut_metrics(saved.step)
+    checkpoint.set_aside(folder.checkpoints, saved.step)
+    folder.clear_temporary()
     return session, note
 
 
@@ -193,6 +202,8 @@ def _says_start(path: Path, resume: bool) -> str:
 
 FREE = {"run.steps", "run.max_seconds", "run.target_loss", "run.eval_every", "run.checkpoint_every", "run.keep"}
 """What may change when a run is resumed; everything else would make it another run."""
+DERIVED = {"gradient.chunk", "run.threads"}
+"""What is none until static rules decide it, once; none says nothing about the run to resume."""
 
 
 def agree(saved: Config, given: Config) -> Config:
@@ -205,7 +216,7 @@ def agree(saved: Config, given: Config) -> Config:
     old = {f"{section}.{f.name}": value for section, f, value in fields_of(saved)}
     for section, f, value in fields_of(given):
         name = f"{section}.{f.name}"
-        if value == old[name] or value in (None, "auto"):
+        if value == old[name] or value == "auto" or (value is None and name in DERIVED):
             continue
         if name not in FREE:
             raise UsageError(
@@ -215,19 +226,17 @@ def agree(saved: Config, given: Config) -> Config:
     return saved.replace(**changed)  # type: ignore[arg-type]
 
 
-def _restart(config: Config, folder: RunFolder) -> Session:
-    init = folder.path / "init.safetensors"
-    weights = checkpoint.load_file(init) if init.exists() else None
-    folder.cut_metrics(0)
-    return _begin(config, folder, weights)
-
-
 def _begin(config: Config, folder: RunFolder, init: dict[str, torch.Tensor] | None) -> Session:
+    """Begin a run; of one that was killed before its first checkpoint, the initial weights are still there."""
     session = _build(config, folder, None)
-    folder.make()  # only now, when all that was asked for is known to be there
+    if folder.init.exists():
+        init = checkpoint.load_file(folder.init)
     if init is not None:
         checkpoint.put_weights(session.model, init, "--init")
-        checkpoint.save_file(checkpoint.weights_of(session.model), folder.path / "init.safetensors")
+    folder.make()  # only now, when all that was asked for is known to be there
+    if init is not None:
+        folder.write_init(checkpoint.weights_of(session.model))
+    folder.write_config(config)  # what `--resume` looks for: it comes last
     return session
 
 
@@ -284,7 +293,7 @@ def start_record(session: Session) -> None:
             "restore": config.gradient.restore if config.gradient.evaluate == "in_place" else "copy",
             "update": config.optim.update,
             "sums": config.gradient.sums,
-            "init": (folder.path / "init.safetensors").exists(),
+            "init": folder.init.exists(),
             "parameters": [
                 {"name": name, "shape": list(p.shape), "layout": layout(p.shape), "id": stream_id(name)}
                 for name, p in trainable(model).items()

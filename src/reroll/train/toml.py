@@ -8,6 +8,7 @@ Read by the standard library's tomllib. Written by hand: a config is five flat t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tomllib
@@ -61,13 +62,28 @@ def load(path: str | Path) -> dict[str, Any]:
         UsageError: if it is missing, not readable, or no TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"config {path} does not exist.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"config {path} cannot be read: {error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"config {path} is not TOML: {error}.") from None
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Read a text as TOML.
+
+    Raises:
+        tomllib.TOMLDecodeError: if it is none, or holds what Python's parser cannot take: numbers of thousands of
+            digits, a thousand brackets within one another.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise tomllib.TOMLDecodeError(str(error)) from None
 
 
 def parse_pairs(pairs: typing.Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -84,9 +100,11 @@ def parse_pairs(pairs: typing.Sequence[str]) -> dict[str, dict[str, Any]]:
         if not (equals and section and dot and name):
             raise UsageError(f"--set {pair!r} must be section.field=value, for example optim.lr=0.01.")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
+            found = parse(f"value = {text}")
         except tomllib.TOMLDecodeError:
-            value = text.strip()
+            found = {}
+        # A text of several lines may be read as more than a value; then it is meant as a text.
+        value = found["value"] if found.keys() == {"value"} else text.strip()
         tables.setdefault(section, {})[name] = value
     return tables
 
@@ -155,7 +173,8 @@ def _convert(value: Any, kind: Any, key: str, source: str) -> Any:
             return tuple(_convert(v, part, key, source) for v, part in zip(value, parts))
     elif kind is float:
         if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
-            return float(value)
+            with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+                return float(value)
     elif (isinstance(value, kind) and not isinstance(value, bool)) or (kind is bool and isinstance(value, bool)):
         return value
     raise UsageError(f"{source}: {key}={value!r} must be {describe(kind)}.")

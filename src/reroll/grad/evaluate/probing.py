@@ -7,7 +7,7 @@ a rank takes whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -113,8 +113,7 @@ class Probing:
             for buffer, before in buffers:
                 buffer.copy_(before)
 
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed_of(self.key))
+        with seeded_generators(seed_of(self.key), devices):
             states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
             def rewind() -> None:
@@ -142,6 +141,19 @@ class Evaluator(Protocol):
 def seed_of(key: Key) -> int:
     """Return a seed for torch's own generators, for modules that draw from them."""
     return int.from_bytes(key.digest, "little") >> 1
+
+
+@contextmanager
+def seeded_generators(seed: int, devices: Sequence[int] = ()) -> Iterator[None]:
+    """Seed torch's generators of the CPU and of these cards for a while; afterwards they are as before.
+
+    torch.manual_seed would also seed every other device, and those that are initialised later, for good.
+    """
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        yield
 
 
 def cuda_devices(parameters: Mapping[str, Tensor]) -> list[int]:

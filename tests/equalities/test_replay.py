@@ -1,0 +1,260 @@
+"""Weights made again from seed and journal are the run's, bit for bit, at every step, and without the run's data."""
+
+import math
+
+import pytest
+import torch
+
+import reroll
+from reroll.cli import main
+from reroll.errors import RunError, UsageError
+from reroll.grad.base import trainable
+from reroll.train import build, checkpoint, journal
+from reroll.train.loop import train
+from reroll.train.replay import replay
+from reroll.train.run import read_config, read_metrics
+from tests.runs import Abandoned, Interrupt, interrupted, left, small, write_text
+
+pytestmark = pytest.mark.usefixtures("quick_steps")
+
+STEPS = 6
+CASES = {
+    "fused": dict(optim={"momentum": 0.0}),
+    "fused-decay": dict(optim={"momentum": 0.0, "weight_decay": 0.2}),
+    "sgd-stream": dict(optim={"momentum": 0.0, "update": "stream", "weight_decay": 0.2}),
+    "sgd-write": dict(optim={"momentum": 0.0, "update": "write"}),
+    "momentum": dict(optim={"momentum": 0.9, "weight_decay": 0.2}),
+    "momentum-write": dict(optim={"momentum": 0.9, "update": "write"}),
+    "adamw": dict(optim={"optimizer": "adamw", "lr": 0.02, "weight_decay": 0.2, "betas": (0.8, 0.9)}),
+    "adamw-write": dict(optim={"optimizer": "adamw", "lr": 0.02, "update": "write"}),
+    "muon": dict(optim={"optimizer": "muon", "lr": 0.02, "weight_decay": 0.2}),
+    "muon-write": dict(optim={"optimizer": "muon", "lr": 0.02, "update": "write"}),
+    "clip": dict(optim={"clip": 0.3}),
+    "clip-fused": dict(optim={"clip": 0.3, "momentum": 0.0}),
+    "batched": dict(gradient={"evaluate": "batched", "chunk": 2}),
+    "tiles": dict(gradient={"evaluate": "tiles"}),
+    "in_place": dict(gradient={"evaluate": "in_place"}),
+    "grid": dict(gradient={"evaluate": "in_place", "restore": "grid"}),
+    "grid-fused": dict(gradient={"evaluate": "in_place", "restore": "grid"}, optim={"momentum": 0.0}),
+    "grid-adamw": dict(gradient={"evaluate": "in_place", "restore": "grid"}, optim={"optimizer": "adamw", "lr": 0.02}),
+    "grid-unused": dict(gradient={"evaluate": "tiles", "restore": "grid"}),
+    "normal": dict(gradient={"noise": "normal"}),
+    "sparse": dict(gradient={"noise": "sparse", "density": 0.25}),
+    "rank": dict(gradient={"shaping": "rank"}),
+    "one-sided": dict(gradient={"difference": "one_sided"}),
+    "split": dict(gradient={"share": "split"}),
+    "many-probes": dict(gradient={"probes": 131, "sums": "fp64"}),
+    "tied-epsilon": dict(
+        gradient={"epsilon": None}, optim={"schedule": "cosine", "warmup": 2, "plateau": 1, "lr": 0.01}
+    ),
+    "average": dict(optim={"average": 0.9}),
+    "bf16": dict(run={"dtype": "bf16"}),
+    "searched": dict(optim={"lr": "auto", "search_low": 0.01, "search_high": 0.1, "search_steps": 2}),
+    "gru-stack": dict(model={"cell": "gru", "heads": 1, "layers": 2}),
+    "dnc": dict(model={"cell": "dnc", "word_size": 3, "memory_size": 4}, optim={"lr": 0.01}),
+}  # fmt: skip
+
+
+def recorded(path, config, **options):
+    """Train with a checkpoint of every step; return the checksums of the weights by step."""
+    every = {"checkpoint_every": 1, "keep": 100, "eval_every": 50, "diverged": 1e9}
+    train(config.replace(run={"steps": STEPS, **every}), path, **options)
+    saved = map(checkpoint.read, checkpoint.all_of(path / "checkpoints"))
+    found = {s.step: checkpoint.checksum(s.weights) for s in saved}
+    assert sorted(found) == list(range(1, STEPS + 1))
+    return {0: journal.read(path / "journal").header["initial"], **found}
+
+
+def replayed(path):
+    return {step: checkpoint.checksum(checkpoint.weights_of(replay(path, step)[0])) for step in range(STEPS + 1)}
+
+
+def initial_of(config):
+    return build.build_model(config.model, build.Sizes.of(build.build_task(config.task, 0)), 11)
+
+
+@pytest.fixture
+def without_data(monkeypatch):
+    """Whoever asks for data fails."""
+
+    def forget():
+        monkeypatch.setattr(build, "build_task", lambda *arguments: pytest.fail("a replay needs no data"))
+
+    return forget
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_step_is_made_again(tmp_path, without_data, name):
+    expected = recorded(tmp_path, small(**CASES[name]))
+    assert len(set(expected.values())) == STEPS + 1
+    without_data()
+    assert replayed(tmp_path) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"carry": True}, {"carry": True, "episode": 4}], ids=str)
+def test_a_text_may_be_gone(tmp_path, monkeypatch, options):
+    cache, path = tmp_path / "cache", tmp_path / "run"
+    monkeypatch.setenv("REROLL_CACHE", str(cache))
+    text = write_text(tmp_path / "text.txt")
+    task = {"name": "text", "path": str(text), "tokenizer": "char", "length": 5, "carry": options.get("carry", False)}
+    expected = recorded(path, small(task=task, gradient={"episode": options.get("episode")}))
+    text.unlink()
+    for file in [file for file in cache.rglob("*") if file.is_file()]:
+        file.unlink()
+    assert replayed(path) == expected
+    keys = [record.key for record in journal.read(path / "journal").records]
+    assert len(set(keys)) == (2 if "episode" in options else STEPS)
+
+
+def test_initial_weights_of_another_run_are_kept(tmp_path):
+    train(small(run={"seed": 1}), tmp_path / "first")
+    init = checkpoint.newest(tmp_path / "first" / "checkpoints").weights
+    expected = recorded(tmp_path / "run", small(), init=init)
+    assert expected[0] == checkpoint.checksum(init)
+    assert replayed(tmp_path / "run") == expected
+
+
+def test_a_resumed_run_is_made_again(tmp_path):
+    interrupted(small(), tmp_path / "run", (1, "signal"), (6, "abandoned"))
+    model, steps = replay(tmp_path / "run")
+    assert steps == 9
+    assert checkpoint.checksum(checkpoint.weights_of(model)) == left(tmp_path / "run")["weights"]
+
+
+def test_a_run_that_is_gone_is_made_again_to_its_last_whole_step(tmp_path):
+    with pytest.raises(Abandoned):
+        train(small(), tmp_path / "run", report=Interrupt(6, "abandoned"))
+    train(small(run={"checkpoint_every": 1, "keep": 9}), tmp_path / "whole")
+    data = (tmp_path / "run" / "journal").read_bytes()
+    (tmp_path / "run" / "journal").write_bytes(data[:-1])
+    model, steps = replay(tmp_path / "run")
+    assert steps == 6
+    expected = checkpoint.read(tmp_path / "whole" / "checkpoints" / "step-00000006")
+    assert checkpoint.checksum(checkpoint.weights_of(model)) == checkpoint.checksum(expected.weights)
+
+
+def exponent(largest, epsilon):
+    """Of the grid a tensor is rounded to; see `reroll.grad.evaluate.in_place.snap_to_grid`."""
+    return math.frexp(largest + 2 * epsilon)[1]
+
+
+def test_the_grid_is_that_of_the_epsilon_asked_for(tmp_path):
+    """Where max |p| + 2 ε is close above a power of two, ε as it was used could be of a finer grid."""
+    unit, near = 2.0**-23, [0.96 + i * 2.0**-24 for i in range(-3, 4)]
+    epsilon, used, largest = next(
+        (epsilon, round(epsilon / unit) * unit, p)
+        for epsilon in (0.02 + i * 1e-9 for i in range(200))
+        for p in torch.tensor(near).tolist()
+        if exponent(p, epsilon) == 1 and exponent(p, round(epsilon / unit) * unit) == 0
+    )
+    gradient = {"evaluate": "in_place", "restore": "grid", "epsilon": epsilon}
+    config = small(gradient=gradient, optim={"lr": 1e-7, "momentum": 0.0})
+    init = {name: tensor.clamp(-0.5, 0.5) for name, tensor in checkpoint.weights_of(initial_of(config)).items()}
+    init["head.weight"].view(-1)[0] = largest
+    expected = recorded(tmp_path / "run", config, init=init)
+    assert next(iter(read_metrics(tmp_path / "run")))["epsilon"] == used
+    assert replayed(tmp_path / "run") == expected
+
+
+# ---- an independent reference
+
+
+def initial_weights(path):
+    config, header = read_config(path), journal.read(path / "journal").header
+    return build.build_model(config.model, build.Sizes(**header["sizes"]), config.run.seed)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("kind", ["rademacher", "normal", "sparse:0.25"])
+def test_the_fold_is_the_sum_over_probes(tmp_path, momentum, kind):
+    """θ ← θ − η v, v ← μ v + Σ_k c_k z_k, written out with the public noise, in fp64."""
+    noise, _, density = kind.partition(":")
+    gradient = {"noise": noise, "density": float(density) if density else None}
+    config = small(gradient=gradient, optim={"momentum": momentum, "schedule": "linear", "lr": 0.05})
+    recorded(tmp_path, config)
+    weights = {name: p.detach().double() for name, p in trainable(initial_weights(tmp_path)).items()}
+    velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
+    for step, record in enumerate(journal.read(tmp_path / "journal").records):
+        key = reroll.Key(config.run.seed).at(step)
+        assert record.key == key
+        for name, p in weights.items():
+            z = [reroll.noise(key, p.shape, k, name, kind=kind).double() for k in range(config.gradient.probes)]
+            slope = sum(c * each for c, each in zip(record.coefficients.double(), z, strict=True))
+            velocity[name] = momentum * velocity[name] + slope
+            p -= record.lr * velocity[name]
+        made = trainable(replay(tmp_path, step + 1)[0])
+        for name, p in weights.items():
+            torch.testing.assert_close(made[name].detach().double(), p, rtol=1e-5, atol=2e-6)
+
+
+def test_the_coefficients_are_the_differences_of_losses(tmp_path):
+    """c_k = (L(θ + ε z_k) − L(θ − ε z_k)) / (2 ε N), from the task, the weights of the step, and the public noise."""
+    config = small(gradient={"probes": 3, "epsilon": 0.05})
+    recorded(tmp_path, config)
+    task = build.build_task(config.task, config.run.seed)
+    for record in journal.read(tmp_path / "journal").records[:3]:
+        model = replay(tmp_path, record.step)[0].double()
+        weights = {name: p.detach().clone() for name, p in trainable(model).items()}
+        for k, coefficient in enumerate(record.coefficients.tolist()):
+            losses = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    for name, p in trainable(model).items():
+                        p.copy_(weights[name] + sign * 0.05 * reroll.noise(record.key, p.shape, k, name).double())
+                    losses.append(task.loss(model, task.batch(record.step)).mean().item())
+            assert coefficient == pytest.approx((losses[0] - losses[1]) / (2 * 0.05 * 3), rel=1e-4, abs=1e-5)
+
+
+# ---- on the command line, and what goes wrong
+
+
+def test_the_checksum_is_alone_on_the_last_line(tmp_path, capsys):
+    path, out = tmp_path / "run", tmp_path / "out" / "model.safetensors"
+    expected = recorded(path, small())
+    assert main(["replay", str(path), "--to", "3", "--checksum", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == expected[3]
+    assert checkpoint.checksum(checkpoint.weights_of(reroll.load(out))) == expected[3]
+    assert main(["replay", str(path), "--checksum"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == expected[STEPS]
+
+
+def test_steps_the_journal_has_not_are_refused(tmp_path, capsys):
+    recorded(tmp_path, small())
+    for to in (-1, STEPS + 1):
+        with pytest.raises(UsageError, match=f"--to {to}: the journal of .* has {STEPS} steps"):
+            replay(tmp_path, to)
+    assert main(["replay", str(tmp_path), "--to", str(STEPS + 1)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_backprop_names_its_checkpoints(tmp_path, capsys):
+    train(small(gradient={"method": "backprop"}), tmp_path)
+    with pytest.raises(UsageError, match="trained by backprop.*its checkpoints: step-00000008, step-00000009"):
+        replay(tmp_path)
+    assert main(["replay", str(tmp_path)]) == 2
+
+
+def test_other_initial_weights_are_refused(tmp_path):
+    """A seed that gives other weights than it did, as another torch may; and changed weights of --init."""
+    init = checkpoint.weights_of(initial_of(small()))
+    recorded(tmp_path / "drawn", small())
+    recorded(tmp_path / "given", small(), init=init)
+    config = tmp_path / "drawn" / "config.toml"
+    config.write_text(config.read_text().replace("seed = 7", "seed = 8"))
+    init["head.bias"] += 1e-6
+    checkpoint.save_file(init, tmp_path / "given" / "init.safetensors")
+    for name in ("drawn", "given"):
+        with pytest.raises(RunError, match="the initial weights .* are not those of the run"):
+            replay(tmp_path / name)
+
+
+def test_a_damaged_journal_is_refused(tmp_path):
+    recorded(tmp_path, small())
+    data = bytearray((tmp_path / "journal").read_bytes())
+    data[-200] ^= 1
+    (tmp_path / "journal").write_bytes(data)
+    with pytest.raises(RunError, match="does not check"):
+        replay(tmp_path)
+    (tmp_path / "journal").unlink()
+    with pytest.raises(RunError, match="cannot be read"):
+        replay(tmp_path)

@@ -1,0 +1,564 @@
+"""A run that was interrupted and resumed is the run that never stopped: weights, state, metrics, journal, bit for bit.
+
+The random moments of the slow tests are drawn anew every time; a failure says the seed.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from reroll.cli import console, main
+from reroll.errors import RunError, UsageError
+from reroll.train import checkpoint, journal
+from reroll.train.build import Sizes, build_model, build_task
+from reroll.train.config import resolve
+from reroll.train.loop import train
+from reroll.train.run import RunFolder, process_start, read_config, read_json, read_metrics
+from reroll.train.session import FREE, agree
+from tests.runs import Abandoned, Interrupt, differences, interrupted, left, small, write_text
+
+pytestmark = pytest.mark.usefixtures("quick_steps")
+
+GRADIENTS = {"probes": {}, "backprop": {"gradient": {"method": "backprop"}}}
+OPTIMIZERS = {
+    "sgd": {"momentum": 0.0},
+    "momentum": {"momentum": 0.9},
+    "adamw": {"optimizer": "adamw", "lr": 0.02, "weight_decay": 0.1},
+    "muon": {"optimizer": "muon", "lr": 0.02, "weight_decay": 0.1},
+}
+TWICE = ((1, "signal"), (6, "abandoned"))
+"""Stopped after three steps, where no checkpoint was due; gone after seven, when the newest checkpoint is of six."""
+
+
+def text_task(tmp_path, **more):
+    return {"name": "text", "path": str(write_text(tmp_path / "text.txt")), "tokenizer": "char", "length": 5, **more}
+
+
+def compare(config, tmp_path, *interrupts, **options):
+    """Check that a run with interruptions equals one without; return what it left and the notes of its last part."""
+    train(config, tmp_path / "straight", **options)
+    _, report = interrupted(config, tmp_path / "resumed", *interrupts, **options)
+    straight, resumed = left(tmp_path / "straight"), left(tmp_path / "resumed")
+    assert differences(straight, resumed) == []
+    assert straight["step"] == len(straight["rows"]) == config.run.steps
+    return resumed, report
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_resumed_is_straight(tmp_path, gradient, optimizer):
+    config = small(optim=OPTIMIZERS[optimizer], **GRADIENTS[gradient])
+    found, report = compare(config, tmp_path, *TWICE)
+    assert len(report.rows) == 3  # what was taken again and what was left, not the whole run
+    assert (found["journal"] is None) == (gradient == "backprop")
+
+
+def test_wherever_it_is_interrupted(tmp_path):
+    train(small(), tmp_path / "straight")
+    straight = left(tmp_path / "straight")
+    for how in ("signal", "abandoned"):
+        for step in range(7 if how == "signal" else 9):
+            path = tmp_path / f"{how}-{step}"
+            interrupted(small(), path, (step, how))
+            assert differences(straight, left(path)) == [], (how, step)
+
+
+@pytest.mark.parametrize("step", [7, 8])
+def test_a_signal_at_the_end_stops_nothing(tmp_path, step):
+    train(small(), tmp_path / "straight")
+    assert train(small(), tmp_path / "run", report=Interrupt(step))["state"] == "done"
+    assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
+
+
+CASES = {
+    "average": (dict(optim={"average": 0.5}), lambda f: f["state"]["average"]["count"] == 9),
+    "plateau": (
+        dict(optim={"plateau": 2, "lr": 1e-3}, gradient={"epsilon": None}),
+        lambda f: len({row["lr"] for row in f["rows"]}) > 2 < len({row["epsilon"] for row in f["rows"]}),
+    ),
+    "curriculum": (
+        dict(task={"curriculum_start": 1, "curriculum_threshold": 100.0, "curriculum_patience": 4}),
+        lambda f: [row["length"] for row in f["rows"]] == [1] * 3 + [2] * 4 + [3] * 2,
+    ),
+    "linear": (
+        dict(optim={"schedule": "linear", "warmup": 2, "warmdown": 4, "floor": 0.1}),
+        lambda f: len({row["lr"] for row in f["rows"]}) > 4,
+    ),
+    "cosine": (
+        dict(optim={"schedule": "cosine", "warmup": 2}, gradient={"epsilon": None}),
+        lambda f: len({row["lr"] for row in f["rows"]}) > 6,
+    ),
+    "clip": (
+        dict(optim={"clip": 0.5}),
+        lambda f: all(row["gradient_norm"] > 0.5 for row in f["rows"]),
+    ),
+    "overfit": (dict(task={"overfit": True}), lambda f: len({row["tokens"] for row in f["rows"]}) == 9),
+    "grid": (dict(gradient={"evaluate": "in_place", "restore": "grid"}), lambda f: f["rows"][0]["epsilon"] != 0.02),
+    "workers": (dict(gradient={"workers": 2, "evaluate": "tiles"}), lambda f: True),
+    "bf16": (dict(run={"dtype": "bf16"}), lambda f: True),
+    "bf16-backprop": (dict(run={"dtype": "bf16"}, gradient={"method": "backprop"}), lambda f: True),
+    "dnc": (dict(model={"cell": "dnc", "word_size": 3, "memory_size": 4}, optim={"lr": 0.01}), lambda f: True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_is_straight_with(tmp_path, name):
+    sections, is_in_play = CASES[name]
+    found, _ = compare(small(**sections), tmp_path, *TWICE)
+    assert is_in_play(found)
+
+
+CARRIED = {
+    "probes": {},
+    "backprop": {"method": "backprop"},
+    "backprop-truncated": {"method": "backprop", "truncate": 2},
+    "episodes": {"episode": 4},
+}
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_carried_state_is_carried_over_the_interruption(tmp_path, name, cell):
+    config = small(task=text_task(tmp_path, carry=True), gradient=CARRIED[name], model={"cell": cell, "heads": 1})
+    found, _ = compare(config.replace(model={"layers": 2}), tmp_path, *TWICE)
+    branches = 2 * config.gradient.probes
+    assert name != "episodes" or len(found["state"]["carried"]) == branches
+
+
+def test_a_found_learning_rate_is_not_searched_again(tmp_path):
+    config = small(optim={"lr": "auto", "search_low": 0.01, "search_high": 0.1, "search_steps": 2})
+    _, report = compare(config, tmp_path, *TWICE)
+    assert not any("Trying" in note for note in report.notes)
+
+
+def test_initial_weights_are_kept(tmp_path):
+    train(small(run={"seed": 1}), tmp_path / "first")
+    init = checkpoint.newest(tmp_path / "first" / "checkpoints").weights
+    found, _ = compare(small(), tmp_path, (0, "abandoned"), *TWICE, init=init)
+    train(small(), tmp_path / "drawn")
+    assert found["weights"] != left(tmp_path / "drawn")["weights"]
+
+
+class GoneWhileSearching(Interrupt):
+    def note(self, line):
+        super().note(line)
+        if line.startswith("Trying"):
+            raise Abandoned
+
+
+def test_a_run_killed_while_it_searches_knows_what_it_was_asked_for(tmp_path, initial):
+    """It has neither checkpoint nor journal yet, but its config, and the weights it was to begin with."""
+    path = tmp_path / "run"
+    train(small(**SEARCHING), tmp_path / "straight", init=initial)
+    with pytest.raises(Abandoned):
+        train(small(**SEARCHING), path, init=initial, report=GoneWhileSearching())
+    _, report = interrupted(read_config(path), path)
+    assert report.notes[0] == f"{path} has no checkpoint yet: it begins again, at step 0."
+    assert differences(left(tmp_path / "straight"), left(path)) == []
+
+
+def test_what_was_half_written_is_cleared_away(tmp_path):
+    path = tmp_path / "run"
+    train(small(), path, report=Interrupt(3))
+    half = [path / ".config.toml.123.tmp", path / "checkpoints" / ".step-00000006.123.tmp"]
+    half[0].write_text("format")
+    half[1].mkdir()
+    (half[1] / "model.safetensors").write_bytes(b"half")
+    train(small(), path, resume=True)
+    assert not any(p.exists() for p in half)
+
+
+# ---- a record that is damaged
+
+
+def test_a_torn_end_is_dropped_and_said_so(tmp_path):
+    train(small(), tmp_path / "straight")
+    path = tmp_path / "run"
+    with pytest.raises(Abandoned):
+        train(small(), path, report=Interrupt(5, "abandoned"))
+    whole = (path / "journal").read_bytes()
+    (path / "journal").write_bytes(whole[:-7])
+    rows = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(rows[:-30])
+    torn = len(whole) - 7 - journal.read(path / "journal").end
+    _, report = interrupted(small(), path)
+    assert (
+        f"Resuming {path} at step 4. The journal's last record was torn ({torn} bytes); it is dropped." in report.notes
+    )
+    assert differences(left(tmp_path / "straight"), left(path)) == []
+
+
+def test_a_whole_end_is_not_said_to_be_torn(tmp_path):
+    _, report = interrupted(small(), tmp_path / "run", (5, "abandoned"))
+    assert report.notes == [f"Resuming {tmp_path / 'run'} at step 4."]
+
+
+def damage(folder):
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
+    train(small(), tmp_path / "straight")
+    path = tmp_path / "run"
+    with pytest.raises(Abandoned):
+        train(small(), path, report=Interrupt(7, "abandoned"))
+    *_, before, newest = checkpoint.all_of(path / "checkpoints")
+    assert (before.name, newest.name) == ("step-00000004", "step-00000006")
+    damage(newest)
+    with caplog.at_level(logging.WARNING):
+        interrupted(small(), path, (4, "signal"))
+    assert "step-00000006 is damaged" in caplog.text
+    assert differences(left(tmp_path / "straight"), left(path)) == []
+
+
+def test_a_damaged_checkpoint_does_not_crowd_out_whole_ones(tmp_path):
+    """Only checkpoints that the run can go on from count among those it keeps."""
+    path = tmp_path / "run"
+    with pytest.raises(Abandoned):
+        train(small(), path, report=Interrupt(7, "abandoned"))
+    damage(checkpoint.all_of(path / "checkpoints")[-1])
+    with pytest.raises(Abandoned):
+        train(small(run={"checkpoint_every": 1}), path, resume=True, report=Interrupt(5, "abandoned"))
+    assert checkpoint.newest(path / "checkpoints").step == 5
+    assert [p.name for p in checkpoint.all_of(path / "checkpoints")] == ["step-00000004", "step-00000005"]
+    assert (path / "checkpoints" / "damaged-step-00000006" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("loss", ["every checkpoint", "environment"])
+def test_a_run_that_cannot_be_resumed_is_left_as_it_is(tmp_path, loss):
+    path = tmp_path / "run"
+    with pytest.raises(Abandoned):
+        train(small(), path, report=Interrupt(7, "abandoned"))
+    if loss == "environment":
+        (path / "environment.json").write_text("{")
+    else:
+        for folder in checkpoint.all_of(path / "checkpoints"):
+            damage(folder)
+    before = contents(path)
+    with pytest.raises(RunError, match=r"cannot be resumed: (none of its|environment.json).*left as it is"):
+        train(small(), path, resume=True)
+    assert contents(path) == before
+
+
+def test_a_journal_shorter_than_its_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(Abandoned):
+        train(small(), path, report=Interrupt(7, "abandoned"))
+    journal.Writer.append(path / "journal", 3).close()
+    before = contents(path)
+    with pytest.raises(RunError, match="has 3 of the 6 steps the checkpoint has"):
+        train(small(), path, resume=True)
+    assert contents(path) == before
+
+
+def contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+# ---- what may change, and what may not
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(task={"length": 4}), dict(task={"overfit": True}), dict(model={"hidden": 16}),
+        dict(gradient={"probes": 7}), dict(gradient={"epsilon": None}), dict(gradient={"shaping": "rank"}),
+        dict(gradient={"chunk": 1}), dict(optim={"lr": 0.2}), dict(optim={"clip": None}),
+        dict(optim={"momentum": 0.5}), dict(optim={"update": "write"}), dict(optim={"schedule": "linear"}),
+        dict(run={"seed": 8}), dict(run={"threads": 3}), dict(run={"dtype": "bf16"}), dict(run={"diverged": 4.0}),
+    ],
+    ids=lambda change: "-".join(f"{s}.{name}" for s, fields in change.items() for name in fields),
+)  # fmt: skip
+def test_another_run_is_refused_by_the_name_of_what_changed(tmp_path, change):
+    path, config = tmp_path / "run", small(optim={"clip": 1.0})
+    train(config, path, report=Interrupt(3))
+    before = contents(path)
+    ((section, fields),) = change.items()
+    ((name, value),) = fields.items()
+    old = getattr(getattr(read_config(path), section), name)
+    with pytest.raises(UsageError) as error:
+        train(config.replace(**change), path, resume=True)
+    assert f"{section}.{name}={value!r}, but the run to resume has {old!r}" in str(error.value)
+    assert contents(path) == before
+
+
+def test_what_is_free_is_taken(tmp_path):
+    values = {"steps": 4, "max_seconds": 50.0, "target_loss": 1e-3, "eval_every": 1, "checkpoint_every": 5, "keep": 4}
+    assert {f"run.{name}" for name in values} == FREE
+    saved = resolve(small(run={"target_loss": 0.5}))
+    for name, value in values.items():
+        assert agree(saved, resolve(small(run={"target_loss": 0.5, name: value}))) == saved.replace(run={name: value})
+    # A limit that is not given any more is none.
+    assert agree(saved, resolve(small())) == resolve(small())
+    path = tmp_path / "run"
+    train(small(), path, report=Interrupt(2))
+    train(small(run=values), path, resume=True)
+    assert read_config(path).run.checkpoint_every == 5
+
+
+def test_what_rules_have_decided_need_not_be_given_again(tmp_path):
+    config = small(run={"threads": None})
+    train(config, tmp_path / "run", report=Interrupt(2))
+    saved = read_config(tmp_path / "run")
+    assert None not in (saved.run.threads, saved.gradient.chunk)
+    assert saved.gradient.evaluate != "auto"
+    assert agree(saved, resolve(config)) == saved
+
+
+def test_changed_data_are_refused(tmp_path):
+    config, path = small(task=text_task(tmp_path)), tmp_path / "run"
+    train(config, path, report=Interrupt(3))
+    write_text(tmp_path / "text.txt", seed=1)
+    before = contents(path)
+    with pytest.raises(
+        RunError, match=r"The data have changed since the run began \(fingerprint .*Bring the data back"
+    ):
+        train(config, path, resume=True)
+    assert contents(path) == before
+    write_text(tmp_path / "text.txt")
+    assert train(config, path, resume=True)["state"] == "done"
+
+
+# ---- where there is nothing to resume, or nothing left to do
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    path = tmp_path / "run"
+    summary = train(small(), path)
+    before = contents(path)
+    report = Interrupt()
+    again = train(small(), path, resume=True, report=report)
+    assert (again["state"], again["step"], again["loss"]) == ("done", 9, summary["loss"])
+    assert report.notes == [f"{path} is finished (done at step 9); nothing to do."]
+    assert report.rows == []
+    assert contents(path) == before
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path):
+    train(small(run={"steps": 14}), tmp_path / "straight")
+    train(small(), tmp_path / "run")
+    report = Interrupt()
+    assert train(small(run={"steps": 14}), tmp_path / "run", resume=True, report=report)["step"] == 14
+    assert [row["step"] for row in report.rows] == [9, 10, 11, 12, 13]
+    assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
+
+
+def test_a_run_killed_before_it_said_that_it_was_done_takes_no_further_step(tmp_path, monkeypatch):
+    """Its target was reached and all was saved, but for the status."""
+    config = small(run={"target_loss": 100.0})
+    straight = train(config, tmp_path / "straight")
+    assert straight["step"] == 1
+
+    def gone(self, state, **more):
+        if state == "done":
+            raise Abandoned
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_status", gone)
+        with pytest.raises(Abandoned):
+            train(config, tmp_path / "run")
+    summary = train(config, tmp_path / "run", resume=True)
+    assert {k: v for k, v in summary.items() if k in ("state", "reason", "step", "loss", "valid_loss")} == {
+        k: straight[k] for k in ("state", "reason", "step", "loss", "valid_loss")
+    }
+    assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_resuming_nothing_begins_and_says_so(tmp_path, there):
+    path = tmp_path / "run"
+    if there:
+        path.mkdir()
+    report = Interrupt()
+    assert train(small(), path, resume=True, report=report)["state"] == "done"
+    assert report.notes[0] == f"Nothing to resume in {path}: a new run begins."
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    for resume, message in [(True, "holds no run .no config.toml.; name another"), (False, "Add --resume to go on")]:
+        with pytest.raises(UsageError, match=message):
+            train(small(), tmp_path, resume=resume)
+    with pytest.raises(UsageError, match="mine.txt is a file; name a folder"):
+        train(small(), tmp_path / "mine.txt", resume=True)
+    assert contents(tmp_path) == {"mine.txt": b"mine"}
+
+
+def test_a_run_of_a_living_process_is_refused(tmp_path):
+    path, parent = tmp_path / "run", os.getppid()
+    train(small(), path, report=Interrupt(3))
+    RunFolder(path).write_status("running")
+    status = read_json(path / "status.json") | {"pid": parent, "started": process_start(parent)}
+    (path / "status.json").write_text(str(status).replace("'", '"'))
+    with pytest.raises(UsageError, match=f"is being trained by process {parent}.*reroll runs stop"):
+        train(small(), path, resume=True)
+
+
+# ---- killed at any moment
+
+
+class Crash:
+    """Lets some changes of the disk through, and then no more: the process is gone, and nothing is tidied up."""
+
+    def __init__(self, patch, allowed):
+        self.left, self.happened = allowed, 0
+        for owner, name in (
+            *((Path, n) for n in ("write_text", "mkdir", "touch", "rename", "unlink")), (os, "replace"),
+            (shutil, "rmtree"), (checkpoint, "save_file"), (safetensors.torch, "save_file"),
+            (journal.Writer, "write"), (RunFolder, "record"), (RunFolder, "log"),
+        ):  # fmt: skip
+            patch.setattr(owner, name, self.counted(getattr(owner, name)))
+
+    def counted(self, function):
+        def call(*arguments, **options):
+            self.happened += 1
+            if self.happened > self.left:
+                raise Abandoned
+            return function(*arguments, **options)
+
+        return call
+
+
+SEARCHING = dict(
+    optim={"lr": "auto", "search_low": 0.01, "search_high": 0.1, "search_steps": 1},
+    run={"steps": 3, "checkpoint_every": 1, "keep": 1},
+)
+
+
+UNTIDY = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""A process that is gone closes no files; within one process that is a warning."""
+
+
+def crash_after(allowed, config, path, **options):
+    """Train, resuming what is there, until so many changes of the disk have been made; return how many were."""
+    with pytest.MonkeyPatch.context() as patch:
+        crash = Crash(patch, allowed)
+        with contextlib.suppress(Abandoned):
+            train(config, path, resume=True, **options)
+    return crash.happened
+
+
+@pytest.fixture
+def initial(tmp_path):
+    model = build_model(resolve(small()).model, Sizes.of(build_task(small().task, 0)), seed=99)
+    return checkpoint.weights_of(model)
+
+
+@UNTIDY
+def test_killed_between_any_two_changes_of_the_disk(tmp_path, initial):
+    config = small(**SEARCHING)
+    train(config, tmp_path / "straight", init=initial)
+    straight = left(tmp_path / "straight")
+    changes = crash_after(10**6, config, tmp_path / "counted", init=initial)
+    assert changes > 40
+    for allowed in random.sample(range(changes), 12):
+        path = tmp_path / f"after-{allowed}"
+        assert crash_after(allowed, config, path, init=initial) > allowed
+        train(config, path, resume=True, init=initial)
+        assert differences(straight, left(path)) == [], f"killed after {allowed} of {changes} changes"
+        assert not list(path.rglob(".*.tmp"))
+
+
+@UNTIDY
+@pytest.mark.slow
+def test_killed_between_any_two_changes_of_the_disk_and_again(tmp_path, initial):
+    config = small(**SEARCHING)
+    train(config, tmp_path / "straight", init=initial)
+    straight = left(tmp_path / "straight")
+    changes = crash_after(10**6, config, tmp_path / "counted", init=initial)
+    for first in range(changes):
+        path, moments = tmp_path / f"after-{first}", [first]
+        crash_after(first, config, path, init=initial)
+        while random.random() < 0.7:
+            moments.append(random.randrange(25))
+            crash_after(moments[-1], config, path, init=initial)
+        train(config, path, resume=True, init=initial)
+        assert differences(straight, left(path)) == [], f"killed after {moments} changes"
+
+
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run"
+    command = ["train", "copy", "--steps", "9", "--length", "3", "--batch", "3", "--probes", "5", "--threads", "1"]
+    assert main([*command, "--run-dir", str(tmp_path / "straight")]) == 0
+    step = console.Console.step
+    for number, at in ((signal.SIGTERM, 1), (signal.SIGINT, 4)):
+
+        def interrupt(self, row, config, number=number, at=at):
+            step(self, row, config)
+            if row["step"] == at:
+                signal.raise_signal(number)
+
+        capsys.readouterr()
+        monkeypatch.setattr(console.Console, "step", interrupt)
+        assert main([*command, "--run-dir", str(path), "--resume"]) == 1
+        said, name = capsys.readouterr().out, signal.Signals(number).name
+        way = f"stopped: {name} after {at + 2} steps. Go on with: reroll train --run-dir {path} --resume"
+        assert way in said
+        assert read_json(path / "status.json")["state"] == "stopped"
+        assert checkpoint.newest(path / "checkpoints").step == at + 2
+    # Exactly as it was said.
+    assert main(way.partition("reroll ")[2].split()) == 0
+    assert differences(left(tmp_path / "straight"), left(path)) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def launch(*arguments):
+    command = [sys.executable, "-m", "reroll", "train", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+SMOKE = ["smoke", "--steps", "400", "--target-loss", "none", "--set", "run.checkpoint_every=7", "run.eval_every=50"]
+
+
+def wait_for_rows(process, path, count):
+    while process.poll() is None:
+        if sum(1 for _ in read_metrics(path)) >= count:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"ended before {count} steps: {process.communicate()[0]}")
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(tmp_path):
+    seed = random.randrange(2**32)
+    generator, path, where = random.Random(seed), tmp_path / "run", ["--run-dir", tmp_path / "run", "--resume"]
+    launch(*SMOKE, "--run-dir", tmp_path / "straight").communicate()
+    rows = 0
+    for _ in range(4):
+        process = launch(*SMOKE, *where)
+        rows += generator.randrange(1, 80)
+        wait_for_rows(process, path, rows)
+        time.sleep(generator.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+    process = launch(*SMOKE, *where)
+    assert "Resuming" in process.communicate()[0], f"seed {seed}"
+    assert process.returncode == 0
+    assert differences(left(tmp_path / "straight"), left(path)) == [], f"seed {seed}"
+
+
+@pytest.mark.slow
+def test_a_terminated_process_saves_and_says_how_to_go_on(tmp_path):
+    path = tmp_path / "run"
+    process = launch(*SMOKE, "--run-dir", path)
+    wait_for_rows(process, path, 20)
+    process.terminate()
+    said = process.communicate()[0]
+    assert process.returncode == 1
+    steps = checkpoint.newest(path / "checkpoints").step
+    assert f"stopped: SIGTERM after {steps} steps. Go on with: reroll train --run-dir {path} --resume" in said
+    assert len(list(read_metrics(path))) == steps
+    assert "Traceback" not in said

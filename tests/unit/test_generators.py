@@ -1,0 +1,43 @@
+"""Torch's own generators are borrowed for dropout and initialisation, and nobody else's are touched."""
+
+import pytest
+import torch
+from torch import nn
+
+from reroll.grad import Backprop, CentralDifference
+from reroll.grad.evaluate.probing import seeded_generators
+from reroll.keys import Key
+from reroll.train.build import Sizes, build_model
+from reroll.train.config import ModelConfig
+
+USERS = {
+    "central_difference": lambda net, x: CentralDifference(3, 0.01)(net, loss_fn, x, Key(0)),
+    "backprop": lambda net, x: Backprop(accumulate=2)(net, loss_fn, x, Key(0)),
+    "build_model": lambda net, x: build_model(ModelConfig(embed=8), Sizes(5, None, 5, "every"), seed=3),
+}
+
+
+def loss_fn(net, x):
+    return net(x).square().mean()
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_no_device_is_seeded_but_the_one_that_is_used(name, monkeypatch):
+    """torch.manual_seed seeds all devices, also those that are initialised later: a side effect that would stay."""
+
+    def refuse(seed):
+        raise AssertionError("torch.manual_seed was called")
+
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)), torch.randn(6, 4)
+    before = torch.get_rng_state()
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    USERS[name](net, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeded_generators_give_what_manual_seed_gives():
+    torch.manual_seed(17)
+    expected, before = torch.rand(5), torch.get_rng_state()
+    with seeded_generators(17):
+        assert torch.equal(torch.rand(5), expected)
+    assert torch.equal(torch.get_rng_state(), before)
