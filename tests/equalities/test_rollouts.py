@@ -8,7 +8,18 @@ from reroll.cells.layout import Layout
 from reroll.errors import RunError, UsageError
 from reroll.outcome import Outcome
 from reroll.rollout import (
-    ROLLOUTS, Block, Clip, Dense, Diagonal, Hutchinson, Kalman, Newton, Scale, Sequential, jacobi, quasi_deer,
+    ROLLOUTS,
+    Block,
+    Clip,
+    Dense,
+    Diagonal,
+    Hutchinson,
+    Kalman,
+    Newton,
+    Scale,
+    Sequential,
+    jacobi,
+    quasi_deer,
 )  # fmt: skip
 from reroll.rollout.agreement import verify_agreement
 
@@ -47,7 +58,9 @@ def contractive(kind):
     return cell
 
 
-ALL = {f"{i} {type(r).__name__} {getattr(getattr(r, 'linearise', None), 'kind', '')}": r for i, r in enumerate(ROLLOUTS)}
+ALL = {
+    f"{i} {type(r).__name__} {getattr(getattr(r, 'linearise', None), 'kind', '')}": r for i, r in enumerate(ROLLOUTS)
+}
 
 
 @pytest.mark.parametrize("name", [*ALL, *MORE])
@@ -65,9 +78,7 @@ def test_values_and_gradients_are_those_of_the_loop(name, kind, borders):
 
 @pytest.mark.parametrize("rollout", [quasi_deer(**TIGHT), Newton(Dense(), **TIGHT), jacobi(**TIGHT)])
 def test_a_cell_without_structure_agrees_too(rollout):
-    agreement = verify_agreement(
-        rollout, contractive(DNC), torch.randn(2, 23, 3, dtype=torch.float64), tolerance=1e-9
-    )
+    agreement = verify_agreement(rollout, contractive(DNC), torch.randn(2, 23, 3, dtype=torch.float64), tolerance=1e-9)
     assert agreement.ok, str(agreement)
 
 

@@ -6,14 +6,25 @@ from torch import nn
 from torch.nn import functional as F
 
 from reroll.cells import (
-    ARGRU, CELLS, DNC, GRU, LSTM, Lorenz96, MeanField, ParaGRU, ParaLSTM, TwoWell, cell_from,
+    ARGRU,
+    CELLS,
+    DNC,
+    GRU,
+    LSTM,
+    Lorenz96,
+    MeanField,
+    ParaGRU,
+    ParaLSTM,
+    TwoWell,
+    cell_from,
+    jacobian,
 )  # fmt: skip
-from reroll.cells import jacobian
 from reroll.cells.layout import Layout
 from reroll.errors import UsageError
 
 D = 6
 W, V = torch.randn(2, D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind(0)
+HEADS = W.view(2, 3, 6)[..., :3]
 P = torch.randn(3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 USERS = {
@@ -21,7 +32,7 @@ USERS = {
     "functions": lambda u, s: F.gelu(F.linear(s, W)) + torch.where(u > 0, s, s.roll(1, -1)) - s.cos() ** 2,
     "joined": lambda u, s: torch.tanh(F.linear(torch.cat([u, s], -1), torch.cat([W, V], 1))),
     "pieces": lambda u, s: torch.cat([s[..., 2:].exp() * u[..., 2:], torch.lerp(s[:, :2], u[:, :2], 0.3)], -1),
-    "heads": lambda u, s: torch.einsum("...nd,nde->...ne", s.unflatten(-1, (2, 3)), W.view(2, 3, 6)[..., :3]).flatten(-2),
+    "heads": lambda u, s: torch.einsum("...nd,nde->...ne", s.unflatten(-1, (2, 3)), HEADS).flatten(-2) + u,
     "sums": lambda u, s: u * s.sum(-1, keepdim=True) + s.square().mean(-1).unsqueeze(-1) - (2 - s),
     "addmm": lambda u, s: torch.addmm(u, s, W) / s.abs().add(1.0) + torch.addcmul(u, s, s),
     "wide": lambda u, s: torch.relu(F.linear(s, P)) @ P + 1 / (1 + s.square()),
@@ -38,7 +49,7 @@ def cells():
     found = {kind.__name__: kind(3, D) for kind in CELLS if kind is not DNC}
     found |= {"heads": LSTM(3, D, heads=3), "DNC": DNC(3, D, word_size=2, memory_size=3)}
     found |= {"MeanField": MeanField(D, 1.0), "ARGRU": ARGRU(3), "Lorenz96": Lorenz96(5), "TwoWell": TwoWell()}
-    found |= {module.__class__.__name__: cell_from(module, D) for module in (nn.RNNCell(3, D), nn.GRUCell(3, D), nn.LSTMCell(3, D))}  # fmt: skip
+    found |= {kind.__name__: cell_from(kind(3, D), D) for kind in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)}
     found |= {name: cell_from(step, D) for name, step in (USERS | HIDDEN).items()}
     return found
 

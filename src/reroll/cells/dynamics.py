@@ -1,9 +1,9 @@
 """Recurrences from outside machine learning, as cells: what the experiments on parallel evaluation run.
 
-    MeanField      s ← W tanh(s) + u,  W_ij ~ N(0, g²/D), no self-connection: chaotic for large gain g
-    ARGRU          a generator that feeds its own output back: x ← μ(h) + softplus(ς(h)) u, h ← GRU(x, h)
-    Lorenz96       dx_i/dt = (x_{i+1} − x_{i−2}) x_{i−1} − x_i + F, one Runge–Kutta step: chaotic for F = 8
-    TwoWell        Langevin dynamics in a mixture of two Gaussians: s ← s − ε ∇U(s) + √(2ε) u
+MeanField      s ← W tanh(s) + u,  W_ij ~ N(0, g²/D), no self-connection: chaotic for large gain g
+ARGRU          a generator that feeds its own output back: x ← μ(h) + softplus(ς(h)) u, h ← GRU(x, h)
+Lorenz96       dx_i/dt = (x_{i+1} − x_{i−2}) x_{i−1} − x_i + F, one Runge–Kutta step: chaotic for F = 8
+TwoWell        Langevin dynamics in a mixture of two Gaussians: s ← s − ε ∇U(s) + √(2ε) u
 """
 
 from __future__ import annotations

@@ -114,9 +114,7 @@ def _row(following: Tensor, leaf: Tensor, index: int, retain: bool) -> Tensor:
 
 
 @torch.no_grad()
-def hutchinson(
-    cell: Cell, layout: Layout, u: Tensor, state: Tensor, signs: Tensor
-) -> tuple[Tensor, Tensor]:
+def hutchinson(cell: Cell, layout: Layout, u: Tensor, state: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
     """Return the next states and an unbiased estimate of the Jacobian's diagonal, v ∘ Aᵀv averaged over v = ±1.
 
     Args:

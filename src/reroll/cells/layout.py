@@ -1,8 +1,8 @@
 """A state as one vector per sequence: what solvers along time work on.
 
-    layout = Layout.of(cell.init_state((batch,)))
-    vector = layout.pack(state)               [..., D], the parts one after another
-    state = layout.unpack(vector)             views where the state is one tensor
+layout = Layout.of(cell.init_state((batch,)))
+vector = layout.pack(state)               [..., D], the parts one after another
+state = layout.unpack(vector)             views where the state is one tensor
 """
 
 from __future__ import annotations

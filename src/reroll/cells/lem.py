@@ -1,8 +1,8 @@
 """The long expressive memory cell (Rusch et al., arXiv:2110.04744): two fields with time steps they set themselves.
 
-    Δ̄ = dt σ(u₁ + R₁ y)     Δ = dt σ(u₂ + R₂ y)
-    z ← (1 − Δ) z + Δ tanh(u_z + R_z y)
-    y ← (1 − Δ̄) y + Δ̄ tanh(W z + u_y)
+Δ̄ = dt σ(u₁ + R₁ y)     Δ = dt σ(u₂ + R₂ y)
+z ← (1 − Δ) z + Δ tanh(u_z + R_z y)
+y ← (1 − Δ̄) y + Δ̄ tanh(W z + u_y)
 """
 
 from __future__ import annotations

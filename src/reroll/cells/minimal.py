@@ -1,7 +1,7 @@
 """Gated cells with as little recurrence as possible.
 
-    MinGRU     h ← (1 − z) ∘ h + z ∘ (W_h x + b_h),  z = σ(W_z x + b_z)         linear in h (Feng et al., arXiv:2410.01201)
-    MinRNN     z = tanh(W x + b),  u = σ(R h + U z + c),  h ← u ∘ h + (1 − u) ∘ z    (Chen, arXiv:1711.06788)
+MinGRU     h ← (1 − z) ∘ h + z ∘ (W_h x + b_h),  z = σ(W_z x + b_z)         linear in h (Feng et al., arXiv:2410.01201)
+MinRNN     z = tanh(W x + b),  u = σ(R h + U z + c),  h ← u ∘ h + (1 − u) ∘ z    (Chen, arXiv:1711.06788)
 """
 
 from __future__ import annotations

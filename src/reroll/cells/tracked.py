@@ -1,4 +1,4 @@
-"""The Jacobian of a step in closed form, found by running its code once on values that know how they depend on the state.
+"""The Jacobian of a step in closed form, found by running its code on values that know how they depend on the state.
 
 A `Tracked` is a tensor v [rows, …] together with ∂v/∂s, kept as a sum of
 
@@ -9,8 +9,8 @@ Elementwise functions multiply α and β, linear maps act on W (or begin a chain
 the diagonal of the Jacobian costs a few elementwise operations instead of D derivatives, and the whole Jacobian costs
 row scalings. For a GRU what comes out is the formula one would derive by hand.
 
-Code that does anything else (attention over a state, a third product in a row, a branch on values) raises `Untrackable`,
-and derivatives are taken by automatic differentiation instead.
+Code that does anything else (attention over a state, a third product in a row, a branch on values) raises
+`Untrackable`, and derivatives are taken by automatic differentiation instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-
 
 MOST = 32
 """Pieces of a Jacobian that are followed; beyond, automatic differentiation is cheaper."""
@@ -207,12 +206,9 @@ def _mul(function: Any, a: Any, b: Any) -> Tracked:
 def _weighted(known: Tracked, value: Tensor, factor: Any) -> Tracked:
     """A factor that is the same at all rows goes into the weights of what has no α yet."""
     fits = known.expanded(value.shape)
-    terms = [
-        Term(t.weight * factor) if t.alpha is None else Term(t.weight, t.alpha * factor) for t in fits.terms
-    ]
+    terms = [Term(t.weight * factor) if t.alpha is None else Term(t.weight, t.alpha * factor) for t in fits.terms]
     chains = [
-        replace(c, outer=c.outer * factor) if c.beta is None else replace(c, beta=c.beta * factor)
-        for c in fits.chains
+        replace(c, outer=c.outer * factor) if c.beta is None else replace(c, beta=c.beta * factor) for c in fits.chains
     ]
     return Tracked(value, terms, chains)
 
@@ -383,17 +379,10 @@ _FUNCTIONS = {
     "square": _smooth(lambda x, y: 2 * x),
     "sin": _smooth(lambda x, y: x.cos()),
     "cos": _smooth(lambda x, y: -x.sin()),
-} | {
-    name: _elementwise
-    for name in (
-        "abs", "log", "sqrt", "rsqrt", "pow", "reciprocal", "softplus", "silu", "gelu", "elu", "selu", "celu", "mish",
-        "leaky_relu", "hardtanh", "hardsigmoid", "softsign", "logsigmoid", "erf", "atan", "sinh", "cosh", "clamp",
-        "clip", "log1p", "expm1", "asinh", "tanhshrink",
-    )
-}  # fmt: skip
-RULES: dict[str, Callable[..., Any]] = _SHAPES | _ARITHMETIC | _FUNCTIONS | {
-    name: _same for name in ("contiguous", "clone")
-}
+} | dict.fromkeys(("abs", "log", "sqrt", "rsqrt", "pow", "reciprocal", "softplus", "silu", "gelu", "elu", "selu", "celu", "mish", "leaky_relu", "hardtanh", "hardsigmoid", "softsign", "logsigmoid", "erf", "atan", "sinh", "cosh", "clamp", "clip", "log1p", "expm1", "asinh", "tanhshrink"), _elementwise)  # fmt: skip
+RULES: dict[str, Callable[..., Any]] = (
+    _SHAPES | _ARITHMETIC | _FUNCTIONS | dict.fromkeys(("contiguous", "clone"), _same)
+)
 """How each operation, by its name in torch, acts on tracked values."""
 
 

@@ -7,6 +7,7 @@ projected ahead, linearised by its structure, and mapped; torch's kernels for on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Wrapped(Cell):
     def project(self, inputs: Tensor) -> Tensor:
         return functional.linear(inputs, self.module.weight_ih, self.module.bias_ih)
 
-    def step(self, u: Tensor, state: Tensor | LSTMState) -> Tensor | LSTMState:
+    def step(self, u: Tensor, state: Any) -> Any:
         h = state[0] if isinstance(self.module, nn.LSTMCell) else state
         v = functional.linear(h, self.module.weight_hh, self.module.bias_hh)
         if isinstance(self.module, nn.GRUCell):
@@ -51,7 +52,7 @@ class Wrapped(Cell):
             i, f, g, o = (u + v).chunk(4, -1)
             c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
             return LSTMState(torch.sigmoid(o) * torch.tanh(c), c)
-        return (torch.tanh if self.module.nonlinearity == "tanh" else torch.relu)(u + v)  # type: ignore[operator]
+        return (torch.tanh if self.module.nonlinearity == "tanh" else torch.relu)(u + v)
 
-    def readout(self, state: Tensor | LSTMState) -> Tensor:
-        return state[0] if isinstance(self.module, nn.LSTMCell) else state  # type: ignore[return-value]
+    def readout(self, state: Any) -> Tensor:
+        return state[0] if isinstance(self.module, nn.LSTMCell) else state

@@ -64,8 +64,8 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return ctx.solve(cotangent), None, None
+    def backward(ctx: Any, *arriving: Tensor) -> Any:
+        return ctx.solve(arriving[0]), None, None
 
 
 @torch.no_grad()
@@ -105,9 +105,7 @@ def _dense(problem: Any, states: Tensor, cotangent: Tensor) -> Tensor:
         cut = _ahead(problem, begin, end)
         if cut is not None:
             a = a.masked_fill(cut.view(batch, -1, 1, 1), 0.0)
-        found[:, begin:end] = linear_scan(
-            a.mT, cotangent[:, begin:end], found[:, end], reverse=True, structure="dense"
-        )
+        found[:, begin:end] = linear_scan(a.mT, cotangent[:, begin:end], found[:, end], reverse=True, structure="dense")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The recurrence evaluated for all steps at once: Newton's method on the whole trajectory, and its relatives.
+"""The recurrence evaluated for all steps at once: Newton's method on the trajectory, and its relatives.
 
 All solve r_t = f_t(s_{t−1}) − s_t = 0 by repeating one linear recurrence along time, δ_t = Ã_t δ_{t−1} + r_t, s ← s + δ:
 
@@ -31,7 +31,7 @@ from reroll.outcome import Outcome
 from reroll.rollout import adjoint
 from reroll.rollout.base import Trajectory, start
 from reroll.rollout.damping import Damping, Undamped
-from reroll.rollout.linearise import ROWS_FLOATS, Diagonal, Linearisation, Transition
+from reroll.rollout.linearise import ROWS_FLOATS, Diagonal, Kind, Linearisation, Transition
 from reroll.rollout.purity import require_pure
 from reroll.rollout.watch import current
 
@@ -77,9 +77,7 @@ class Problem(NamedTuple):
         def pick(t: Tensor | None) -> Tensor | None:
             return None if t is None else t[keep]
 
-        return self._replace(
-            u=self.u[keep], start=self.start[keep], fresh=pick(self.fresh), reset=pick(self.reset)
-        )
+        return self._replace(u=self.u[keep], start=self.start[keep], fresh=pick(self.fresh), reset=pick(self.reset))
 
     def step(self, states: Tensor) -> Tensor:
         """Return f of every step, [B, T, D], given the states of all steps."""
@@ -300,7 +298,7 @@ class Newton:
 class _StepOnly:
     """A linearisation that keeps nothing."""
 
-    kind = "zero"
+    kind: Kind = "zero"
 
     def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
         return jacobian.step(cell, layout, u, state), None

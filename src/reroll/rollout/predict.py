@@ -33,9 +33,7 @@ PROBED = 512
 
 
 @torch.no_grad()
-def lyapunov(
-    cell: Cell, inputs: Tensor, state: State | None = None, *, starts: int = 3, seed: int = 0
-) -> Tensor:
+def lyapunov(cell: Cell, inputs: Tensor, state: State | None = None, *, starts: int = 3, seed: int = 0) -> Tensor:
     """Return the largest Lyapunov exponent per step, for each sequence.
 
     Random unit vectors are pushed through the Jacobians along the trajectory and their growth is averaged,

@@ -1,6 +1,6 @@
 """The papers' names for `Newton` with one choice or another.
 
-    deer  quasi_deer  elk  quasi_elk  picard  jacobi          each takes the keyword arguments of `Newton`
+deer  quasi_deer  elk  quasi_elk  picard  jacobi          each takes the keyword arguments of `Newton`
 """
 
 from __future__ import annotations
