@@ -379,9 +379,14 @@ _FUNCTIONS = {
     "square": _smooth(lambda x, y: 2 * x),
     "sin": _smooth(lambda x, y: x.cos()),
     "cos": _smooth(lambda x, y: -x.sin()),
-} | dict.fromkeys(("abs", "log", "sqrt", "rsqrt", "pow", "reciprocal", "softplus", "silu", "gelu", "elu", "selu", "celu", "mish", "leaky_relu", "hardtanh", "hardsigmoid", "softsign", "logsigmoid", "erf", "atan", "sinh", "cosh", "clamp", "clip", "log1p", "expm1", "asinh", "tanhshrink"), _elementwise)  # fmt: skip
+}  # fmt: skip
+_BY_AUTOGRAD = (
+    "abs", "log", "sqrt", "rsqrt", "pow", "reciprocal", "softplus", "silu", "gelu", "elu", "selu", "celu", "mish",
+    "leaky_relu", "hardtanh", "hardsigmoid", "softsign", "logsigmoid", "erf", "atan", "sinh", "cosh", "clamp", "clip",
+    "log1p", "expm1", "asinh", "tanhshrink",
+)  # fmt: skip
 RULES: dict[str, Callable[..., Any]] = (
-    _SHAPES | _ARITHMETIC | _FUNCTIONS | dict.fromkeys(("contiguous", "clone"), _same)
+    _SHAPES | _ARITHMETIC | _FUNCTIONS | dict.fromkeys(_BY_AUTOGRAD, _elementwise) | dict.fromkeys(("contiguous", "clone"), _same)
 )
 """How each operation, by its name in torch, acts on tracked values."""
 

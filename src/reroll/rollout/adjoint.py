@@ -64,8 +64,8 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *arriving: Tensor) -> Any:
-        return ctx.solve(arriving[0]), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        return ctx.solve(grad_outputs[0]), None, None
 
 
 @torch.no_grad()

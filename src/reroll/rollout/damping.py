@@ -15,11 +15,10 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from reroll.errors import UsageError, require_positive
-from reroll.kernels.linear_scan import kalman_scan, linear_scan
+from reroll.kernels.linear_scan import kalman_scan, kalman_smooth, linear_scan
 from reroll.rollout.linearise import Transition
 
 
@@ -52,7 +51,7 @@ def solve(transition: Transition, residual: Tensor) -> Tensor:
     if kind == "block":
         blocks, channels = a.shape[2], a.shape[4]
         return linear_scan(a, residual.unflatten(-1, (blocks, channels)), structure="block").flatten(-2)
-    return linear_scan(a, residual, structure=kind)  # type: ignore[arg-type]
+    return linear_scan(a, residual, structure="diagonal" if kind == "identity" else kind)
 
 
 @dataclass(frozen=True)
@@ -131,22 +130,6 @@ class Kalman:
         if kind not in ("diagonal", "dense") or a is None:
             raise UsageError(f"Kalman works with Dense or Diagonal, not a transition of kind {kind}.")
         variance = self.variance if trust is None else self.variance * trust
-        mean, covariance = kalman_scan(a, residual, variance, structure=kind)
-        return _smooth(kind, a, mean, covariance, residual) if self.smoother else mean
-
-
-def _smooth(kind: str, a: Tensor, mean: Tensor, covariance: Tensor, residual: Tensor) -> Tensor:
-    """The backward pass: δ_t = m_t + E_t (δ_{t+1} − A_{t+1} m_t − r_{t+1}), E_t = P_t A_{t+1}ᵀ (A P_t Aᵀ + 1)⁻¹."""
-    ahead, later = a[:, 1:], residual[:, 1:]
-    m, p = mean[:, :-1], covariance[:, :-1]
-    if kind == "diagonal":
-        gain = p * ahead / (ahead * ahead * p + 1)
-        rest = m - gain * (ahead * m + later)
-        gain = torch.nn.functional.pad(gain, (0, 0, 0, 1))
-    else:
-        pa = p @ ahead.mT
-        predicted = ahead @ pa + torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        gain = torch.linalg.solve_ex(predicted, pa.mT)[0].mT
-        rest = m - (gain @ ((ahead @ m.unsqueeze(-1)) + later.unsqueeze(-1))).squeeze(-1)
-        gain = torch.nn.functional.pad(gain, (0, 0, 0, 0, 0, 1))
-    return linear_scan(gain, torch.cat([rest, mean[:, -1:]], 1), reverse=True, structure=kind)  # type: ignore[arg-type]
+        observed = residual.new_zeros(()).expand_as(residual)
+        filtered = kalman_scan(a, residual, observed, variance, keep_variance=self.smoother)
+        return kalman_smooth(a, residual, filtered) if self.smoother else filtered.mean

@@ -1,6 +1,6 @@
 """The recurrence evaluated for all steps at once: Newton's method on the trajectory, and its relatives.
 
-All solve r_t = f_t(s_{t−1}) − s_t = 0 by repeating one linear recurrence along time, δ_t = Ã_t δ_{t−1} + r_t, s ← s + δ:
+All solve r_t = f_t(s_{t−1}) − s_t = 0 by repeating a linear recurrence along time, δ_t = Ã_t δ_{t−1} + r_t, s ← s + δ:
 
     linearise       what Ã keeps of the Jacobian          (DEER, quasi-DEER, Picard, Jacobi …)
     damping         how far a step is trusted             (ELK, scaling, clipping)
