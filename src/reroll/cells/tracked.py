@@ -385,9 +385,10 @@ _BY_AUTOGRAD = (
     "leaky_relu", "hardtanh", "hardsigmoid", "softsign", "logsigmoid", "erf", "atan", "sinh", "cosh", "clamp", "clip",
     "log1p", "expm1", "asinh", "tanhshrink",
 )  # fmt: skip
-RULES: dict[str, Callable[..., Any]] = (
-    _SHAPES | _ARITHMETIC | _FUNCTIONS | dict.fromkeys(_BY_AUTOGRAD, _elementwise) | dict.fromkeys(("contiguous", "clone"), _same)
-)
+RULES: dict[str, Callable[..., Any]] = {
+    **_SHAPES, **_ARITHMETIC, **_FUNCTIONS, **dict.fromkeys(_BY_AUTOGRAD, _elementwise), "clone": _same,
+    "contiguous": _same,
+}  # fmt: skip
 """How each operation, by its name in torch, acts on tracked values."""
 
 
