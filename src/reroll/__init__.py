@@ -16,6 +16,7 @@ _PUBLIC = {
     "Key": "reroll.keys",
     "Outcome": "reroll.outcome",
     "noise": "reroll.kernels.noise_axpy",
+    "linear_scan": "reroll.kernels.linear_scan",
     "cells": "reroll.cells",
     "Cell": "reroll.cells",
     "cell_from": "reroll.cells",

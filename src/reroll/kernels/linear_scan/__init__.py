@@ -115,9 +115,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(A: Tensor, b: Tensor, initial: Tensor | None, operator: Affine, reverse: bool) -> Tensor:
-        out = torch.empty(b.shape, dtype=b.dtype, device=b.device)
-        run(operator, A, b, initial, out, reverse)
-        return out
+        return _states(A, b, initial, operator.name, reverse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -147,7 +145,7 @@ class _Scan(torch.autograd.Function):
         return d_A, g if ctx.needs_input_grad[1] else None, d_initial, None, None
 
     @staticmethod
-    def vmap(info: Any, axes: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
         """Fold the mapped axis into the batch."""
 
         def fold_in(tensor: Tensor | None, axis: int | None) -> Tensor | None:
@@ -156,9 +154,22 @@ class _Scan(torch.autograd.Function):
             mapped = tensor.expand(info.batch_size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
             return mapped.flatten(0, 1)
 
-        tensors = [fold_in(tensor, axis) for tensor, axis in zip(arguments[:3], axes[:3])]
+        tensors = [fold_in(tensor, axis) for tensor, axis in zip(arguments[:3], in_dims[:3])]
         states: Any = _Scan.apply(*tensors, *arguments[3:])
         return states.unflatten(0, (info.batch_size, states.shape[0] // info.batch_size)), 0
+
+
+@torch.library.custom_op("reroll::linear_scan", mutates_args=())
+def _states(A: Tensor, b: Tensor, initial: Tensor | None, structure: str, reverse: bool) -> Tensor:
+    """Scan folded arguments into new memory: an operation that `torch.compile` does not look into."""
+    out = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+    run(AFFINE[structure], A, b, initial, out, reverse)
+    return out
+
+
+@_states.register_fake
+def _(A: Tensor, b: Tensor, initial: Tensor | None, structure: str, reverse: bool) -> Tensor:
+    return torch.empty(b.shape, dtype=b.dtype, device=b.device)
 
 
 def run(operator: Affine, A: Tensor, b: Tensor, initial: Tensor | None, out: Tensor, reverse: bool) -> None:

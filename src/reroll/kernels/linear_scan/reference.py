@@ -20,7 +20,10 @@ from reroll.kernels.linear_scan.kalman import elements
 from reroll.kernels.linear_scan.operators import Affine, Element, Operator, State
 
 CHUNKED_FROM = 64
-"""Numbers per step (batch × channels) from which chunks win on a CPU; measured at T = 1,024 … 65,536."""
+"""Numbers per step (batch × channels) from which a CPU takes chunks.
+
+Far below it odd-even is up to twice as fast, far above chunks are three to six times.
+"""
 
 
 def scan(operator: Affine, A: Tensor, b: Tensor, initial: Tensor, out: Tensor, reverse: bool) -> None:

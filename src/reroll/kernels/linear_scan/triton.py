@@ -21,8 +21,8 @@ from torch import Tensor
 from reroll.kernels.linear_scan.operators import Affine, Operator, State
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_TILE = 16 if INTERPRETED else 2048  # numbers of one array in a tile
-_PROGRAMS = 8 if INTERPRETED else 1024  # programs that fill a device
+_TILE = 8 if INTERPRETED else 2048  # numbers of one array in a tile
+_PROGRAMS = 4 if INTERPRETED else 1024  # programs that fill a device
 
 
 class _Plan(NamedTuple):
