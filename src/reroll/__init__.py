@@ -33,7 +33,6 @@ _PUBLIC = {
     "lyapunov": "reroll.rollout",
     "predictability": "reroll.rollout",
     "verify_agreement": "reroll.rollout",
-    "linear_scan": "reroll.kernels.linear_scan",
     "Recurrent": "reroll.models",
     "Backprop": "reroll.grad",
     "CentralDifference": "reroll.grad",

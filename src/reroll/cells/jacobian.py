@@ -3,7 +3,8 @@
     next, A = linearise(cell, layout, u, state, "diagonal")      u [rows, U], state [rows, D] → [rows, D] each
 
 Structures: "diagonal" [rows, D], "block" [rows, K, K, C] (a K×K matrix for each of C channels, D = K·C), "dense"
-[rows, D, D]. Cells are called on rows, never under vmap: torch's own cells are slow or fail there.
+[rows, D, D]. Cells are called on rows, never under vmap: torch's own cells are slow or fail there. What comes back lies
+in memory feature by feature, and is fastest if u and the states do too (`feature_major`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,23 @@ _untrackable: weakref.WeakKeyDictionary[Cell, str] = weakref.WeakKeyDictionary()
 def step(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> Tensor:
     """Return the next state of rows: u [rows, U], state [rows, D] → [rows, D]."""
     return layout.pack(cell.step(u, layout.unpack(state)))
+
+
+def feature_major(rows: Tensor) -> Tensor:
+    """Return [rows, features] with the rows of a feature next to one another in memory."""
+    return rows.T.contiguous().T
+
+
+@torch.no_grad()
+def advance(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> Tensor:
+    """Return what `step` returns, without a graph, feature-major where the step can be followed."""
+    if cell not in _untrackable:
+        try:
+            after = cell.step(tracked.Tracked(u, ()), layout.unpack(tracked.Tracked(state, ())))  # type: ignore[arg-type]
+            return _joined(layout.parts(after))
+        except MISSES as error:
+            _give_up(cell, error)
+    return step(cell, layout, u, state)
 
 
 def why_untrackable(cell: Cell) -> str | None:
@@ -57,33 +75,42 @@ def linearise(
     if cell not in _untrackable:
         try:
             return _by_structure(cell, layout, u, state, structure, blocks)
-        except (tracked.Untrackable, AttributeError, TypeError, NotImplementedError, RuntimeError) as error:
-            # A mistake in the cell itself comes up again, as it is, when it is run on plain tensors below.
-            _untrackable[cell] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except MISSES as error:
+            _give_up(cell, error)
     return _by_autograd(cell, layout, u, state, structure, blocks)
 
 
 def _by_structure(
     cell: Cell, layout: Layout, u: Tensor, state: Tensor, structure: Structure, blocks: int
 ) -> tuple[Tensor, Tensor]:
-    after = cell.step(u, layout.unpack(tracked.Tracked.state(state)))
+    after = cell.step(tracked.Tracked(u, ()), layout.unpack(tracked.Tracked.state(state)))  # type: ignore[arg-type]
     parts = layout.parts(after)
-    value = [p.value if isinstance(p, tracked.Tracked) else p for p in parts]
-    following = value[0] if len(value) == 1 else torch.cat(value, -1)
     if structure == "diagonal":
-        return following, tracked.diagonal_of(parts, layout.sizes)
-    if structure == "dense":
-        return following, tracked.dense_of(parts, layout.size)
-    if len(parts) == blocks and len(set(layout.sizes)) == 1:
-        return following, tracked.blocks_of(parts, blocks)
-    if len(parts) == 1:
-        return following, tracked.blocks_of(parts[0].chunk(blocks, -1), blocks)
-    return following, _blocks_from(tracked.dense_of(parts, layout.size), blocks)
+        found = tracked.diagonal_of(parts, layout.sizes)
+    elif structure == "dense":
+        found = tracked.dense_of(parts, layout.size)
+    elif len(parts) == blocks and len(set(layout.sizes)) == 1:
+        found = tracked.blocks_of(parts, blocks)
+    elif len(parts) == 1:
+        found = tracked.blocks_of(parts[0].chunk(blocks, -1), blocks)
+    else:
+        width = layout.size // blocks
+        dense = tracked.dense_of(parts, layout.size).unflatten(1, (blocks, width)).unflatten(0, (blocks, width))
+        found = dense.diagonal(dim1=1, dim2=3).movedim(-1, 2)
+    return _joined(parts), found.movedim(-1, 0)
 
 
-def _blocks_from(dense: Tensor, blocks: int) -> Tensor:
-    width = dense.shape[-1] // blocks
-    return dense.unflatten(-1, (blocks, width)).unflatten(-3, (blocks, width)).diagonal(dim1=-3, dim2=-1)
+def _joined(parts: tuple[Any, ...]) -> Tensor:
+    values = [part.value if isinstance(part, tracked.Tracked) else part for part in parts]
+    return values[0] if len(values) == 1 else torch.cat([value.T for value in values]).T
+
+
+MISSES = (tracked.Untrackable, AttributeError, TypeError, NotImplementedError, RuntimeError)
+"""What a step may raise on tracked values. A mistake in the cell itself comes up again on plain tensors."""
+
+
+def _give_up(cell: Cell, error: Exception) -> None:
+    _untrackable[cell] = str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _by_autograd(

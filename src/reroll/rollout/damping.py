@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from reroll.errors import UsageError, require_positive
@@ -31,27 +32,38 @@ class Damping(Protocol):
         ...
 
     def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
-        """Return δ, [B, T, D].
+        """Return δ, [D, T, B].
 
         Args:
-            transition: A, [B, T, …], zero where a sequence starts.
-            residual: r, [B, T, D].
+            transition: A, zero where a sequence starts.
+            residual: r, [D, T, B].
             trust: what multiplies σ², [B]; None is 1.
         """
         ...
 
 
+LANES = 4
+"""Sequences from which whole matrices are scanned side by side, one sequence a lane, on a CPU."""
+
+
 def solve(transition: Transition, residual: Tensor) -> Tensor:
-    """Return δ of δ_t = A_t δ_{t−1} + r_t."""
+    """Return δ of δ_t = A_t δ_{t−1} + r_t, [D, T, B]."""
     kind, a = transition
-    if kind == "zero":
-        return residual
     if a is None:
-        raise UsageError("a transition without a tensor must be zero.")
+        return residual.clone()
+    batch = residual.shape[2]
+    if kind in ("diagonal", "identity"):
+        return linear_scan(a, residual, structure="diagonal")
     if kind == "block":
-        blocks, channels = a.shape[2], a.shape[4]
-        return linear_scan(a, residual.unflatten(-1, (blocks, channels)), structure="block").flatten(-2)
-    return linear_scan(a, residual, structure="diagonal" if kind == "identity" else kind)
+        blocks = a.shape[0]
+        r = residual.unflatten(0, (blocks, -1)).permute(1, 2, 0, 3)
+        found = linear_scan(a.permute(2, 3, 0, 1, 4), r, structure="block")
+        return found.permute(2, 0, 1, 3).flatten(0, 1).contiguous()
+    if batch >= LANES and a.device.type == "cpu":
+        found = linear_scan(a.permute(2, 0, 1, 3)[None], residual.permute(1, 0, 2)[None], structure="block")
+        return found[0].permute(1, 0, 2).contiguous()
+    found = linear_scan(a.permute(3, 2, 0, 1), residual.permute(2, 1, 0), structure="dense")
+    return found.permute(2, 1, 0).contiguous()
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,15 @@ class Kalman:
         kind, a = transition
         if kind not in ("diagonal", "dense") or a is None:
             raise UsageError(f"Kalman works with Dense or Diagonal, not a transition of kind {kind}.")
+        if kind == "diagonal" and trust is None:
+            return self._filtered(a, residual, self.variance)
+        # Batch-first, as matrices and a variance per sequence need it.
         variance = self.variance if trust is None else self.variance * trust
-        observed = residual.new_zeros(()).expand_as(residual)
+        turned = a.permute(2, 1, 0) if kind == "diagonal" else a.permute(3, 2, 0, 1)
+        found = self._filtered(turned.contiguous(), residual.permute(2, 1, 0).contiguous(), variance)
+        return found.permute(2, 1, 0).contiguous()
+
+    def _filtered(self, a: Tensor, residual: Tensor, variance: float | Tensor) -> Tensor:
+        observed = torch.zeros_like(residual)
         filtered = kalman_scan(a, residual, observed, variance, keep_variance=self.smoother)
         return kalman_smooth(a, residual, filtered) if self.smoother else filtered.mean

@@ -7,7 +7,7 @@
     Identity()       1                    Picard
     Zero()           nothing              Jacobi
 
-Each takes rows (sequences and steps alike) and returns the next states and what it keeps.
+Each takes rows, steps outermost and sequences within, and returns the next states and what it keeps.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from reroll.keys import Key
 
 Kind = Literal["zero", "identity", "diagonal", "block", "dense"]
 
-ROWS_FLOATS = 1 << 16
-"""Numbers of state evaluated at a time on a CPU, so that temporaries stay in the second cache."""
+WINDOW_FLOATS = 1 << 17
+"""Numbers of state solved for at a time on a CPU, so that temporaries stay in the cache."""
 
 
 class Transition(NamedTuple):
-    """An approximate Jacobian for every row.
+    """An approximate Jacobian of every step.
 
     Args:
         kind: its structure.
@@ -52,17 +52,16 @@ class Linearisation(Protocol):
         ...
 
     def __call__(
-        self, cell: Cell, layout: Layout, u: Tensor, state: Tensor, steps: int, iteration: int, kept: Tensor | None
+        self, cell: Cell, layout: Layout, u: Tensor, state: Tensor, steps: int, fresh: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return next states [rows, D] and what is kept of their Jacobian.
+        """Return next states [rows, D] and what is kept of their Jacobian, [rows, …]; None: what was kept before.
 
         Args:
             cell, layout: the recurrence.
-            u: projected inputs, [rows, U]; row r is step r % steps of sequence r // steps.
+            u: projected inputs, [rows, U].
             state: [rows, D].
             steps: T.
-            iteration: 0 for the guess.
-            kept: what the iteration before kept.
+            fresh: whether a Jacobian is due, or an old one will do.
         """
         ...
 
@@ -73,7 +72,7 @@ class Dense:
 
     kind: Kind = "dense"
 
-    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
         return jacobian.linearise(cell, layout, u, state, "dense")
 
 
@@ -88,7 +87,7 @@ class Block:
     count: int | None = None
     kind: Kind = "block"
 
-    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
         return jacobian.linearise(cell, layout, u, state, "block", self.count or len(layout.sizes))
 
 
@@ -106,9 +105,9 @@ class Diagonal:
     def __post_init__(self) -> None:
         require_positive(every=self.every)
 
-    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
-        if kept is not None and iteration % self.every:
-            return jacobian.step(cell, layout, u, state), kept
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+        if not fresh:
+            return jacobian.advance(cell, layout, u, state), None
         return jacobian.linearise(cell, layout, u, state, "diagonal")
 
 
@@ -131,13 +130,13 @@ class Hutchinson:
     def __post_init__(self) -> None:
         require_positive(products=self.products)
 
-    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
         signs = [
             noise(Key(self.seed).at("hutchinson"), (steps, layout.size), m, "signs", dtype=state.dtype,
                   device=str(state.device))
             for m in range(self.products)
         ]  # fmt: skip
-        repeated = torch.stack([v.repeat(len(state) // steps, 1) for v in signs])
+        repeated = torch.stack([v.repeat_interleave(len(state) // steps, 0) for v in signs])
         return jacobian.hutchinson(cell, layout, u, state, repeated)
 
 
@@ -147,8 +146,8 @@ class Identity:
 
     kind: Kind = "identity"
 
-    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
-        return jacobian.step(cell, layout, u, state), None
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+        return jacobian.advance(cell, layout, u, state), None
 
 
 @dataclass(frozen=True)
@@ -157,5 +156,5 @@ class Zero:
 
     kind: Kind = "zero"
 
-    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
-        return jacobian.step(cell, layout, u, state), None
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+        return jacobian.advance(cell, layout, u, state), None

@@ -25,68 +25,27 @@ from torch import Tensor
 
 from reroll.cells import jacobian
 from reroll.cells.base import Cell, State
-from reroll.cells.layout import Layout
 from reroll.errors import RunError, UsageError, require_positive
 from reroll.outcome import Outcome
 from reroll.rollout import adjoint
-from reroll.rollout.base import Trajectory, start
+from reroll.rollout.base import Trajectory
 from reroll.rollout.damping import Damping, Undamped
-from reroll.rollout.linearise import ROWS_FLOATS, Diagonal, Kind, Linearisation, Transition
+from reroll.rollout.iterate import Iterate
+from reroll.rollout.linearise import WINDOW_FLOATS, Diagonal, Linearisation, Zero
+from reroll.rollout.problem import Field, Problem, make_problem, rows
 from reroll.rollout.purity import require_pure
 from reroll.rollout.watch import current
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
-"""Default `rtol` and `atol`; lower precisions are solved in float32."""
-CLIP = 1e8
-"""States beyond this are held there while iterating."""
-
-
-class Problem(NamedTuple):
-    """A recurrence on vectors.
-
-    Args:
-        cell, layout: the recurrence, and how its state becomes a vector.
-        u: projected inputs, [B, T, U].
-        start: the state before the first step, [B, D].
-        fresh: the state after a reset, [B, D].
-        reset: [B, T] or None.
-    """
-
-    cell: Cell
-    layout: Layout
-    u: Tensor
-    start: Tensor
-    fresh: Tensor | None = None
-    reset: Tensor | None = None
-
-    def before(self, states: Tensor) -> Tensor:
-        """Return the state before every step, [B, T, D]."""
-        previous = torch.cat([self.start.unsqueeze(1), states[:, :-1]], 1)
-        if self.reset is None or self.fresh is None:
-            return previous
-        return torch.where(self.reset.unsqueeze(-1), self.fresh.unsqueeze(1), previous)
-
-    def window(self, begin: int, end: int, start: Tensor) -> Problem:
-        """Return some of the steps."""
-        reset = None if self.reset is None else self.reset[:, begin:end]
-        return self._replace(u=self.u[:, begin:end], start=start, reset=reset)
-
-    def rows(self, keep: Tensor) -> Problem:
-        """Return some of the sequences."""
-
-        def pick(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[keep]
-
-        return self._replace(u=self.u[keep], start=self.start[keep], fresh=pick(self.fresh), reset=pick(self.reset))
-
-    def step(self, states: Tensor) -> Tensor:
-        """Return f of every step, [B, T, D], given the states of all steps."""
-        before = self.before(states)
-        return jacobian.step(self.cell, self.layout, self.u.flatten(0, 1), before.flatten(0, 1)).view_as(before)
+"""Default `rtol` and `atol`."""
+ADVICE = (
+    "Raise max_iterations, damp the iteration (elk, quasi_elk with a smaller variance), or use Sequential; "
+    "reroll.predictability says which of them can work."
+)
 
 
 class Solution(NamedTuple):
-    """States of a window, and per sequence how they were found."""
+    """States of a window, [D, T, B], and per sequence how they were found."""
 
     states: Tensor
     iterations: Tensor
@@ -156,24 +115,12 @@ class Newton:
             return _empty(problem, inputs)
         require_pure(cell, problem)
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            detached = problem._replace(
-                u=problem.u.detach(), start=problem.start.detach(),
-                fresh=None if problem.fresh is None else problem.fresh.detach(),
-            )  # fmt: skip
-            found = self._solve(detached)
-        outcome, found = self._finish(detached, found)
-        states = found.states
+            outcome, found = self._solve(problem.field())
+            states = found.states.permute(2, 1, 0).contiguous()
         if torch.is_grad_enabled():
             states = adjoint.attach(problem, states, self.adjoint)
-        trajectory = Trajectory(
-            states=problem.layout.unpack(states),
-            final=problem.layout.unpack(states[:, -1]),
-            outcome=outcome,
-            iterations=found.iterations,
-            residual=found.residual,
-            converged=found.converged,
-            resets=found.resets,
-        )
+        layout = problem.layout
+        trajectory = Trajectory(layout.unpack(states), layout.unpack(states[:, -1]), outcome, *found[1:])
         if (watch := current()) is not None:
             watch.see(trajectory, states)
         return trajectory
@@ -187,85 +134,82 @@ class Newton:
 
     # ---- solving
 
-    def _solve(self, problem: Problem) -> Solution:
-        """Solve window after window."""
-        batch, time, size = problem.u.shape[0], problem.u.shape[1], problem.layout.size
-        width = self._width(problem, batch, time, size)
+    def _solve(self, field: Field) -> tuple[Outcome, Solution]:
+        """Solve window after window; what does not converge is evaluated step by step before the next one begins."""
+        size, time, batch = field.shape
+        width = self._width(field)
         watch = current()
         warm = None if watch is None else watch.guess((batch, time, size))
-        if width >= time:
-            return self._newton(problem, self._guess(problem, warm, 0, time))
         windows: list[Solution] = []
-        begin_state = problem.start
+        first = field.start
         for begin in range(0, time, width):
             end = min(begin + width, time)
-            part = problem.window(begin, end, begin_state)
+            part = field if width >= time else field.window(begin, end, first)
             found = self._newton(part, self._guess(part, warm, begin, end))
             if not bool(found.converged.all()):
-                found = _repair(part, found)
+                self._say(found)
+                found = _stepped(part, found)
             windows.append(found)
-            begin_state = found.states[:, -1]
-        return _joined(windows)
+            first = found.states[:, -1]
+        found = windows[0] if len(windows) == 1 else _joined(windows)
+        return Outcome.ok if bool(found.converged.all()) else Outcome.fell_back, found
 
-    def _width(self, problem: Problem, batch: int, time: int, size: int) -> int:
+    def _width(self, field: Field) -> int:
+        size, time, batch = field.shape
         if self.window == "auto":
-            if problem.u.device.type != "cpu":
+            if field.u.device.type != "cpu":
                 return time
-            # On a CPU a window whose states fit the second cache makes the scan and the tests as fast as the cells.
+            # On a CPU a window whose states fit the cache makes the scan and the tests as fast as the cells.
             per_step = batch * size * (size if self.linearise.kind == "dense" else 1)
-            return max(64, ROWS_FLOATS // per_step)
+            return max(64, WINDOW_FLOATS // per_step)
         return self.window or time
 
-    def _guess(self, problem: Problem, warm: Tensor | None, begin: int, end: int) -> Tensor:
-        batch, steps, size = *problem.u.shape[:2], problem.layout.size
-        repeated = problem.start.unsqueeze(1).expand(batch, steps, size)
-        if warm is not None:
-            return warm[:, begin:end].to(problem.u.dtype)
-        if isinstance(self.guess, Tensor):
-            expected = (batch, size)
-            if (self.guess.shape[0], self.guess.shape[-1]) != expected or self.guess.shape[1] < end:
+    def _guess(self, field: Field, warm: Tensor | None, begin: int, end: int) -> Tensor:
+        size, steps, batch = field.shape
+        given = self.guess if warm is None else warm
+        repeated = field.start.unsqueeze(1).expand(size, steps, batch)
+        if isinstance(given, Tensor):
+            if (given.shape[0], given.shape[-1]) != (batch, size) or given.shape[1] < end:
                 raise UsageError(
-                    f"guess has shape {tuple(self.guess.shape)}; expected states [batch, time, D] = "
+                    f"guess has shape {tuple(given.shape)}; expected states [batch, time, D] = "
                     f"({batch}, ≥ {end}, {size})."
                 )
-            return self.guess[:, begin:end].to(problem.u.dtype)
-        if self.guess == "zeros":
-            return torch.zeros_like(repeated)
-        if self.guess == "s0":
+            return given[:, begin:end].permute(2, 1, 0).to(field.u.dtype).contiguous()
+        if given == "zeros":
+            return torch.zeros_like(repeated, memory_format=torch.contiguous_format)
+        if given == "s0":
             return repeated.contiguous()
-        return _evaluate(problem, repeated, _StepOnly(), 0, None)[0]
+        ahead = rows(field.before(repeated))
+        return jacobian.advance(field.cell, field.layout, rows(field.u), ahead).T.reshape(size, steps, batch)
 
-    def _newton(self, problem: Problem, guess: Tensor) -> Solution:
+    def _newton(self, field: Field, guess: Tensor) -> Solution:
         """Iterate on one window until every sequence has converged, or the iterations are used up."""
         damping: Damping = self.damping or Undamped()
-        limit = self._limit(problem.u.shape[1])
-        atol, rtol = self._tolerances(problem.u.dtype)
-        batch = problem.u.shape[0]
-        found = _Iterate.first(problem, guess, self.linearise)
-        iterations = torch.zeros(batch, dtype=torch.int64, device=guess.device)
-        resets = torch.zeros_like(iterations)
-        converged = found.residual_size() == 0
-        trust = torch.ones(batch, dtype=guess.dtype, device=guess.device) if _adaptive(damping) else None
-        for iteration in range(1, limit + 1):
+        batch, device = field.shape[2], guess.device
+        atol, rtol = self._tolerances(guess.dtype)
+        every = getattr(self.linearise, "every", 1)
+        found = Iterate.at(field, guess, self.linearise)
+        iterations, resets = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
+        converged = found.error == 0
+        trust = torch.ones(batch, dtype=guess.dtype, device=device) if getattr(damping, "adaptive", False) else None
+        for iteration in range(1, self._limit(field.shape[1]) + 1):
             if bool(converged.all()):
                 break
-            exact = found.exact_steps(atol, rtol)
-            trial, replaced = found.advance(damping, trust, guess, exact, converged)
-            following = _Iterate.at(problem, trial, self.linearise, iteration, found.transition)
-            worse = None
-            if trust is not None:
-                worse = ~(following.merit() < found.merit()) & ~converged
-                trust = torch.where(worse, trust / 3, trust * 3).clamp(1e-9, 1e9)
-            change = (trial - found.states).abs().amax((1, 2))
-            found = following if worse is None or not bool(worse.any()) else following.merged(found, worse)
+            bound = atol + rtol * found.scale
+            trial, change, replaced = found.advance(damping, trust, guess, bound, converged)
+            following = Iterate.at(field, trial, self.linearise, found.transition, iteration % every == 0)
             iterations += ~converged
             resets += torch.where(converged, 0, replaced)
-            bound = atol + rtol * found.states.abs().amax((1, 2))
-            near = found.residual_size() <= bound
+            near = following.error <= atol + rtol * following.scale
             if not damping.damped:
-                near &= change <= bound
-            converged |= near & (True if worse is None else ~worse)
-        return Solution(found.states, iterations, found.residual_size(), converged, resets)
+                near &= change <= atol + rtol * following.scale
+            if trust is not None:
+                worse = ~(following.merit() < found.merit()) & ~near & ~converged
+                trust = torch.where(worse, trust / 3, trust * 3).clamp(1e-9, 1e9)
+                following = following.merged(found, worse)
+            found = following
+            converged = converged | near
+        return Solution(found.states, iterations, found.error, converged, resets)
 
     def _limit(self, steps: int) -> int:
         if self.max_iterations is not None:
@@ -278,146 +222,32 @@ class Newton:
         atol, rtol = (usual if given is None else given for given in (self.atol, self.rtol))
         return factor * atol, factor * rtol
 
-    def _finish(self, problem: Problem, found: Solution) -> tuple[Outcome, Solution]:
-        """Do what `on_failure` says about sequences that have not converged."""
-        if bool(found.converged.all()):
-            return Outcome.ok, found
-        failed = int((~found.converged).sum())
+    def _say(self, found: Solution) -> None:
+        """Raise or warn about sequences that have not converged, if that was asked for."""
+        if self.on_failure == "sequential":
+            return
         message = (
-            f"{failed} of {len(found.converged)} sequences did not converge in {int(found.iterations.max())} "
-            f"iterations (largest residual {float(found.residual.max()):.3g})."
+            f"{int((~found.converged).sum())} of {len(found.converged)} sequences did not converge in "
+            f"{int(found.iterations.max())} iterations (largest residual {float(found.residual.max()):.3g})."
         )
         if self.on_failure == "raise":
-            raise RunError(f"{message} {Outcome.fell_back.value}")
-        if self.on_failure == "warn":
-            warnings.warn(f"{message} They were evaluated step by step.", stacklevel=3)
-        with torch.no_grad():
-            return Outcome.fell_back, _repair(problem, found)
+            raise RunError(f"{message} {ADVICE}")
+        warnings.warn(f"{message} They were evaluated step by step.", stacklevel=4)
 
 
-class _StepOnly:
-    """A linearisation that keeps nothing."""
-
-    kind: Kind = "zero"
-
-    def __call__(self, cell, layout, u, state, steps, iteration, kept):  # type: ignore[no-untyped-def]
-        return jacobian.step(cell, layout, u, state), None
-
-
-class _Iterate(NamedTuple):
-    """A trajectory, its residual, and the linearisation there."""
-
-    problem: Problem
-    states: Tensor
-    residual: Tensor
-    transition: Transition
-
-    @classmethod
-    def first(cls, problem: Problem, guess: Tensor, linearise: Linearisation) -> _Iterate:
-        return cls.at(problem, guess, linearise, 0, Transition(linearise.kind))
-
-    @classmethod
-    def at(
-        cls, problem: Problem, states: Tensor, linearise: Linearisation, iteration: int, before: Transition
-    ) -> _Iterate:
-        following, kept = _evaluate(problem, states, linearise, iteration, before.tensor)
-        return cls(problem, states, following.sub_(states), Transition(linearise.kind, kept))
-
-    def residual_size(self) -> Tensor:
-        return self.residual.abs().amax((1, 2)).nan_to_num(nan=torch.inf)
-
-    def merit(self) -> Tensor:
-        return self.residual.square().sum((1, 2)).nan_to_num(nan=torch.inf)
-
-    def exact_steps(self, atol: float, rtol: float) -> Tensor:
-        """Return how many leading steps satisfy the recurrence, [B]."""
-        bound = atol + rtol * self.states.abs().amax(-1)
-        return (self.residual.abs().amax(-1) <= bound).long().cumprod(1).sum(1)
-
-    def advance(
-        self, damping: Damping, trust: Tensor | None, guess: Tensor, exact: Tensor, frozen: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the next states, and per sequence how many of their entries had to be replaced."""
-        transition, residual, broken = self._finite(guess)
-        states = self.states + damping.correct(transition, residual, trust)
-        bad = ~torch.isfinite(states)
-        if broken is not None or bool(bad.any()):
-            # What is exact stays; elsewhere the guess is as good as anything finite.
-            bad = bad if broken is None else bad | broken
-            known = torch.arange(states.shape[1], device=states.device) < exact.unsqueeze(1)
-            states = torch.where(bad, torch.where(known.unsqueeze(-1), self.states, guess), states)
-        states = torch.where(frozen.view(-1, 1, 1), self.states, states.clamp_(-CLIP, CLIP))
-        return states, bad.flatten(1).sum(1)
-
-    def _finite(self, guess: Tensor) -> tuple[Transition, Tensor, Tensor | None]:
-        """Return the linearisation with steps that cannot be computed cut out, and where those are."""
-        kind, a = self.transition
-        bad = ~torch.isfinite(self.residual).all(-1)
-        if a is not None and kind != "identity":
-            bad = bad | ~torch.isfinite(a).flatten(2).all(-1)
-        if not bool(bad.any()):
-            return self.transition, self.residual, None
-        residual = torch.where(bad.unsqueeze(-1), guess - self.states, self.residual)
-        residual = residual.nan_to_num(0.0, 0.0, 0.0)
-        if a is not None:
-            a = torch.where(bad.view(*bad.shape, *[1] * (a.dim() - 2)), 0.0, a)
-        return Transition(kind, a), residual, bad.unsqueeze(-1).expand_as(residual)
-
-    def merged(self, other: _Iterate, rows: Tensor) -> _Iterate:
-        """Return this with some sequences taken from another."""
-
-        def take(a: Tensor, b: Tensor) -> Tensor:
-            return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), b, a)
-
-        mine, others = self.transition.tensor, other.transition.tensor
-        tensor = None if mine is None or others is None else take(mine, others)
-        return self._replace(
-            states=take(self.states, other.states), residual=take(self.residual, other.residual),
-            transition=Transition(self.transition.kind, tensor),
-        )  # fmt: skip
-
-
-def _evaluate(
-    problem: Problem, states: Tensor, linearise: Linearisation, iteration: int, kept: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return f of every step and its transition, which is zero where a sequence starts."""
-    batch, time, size = states.shape
-    before = problem.before(states)
-    rows, u = before.flatten(0, 1), problem.u.flatten(0, 1)
-    flat = None if kept is None else kept.flatten(0, 1)
-    following, a = linearise(problem.cell, problem.layout, u, rows, time, iteration, flat)
-    following = following.view(batch, time, size)
-    if linearise.kind == "identity":
-        a = torch.ones_like(following)
-    if a is None:
-        return following, None
-    a = a.unflatten(0, (batch, time)) if a.shape[0] == batch * time and linearise.kind != "identity" else a
-    a = a.contiguous() if a is kept or not a.is_contiguous() else a
-    a[:, 0] = 0
-    if problem.reset is not None:
-        a = a.masked_fill(problem.reset.view(batch, time, *[1] * (a.dim() - 2)), 0.0)
-    return following, a
-
-
-def _adaptive(damping: Damping) -> bool:
-    return bool(getattr(damping, "adaptive", False))
-
-
-def _repair(problem: Problem, found: Solution) -> Solution:
+def _stepped(field: Field, found: Solution) -> Solution:
     """Evaluate the sequences that have not converged step by step, from where they are still exact."""
     failed = (~found.converged).nonzero().squeeze(1)
-    part, states = problem.rows(failed), found.states[failed].clone()
-    residual = part.step(states).sub_(states).abs()
-    bound = 1e-12 * (1 + states.abs().amax(-1)) if states.dtype == torch.float64 else 1e-6 * (1 + states.abs().amax(-1))
-    exact = int((residual.amax(-1) <= bound).long().cumprod(1).sum(1).min())
+    part, states = field.sequences(failed), found.states[..., failed]
+    precision = 1e-12 if states.dtype == torch.float64 else 1e-6
+    trajectory = Iterate.at(part, states, Zero())
+    exact = int(trajectory.exact_steps(precision * (1 + trajectory.scale.nan_to_num(0.0, 0.0))).min())
     state = part.start if exact == 0 else states[:, exact - 1]
     for t in range(exact, states.shape[1]):
-        if part.reset is not None and part.fresh is not None:
-            state = torch.where(part.reset[:, t : t + 1], part.fresh, state)
-        state = jacobian.step(part.cell, part.layout, part.u[:, t], state)
+        state = part.one_step(t, state)
         states[:, t] = state
     everything = found.states.clone()
-    everything[failed] = states
+    everything[..., failed] = states
     return found._replace(states=everything)
 
 
@@ -430,29 +260,6 @@ def _joined(windows: list[Solution]) -> Solution:
         torch.stack([w.converged for w in windows]).all(0),
         torch.stack([w.resets for w in windows]).sum(0),
     )
-
-
-def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Problem:
-    """Return the recurrence on vectors.
-
-    Raises:
-        UsageError: if shapes do not fit, or the state is not floating point.
-    """
-    initial = start(cell, inputs, state)
-    layout = Layout.of(initial)
-    first = layout.pack(initial)
-    if first.shape != (inputs.shape[0], layout.size):
-        raise UsageError(
-            f"state has {first.shape[0]} sequences and inputs has {inputs.shape[0]}; they must have the same."
-        )
-    if reset is None:
-        return Problem(cell, layout, cell.project(inputs), first)
-    if reset.shape != inputs.shape[:2] or reset.dtype != torch.bool:
-        raise UsageError(
-            f"reset has shape {tuple(reset.shape)} and dtype {reset.dtype}; expected a mask {tuple(inputs.shape[:2])}."
-        )
-    fresh = layout.pack(start(cell, inputs, None))
-    return Problem(cell, layout, cell.project(inputs), first, fresh, reset)
 
 
 def _empty(problem: Problem, inputs: Tensor) -> Trajectory:

@@ -20,8 +20,9 @@ from reroll.cells.base import Cell, State
 from reroll.errors import require_positive
 from reroll.rollout.base import Rollout, Trajectory
 from reroll.rollout.linearise import Dense, Diagonal
-from reroll.rollout.newton import Newton, make_problem
+from reroll.rollout.newton import Newton
 from reroll.rollout.presets import elk
+from reroll.rollout.problem import make_problem
 from reroll.rollout.sequential import Sequential
 
 JACOBIAN_FLOATS = 1 << 22

@@ -1,0 +1,139 @@
+"""One iterate of Newton's method along time: a trajectory, its residual r_t = f_t(s_{t−1}) − s_t, the linearisation.
+
+Everything is a field, [D, T, B] (see `reroll.rollout.problem`), so sequences are the last axis.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reroll.rollout.damping import Damping
+from reroll.rollout.linearise import Linearisation, Transition
+from reroll.rollout.problem import Field, rows
+
+CLIP = 1e8
+"""States beyond this are held there while iterating."""
+
+
+class Iterate(NamedTuple):
+    """A trajectory and what is known there.
+
+    Args:
+        field: the recurrence.
+        states, residual: [D, T, B].
+        transition: the linearisation.
+        error: largest residual of each sequence, [B]; infinite where it is not a number.
+        scale: largest state of each sequence, [B].
+    """
+
+    field: Field
+    states: Tensor
+    residual: Tensor
+    transition: Transition
+    error: Tensor
+    scale: Tensor
+
+    @classmethod
+    def at(
+        cls,
+        field: Field,
+        states: Tensor,
+        linearise: Linearisation,
+        before: Transition | None = None,
+        fresh: bool = True,
+    ) -> Iterate:
+        """Evaluate the recurrence at a trajectory.
+
+        Args:
+            field: the recurrence.
+            states: the trajectory.
+            linearise: what is kept of the Jacobian.
+            before: the linearisation of the iterate before.
+            fresh: whether a new one is due.
+        """
+        size, time, batch = field.shape
+        ahead = field.before(states)
+        fresh = fresh or before is None or before.tensor is None
+        following, kept = linearise(field.cell, field.layout, rows(field.u), rows(ahead), time, fresh)
+        residual = following.T.reshape(size, time, batch) - states
+        if kept is None and linearise.kind == "identity":
+            kept = torch.ones_like(rows(states))
+        if kept is None:
+            a = None if before is None else before.tensor
+        else:
+            # [rows, …] → […, T, B], zero where a sequence starts
+            a = kept.movedim(0, -1).contiguous().unflatten(-1, (time, batch))
+            a[..., 0, :] = 0
+            if field.reset is not None:
+                a.masked_fill_(field.reset, 0.0)
+        transition = Transition(linearise.kind, a)
+        return cls(field, states, residual, transition, largest(residual), largest(states))
+
+    def merit(self) -> Tensor:
+        """Return Σ r², [B]."""
+        return self.residual.square().sum((0, 1)).nan_to_num(nan=torch.inf)
+
+    def exact_steps(self, bound: Tensor) -> Tensor:
+        """Return how many leading steps satisfy the recurrence to a bound [B], [B]."""
+        return (self.residual.abs().amax(0) <= bound).long().cumprod(0).sum(0)
+
+    def advance(
+        self, damping: Damping, trust: Tensor | None, guess: Tensor, bound: Tensor, frozen: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next trajectory; and per sequence how far it went, and how many numbers had to be replaced.
+
+        Args:
+            damping: how corrections are computed.
+            trust: factor on its variance, [B].
+            guess: what takes the place of numbers that are not finite.
+            bound: residual up to which a leading step is exact, and stays as it is, [B].
+            frozen: sequences that stay, [B].
+        """
+        correction = damping.correct(self.transition, self.residual, trust)
+        change, resets = largest(correction), torch.zeros_like(frozen, dtype=torch.int64)
+        states = self.states + correction
+        if not bool(torch.isfinite(change + self.error).all()):
+            states, resets = self._rescued(damping, trust, guess, bound)
+            change = largest(states - self.states)
+        elif bool((self.scale + change > CLIP).any()):
+            states.clamp_(-CLIP, CLIP)
+        if bool(frozen.any()):
+            states = torch.where(frozen, self.states, states)
+        return states, change, resets
+
+    def _rescued(self, damping: Damping, trust: Tensor | None, guess: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with what cannot be computed cut out: such steps begin again at the guess, exact ones stay."""
+        kind, a = self.transition
+        broken = ~torch.isfinite(self.residual).all(0)
+        if a is not None:
+            broken |= ~torch.isfinite(a).flatten(0, -3).all(0)
+        residual = torch.where(broken, guess - self.states, self.residual).nan_to_num(0.0, 0.0, 0.0)
+        cut = Transition(kind, None if a is None else torch.where(broken, 0.0, a))
+        states = self.states + damping.correct(cut, residual, trust)
+        bad = ~torch.isfinite(states) | broken
+        known = torch.arange(states.shape[1], device=states.device).unsqueeze(1) < self.exact_steps(bound)
+        states = torch.where(bad, torch.where(known, self.states, guess), states)
+        return states.clamp_(-CLIP, CLIP), bad.sum((0, 1))
+
+    def merged(self, other: Iterate, which: Tensor) -> Iterate:
+        """Return this with some sequences [B] taken from another."""
+
+        def take(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(which, b, a)
+
+        mine, others = self.transition.tensor, other.transition.tensor
+        tensor = None if mine is None or others is None else take(mine, others)
+        return self._replace(
+            states=take(self.states, other.states), residual=take(self.residual, other.residual),
+            transition=Transition(self.transition.kind, tensor), error=take(self.error, other.error),
+            scale=take(self.scale, other.scale),
+        )  # fmt: skip
+
+
+def largest(field: Tensor) -> Tensor:
+    """Return the largest magnitude of each sequence, [B]; infinity where there are numbers that are not finite."""
+    low, high = field.flatten(0, 1).aminmax(dim=0)
+    return torch.maximum(-low, high).nan_to_num(nan=torch.inf)
