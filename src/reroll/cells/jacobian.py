@@ -37,15 +37,15 @@ def feature_major(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def advance(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> Tensor:
+def advance(cell: Cell, layout: Layout, u: Tensor | tracked.Tracked, state: Tensor) -> Tensor:
     """Return what `step` returns, without a graph, feature-major where the step can be followed."""
     if cell not in _untrackable:
         try:
-            after = cell.step(tracked.Tracked(u, ()), layout.unpack(tracked.Tracked(state, ())))  # type: ignore[arg-type]
+            after = cell.step(_inputs(u), layout.unpack(tracked.Tracked(state, ())))  # type: ignore[arg-type]
             return _joined(layout.parts(after))
         except MISSES as error:
             _give_up(cell, error)
-    return step(cell, layout, u, state)
+    return step(cell, layout, u.value if isinstance(u, tracked.Tracked) else u, state)
 
 
 def why_untrackable(cell: Cell) -> str | None:
@@ -55,14 +55,14 @@ def why_untrackable(cell: Cell) -> str | None:
 
 @torch.no_grad()
 def linearise(
-    cell: Cell, layout: Layout, u: Tensor, state: Tensor, structure: Structure, blocks: int = 1
+    cell: Cell, layout: Layout, u: Tensor | tracked.Tracked, state: Tensor, structure: Structure, blocks: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Return the next states and their Jacobian in a structure; see the module.
 
     Args:
         cell: the recurrence.
         layout: of its state.
-        u: projected inputs, [rows, U].
+        u: projected inputs, [rows, U]; `tracked.Tracked.inputs` of them where they come again.
         state: [rows, D].
         structure: what of the Jacobian is wanted.
         blocks: K, for "block"; must divide D.
@@ -77,13 +77,13 @@ def linearise(
             return _by_structure(cell, layout, u, state, structure, blocks)
         except MISSES as error:
             _give_up(cell, error)
-    return _by_autograd(cell, layout, u, state, structure, blocks)
+    return _by_autograd(cell, layout, u.value if isinstance(u, tracked.Tracked) else u, state, structure, blocks)
 
 
 def _by_structure(
-    cell: Cell, layout: Layout, u: Tensor, state: Tensor, structure: Structure, blocks: int
+    cell: Cell, layout: Layout, u: Tensor | tracked.Tracked, state: Tensor, structure: Structure, blocks: int
 ) -> tuple[Tensor, Tensor]:
-    after = cell.step(tracked.Tracked(u, ()), layout.unpack(tracked.Tracked.state(state)))  # type: ignore[arg-type]
+    after = cell.step(_inputs(u), layout.unpack(tracked.Tracked.state(state)))  # type: ignore[arg-type]
     parts = layout.parts(after)
     if structure == "diagonal":
         found = tracked.diagonal_of(parts, layout.sizes)
@@ -98,6 +98,14 @@ def _by_structure(
         dense = tracked.dense_of(parts, layout.size).unflatten(1, (blocks, width)).unflatten(0, (blocks, width))
         found = dense.diagonal(dim1=1, dim2=3).movedim(-1, 2)
     return _joined(parts), found.movedim(-1, 0)
+
+
+def _inputs(u: Tensor | tracked.Tracked) -> Any:
+    if not isinstance(u, tracked.Tracked):
+        return tracked.Tracked(u, ())
+    if u.tape is not None:
+        u.tape.position = 0
+    return u
 
 
 def _joined(parts: tuple[Any, ...]) -> Tensor:

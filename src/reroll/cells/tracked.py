@@ -52,11 +52,33 @@ class Chain:
     beta: Tensor | None = None
 
 
+class Tape:
+    """What a step computes from its inputs alone, kept from one run of its code to the next."""
+
+    def __init__(self) -> None:
+        self.results: list[tuple[Any, Any]] = []
+        self.position = 0
+
+    def play(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return the result of the operation that comes, computed at the first run."""
+        at, self.position = self.position, self.position + 1
+        if at < len(self.results) and self.results[at][0] == name:
+            return self.results[at][1]
+        del self.results[at:]
+        self.results.append((name, result := compute()))
+        return result
+
+
 class Tracked:
     """A value and its Jacobian with respect to the state; see the module."""
 
-    def __init__(self, value: Tensor, terms: Sequence[Term], chains: Sequence[Chain] = ()):
-        self.value, self.terms, self.chains = value, tuple(terms), tuple(chains)
+    def __init__(self, value: Tensor, terms: Sequence[Term], chains: Sequence[Chain] = (), tape: Tape | None = None):
+        self.value, self.terms, self.chains, self.tape = value, tuple(terms), tuple(chains), tape
+
+    @classmethod
+    def inputs(cls, rows: Tensor) -> Tracked:
+        """Inputs, [rows, U], on which a step will be run several times."""
+        return cls(rows, (), tape=Tape())
 
     @classmethod
     def state(cls, vector: Tensor) -> Tracked:
@@ -91,6 +113,9 @@ class Tracked:
             raise Untrackable(f"indexing rows with {index!r}")
         if any(not isinstance(i, int | slice) for i in rest) or len(rest) >= self.value.dim() + (index[0] != Ellipsis):
             raise Untrackable(f"indexing with {index!r}")
+        if self.tape is not None:
+            tape = self.tape
+            return tape.play(f"[{index}]", lambda: _on_tape(self.reshaped(lambda t: t[index]), tape))
         return self.reshaped(lambda t: t[index])
 
     def reshaped(self, change: Callable[[Tensor], Tensor]) -> Tracked:
@@ -191,6 +216,21 @@ def _times(alpha: Tensor | None, factor: Any, like: Tensor) -> Tensor:
 
 def call(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Carry out an operation on values of which some are tracked."""
+    tapes = [x.tape for x in (*args, *kwargs.values()) if isinstance(x, Tracked)]
+    if tapes and all(tape is not None for tape in tapes):
+        tape = tapes[0]
+        return tape.play(name, lambda: _on_tape(_carried_out(name, function, args, kwargs), tape))
+    return _carried_out(name, function, args, kwargs)
+
+
+def _on_tape(result: Any, tape: Tape) -> Any:
+    for part in result if isinstance(result, tuple) else (result,):
+        if isinstance(part, Tracked):
+            part.tape = tape
+    return result
+
+
+def _carried_out(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     rule = RULES.get(name)
     if rule is not None:
         return rule(function, *args, **kwargs)

@@ -5,6 +5,7 @@ Everything is a field, [D, T, B] (see `reroll.rollout.problem`), so sequences ar
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class Iterate(NamedTuple):
         size, time, batch = field.shape
         ahead = field.before(states)
         fresh = fresh or before is None or before.tensor is None
-        following, kept = linearise(field.cell, field.layout, rows(field.u), rows(ahead), time, fresh)
+        following, kept = linearise(field.cell, field.layout, field.inputs, rows(ahead), time, fresh)
         residual = following.T.reshape(size, time, batch) - states
         if kept is None and linearise.kind == "identity":
             kept = torch.ones_like(rows(states))
@@ -135,5 +136,10 @@ class Iterate(NamedTuple):
 
 def largest(field: Tensor) -> Tensor:
     """Return the largest magnitude of each sequence, [B]; infinity where there are numbers that are not finite."""
-    low, high = field.flatten(0, 1).aminmax(dim=0)
-    return torch.maximum(-low, high).nan_to_num(nan=torch.inf)
+    by_step = field.abs().amax(0)  # [T, B]
+    time, batch = by_step.shape
+    # torch reduces a short last axis number by number; in pieces of √T steps there is a long one.
+    piece = math.isqrt(time)
+    whole = time - time % piece
+    by_piece = by_step[:whole].view(-1, piece * batch).amax(0).view(piece, batch)
+    return torch.cat([by_piece, by_step[whole:]]).amax(0).nan_to_num(nan=torch.inf)

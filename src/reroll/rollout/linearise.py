@@ -21,6 +21,7 @@ from torch import Tensor
 from reroll.cells import jacobian
 from reroll.cells.base import Cell
 from reroll.cells.layout import Layout
+from reroll.cells.tracked import Tracked
 from reroll.errors import require_positive
 from reroll.kernels.noise_axpy import noise
 from reroll.keys import Key
@@ -52,13 +53,13 @@ class Linearisation(Protocol):
         ...
 
     def __call__(
-        self, cell: Cell, layout: Layout, u: Tensor, state: Tensor, steps: int, fresh: bool
+        self, cell: Cell, layout: Layout, u: Tracked, state: Tensor, steps: int, fresh: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return next states [rows, D] and what is kept of their Jacobian, [rows, …]; None: what was kept before.
 
         Args:
             cell, layout: the recurrence.
-            u: projected inputs, [rows, U].
+            u: projected inputs, [rows, U], on tape.
             state: [rows, D].
             steps: T.
             fresh: whether a Jacobian is due, or an old one will do.
@@ -96,7 +97,8 @@ class Diagonal:
     """The diagonal: quasi-DEER (Gonzalez et al., arXiv:2407.19115).
 
     Args:
-        every: iterations for which a diagonal is used; more than 1 saves evaluations and costs iterations.
+        every: iterations for which a diagonal is used (the first one, of the guess, for one only). Where the iteration
+            converges fast the diagonal hardly changes, and a step without it costs half.
     """
 
     every: int = 1
@@ -137,7 +139,7 @@ class Hutchinson:
             for m in range(self.products)
         ]  # fmt: skip
         repeated = torch.stack([v.repeat_interleave(len(state) // steps, 0) for v in signs])
-        return jacobian.hutchinson(cell, layout, u, state, repeated)
+        return jacobian.hutchinson(cell, layout, u.value, state, repeated)
 
 
 @dataclass(frozen=True)

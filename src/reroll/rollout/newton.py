@@ -180,7 +180,7 @@ class Newton:
         if given == "s0":
             return repeated.contiguous()
         ahead = rows(field.before(repeated))
-        return jacobian.advance(field.cell, field.layout, rows(field.u), ahead).T.reshape(size, steps, batch)
+        return jacobian.advance(field.cell, field.layout, field.inputs, ahead).T.reshape(size, steps, batch)
 
     def _newton(self, field: Field, guess: Tensor) -> Solution:
         """Iterate on one window until every sequence has converged, or the iterations are used up."""
@@ -197,7 +197,7 @@ class Newton:
                 break
             bound = atol + rtol * found.scale
             trial, change, replaced = found.advance(damping, trust, guess, bound, converged)
-            following = Iterate.at(field, trial, self.linearise, found.transition, iteration % every == 0)
+            following = Iterate.at(field, trial, self.linearise, found.transition, iteration % every == 1 % every)
             iterations += ~converged
             resets += torch.where(converged, 0, replaced)
             near = following.error <= atol + rtol * following.scale

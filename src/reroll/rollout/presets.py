@@ -23,8 +23,11 @@ def deer(**options: Any) -> Newton:
 
 
 def quasi_deer(**options: Any) -> Newton:
-    """Newton's method with the Jacobians' diagonals (Gonzalez et al., arXiv:2407.19115): memory B·T·D."""
-    return Newton(linearise=Diagonal(), **options)
+    """Newton's method with the Jacobians' diagonals (Gonzalez et al., arXiv:2407.19115): memory B·T·D.
+
+    A diagonal serves for three iterations; `Newton(Diagonal())` computes one for each.
+    """
+    return Newton(linearise=Diagonal(every=3), **options)
 
 
 def elk(variance: float = 1e6, *, adaptive: bool = False, smoother: bool = False, **options: Any) -> Newton:

@@ -15,6 +15,7 @@ from torch import Tensor
 from reroll.cells import jacobian
 from reroll.cells.base import Cell, State
 from reroll.cells.layout import Layout
+from reroll.cells.tracked import Tracked
 from reroll.errors import UsageError
 from reroll.rollout.base import start
 
@@ -51,15 +52,17 @@ class Problem(NamedTuple):
             return t.detach().permute(*range(t.dim() - 1, -1, -1)).contiguous()
 
         fresh, reset = (None if t is None else turned(t) for t in (self.fresh, self.reset))
-        return Field(self.cell, self.layout, turned(self.u), turned(self.start), fresh, reset)
+        u = turned(self.u)
+        return Field(self.cell, self.layout, u, Tracked.inputs(rows(u)), turned(self.start), fresh, reset)
 
 
 class Field(NamedTuple):
-    """A recurrence, feature-major: u [U, T, B], start and fresh [D, B], reset [T, B]."""
+    """A recurrence, feature-major: u [U, T, B] and its rows on tape, start and fresh [D, B], reset [T, B]."""
 
     cell: Cell
     layout: Layout
     u: Tensor
+    inputs: Tracked
     start: Tensor
     fresh: Tensor | None = None
     reset: Tensor | None = None
@@ -79,7 +82,8 @@ class Field(NamedTuple):
     def window(self, begin: int, end: int, start: Tensor) -> Field:
         """Return some of the steps."""
         reset = None if self.reset is None else self.reset[begin:end]
-        return self._replace(u=self.u[:, begin:end].contiguous(), start=start, reset=reset)
+        u = self.u[:, begin:end].contiguous()
+        return self._replace(u=u, inputs=Tracked.inputs(rows(u)), start=start, reset=reset)
 
     def sequences(self, which: Tensor) -> Field:
         """Return some of the sequences."""
@@ -87,9 +91,11 @@ class Field(NamedTuple):
         def pick(t: Tensor | None) -> Tensor | None:
             return None if t is None else t[..., which]
 
+        u = self.u[..., which]
         return self._replace(
-            u=self.u[..., which], start=self.start[..., which], fresh=pick(self.fresh), reset=pick(self.reset)
-        )
+            u=u, inputs=Tracked.inputs(rows(u)), start=self.start[..., which], fresh=pick(self.fresh),
+            reset=pick(self.reset),
+        )  # fmt: skip
 
     def one_step(self, t: int, state: Tensor) -> Tensor:
         """Return the state [D, B] after step t."""
