@@ -206,7 +206,7 @@ def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
 def _times(alpha: Tensor | None, factor: Any, like: Tensor) -> Tensor:
     if alpha is not None:
         return alpha * factor
-    if isinstance(factor, Tensor) and factor.shape == like.shape:
+    if getattr(factor, "shape", None) == like.shape:
         return factor
     return torch.ones_like(like) * factor
 
@@ -239,6 +239,13 @@ def _carried_out(name: str, function: Callable[..., Any], args: Sequence[Any], k
         raise Untrackable(f"the operation {name}")
     result = function(*map(_value, args), **{key: _value(x) for key, x in kwargs.items()})
     return Tracked(result, ()) if isinstance(result, Tensor) else result
+
+
+def _run(function: Callable[..., Any], value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of torch, or the method of its name where the value is no tensor."""
+    if isinstance(value, Tensor):
+        return function(value, *args, **kwargs)
+    return getattr(value, function.__name__)(*args, **kwargs)
 
 
 def _value(x: Any) -> Any:
@@ -327,7 +334,7 @@ def _total(function: Any, x: Tracked, dim: Any = None, keepdim: bool = False) ->
     if dim is None:
         raise Untrackable("a sum over rows")
     _features_only(x, dim)
-    return x.mapped(function(x.value, dim, keepdim), lambda t: function(t, dim, keepdim))
+    return x.mapped(_run(function, x.value, dim, keepdim), lambda t: function(t, dim, keepdim))
 
 
 def _roll(function: Any, x: Tracked, shifts: Any, dims: Any = None) -> Tracked:
@@ -352,10 +359,10 @@ def _along(position: int, default: Any = None) -> Callable[..., Any]:
                 raise Untrackable("a new first axis")
         else:
             _features_only(x, dim)
-        value = function(x.value, *args, **kwargs)
-        if isinstance(value, Tensor):
-            return x.reshaped(lambda t: function(t, *args, **kwargs))
-        return tuple(x.reshaped(lambda t, i=i: function(t, *args, **kwargs)[i]) for i in range(len(value)))
+        value = _run(function, x.value, *args, **kwargs)
+        if not isinstance(value, tuple | list):
+            return x.reshaped(lambda t: _run(function, t, *args, **kwargs))
+        return tuple(x.reshaped(lambda t, i=i: _run(function, t, *args, **kwargs)[i]) for i in range(len(value)))
 
     return rule
 
@@ -416,7 +423,7 @@ def _same(function: Any, x: Tracked, *args: Any, **kwargs: Any) -> Tracked:
 
 def _tanh(function: Any, x: Tracked) -> Tracked:
     """In float32 on a CPU by the logistic function, which torch vectorises better: eight times as fast."""
-    if x.value.dtype == torch.float32 and x.value.device.type == "cpu":
+    if isinstance(x.value, Tensor) and x.value.dtype == torch.float32 and x.value.device.type == "cpu":
         value = torch.sigmoid(2 * x.value).mul_(2).sub_(1)
     else:
         value = torch.tanh(x.value)
@@ -427,7 +434,7 @@ def _smooth(derivative: Callable[[Tensor, Tensor], Any]) -> Callable[..., Tracke
     """An elementwise function whose derivative is a function of (argument, value)."""
 
     def rule(function: Any, x: Tracked) -> Tracked:
-        value = function(x.value)
+        value = _run(function, x.value)
         return Tracked(value, ()) if x.fixed else x.scaled(value, derivative(x.value, value))
 
     return rule
@@ -460,7 +467,7 @@ _FUNCTIONS = {
     "tanh": _tanh,
     "sigmoid": _smooth(lambda x, y: y - y * y),
     "exp": _smooth(lambda x, y: y),
-    "relu": _smooth(lambda x, y: (x > 0).to(y.dtype)),
+    "relu": _smooth(lambda x, y: torch.sign(y)),
     "square": _smooth(lambda x, y: 2 * x),
     "sin": _smooth(lambda x, y: x.cos()),
     "cos": _smooth(lambda x, y: -x.sin()),
@@ -484,37 +491,38 @@ def diagonal_of(parts: Sequence[Any], sizes: Sequence[int]) -> Tensor:
     """Return the diagonal of the Jacobian, [D, rows], of a new state given by its parts [rows, size]."""
     begin, found = 0, []
     for part, size in zip(parts, sizes):
-        found.append(_band(part, begin))
+        found.append(band(part, torch.arange(begin, begin + size)).T)
         begin += size
-    return found[0] if len(found) == 1 else torch.cat(found)
+    return torch.cat(found)
 
 
 def blocks_of(parts: Sequence[Any], count: int) -> Tensor:
     """Return the derivatives of feature c of part k by feature c of part l, [K, K, C, rows]; all parts are equal."""
     width = parts[0].shape[-1]
-    return torch.stack([torch.stack([_band(part, width * other) for other in range(count)]) for part in parts])
+    columns = [torch.arange(width * other, width * (other + 1)) for other in range(count)]
+    return torch.stack([torch.stack([band(part, c).T for c in columns]) for part in parts])
 
 
-def _band(part: Any, begin: int) -> Tensor:
-    """Return ∂v_c/∂s_{begin + c}, [C, rows]."""
+def band(part: Any, columns: Tensor) -> Any:
+    """Return ∂v_c/∂s_{columns[c]} for every feature c of a part, [rows, C]."""
     if not isinstance(part, Tracked):
-        return torch.zeros_like(part).T.contiguous()
-    size, total = part.shape[-1], None
+        return torch.zeros_like(part)
+    features, total = torch.arange(part.shape[-1]), None
     for t in part.terms:
-        diagonal = t.weight[begin : begin + size].diagonal().unsqueeze(1)
-        total = _accumulate(total, t.alpha, diagonal, part.value)
+        total = _accumulate(total, t.alpha, t.weight[columns, features], part.value)
     for c in part.chains:
         assert c.inner.alpha is not None
         # Σ_p L[c, p] α_p W[p, c]: one product for all rows
-        band = (c.inner.weight[begin : begin + size] * c.outer.T) @ c.inner.alpha.T
-        total = _accumulate(total, c.beta, band, part.value)
-    return torch.zeros_like(part.value).T.contiguous() if total is None else total
+        product = _product(c.inner.alpha, c.inner.weight[columns] * c.outer.T, None)
+        product = product if c.beta is None else c.beta * product
+        total = product if total is None else total + product
+    return torch.zeros_like(part.value) if total is None else total
 
 
-def _accumulate(total: Tensor | None, alpha: Tensor | None, factor: Tensor, like: Tensor) -> Tensor:
+def _accumulate(total: Any, alpha: Any, factor: Tensor, like: Any) -> Any:
     if alpha is None:
-        return factor.expand(like.shape[1], like.shape[0]).clone() if total is None else total + factor
-    return alpha.T * factor if total is None else torch.addcmul(total, alpha.T, factor)
+        return torch.ones_like(like) * factor if total is None else total + factor
+    return alpha * factor if total is None else torch.addcmul(total, alpha, factor)
 
 
 def dense_of(parts: Sequence[Any], size: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError, require_positive
-from reroll.kernels.linear_scan import kalman_scan, kalman_smooth, linear_scan
+from reroll.kernels.linear_scan import kalman_scan, kalman_smooth, linear_scan, scan_into
 from reroll.rollout.linearise import Transition
 
 
@@ -53,7 +53,9 @@ def solve(transition: Transition, residual: Tensor) -> Tensor:
         return residual.clone()
     batch = residual.shape[2]
     if kind in ("diagonal", "identity"):
-        return linear_scan(a, residual, structure="diagonal")
+        correction = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        scan_into(a, residual, correction, structure="diagonal")
+        return correction
     if kind == "block":
         blocks = a.shape[0]
         r = residual.unflatten(0, (blocks, -1)).permute(1, 2, 0, 3)

@@ -27,7 +27,6 @@ class Iterate(NamedTuple):
         states, residual: [D, T, B].
         transition: the linearisation.
         error: largest residual of each sequence, [B]; infinite where it is not a number.
-        scale: largest state of each sequence, [B].
     """
 
     field: Field
@@ -35,7 +34,6 @@ class Iterate(NamedTuple):
     residual: Tensor
     transition: Transition
     error: Tensor
-    scale: Tensor
 
     @classmethod
     def at(
@@ -58,20 +56,29 @@ class Iterate(NamedTuple):
         size, time, batch = field.shape
         ahead = field.before(states)
         fresh = fresh or before is None or before.tensor is None
-        following, kept = linearise(field.cell, field.layout, field.inputs, rows(ahead), time, fresh)
-        residual = following.T.reshape(size, time, batch) - states
+        if field.programs is not None:
+            following, kept = field.run(ahead, fresh)
+        else:
+            following, kept = linearise(field.cell, field.layout, field.inputs, rows(ahead), time, fresh)
+            following = following.T.reshape(size, time, batch)
+            # [rows, …] → […, T, B]
+            kept = None if kept is None else kept.movedim(0, -1).contiguous().unflatten(-1, (time, batch))
+        residual = following - states
         if kept is None and linearise.kind == "identity":
-            kept = torch.ones_like(rows(states))
+            kept = torch.ones_like(states)
         if kept is None:
             a = None if before is None else before.tensor
         else:
-            # [rows, …] → […, T, B], zero where a sequence starts
-            a = kept.movedim(0, -1).contiguous().unflatten(-1, (time, batch))
+            a = kept  # zero where a sequence starts
             a[..., 0, :] = 0
             if field.reset is not None:
                 a.masked_fill_(field.reset, 0.0)
         transition = Transition(linearise.kind, a)
-        return cls(field, states, residual, transition, largest(residual), largest(states))
+        return cls(field, states, residual, transition, largest(residual))
+
+    def scale(self) -> Tensor:
+        """Return the largest state of each sequence, [B]."""
+        return largest(self.states)
 
     def merit(self) -> Tensor:
         """Return Σ r², [B]."""
@@ -82,31 +89,31 @@ class Iterate(NamedTuple):
         return (self.residual.abs().amax(0) <= bound).long().cumprod(0).sum(0)
 
     def advance(
-        self, damping: Damping, trust: Tensor | None, guess: Tensor, bound: Tensor, frozen: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the next trajectory; and per sequence how far it went, and how many numbers had to be replaced.
+        self, damping: Damping, trust: Tensor | None, guess: Tensor, tolerance: tuple[float, float], frozen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the next trajectory; and per sequence how many numbers had to be replaced, [B].
 
         Args:
             damping: how corrections are computed.
             trust: factor on its variance, [B].
             guess: what takes the place of numbers that are not finite.
-            bound: residual up to which a leading step is exact, and stays as it is, [B].
+            tolerance: atol and rtol of a residual, up to which a leading step is exact and stays as it is.
             frozen: sequences that stay, [B].
         """
         correction = damping.correct(self.transition, self.residual, trust)
-        change, resets = largest(correction), torch.zeros_like(frozen, dtype=torch.int64)
-        states = self.states + correction
-        if not bool(torch.isfinite(change + self.error).all()):
-            states, resets = self._rescued(damping, trust, guess, bound)
-            change = largest(states - self.states)
-        elif bool((self.scale + change > CLIP).any()):
-            states.clamp_(-CLIP, CLIP)
+        states, resets = correction.add_(self.states).clamp_(-CLIP, CLIP), torch.zeros_like(frozen, dtype=torch.int64)
+        # A sum of finite numbers up to the clip is finite; one number that is not makes it not.
+        if not bool(torch.isfinite(states.sum())):
+            states, resets = self._rescued(damping, trust, guess, tolerance)
         if bool(frozen.any()):
             states = torch.where(frozen, self.states, states)
-        return states, change, resets
+        return states, resets
 
-    def _rescued(self, damping: Damping, trust: Tensor | None, guess: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    def _rescued(
+        self, damping: Damping, trust: Tensor | None, guess: Tensor, tolerance: tuple[float, float]
+    ) -> tuple[Tensor, Tensor]:
         """The same with what cannot be computed cut out: such steps begin again at the guess, exact ones stay."""
+        bound = tolerance[0] + tolerance[1] * self.scale()
         kind, a = self.transition
         broken = ~torch.isfinite(self.residual).all(0)
         if a is not None:
@@ -130,7 +137,6 @@ class Iterate(NamedTuple):
         return self._replace(
             states=take(self.states, other.states), residual=take(self.residual, other.residual),
             transition=Transition(self.transition.kind, tensor), error=take(self.error, other.error),
-            scale=take(self.scale, other.scale),
         )  # fmt: skip
 
 

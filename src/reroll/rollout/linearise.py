@@ -28,7 +28,7 @@ from reroll.keys import Key
 
 Kind = Literal["zero", "identity", "diagonal", "block", "dense"]
 
-WINDOW_FLOATS = 1 << 17
+WINDOW_FLOATS = 1 << 18
 """Numbers of state solved for at a time on a CPU, so that temporaries stay in the cache."""
 
 
@@ -72,6 +72,7 @@ class Dense:
     """The whole Jacobian: Newton's method, DEER (Lim et al., arXiv:2309.12252)."""
 
     kind: Kind = "dense"
+    structure: str | None = "dense"
 
     def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
         return jacobian.linearise(cell, layout, u, state, "dense")
@@ -87,6 +88,7 @@ class Block:
 
     count: int | None = None
     kind: Kind = "block"
+    structure: str | None = "block"
 
     def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
         return jacobian.linearise(cell, layout, u, state, "block", self.count or len(layout.sizes))
@@ -103,6 +105,7 @@ class Diagonal:
 
     every: int = 1
     kind: Kind = "diagonal"
+    structure: str | None = "diagonal"
 
     def __post_init__(self) -> None:
         require_positive(every=self.every)
@@ -147,6 +150,7 @@ class Identity:
     """A ≈ 1: Picard iteration; good for small steps of a differential equation."""
 
     kind: Kind = "identity"
+    structure: str | None = None
 
     def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
         return jacobian.advance(cell, layout, u, state), None
@@ -157,6 +161,7 @@ class Zero:
     """A ≈ 0: Jacobi iteration; good where a step forgets nearly everything."""
 
     kind: Kind = "zero"
+    structure: str | None = None
 
     def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
         return jacobian.advance(cell, layout, u, state), None

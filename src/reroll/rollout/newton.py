@@ -30,7 +30,7 @@ from reroll.outcome import Outcome
 from reroll.rollout import adjoint
 from reroll.rollout.base import Trajectory
 from reroll.rollout.damping import Damping, Undamped
-from reroll.rollout.iterate import Iterate
+from reroll.rollout.iterate import Iterate, largest
 from reroll.rollout.linearise import WINDOW_FLOATS, Diagonal, Linearisation, Zero
 from reroll.rollout.problem import Field, Problem, make_problem, rows
 from reroll.rollout.purity import require_pure
@@ -137,6 +137,9 @@ class Newton:
     def _solve(self, field: Field) -> tuple[Outcome, Solution]:
         """Solve window after window; what does not converge is evaluated step by step before the next one begins."""
         size, time, batch = field.shape
+        if hasattr(self.linearise, "structure"):
+            blocks = getattr(self.linearise, "count", None) or len(field.layout.sizes)
+            field = field.compiled(self.linearise.structure, blocks)  # type: ignore[attr-defined]
         width = self._width(field)
         watch = current()
         warm = None if watch is None else watch.guess((batch, time, size))
@@ -179,14 +182,16 @@ class Newton:
             return torch.zeros_like(repeated, memory_format=torch.contiguous_format)
         if given == "s0":
             return repeated.contiguous()
-        ahead = rows(field.before(repeated))
-        return jacobian.advance(field.cell, field.layout, field.inputs, ahead).T.reshape(size, steps, batch)
+        ahead = field.before(repeated)
+        if field.programs is not None:
+            return field.run(ahead, fresh=False)[0]
+        return jacobian.advance(field.cell, field.layout, field.inputs, rows(ahead)).T.reshape(size, steps, batch)
 
     def _newton(self, field: Field, guess: Tensor) -> Solution:
         """Iterate on one window until every sequence has converged, or the iterations are used up."""
         damping: Damping = self.damping or Undamped()
         batch, device = field.shape[2], guess.device
-        atol, rtol = self._tolerances(guess.dtype)
+        atol, rtol = tolerance = self._tolerances(guess.dtype)
         every = getattr(self.linearise, "every", 1)
         found = Iterate.at(field, guess, self.linearise)
         iterations, resets = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
@@ -195,14 +200,11 @@ class Newton:
         for iteration in range(1, self._limit(field.shape[1]) + 1):
             if bool(converged.all()):
                 break
-            bound = atol + rtol * found.scale
-            trial, change, replaced = found.advance(damping, trust, guess, bound, converged)
+            trial, replaced = found.advance(damping, trust, guess, tolerance, converged)
             following = Iterate.at(field, trial, self.linearise, found.transition, iteration % every == 1 % every)
             iterations += ~converged
             resets += torch.where(converged, 0, replaced)
-            near = following.error <= atol + rtol * following.scale
-            if not damping.damped:
-                near &= change <= atol + rtol * following.scale
+            near = self._near(found, following, damping, atol, rtol)
             if trust is not None:
                 worse = ~(following.merit() < found.merit()) & ~near & ~converged
                 trust = torch.where(worse, trust / 3, trust * 3).clamp(1e-9, 1e9)
@@ -210,6 +212,14 @@ class Newton:
             found = following
             converged = converged | near
         return Solution(found.states, iterations, found.error, converged, resets)
+
+    def _near(self, before: Iterate, found: Iterate, damping: Damping, atol: float, rtol: float) -> Tensor:
+        """Return which sequences have converged, [B]: by their residual and, if undamped, by their last correction."""
+        bound = atol + rtol * found.scale()
+        near = found.error <= bound
+        if not damping.damped and bool(near.any()):
+            near &= largest(found.states - before.states) <= bound
+        return near
 
     def _limit(self, steps: int) -> int:
         if self.max_iterations is not None:
@@ -241,7 +251,7 @@ def _stepped(field: Field, found: Solution) -> Solution:
     part, states = field.sequences(failed), found.states[..., failed]
     precision = 1e-12 if states.dtype == torch.float64 else 1e-6
     trajectory = Iterate.at(part, states, Zero())
-    exact = int(trajectory.exact_steps(precision * (1 + trajectory.scale.nan_to_num(0.0, 0.0))).min())
+    exact = int(trajectory.exact_steps(precision * (1 + trajectory.scale().nan_to_num(0.0, 0.0, 0.0))).min())
     state = part.start if exact == 0 else states[:, exact - 1]
     for t in range(exact, states.shape[1]):
         state = part.one_step(t, state)

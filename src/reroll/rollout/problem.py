@@ -14,10 +14,15 @@ from torch import Tensor
 
 from reroll.cells import jacobian
 from reroll.cells.base import Cell, State
+from reroll.cells.compiled import compile_step
 from reroll.cells.layout import Layout
 from reroll.cells.tracked import Tracked
 from reroll.errors import UsageError
+from reroll.kernels.program import Program
 from reroll.rollout.base import start
+
+PROGRAM_FLOATS = 1 << 12
+"""Numbers of state from which writing a program pays."""
 
 
 class Problem(NamedTuple):
@@ -66,6 +71,34 @@ class Field(NamedTuple):
     start: Tensor
     fresh: Tensor | None = None
     reset: Tensor | None = None
+    programs: Programs | None = None
+    offset: int = 0
+
+    def compiled(self, structure: str | None, blocks: int) -> Field:
+        """Return the same with its step as programs, where it can be written as such and is long enough to pay."""
+        size, time, batch = self.shape
+        plain = self.u.device.type == "cpu" and self.u.dtype == torch.float32 == self.start.dtype
+        if not plain or time * batch * size < PROGRAM_FLOATS:
+            return self
+        step = compile_step(self.cell, self.layout, rows(self.u), None)
+        whole = step if structure is None else compile_step(self.cell, self.layout, rows(self.u), structure, blocks)
+        if step is None or whole is None:
+            return self
+        return self._replace(programs=Programs(step, whole, structure, blocks))
+
+    def run(self, ahead: Tensor, fresh: bool) -> tuple[Tensor, Tensor | None]:
+        """Return f of every step [D, T, B] and, if it is due, its Jacobian [D, T, B], [K, K, C, T, B], [D, D, T, B]."""
+        assert self.programs is not None
+        size, time, batch = ahead.shape
+        program = self.programs.whole if fresh else self.programs.step
+        out = torch.empty(program.outputs, time * batch)
+        program.run(out, self.offset, ahead.flatten(1))
+        following, rest = out[:size].view(size, time, batch), out[size:]
+        if not len(rest):
+            return following, None
+        blocks = self.programs.blocks
+        shape = {"diagonal": (size,), "dense": (size, size), "block": (blocks, blocks, size // blocks)}
+        return following, rest.view(*shape[self.programs.structure or ""], time, batch)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,6 +115,10 @@ class Field(NamedTuple):
     def window(self, begin: int, end: int, start: Tensor) -> Field:
         """Return some of the steps."""
         reset = None if self.reset is None else self.reset[begin:end]
+        if self.programs is not None:  # they read the inputs where they are
+            return self._replace(
+                u=self.u[:, begin:end], start=start, reset=reset, offset=self.offset + begin * self.u.shape[2]
+            )
         u = self.u[:, begin:end].contiguous()
         return self._replace(u=u, inputs=Tracked.inputs(rows(u)), start=start, reset=reset)
 
@@ -94,7 +131,7 @@ class Field(NamedTuple):
         u = self.u[..., which]
         return self._replace(
             u=u, inputs=Tracked.inputs(rows(u)), start=self.start[..., which], fresh=pick(self.fresh),
-            reset=pick(self.reset),
+            reset=pick(self.reset), programs=None,
         )  # fmt: skip
 
     def one_step(self, t: int, state: Tensor) -> Tensor:
@@ -102,6 +139,15 @@ class Field(NamedTuple):
         if self.reset is not None and self.fresh is not None:
             state = torch.where(self.reset[t], self.fresh, state)
         return jacobian.step(self.cell, self.layout, self.u[:, t].T, state.T).T
+
+
+class Programs(NamedTuple):
+    """A step as a program, alone and with its Jacobian in a structure."""
+
+    step: Program
+    whole: Program
+    structure: str | None
+    blocks: int
 
 
 def rows(field: Tensor) -> Tensor:
