@@ -217,8 +217,8 @@ def _times(alpha: Tensor | None, factor: Any, like: Tensor) -> Tensor:
 def call(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Carry out an operation on values of which some are tracked."""
     tapes = [x.tape for x in (*args, *kwargs.values()) if isinstance(x, Tracked)]
-    if tapes and all(tape is not None for tape in tapes):
-        tape = tapes[0]
+    tape = tapes[0] if tapes and all(tape is not None for tape in tapes) else None
+    if tape is not None:
         return tape.play(name, lambda: _on_tape(_carried_out(name, function, args, kwargs), tape))
     return _carried_out(name, function, args, kwargs)
 
