@@ -5,8 +5,8 @@ import signal
 
 import torch
 
-from reroll.recipes import RECIPES
 from reroll.train import checkpoint
+from reroll.train.config import Config
 from reroll.train.loop import Quiet, train
 from reroll.train.run import read_metrics
 
@@ -16,10 +16,11 @@ TIMING = {"seconds", "total_seconds", "peak_bytes"}
 
 def small(**sections):
     """A run of nine steps that takes a tenth of a second; a checkpoint every two steps, at odd places of the scores."""
-    base = RECIPES["copy"]().replace(
-        task={"length": 3, "batch": 3},
+    base = Config(recipe="copy").replace(
+        task={"name": "copy", "length": 3, "batch": 3},
         model={"hidden": 8, "heads": 2, "embed": 5},
-        gradient={"probes": 5},
+        gradient={"probes": 5, "epsilon": 0.02},
+        optim={"lr": 0.1, "momentum": 0.9},
         run={"steps": 9, "eval_every": 3, "checkpoint_every": 2, "threads": 1, "seed": 7},
     )
     return base.replace(**sections)

@@ -23,6 +23,10 @@ class UsageError(RerollError, ValueError):
     exit_code = 2
 
 
+class EpsilonTooSmall(UsageError):
+    """ε is below what the precision of the weights can tell apart: from the start, or since the weights have grown."""
+
+
 class RunError(RerollError, RuntimeError):
     """A well-formed request failed while it ran; what was saved before is intact."""
 

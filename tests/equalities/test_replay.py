@@ -164,13 +164,15 @@ def initial_weights(path):
     return build.build_model(config.model, build.Sizes(**header["sizes"]), config.run.seed)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum, decay", [(0.0, 0.0), (0.0, 0.3), (0.9, 0.3)])
 @pytest.mark.parametrize("kind", ["rademacher", "normal", "sparse:0.25"])
-def test_the_fold_is_the_sum_over_probes(tmp_path, momentum, kind):
-    """θ ← θ − η v, v ← μ v + Σ_k c_k z_k, written out with the public noise, in fp64."""
+def test_the_fold_is_the_sum_over_probes(tmp_path, momentum, decay, kind):
+    """θ ← (1 − η λ) θ − η v, v ← μ v + Σ_k c_k z_k, written out with the public noise, in fp64; λ for matrices only."""
     noise, _, density = kind.partition(":")
     gradient = {"noise": noise, "density": float(density) if density else None}
-    config = small(gradient=gradient, optim={"momentum": momentum, "schedule": "linear", "lr": 0.05})
+    config = small(
+        gradient=gradient, optim={"momentum": momentum, "weight_decay": decay, "schedule": "linear", "lr": 0.05}
+    )
     recorded(tmp_path, config)
     weights = {name: p.detach().double() for name, p in trainable(initial_weights(tmp_path)).items()}
     velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
@@ -181,6 +183,7 @@ def test_the_fold_is_the_sum_over_probes(tmp_path, momentum, kind):
             z = [reroll.noise(key, p.shape, k, name, kind=kind).double() for k in range(config.gradient.probes)]
             slope = sum(c * each for c, each in zip(record.coefficients.double(), z, strict=True))
             velocity[name] = momentum * velocity[name] + slope
+            p *= 1 - record.lr * decay * (p.dim() >= 2)
             p -= record.lr * velocity[name]
         made = trainable(replay(tmp_path, step + 1)[0])
         for name, p in weights.items():

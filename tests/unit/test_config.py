@@ -15,7 +15,7 @@ from reroll.train import toml
 from reroll.train.config import SECTIONS, Config, fields_of, resolve
 
 FLAGS = {
-    "path", "length", "batch", "tokenizer", "overfit", "cell", "hidden", "heads", "layers", "gradient", "probes",
+    "path", "length", "batch", "tokenizer", "overfit", "cell", "rollout", "hidden", "heads", "layers", "gradient", "probes",
     "epsilon", "noise", "evaluate", "optimizer", "lr", "momentum", "clip", "schedule", "steps", "seed", "device",
     "dtype", "threads", "max_seconds", "target_loss",
 }  # fmt: skip

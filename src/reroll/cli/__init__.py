@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             raise UsageError(f'"{command}" is no command.{nearest(command, COMMANDS)}')
         module = importlib.import_module(f"reroll.cli.{COMMANDS[command][0]}")
-        return module.run(command, arguments[1:])
+        code = module.run(command, arguments[1:])
+        sys.stdout.flush()  # what cannot be written is an error here, and not at the end of Python
+        return code
     except SystemExit as end:  # after --help
         return end.code if isinstance(end.code, int) else 0
     except BrokenPipeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class Console:
     """A reporter for `reroll.train.loop.train`."""
 
     def __init__(self, config: Config):
-        self.config, self.terminal = config, Terminal(highlight=False, soft_wrap=True)
+        self.config, self.terminal = config, Terminal(highlight=False, soft_wrap=True, emoji=False)
         self.live = self.terminal.is_terminal
         self.losses: list[float] = []
         self.valid: dict[str, Any] = {}
@@ -53,9 +54,10 @@ class Console:
     def farewell(self, summary: dict[str, Any], path: Path) -> str:
         """Return what is said at the end."""
         lines = [f"{summary['state']}: {summary['reason']}"]
-        valid = {name.removeprefix("valid_"): value for name, value in summary.items() if name.startswith("valid_")}
+        valid = [(name, value) for name, value in summary.items() if name.startswith("valid_")]
         if valid:
-            lines.append("held-out " + "  ".join(f"{name} {value:.4g}" for name, value in valid.items()))
+            words = (f"{name.removeprefix('valid_')} {value:.4g}" for name, value in valid if isinstance(value, float))
+            lines.append("held-out " + "  ".join(words))
         if summary["state"] == "done":
             lines.append(f"run folder {path}; try: reroll eval {path}")
         return "\n".join(lines)
@@ -90,6 +92,7 @@ def sparkline(values: list[float], width: int = 24) -> str:
         >>> sparkline([3.0, 2.0, 1.0], width=3)
         '█▅▁'
     """
+    values = [value for value in values if math.isfinite(value)]
     count = min(width, len(values))
     pieces = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]
     means = [sum(piece) / len(piece) for piece in pieces]

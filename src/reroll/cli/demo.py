@@ -11,7 +11,7 @@ from typing import Any
 
 from reroll.cli.flags import parse
 from reroll.recipes import RECIPES
-from reroll.train.config import Config
+from reroll.train.config import Config, resolve
 from reroll.train.run import new_folder
 
 
@@ -27,7 +27,7 @@ class Demo:
 
 def run(command: str, arguments: Sequence[str]) -> int:
     request = parse(Demo, arguments, "reroll demo", "Train on real text by CD-RGE, and by backprop in the same time.")
-    config = RECIPES["demo"]().replace(run={"steps": request.steps, "seed": request.seed})
+    config = resolve(RECIPES["demo"]().replace(run={"steps": request.steps, "seed": request.seed}))
     path = request.run_dir or new_folder("demo")
     print("Text: the prose of this Python's own documentation. Model: an LSTM of characters. No download, no backward.")
     probes = _train(config, path)
@@ -56,9 +56,7 @@ def _result(config: Config, probes: dict[str, Any], backprop: dict[str, Any], pa
     from reroll.bench.demo import LONG, memory_over_inference, rows_of, sample
     from reroll.data.text import Text
     from reroll.train.build import build_task
-    from reroll.train.config import resolve
 
-    config = resolve(config)
     task = build_task(config.task, config.run.seed)
     assert isinstance(task, Text)
     memory = memory_over_inference(config.model, task, config.task.batch, config.task.length)

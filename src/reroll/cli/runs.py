@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -53,42 +54,60 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 def find(folder: Path) -> list[dict[str, Any]]:
     """Return a row for every run under a folder, newest first."""
-    configs = sorted(folder.rglob("config.toml"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [row_of(path.parent, folder) for path in configs if (path.parent / "environment.json").exists()]
+    configs = [path for path in folder.rglob("config.toml") if (path.parent / "environment.json").exists()]
+    return [row_of(path.parent, folder) for path in sorted(configs, key=_age)]
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:  # it was deleted meanwhile
+        return math.inf
 
 
 def row_of(path: Path, root: Path) -> dict[str, Any]:
     """Return what is known of a run: state, step, losses, seconds, memory, time to go."""
     status = read_json(path / "status.json")
     rows = list(read_metrics(path))
-    state = status.get("state", "unknown")
+    state = str(status.get("state", "unknown"))
     if state == "running" and not is_alive(status):
         state = "dead"
     last = rows[-1] if rows else {}
-    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)]
-    step, steps = (last["step"] + 1 if last else 0), status.get("steps")
-    recent = [row["seconds"] for row in rows[-20:] if "seconds" in row]
+    losses, valid, recent = _numbers(rows, "loss"), _numbers(rows, "valid_loss"), _numbers(rows[-20:], "seconds")
+    step, steps = (last["step"] + 1 if last else 0), _last(_numbers([status], "steps"))
     left = (steps - step) * sum(recent) / len(recent) if state == "running" and recent and steps else None
     return {
         "name": str(path.relative_to(root)) if path != root else path.name, "path": str(path), "state": state,
-        "step": step, "steps": steps, "loss": losses[-1] if losses else None, "best": min(losses, default=None),
-        "valid_loss": next((row["valid_loss"] for row in reversed(rows) if "valid_loss" in row), None),
-        "seconds": last.get("total_seconds"), "peak_bytes": last.get("peak_bytes"), "seconds_left": left,
+        "step": step, "steps": steps, "loss": _last(losses), "best": min(losses, default=None),
+        "valid_loss": _last(valid), "seconds": _last(_numbers([last], "total_seconds")),
+        "peak_bytes": _last(_numbers([last], "peak_bytes")), "seconds_left": left,
     }  # fmt: skip
+
+
+def _numbers(rows: list[dict[str, Any]], name: str) -> list[Any]:
+    """The finite numbers of this name; a record may be damaged, and a loss that diverged is not finite."""
+    values = [row.get(name) for row in rows]
+    return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e300]
+
+
+def _last(values: list[Any]) -> Any:
+    return values[-1] if values else None
 
 
 def table(rows: list[dict[str, Any]]) -> Any:
     """Return the rows as a table."""
     from rich.table import Table
+    from rich.text import Text
 
     found = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("run", "state", "step", "loss", "best", "held-out", "time", "memory", "to go"):
         found.add_column(name, justify="left" if name in ("run", "state") else "right", overflow="fold")
     colours = {"running": "green", "done": "default", "dead": "red", "diverged": "red", "failed": "red"}
     for row in rows:
-        state = f"[{colours.get(row['state'], 'yellow')}]{row['state']}[/]"
+        # As Text: in a plain string, brackets in the name of a folder would be markup.
+        name, state = Text(row["name"]), Text(row["state"], colours.get(row["state"], "yellow"))
         found.add_row(
-            row["name"], state, f"{row['step']}/{row['steps'] or '?'}", _number(row["loss"]), _number(row["best"]),
+            name, state, f"{row['step']}/{row['steps'] or '?'}", _number(row["loss"]), _number(row["best"]),
             _number(row["valid_loss"]), _time(row["seconds"]), _memory(row["peak_bytes"]), _time(row["seconds_left"]),
         )  # fmt: skip
     if not rows:

@@ -88,7 +88,8 @@ def _computing(config: Config) -> str:
     if config.model.cell == "lstm":
         model, heads = config.model, config.model.heads
         shapes = [(config.task.batch, config.task.length, 1), (1, 1), (4 * model.hidden, model.hidden // heads)]
-        inputs, _, hh = (torch.empty(s, device=device if device.type != "mps" else "cpu") for s in shapes)
+        number = torch.empty((), device=device if device.type != "mps" else "cpu")
+        inputs, _, hh = (number.expand(shape) for shape in shapes)  # the shapes, without the memory
         with torch.no_grad():
             taken = next(c for c in _candidates((inputs, hh, hh)) if c.applies)
         lines.append(f"# lstm, without a gradient, by {taken.name}: {taken.reason}")

@@ -151,6 +151,8 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
         UsageError: if there is nothing of the kind, or nothing to read in it.
     """
     name = os.fspath(path)
+    if not name:
+        raise UsageError(f"path='' names nothing. Give {KINDS}.")
     if name in ("stdlib", "stdlib:prose"):
         return Corpus(name, _standard_library(prose_only=name == "stdlib:prose"), field)
     where = Path(name).expanduser()

@@ -14,10 +14,13 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import struct
+import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, TextIO
 from zipfile import BadZipFile
 
@@ -34,6 +37,8 @@ ENDINGS = (".csv", ".npy", ".npz")
 MISSING = {"", "na", "n/a", "nan", "null", "none"}
 ROWS = 1 << 16  # steps looked at at a time
 SERIES_COLUMNS = ("series", "id")
+FOREIGN = (SyntaxError, TokenError, TypeError, KeyError, OverflowError, RuntimeError, struct.error, zlib.error)
+"""What numpy and zipfile raise besides, for a damaged header or member."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,10 @@ def read_series(path: str | os.PathLike[str]) -> Series:
                 return _read_csv(where, file)
         if ending == ".npy":
             return _read_npy(where)
-        with where.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with where.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise UsageError(f"path={where} is no .npz file but a .npy one; name it so.")
             return _read_npz(where, arrays)
     except UsageError:
         raise
@@ -83,7 +91,7 @@ def read_series(path: str | os.PathLike[str]) -> Series:
         raise UsageError(f"path={where} cannot be read ({error}); is it whole, and yours to read?") from None
     except UnicodeDecodeError:
         raise UsageError(f"path={where} is not UTF-8 text; convert it.") from None
-    except (ValueError, csv.Error) as error:
+    except (ValueError, csv.Error, *FOREIGN) as error:
         # numpy says so of object arrays, and of files that are pickles.
         if "pickle" in str(error) or "Python objects" in str(error):
             raise UsageError(
@@ -142,7 +150,10 @@ def first_not_finite(values: Array, mask: npt.NDArray[np.bool_] | None, gaps: bo
 
 
 def _read_npy(path: Path) -> Series:
-    array = _numbers(path, "the array", np.load(path, mmap_mode="r", allow_pickle=False))
+    loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(loaded, np.ndarray):
+        raise UsageError(f"path={path} is no .npy file but a .npz one; name it so.")
+    array = _numbers(path, "the array", loaded)
     if array.ndim not in (1, 2, 3):
         raise UsageError(f"path={path} has shape {array.shape}; expected [T], [N, T] or [N, T, F].")
     return _stacked(array[None] if array.ndim == 1 else array)
@@ -249,6 +260,8 @@ def _first(arrays: Any, names: str) -> Array | None:
 
 
 def _numbers(path: Path, name: str, array: Array) -> Array:
+    if not isinstance(array, np.ndarray):  # numpy gives a member of an archive that is no array as its bytes
+        raise UsageError(f"path={path}: {name} are no array; save the archive with numpy.savez.")
     if array.dtype.kind not in "biuf":
         raise UsageError(f"path={path}: {name} are of type {array.dtype}; expected real numbers.")
     return array

@@ -211,7 +211,8 @@ def _windows(streams: Streams, path: str, length: int) -> dict[str, npt.NDArray[
 
     The held-out end of a single short text is made as long as a window; of other texts nothing is moved.
     """
-    tokens, needed = dict(streams.tokens), length + 1
+    nothing = np.empty(0, dtype=np.uint8)  # a part of which there is no symbol has no file
+    tokens, needed = {"train": nothing, "valid": nothing} | streams.tokens, length + 1
     missing = needed - len(tokens["valid"]) if streams.single else 0
     if missing > 0:
         everything = np.concatenate([tokens["train"], tokens["valid"]])

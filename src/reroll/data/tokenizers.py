@@ -262,10 +262,15 @@ def from_dict(saved: dict[str, Any]) -> Tokenizer:
         >>> from_dict({"name": "char", "characters": "ab"}).encode("abc").tolist()
         [1, 2, 0]
     """
-    arguments = {key: value for key, value in saved.items() if key != "name"}
-    if saved.get("name") not in TOKENIZERS:
-        raise UsageError(f"tokenizer={saved.get('name')!r} is unknown.{nearest(str(saved.get('name')), TOKENIZERS)}")
-    return TOKENIZERS[saved["name"]](**arguments)
+    name = saved.get("name") if isinstance(saved, dict) else saved
+    if not isinstance(saved, dict) or not isinstance(name, str) or name not in TOKENIZERS:
+        raise UsageError(f"tokenizer={name!r} is unknown.{nearest(str(name), TOKENIZERS)}")
+    try:
+        return TOKENIZERS[name](**{key: value for key, value in saved.items() if key != "name"})
+    except (TypeError, AttributeError) as error:
+        raise UsageError(
+            f"tokenizer={name!r} is described in another way than this version of reroll does ({error})."
+        ) from None
 
 
 def symbol_dtype(size: int) -> np.dtype[Any]:

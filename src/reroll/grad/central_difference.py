@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reroll.errors import UsageError, require_positive
+from reroll.errors import EpsilonTooSmall, UsageError, require_positive
 from reroll.grad.base import Estimate, LossFn, Seeded, trainable
 from reroll.grad.evaluate.batched import Batched
 from reroll.grad.evaluate.in_place import InPlace, snap_to_grid
@@ -200,7 +200,7 @@ class CentralDifference:
             # Two units in the last place of a weight of typical size: below, rounding decides where a probe goes.
             smallest = torch.finfo(self.dtype or p.dtype).eps * 2.0 ** math.frexp(typical)[1]
             if self.epsilon < smallest:
-                raise UsageError(
+                raise EpsilonTooSmall(
                     f"epsilon={self.epsilon:g} is below two units in the last place of {name} ({smallest:.2g} in "
                     f"{str(self.dtype or p.dtype).removeprefix('torch.')}); raise it, or evaluate in a wider dtype."
                 )

@@ -125,7 +125,8 @@ def _generated(name: str, **task: int) -> Callable[[], Config]:
             task={"name": name, "length": 5, "batch": 64, **task},
             model={"cell": "lstm", "hidden": 64, "heads": 4, "embed": 32},
             gradient={"method": "probes", "probes": 96, "epsilon": 0.02},
-            optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+            # Constant, the noise of the estimate undoes after some hundred steps what was learned before.
+            optim={"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "schedule": "linear", "floor": 0.05},
             run={"steps": 1000},
         )
 

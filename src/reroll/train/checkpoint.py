@@ -3,7 +3,7 @@
     checkpoints/step-00000200/
         model.safetensors     the weights and buffers, by name
         state.safetensors     every other tensor: optimizer, averages, carried states
-        state.json            numbers, the shape of the optimizer's state, SHA-256 of both files
+        state.json            numbers, the shape of the optimizer's state, SHA-256 of both files and of itself
 
 A checkpoint is written into a folder of another name, which is renamed when all of it is on the disk; one that does not
 check is passed over, with a message, for the one before. Pickles are neither written nor read.
@@ -58,6 +58,9 @@ def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], keep:
         model: its parameters and buffers are saved.
         state: nested dicts (of string or integer keys), lists, tuples, numbers, texts, None and tensors.
         keep: how many checkpoints remain.
+
+    Raises:
+        RunError, OSError: if it cannot be written; the others stay.
     """
     target = folder / f"step-{step:08d}"
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
@@ -70,14 +73,16 @@ def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], keep:
         save_file(tensors, temporary / _FILES[1])
         hashes = {name: _sha256(temporary / name) for name in _FILES}
         content = {"format": FORMAT, "step": step, "sha256": hashes, "state": skeleton}
-        (temporary / "state.json").write_text(json.dumps(content))
+        (temporary / "state.json").write_text(json.dumps(content | {"own_sha256": _sha256_of(content)}))
         for path in (*temporary.iterdir(), temporary):
             _to_disk(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         _to_disk(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # of the operating system, in its own words
+            raise RunError(f"{target} cannot be written ({error}); the checkpoints before it are whole.") from None
         raise
     for old in all_of(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -118,12 +123,14 @@ def read(path: Path) -> Checkpoint:
         content = json.loads((path / "state.json").read_text())
         if content.get("format") != FORMAT:
             raise RunError(f"{path} is a checkpoint of another version of reroll (format {content.get('format')}).")
+        if content.pop("own_sha256") != _sha256_of(content):
+            raise RunError(f"{path} is damaged: state.json does not have the checksum it was saved with.")
         for name, expected in content["sha256"].items():
             if _sha256(path / name) != expected:
                 raise RunError(f"{path} is damaged: {name} does not have the checksum it was saved with.")
         weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
         return Checkpoint(int(content["step"]), weights, _unflatten(content["state"], tensors))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise RunError(f"{path} is no checkpoint that can be read ({type(error).__name__}: {error}).") from None
 
 
@@ -204,6 +211,10 @@ def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _to_disk(path: Path) -> None:

@@ -191,8 +191,13 @@ def resolve(config: Config) -> Config:
     )
 
 
-MOST = {"probes": 1 << 24, "threads": 1024, "workers": 1024, "window_floats": 1 << 62, "seed": 1 << 64}
-"""Largest values that can be meant: a step holds a list of its units, and a process dies of too many threads."""
+SIZES = ("length", "batch", "hidden", "heads", "layers", "embed", "word_size", "memory_size", "probes")
+MOST = dict.fromkeys(SIZES, 1 << 24) | {"threads": 1024, "workers": 1024, "window_floats": 1 << 62, "seed": 1 << 64}
+"""Largest values that can be meant: products of sizes must not overflow, and a process dies of too many threads."""
+
+
+THRESHOLDS = ("target_loss", "curriculum_threshold", "diverged", "max_seconds")
+"""Numbers that others are compared with, which may be as large as they like."""
 
 
 def _check_values(config: Config) -> None:
@@ -204,6 +209,9 @@ def _check_values(config: Config) -> None:
         most = MOST.get(name, 1 << 31)
         if isinstance(value, int) and abs(value) > most:
             raise UsageError(f"{name}={_short(value)} is too large; it can be {most:,} at most.")
+        # Products of two such numbers are still numbers of single precision.
+        if isinstance(value, float) and abs(value) > 1e18 and name not in THRESHOLDS:
+            raise UsageError(f"{name}={value:g} is too large; it can be 1e18 at most.")
 
 
 def _is_text(value: str) -> bool:
@@ -249,6 +257,9 @@ def _check(config: Config) -> None:
          f"search_high={optim.search_high}."),
         (gradient.method == "backprop" and optim.update in ("stream", "fused"), f'update="{optim.update}" is for '
          'gradient=probes; a backprop gradient is in .grad already. Use update="write".'),
+        (optim.update == "fused" and (optim.optimizer != "sgd" or optim.momentum),
+         f'update="fused" adds the gradient to the weights and nothing else; optimizer={optim.optimizer} with '
+         f'momentum={optim.momentum} needs update="stream".'),
         (gradient.episode and not task.carry, f"episode={gradient.episode} keeps probes while text is carried on; "
          "set task.carry = true."),
         (task.carry and task.name != "text", "carry=true reads a text on and on; it is for the task text only."),

@@ -126,16 +126,21 @@ def read(path: Path) -> Journal:
     blocks = list(_blocks(data, len(MAGIC)))
     if not blocks or blocks[0].bytes is None:
         raise RunError(f"{path} is damaged: its header does not check.")
-    records = []
+    contents = []
     for position, block in enumerate(blocks[1:], 1):
         if block.bytes is None:
             if position != len(blocks) - 1:
                 raise RunError(f"{path} is damaged: record {position - 1} of {len(blocks) - 1} does not check.")
             break
-        records.append(_unpack(block.bytes))
+        contents.append(block.bytes)
+    try:
+        header = dict(json.loads(blocks[0].bytes))
+        records = [_unpack(content) for content in contents]
+    except (ValueError, TypeError, struct.error, RecursionError) as error:
+        raise RunError(f"{path} is whole, but not of this version of reroll ({error}).") from None
     torn = blocks[-1].bytes is None
     end = blocks[-1].begin if torn else len(data)
-    return Journal(json.loads(blocks[0].bytes), records, len(data) - end, end)
+    return Journal(header, records, len(data) - end, end)
 
 
 class _Found(NamedTuple):

@@ -65,7 +65,7 @@ def open_model(path: str | Path) -> Loaded:
         weights = saved.weights | (average["tensors"] if average else {})
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{run} has a checkpoint of another version of reroll ({error}).") from None
-    return _assemble(config, extra, weights, saved.step, str(run / "environment.json"))
+    return _assemble(config, extra, weights, saved.step, str(run), str(run / "environment.json"))
 
 
 def export(loaded: Loaded, path: Path) -> list[Path]:
@@ -115,20 +115,23 @@ def _from_file(path: Path) -> Loaded:
         raise
     except UNREADABLE as error:
         raise _foreign(str(path), error) from None
-    return _assemble(config, about, weights, step, str(path))
+    return _assemble(config, about, weights, step, str(path), str(path))
 
 
-def _assemble(config: Config, about: dict[str, Any], weights: dict[str, Tensor], step: int, source: str) -> Loaded:
+def _assemble(
+    config: Config, about: dict[str, Any], weights: dict[str, Tensor], step: int, source: str, described: str
+) -> Loaded:
+    """The model of some weights; `source` is where they are from, `described` what says their sizes and symbols."""
     config = resolve(config)  # refuses sizes that no model can have
     try:
         sizes = build.Sizes.read(about.get("sizes"))
         tokenizer = from_dict(about["tokenizer"]) if about.get("tokenizer") else None
-    except RerollError:
-        raise
+    except UsageError as error:
+        raise UsageError(f"{described}: {error}") from None
     except UNREADABLE as error:
-        raise _foreign(source, error) from None
+        raise _foreign(described, error) from None
     if tokenizer is not None and tokenizer.size != sizes.vocab:
-        raise RunError(f"{source} is damaged: its model has {sizes.vocab} symbols, its tokenizer {tokenizer.size}.")
+        raise RunError(f"{described} is damaged: its model has {sizes.vocab} symbols, its tokenizer {tokenizer.size}.")
     model = build.build_model(config.model, sizes, seed=0)
     checkpoint.put_weights(model, weights, source)
     return Loaded(model.eval(), config, tokenizer, step)

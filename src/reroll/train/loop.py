@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
-from reroll.errors import RunError
-from reroll.grad.base import Estimate, Gradient, Seeded, trainable
+from reroll.errors import EpsilonTooSmall, RunError
+from reroll.grad.base import Gradient, Seeded, trainable
 from reroll.keys import Key
 from reroll.optim import apply, clip_norm
 from reroll.rollout.watch import watching
@@ -115,7 +115,9 @@ def _finished(config: Config, path: Path) -> dict[str, Any] | None:
     if status.get("state") not in ("done", "diverged"):
         return None
     saved = read_config(path)
-    return status if agree(saved, config) == saved else None
+    if agree(saved, config) != saved:
+        return None
+    return {"step": saved.run.steps, "reason": "it had ended before."} | status
 
 
 def _prepare(session: Session, say: Callable[[str], None]) -> None:
@@ -139,7 +141,7 @@ def _run(session: Session, report: Reporter, stop: list[str]) -> dict[str, Any]:
     if progress.step:
         row = session.folder.last_row() or row
     # A run that was killed after its last step, and before it said so, has nothing left to do.
-    ended = _ends(session, row, stop) if "loss" in row else None
+    ended = _ends(session, row, stop) if isinstance(row.get("loss"), float) else None
     while ended is None and progress.step < config.run.steps:
         row = take_step(session)
         ended = _ends(session, row, stop)
@@ -165,11 +167,16 @@ def take_step(session: Session) -> dict[str, Any]:
     epsilon = session.epsilon(lr)
     key = Key(config.run.seed).at(step - step % (config.gradient.episode or 1))
     batch = session.batch(step)
-    with watching() as rollouts:
-        estimate = build.at_epsilon(session.estimator, epsilon)(session.model, session.loss_fn, batch, key)
+    try:
+        with watching() as rollouts:
+            estimate = build.at_epsilon(session.estimator, epsilon)(session.model, session.loss_fn, batch, key)
+    except EpsilonTooSmall as error:
+        if step == 0:
+            raise
+        return _lost(session, f"Since the first step the weights have grown, or ε has shrunk: {error}")
     loss = float(estimate.loss)
     if not estimate.outcome:
-        return _lost(session, estimate)
+        return _lost(session, estimate.outcome.value)
     gradient, norm = _clipped(estimate.gradient, config.optim.clip)
     if session.journal is not None and isinstance(gradient, Seeded):
         # ε as it was asked for: with restore="grid", it is what the grid of the weights is made from.
@@ -225,18 +232,18 @@ def _grow(session: Session) -> None:
         progress.length, progress.below = min(progress.length + task.curriculum_step, task.length), 0
 
 
-def _lost(session: Session, estimate: Estimate) -> dict[str, Any]:
+def _lost(session: Session, reason: str) -> dict[str, Any]:
     """There is no gradient: an error at the first step, the end of the run at a later one."""
     if session.progress.step == 0:
-        raise RunError(f"The loss is not finite at step 0. {estimate.outcome.value}")
-    return {"step": session.progress.step, "loss": math.nan, "reason": estimate.outcome.value}
+        raise RunError(f"The loss is not finite at step 0. {reason}")
+    return {"step": session.progress.step, "loss": math.nan, "reason": reason}
 
 
 def _ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, str] | None:
     """Whether the run ends with this step: (state, reason) or None."""
     run, progress, loss = session.config.run, session.progress, row["loss"]
     if not math.isfinite(loss):
-        return "diverged", row["reason"]
+        return "diverged", str(row.get("reason"))
     if progress.fast > run.diverged * max(progress.first_loss, 1e-12):
         return "diverged", (
             f"the loss (average {progress.fast:.4g}) is more than {run.diverged:g} times the first "

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reroll.errors import RunError
+from reroll.errors import RunError, UsageError
 
 
 class Measurement(NamedTuple):
@@ -49,6 +49,7 @@ def measure(function: Callable[[], Any], *, warmup: int = 1, threads: int | None
 
     Raises:
         RunError: if it fails there; with its error.
+        UsageError: if it cannot be sent there.
 
     Example:
         >>> import torch
@@ -77,7 +78,13 @@ def _in_fresh_process(function: Callable[[], Any], warmup: int, threads: int) ->
 
     with tempfile.TemporaryDirectory(prefix="reroll-measure-") as folder:
         request, answer = Path(folder, "request"), Path(folder, "answer")
-        request.write_bytes(cloudpickle.dumps((function, warmup, threads)))
+        try:
+            request.write_bytes(cloudpickle.dumps((function, warmup, threads)))
+        except Exception as error:  # whatever an object's own pickling raises
+            raise UsageError(
+                f"function={function!r} cannot be sent to a fresh process ({type(error).__name__}: {error}). Let it "
+                "make what cannot be pickled (files, locks, threads) itself."
+            ) from error
         environment = {
             **os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "65536",
             "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -85,7 +92,8 @@ def _in_fresh_process(function: Callable[[], Any], warmup: int, threads: int) ->
         command = [sys.executable, "-m", "reroll.train.measure", str(request), str(answer)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode or not answer.exists():
-            raise RunError(f"The measured call failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            died = f"no message; its process ended with {done.returncode}, as it does when memory runs out"
+            raise RunError(f"The measured call failed: {(done.stderr.strip().splitlines() or [died])[-1]}")
         return Measurement(*pickle.loads(answer.read_bytes()))
 
 

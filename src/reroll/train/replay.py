@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from reroll.errors import RerollError, RunError, UsageError
+from reroll.errors import RunError, UsageError
 from reroll.grad.base import Seeded, trainable
 from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.models import Recurrent
@@ -48,7 +48,7 @@ def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
         raise UsageError(f"--to {to}: the journal of {path} has {len(found.records)} steps.")
     try:
         return _again(path, config, found, steps), steps
-    except RerollError:
+    except RunError:
         raise
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         what = f"{type(error).__name__}: {error}"

@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import socket
@@ -36,7 +37,8 @@ ROOT = Path("runs")
 
 def new_folder(recipe: str) -> Path:
     """Return a fresh name under runs/: date, recipe, four hexadecimal digits."""
-    return ROOT / f"{time.strftime('%Y-%m-%d')}-{recipe}-{secrets.token_hex(2)}"
+    word = re.sub(r"[^\w.-]+", "_", recipe)[:60]  # a config may call itself anything
+    return ROOT / f"{time.strftime('%Y-%m-%d')}-{word}-{secrets.token_hex(2)}"
 
 
 def find_run(name: str) -> Path:
@@ -151,7 +153,7 @@ class RunFolder:
 
     def log(self, line: str) -> None:
         """Append a line to log.txt."""
-        with (self.path / "log.txt").open("a") as file:
+        with (self.path / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def cut_metrics(self, steps: int) -> None:
@@ -178,21 +180,21 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     file = path / "metrics.jsonl"
     if not file.exists():
         return
-    with file.open() as lines:
+    with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return
-            if isinstance(row, dict) and "step" in row:
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
                 yield row
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file of a run; an empty one if it is missing or torn."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -285,7 +287,7 @@ def is_alive(status: dict[str, Any]) -> bool:
 def _replace(path: Path, text: str) -> None:
     """Write a file so that it is either the old or the new one."""
     temporary = _temporary(path)
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

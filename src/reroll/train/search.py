@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 import torch
 
-from reroll.errors import RunError
+from reroll.errors import EpsilonTooSmall, RunError
 from reroll.keys import Key
-from reroll.optim import apply
+from reroll.optim import apply, clip_norm
 from reroll.train import build, checkpoint
 from reroll.train.session import Session
 
@@ -49,8 +49,8 @@ def search_lr(session: Session, note: Callable[[str], None]) -> float:
     best = min(losses, key=lambda lr: losses[lr])
     if not math.isfinite(losses[best]):
         raise RunError(
-            f"lr=auto: every rate from {optim.search_low:g} to {optim.search_high:g} gave a non-finite loss. "
-            "Set optim.search_low lower, or check the data."
+            f"lr=auto: every rate from {optim.search_low:g} to {optim.search_high:g} gave a non-finite loss, or an ε "
+            "too small for the precision. Set optim.search_low lower or --epsilon, or check the data."
         )
     note(f"Taking lr {best:.3g} of the {len(losses)} tried.")
     return best
@@ -93,11 +93,17 @@ def _trial(session: Session, lr: float) -> float:
         for step in range(steps):
             # Far from the first batches, which the run itself will see.
             batch = session.batch(0 if session.config.task.overfit else 10**9 + step)
-            estimate = estimator(session.model, session.loss_fn, batch, key.at(step))
+            try:
+                estimate = estimator(session.model, session.loss_fn, batch, key.at(step))
+            except EpsilonTooSmall:  # for this rate, or for what it has made of the weights
+                return math.inf
             if not estimate.outcome:
                 return math.inf
             losses.append(float(estimate.loss))
-            apply(estimate.gradient, optimizer, session.config.optim.update)
+            gradient, clip = estimate.gradient, session.config.optim.clip
+            if clip is not None:
+                gradient, _ = clip_norm(gradient, clip)
+            apply(gradient, optimizer, session.config.optim.update)
     finally:
         checkpoint.put_weights(session.model, before, "the snapshot before the trial")
     late = losses[len(losses) // 2 :]

@@ -121,9 +121,19 @@ class Session:
         return checkpoint.save(self.folder.checkpoints, self.progress.step, self.model, state, self.config.run.keep)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Put everything back as it was when the checkpoint was written."""
+        """Put everything back as it was when the checkpoint was written.
+
+        Raises:
+            RunError: if the checkpoint is of another model, or of another version.
+        """
         checkpoint.put_weights(self.model, saved.weights, "the checkpoint")
-        state = saved.state
+        try:
+            self._restore(saved.state)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise RunError(f"The checkpoint of step {saved.step} is of another version of reroll ({what}).") from None
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.progress = Progress(**{**state["progress"], "carried": START})
         if state["carried"] is not None:
             self.progress.carried = self._carried(state["carried"])
@@ -243,12 +253,16 @@ def _begin(config: Config, folder: RunFolder, init: dict[str, torch.Tensor] | No
 def _build(config: Config, folder: RunFolder, extra: dict[str, Any] | None) -> Session:
     """Build the objects; `extra` is the environment.json of a run to go on with."""
     device = build.find_device(config.run.device)
-    tokenizer = from_dict(extra["tokenizer"]) if extra and extra.get("tokenizer") else None
+    try:
+        tokenizer = from_dict(extra["tokenizer"]) if extra and extra.get("tokenizer") else None
+    except UsageError as error:
+        raise UsageError(f"{folder.path / 'environment.json'}: {error}") from None
     task = build.build_task(config.task, config.run.seed, tokenizer)
     if extra and extra.get("fingerprint") not in (None, task.fingerprint):
+        before = str(extra["fingerprint"])[:12]
         raise RunError(
-            f"The data have changed since the run began (fingerprint {task.fingerprint[:12]}, was "
-            f"{extra['fingerprint'][:12]}): going on would be another run. Bring the data back, or begin a new one."
+            f"The data have changed since the run began (fingerprint {task.fingerprint[:12]}, was {before}): going on "
+            "would be another run. Bring the data back, or begin a new one."
         )
     sizes = build.Sizes.of(task)
     model = build.build_model(config.model, sizes, config.run.seed).to(device)

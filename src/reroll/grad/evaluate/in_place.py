@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad.evaluate.probing import Probing, Result, Unit
 from reroll.kernels.noise_axpy import noise_axpy, parse_kind
 
@@ -101,5 +101,5 @@ def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: str = 
     coarsest = max(units.values())
     multiple = round(epsilon / coarsest)
     if multiple < 1:
-        raise UsageError(f"epsilon={epsilon:g} is below the grid of the weights, {coarsest:g}; raise it.")
+        raise EpsilonTooSmall(f"epsilon={epsilon:g} is below the grid of the weights, {coarsest:g}; raise it.")
     return multiple * coarsest

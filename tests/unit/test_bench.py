@@ -1,0 +1,312 @@
+"""The benchmarks at tiny sizes: what they time is what they say, and what they write has the names others rely on."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from reroll.bench import claims, demo, estimator, memory, timing, zeroth
+from reroll.cli.bench import BENCHES
+from reroll.data.text import Text
+from reroll.grad.probes import expected_relative_error
+from reroll.passes import count_forward_passes
+from reroll.recipes import RECIPES
+from reroll.train.build import Sizes
+from reroll.train.config import resolve
+from reroll.train.measure import Measurement, measure
+
+SMALL = {512: 16, 240: 24, 66_000: 24}
+"""Features of the models here, for those of the benchmark."""
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The benchmark's models and sequences made small; what is weighed is called here, and its weight made up."""
+    torch.set_num_threads(1)  # models this small only wait for a second thread
+    of, weighed = zeroth.Case.of, []
+
+    def smaller(hidden, heads, rows, time, **options):
+        return of(SMALL.get(hidden, hidden), min(heads, 12), 2, 3, **options)
+
+    def in_process(function):
+        function()
+        weighed.append(function)
+        return Measurement(0.1, 1000 * len(weighed), 1)
+
+    monkeypatch.setattr(zeroth.Case, "of", smaller)
+    monkeypatch.setattr(zeroth, "measure", in_process)
+    return weighed
+
+
+def test_what_is_measured_in_turn_is_divided_round_by_round(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    durations = {"a": iter([50, 1, 2, 9]), "b": iter([70, 4, 4, 3])}  # the first of each warms up
+
+    def take(name):
+        clock[0] += next(durations[name])
+
+    seconds = timing.in_turn({"a": lambda: take("a"), "b": lambda: take("b")}, rounds=3)
+    assert seconds == {"a": [1, 2, 9], "b": [4, 4, 3]}
+    assert timing.ratio(seconds, "b", "a") == 2
+    assert timing.spread(seconds, "b", "a") == (1 / 3, 4)
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    with timing.torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_a_step_is_held_against_as_many_forward_passes(small, monkeypatch):
+    """Both sides of every ratio are 2N passes over the same batch."""
+    counted = []
+
+    def counting(functions, rounds):
+        for name, function in functions.items():
+            with count_forward_passes() as passes:
+                function()
+            counted.append((name, passes.count))
+        return {name: [1.0] for name in functions}
+
+    monkeypatch.setattr(zeroth, "in_turn", counting)
+    zeroth._dense(1)
+    zeroth._tiny(1)
+    assert [name for name, _ in counted] == ["forwards", "fp32", "bf16", "eager", "fastest", "step"]
+    assert {count for _, count in counted} == {2 * 96}
+
+
+def test_the_large_model_has_the_published_number_of_weights():
+    assert sum(p.numel() for p in zeroth._on_meta().parameters()) == 112_606_100
+
+
+def test_a_step_of_the_benchmark_changes_nothing_to_speak_of():
+    case = zeroth.Case.of(16, 4, 2, 3)
+    before = [p.clone() for p in case.model.parameters()]
+    coefficients = case.step(probes=8)
+    assert coefficients.shape == (8,)
+    assert all(torch.allclose(p, b, atol=1e-9) for p, b in zip(case.model.parameters(), before))
+    assert torch.equal(case.step(probes=8), zeroth.Case.of(16, 4, 2, 3).step(probes=8))
+
+
+def test_zeroth_writes_the_names_others_rely_on(small, tmp_path, capsys):
+    path = tmp_path / "deep" / "zeroth.json"
+    path.parent.mkdir()
+    found = zeroth.run(1, path)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(found))
+    assert set(found["step_over_forwards"]) == {"dense", "tiny", "bf16"}
+    assert set(found["noise"]) == {"perturb_speedup", "replay_speedup"}
+    assert all(value > 0 for value in (*found["step_over_forwards"].values(), *found["noise"].values()))
+    assert found["memory_overhead_bytes"] == 2000 - 1000  # a step's peak over inference's
+    assert [what.what for what in small] == ["inference", "step"]
+    assert found["hardware"]
+    assert found["commit"] is None or len(found["commit"]) >= 12
+    assert found["details"]["memory"]["bar"] == int(0.01 * 4 * 112_606_100) + (8 << 20)
+    assert found["details"]["dense"]["bf16_correlation"] > 0.99
+    table = capsys.readouterr().out
+    for bar in ("≤ 1.10", "≤ 0.62", "≥ 0.99", "≤ 0.40", "≥ 8 ×", "≥ 80 ×"):
+        assert bar in table
+
+
+# The estimator
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "normal", "sparse"])
+def test_errors_are_those_of_theory(kind):
+    torch.manual_seed(5)
+    model, batch = small_problem()
+    found = estimator._error(model, batch, probes=16, kind=kind, draws=60)
+    weights = sum(p.numel() for p in model.parameters())
+    assert found["error_theory"] == expected_relative_error(weights, 16, kind)
+    # ĝ is unbiased: over draws of a few hundred weights its error is near what is expected.
+    assert found["error"] == pytest.approx(found["error_theory"], rel=0.2)
+    assert found["cosine"] == pytest.approx(found["cosine_theory"], rel=0.2)
+    assert found["drift"] == 0
+
+
+def small_problem():
+    from reroll import Recurrent, cells
+    from reroll.data.batch import Batch
+
+    model = Recurrent(cell=cells.LSTM(4, 6), vocab=7)
+    ids = torch.randint(7, (5, 7))
+    return model, Batch(ids[:, :-1], ids[:, 1:], torch.ones(5, 6, dtype=torch.bool))
+
+
+def test_the_window_of_epsilon():
+    window = {w["epsilon"]: w for w in estimator._window(*small_problem())}
+    assert math.isnan(window[1e-6]["slope"])
+    assert window[1e-2]["slope"] == pytest.approx(1, abs=0.05)
+    # Lost in rounding, halving ε does not halve what is measured.
+    assert abs(window[1e-5]["slope"] - 1) > 0.05
+
+
+def test_bench_estimator(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(estimator, "_problem", small_problem)
+    monkeypatch.setattr(estimator.run, "__defaults__", (2,))
+    found = cli("bench", "estimator", "--json", "deep/estimator.json")
+    assert (found.code, found.err) == (0, "")
+    written = json.loads((tmp_path / "deep" / "estimator.json").read_text())
+    assert [(e["noise"], e["probes"]) for e in written["errors"]] == [
+        (kind, probes) for kind in ("rademacher", "normal", "sparse") for probes in (16, 96, 512)
+    ]
+    assert {"weights", "hardware", "commit", "window"} <= set(written)
+    assert found.out.count("rademacher") == 3
+
+
+def test_unknown_names_exit_with_2_and_the_nearest(cli):
+    for command, name, nearest in (("bench", "zerot", "zeroth"), ("reproduce", "memorize", "memorise")):
+        found = cli(command, name)
+        assert found.code == 2
+        assert f'"{name}" is unknown. Did you mean "{nearest}"?' in found.error
+    assert BENCHES == ("zeroth", "estimator")
+
+
+# Memory
+
+
+@pytest.mark.parametrize("method", memory.METHODS)
+def test_a_step_that_is_weighed_is_a_step(method):
+    step = memory.OneStep(method, time=4, hidden=8, rows=2)
+    step()
+    model = step.built[0]
+    before = [p.clone() for p in model.parameters()]
+    step()
+    moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
+    assert moved == (method != "inference")
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_reduction_is_of_the_overheads_at_the_long_sequence(monkeypatch):
+    def weigh(step):
+        assert (step.hidden, step.rows) == (512, 16)
+        return Measurement(0.0, {"BPTT": 100, "CD-RGE": 3}.get(step.method, 50) * step.time * step.heads, 1)
+
+    monkeypatch.setattr(memory, "measure", weigh)
+    found = memory.reproduce()
+    assert found["overhead_reduction"] == pytest.approx(0.97)
+    assert set(found["reductions"]) == {f"T={t}, heads={h}" for t in (32, 1024) for h in (1, 8)}
+    assert found["overhead_bytes"]["T=32, heads=8"]["BPTT"] == 25600
+    report = memory.report(found)
+    assert all(method in report for method in memory.METHODS)
+
+
+@pytest.mark.slow
+def test_probes_need_a_fraction_of_the_memory_of_backpropagation():
+    """In fresh processes, at a size between the claim's two."""
+    peak = {what: measure(memory.OneStep(what, time=256, hidden=128)).peak_bytes for what in ("BPTT", "CD-RGE")}
+    assert peak["CD-RGE"] < 0.2 * peak["BPTT"]
+
+
+# The claims
+
+
+@pytest.fixture
+def claim(monkeypatch, tmp_path):
+    """The claim `memory`, measured at once, with a result that can be chosen."""
+    monkeypatch.setenv("REROLL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(claims, "SHIPPED", tmp_path / "measured.json")
+    result = {"overhead_reduction": 0.97, "reductions": {}, "overhead_bytes": {}}
+    changed = dataclasses.replace(claims.CLAIMS["memory"], measure=lambda: dict(result))
+    monkeypatch.setitem(claims.CLAIMS, "memory", changed)
+    return result
+
+
+def test_the_list_shows_each_claim_with_its_status(cli, claim):
+    for arguments in (("reproduce", "--list"), ("reproduce",)):
+        found = cli(*arguments)
+        assert (found.code, found.err) == (0, "")
+        for row in claims.CLAIMS.values():
+            assert f"{row.name}: {row.says}" in found.out
+            assert row.published in found.out
+            assert row.tolerance in found.out
+        assert found.out.count("not measured yet") == len(claims.CLAIMS)
+
+
+def test_reproduce_keeps_what_it_measured(cli, claim, tmp_path):
+    found = cli("reproduce", "memory", "--json", "deep/memory.json")
+    assert (found.code, found.err) == (0, "")
+    assert "overhead_reduction = 0.97, holds" in found.out
+    written = json.loads((tmp_path / "deep" / "memory.json").read_text())
+    assert written["overhead_reduction"] == 0.97
+    assert written["status"] == "holds"
+    assert {"hardware", "commit", "seconds", "published", "tolerance"} <= set(written)
+    listed = cli("reproduce", "--list").out
+    assert f"overhead_reduction = 0.97, holds ({written['commit']}, {written['hardware']})" in listed
+    assert listed.count("not measured yet") == len(claims.CLAIMS) - 1
+    claim["overhead_reduction"] = 0.5
+    failed = cli("reproduce", "memory")
+    assert failed.code == 1
+    assert "does not hold" in failed.out
+    assert "0.5, does not hold" in cli("reproduce", "--list").out
+
+
+def test_what_was_measured_may_be_damaged(cli, claim, tmp_path):
+    (tmp_path / "cache").mkdir()
+    for content in ("", "[]", '{"memory": 3}', '{"memory": {"value": "x"}}', "\x00", '{"memory": {"value": 0.5}}'):
+        (tmp_path / "cache" / "reproduce.json").write_text(content)
+        found = cli("reproduce", "--list")
+        assert (found.code, found.err) == (0, "")
+        assert found.out.count("not measured yet") == len(claims.CLAIMS)
+        assert cli("reproduce", "memory").code == 0
+
+
+def test_memorise_counts_the_steps_of_its_worst_seed(monkeypatch):
+    shrunk = RECIPES["memorise"]().replace(
+        model={"hidden": 16, "heads": 2, "embed": 8}, gradient={"probes": 16}, run={"steps": 3, "threads": 1}
+    )
+    monkeypatch.setitem(RECIPES, "memorise", lambda: shrunk)
+    found = claims._memorise()
+    assert [len(losses) for losses in found["losses"]] == [3, 3, 3]
+    assert len({losses[0] for losses in found["losses"]}) == 3  # three seeds
+    assert found["steps"] == math.inf
+    assert not claims.CLAIMS["memorise"].accept(found["steps"])
+    assert "below 0.1 at steps [inf, inf, inf]" in claims._memorise_report(found)
+
+
+def test_the_recipes_of_claims_exist():
+    for row in claims.CLAIMS.values():
+        assert set(row.recipes) <= set(RECIPES)
+
+
+# The demo
+
+
+def test_the_demo_weighs_what_it_compares(monkeypatch, tmp_path):
+    (tmp_path / "text").write_text("the cat sat on the mat. " * 80)
+    task = Text(tmp_path / "text", "char", length=8, batch=2, max_vocab=20)
+    config = resolve(RECIPES["demo"]().replace(model={"hidden": 8, "embed": 4})).model
+    weighed = []
+
+    def weigh(what):
+        assert what.sizes == Sizes.of(task)
+        weighed.append((what.what, what.time))
+        if what.time == 8:
+            what()
+            what()
+        return Measurement(0.0, {"inference": 10, "probes": 12, "batched": 30, "backprop": 9}[what.what] * what.time, 1)
+
+    monkeypatch.setattr(demo, "measure", weigh)
+    found = demo.memory_over_inference(config, task, 2, 8)
+    assert len(weighed) == 8
+    assert found == {"probes": (16, 2 * demo.LONG), "batched": (160, 20 * demo.LONG), "backprop": (0, 0)}
+    summary = {"valid_bits": 2.0, "forward_passes": 5, "total_seconds": 1.0}
+    rows = demo.rows_of(task, summary, summary | {"valid_bits": 1.0}, found)
+    assert [row.bits for row in rows[:3]] == list(task.baselines("valid")[:3])
+    assert [row.bits for row in rows[3:]] == [2.0, pytest.approx(math.nan, nan_ok=True), 1.0]
+    assert rows[3].memory == found["batched"]
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path):
+    found = cli("demo", "--steps", 3, "--run-dir", "demo")
+    assert (found.code, found.err) == (0, "")
+    for words in ("unigram entropy", "bigram entropy", "gzip -9", "CD-RGE", "backprop", "memory*", "a sample of what"):
+        assert words in found.out
+    assert "NOT below the unigram entropy" in found.out  # after three steps: said as it is
+    assert "run folder: demo " in found.out
+    assert (tmp_path / "demo" / "journal").is_file()
+    assert (tmp_path / "demo-backprop" / "config.toml").is_file()

@@ -1,0 +1,364 @@
+"""The command line: what each command does, from the help to the weights of a step."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import reroll
+from reroll.cli import COMMANDS
+from reroll.errors import UsageError
+from reroll.recipes import RECIPES
+from reroll.train import checkpoint, toml
+from reroll.train.build import build_task
+from reroll.train.config import Config
+from reroll.train.load import open_model
+from reroll.train.run import read_config, read_metrics
+from tests.cli import TINY, TRAIN, contents, weights_of
+
+# What is printed without any work
+
+
+def test_help_and_version(cli):
+    overview = cli("--help")
+    assert (overview.code, overview.err) == (0, "")
+    assert all(re.search(rf"^  {name} ", overview.out, re.MULTILINE) for name in COMMANDS)
+    assert cli() == overview
+    assert cli("--version") == (0, f"{reroll.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(cli, command):
+    found = cli(command, "--help")
+    assert found.code == 0
+    assert found.out.startswith(f"usage: reroll {command}")
+    assert cli("runs", "stop", "--help").out.startswith("usage: reroll runs stop")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_of_a_recipe_shows_its_values(cli, recipe):
+    found = cli("train", recipe, "--help")
+    probes = RECIPES[recipe]().gradient.probes
+    assert found.code == 0
+    assert f"(default: {probes})" in found.out
+    assert recipe in cli("recipes").out
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from reroll.cli import main\n"
+        "for arguments in (['--help'], ['train', '--help'], ['train', 'smoke', '--stpes', '1'], ['recipes']):\n"
+        "    main(arguments)\n"
+        "print([m for m in ('torch', 'numpy', 'numba', 'safetensors') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_debug_shows_the_traceback(cli):
+    with pytest.raises(UsageError, match="smokee"):
+        cli("train", "smokee", "--debug")
+    command = [sys.executable, "-m", "reroll", "train", "smokee"]
+    plain = subprocess.run(command, capture_output=True, text=True)
+    assert (plain.returncode, plain.stderr.count("\n")) == (2, 1)
+    assert "Traceback" in subprocess.run([*command, "--debug"], capture_output=True, text=True).stderr
+
+
+def test_output_that_cannot_be_written_is_an_error():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("/dev/full, a disk that is always full, is a file of Linux")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "reroll", "recipes"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: No space left on device")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        done = subprocess.run([sys.executable, "-m", "reroll", "recipes"], stdout=gone, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_terminal_that_lacks_characters_is_no_reason_to_fail(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "reroll", "show", "smoke", "--path", b"na\xefve"]
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert b"holds a character that no file can hold" in done.stderr
+    done = subprocess.run([*command[:-1], "ε"], capture_output=True, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb'path = "\u03b5"' in done.stdout
+
+
+# A run from beginning to end
+
+
+def test_train_smoke_reaches_its_target(smoke):
+    rows = list(read_metrics(smoke))
+    assert rows[-1]["loss"] < RECIPES["smoke"]().run.target_loss < rows[0]["loss"]
+    assert read_config(smoke).run.threads == 1
+
+
+def test_eval(cli, smoke):
+    found = cli("eval", smoke)
+    assert (found.code, found.err) == (0, "")
+    last = list(read_metrics(smoke))[-1]
+    words = re.fullmatch(r"valid, after (\d+) steps: loss (\S+)  bits \S+  accuracy 1  exact 1\n", found.out)
+    assert int(words[1]) == last["step"] + 1
+    assert float(words[2]) == pytest.approx(last["valid_loss"], rel=1e-5)
+
+
+def test_sample_goes_on_with_the_prompt(cli, smoke):
+    found = cli("sample", smoke, "--prompt", "abc", "--length", 7, "--seed", 5)
+    assert (found.code, found.err) == (0, "")
+    assert found.out.startswith("abc")
+    assert cli("sample", smoke, "--prompt", "abc", "--length", 7, "--seed", 5) == found
+    assert cli("sample", smoke, "--temperature", 0, "--top-k", 1, "--length", 3).code == 0
+
+
+def test_the_memorised_sequence_is_what_is_sampled(cli, smoke):
+    """The model knows one sequence by heart: from its first symbol on, the most likely symbols are the rest of it."""
+
+    loaded = open_model(smoke)
+    task = build_task(loaded.config.task, loaded.config.run.seed)
+    batch = task.batch(0)
+    sequence = task.decode([*batch.inputs[0].tolist(), int(batch.targets[0, -1])])
+    first, scored = task.decode(batch.inputs[0, :1].tolist()), int(batch.mask[0].sum())
+    found = cli("sample", smoke, "--prompt", first, "--temperature", 0, "--length", scored)
+    assert found.out.rstrip("\n") == sequence[: len(first) + scored]
+
+
+def test_export_load_and_init(cli, smoke, tmp_path):
+    found = cli("export", smoke, "--to", "deep/model.safetensors")
+    assert (found.code, found.out) == (0, f"written: {Path('deep/model.safetensors')}, {Path('deep/model.toml')}\n")
+    file = tmp_path / "deep" / "model.safetensors"
+    assert tomllib.loads(file.with_suffix(".toml").read_text())["recipe"] == "smoke"
+    assert checkpoint.checksum(load_file(file)) == weights_of(smoke)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(reroll.load(file)(ids), reroll.load(smoke)(ids))
+    assert cli("eval", file).out == cli("eval", smoke).out
+    assert cli("sample", file, "--prompt", "a").out == cli("sample", smoke, "--prompt", "a").out
+    for source in (file, smoke):
+        path = tmp_path / f"from-{source.name}"
+        assert cli("train", "smoke", "--init", source, "--run-dir", path, "--steps", 1).code == 0
+        assert next(read_metrics(path))["loss"] < 0.2
+    assert weights_of(tmp_path / "from-smoke") == weights_of(tmp_path / "from-model.safetensors")
+    # What was begun with other weights than the seed's is replayed from them.
+    assert cli("replay", path, "--checksum").out.splitlines()[-1] == weights_of(path)
+
+
+def test_replay_gives_the_weights_of_every_checkpoint(cli, smoke, tmp_path):
+    for folder in checkpoint.all_of(smoke / "checkpoints"):
+        saved = checkpoint.read(folder)
+        found = cli("replay", smoke, "--to", saved.step, "--checksum")
+        assert found.code == 0
+        assert re.fullmatch(r"[0-9a-f]{64}", found.out.splitlines()[-1])
+        assert found.out.splitlines()[-1] == checkpoint.checksum(saved.weights)
+    assert "replayed 0 steps" in cli("replay", smoke, "--to", 0).out
+    assert cli("replay", smoke, "--out", "again.safetensors").code == 0
+    assert checkpoint.checksum(load_file(tmp_path / "again.safetensors")) == weights_of(smoke)
+    assert cli("eval", "again.safetensors").out == cli("eval", smoke).out
+
+
+def test_the_checksum_is_of_name_type_shape_and_bytes(cli, run):
+    """SHA-256 over (name, dtype, shape, little-endian bytes) sorted by name, computed here without the library."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint.newest(run / "checkpoints").weights.items()):
+        array = tensor.numpy()
+        digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    assert cli("replay", "run", "--checksum").out.splitlines()[-1] == digest.hexdigest()
+
+
+def test_text_is_sampled_scored_and_resumed(cli, tmp_path):
+    Path("my.txt").write_text("the cat sat on the mat. " * 60)
+    Path("more.txt").write_text("a dog ran. " * 90)
+    flags = (*TINY[2:], "--length", 8, "--tokenizer", "char")
+    assert cli("train", "text", "--path", "my.txt", *flags, "--run-dir", "run").code == 0
+    found = cli("sample", "run", "--prompt", "the c", "--length", 11)
+    assert (found.code, len(found.out)) == (0, len("the c") + 11 + 1)
+    own, other = cli("eval", "run"), cli("eval", "run", "--path", "more.txt")
+    assert own.code == other.code == 0
+    assert own.out != other.out
+    (tmp_path / "my.txt").write_text("something else, and more of it. " * 60)
+    before = contents(tmp_path / "run")
+    changed = cli("train", "--run-dir", "run", "--resume", "--steps", 6)
+    assert changed.code == 1
+    assert "data have changed" in changed.error
+    assert contents(tmp_path / "run") == before
+
+
+# Configs: recipe < files < --set < flags
+
+
+def test_show_says_what_and_why(cli):
+    found = cli("show", "copy", "--lr", "0.25", "--set", "optim.clip=2.5", "gradient.shaping=rank")
+    assert (found.code, found.err) == (0, "")
+    lines = dict(re.findall(r"^(\w+) = (.*)$", found.out, re.MULTILINE))
+    assert lines["lr"] == "0.25  # flag"
+    assert lines["clip"] == "2.5  # --set"
+    assert lines["shaping"] == '"rank"  # --set'
+    assert lines["heads"] == "4  # recipe copy"
+    assert lines["accumulate"] == "1  # default"
+    assert lines["eval_every"] == "100  # derived"
+    notes = [line for line in found.out.splitlines() if line.startswith("#")]
+    assert re.match(r"# device (cpu|cuda) \((no card|a CUDA card is there)\), dtype fp32", notes[0])
+    assert re.match(r"# noise by \w+: .", notes[1])
+    assert re.match(r"# lstm, without a gradient, by \w+: .", notes[2])
+    resolved = toml.overlay(Config(), tomllib.loads(found.out), "show")
+    assert resolved.optim.clip == 2.5
+
+
+def test_show_a_run(cli, smoke):
+    found = cli("show", smoke)
+    assert found.out.startswith((smoke / "config.toml").read_text())
+    assert f"done at step {len(list(read_metrics(smoke)))}; 22372 weights" in found.out
+    assert cli("show", smoke, "--lr", "0.3").code == 2
+
+
+def test_precedence(cli, tmp_path):
+    (tmp_path / "a.toml").write_text("[optim]\nlr = 0.2\nmomentum = 0.5\n[model]\nhidden = 12\nheads = 2\n")
+    (tmp_path / "b.toml").write_text("[optim]\nmomentum = 0.6\n[task]\nbatch = 5\n")
+    pairs = ("--set", "task.batch=6", "run.seed=3", "--set", "run.keep=4")
+    found = cli("show", "copy", "--config", "a.toml", "--config", "b.toml", *pairs, "--seed", "9", "--momentum=0.9")
+    lines = dict(re.findall(r"^(\w+) = (.*)$", found.out, re.MULTILINE))
+    assert lines["hidden"] == "12  # a.toml"
+    assert lines["lr"] == "0.2  # a.toml"
+    assert lines["momentum"] == "0.9  # flag"  # also the recipe's: but the files had said otherwise
+    assert lines["batch"] == "6  # --set"
+    assert lines["keep"] == "4  # --set"
+    assert lines["seed"] == "9  # flag"
+    assert cli("show", "copy", "--config", "a.toml", "b.toml", *pairs, "--seed", "9", "--momentum=0.9") == found
+
+
+def test_none_is_written_as_the_help_writes_it(cli):
+    for flags in (("--epsilon", "none"), ("--epsilon", "None"), ("--set", "gradient.epsilon=none")):
+        assert 'epsilon = "none"' in cli("show", "copy", *flags).out
+
+
+def test_the_config_of_a_run_repeats_it(cli, run, tmp_path):
+    assert cli("train", "--config", "run/config.toml", "--run-dir", "again").code == 0
+    assert weights_of(tmp_path / "again") == weights_of(run)
+    assert (tmp_path / "again" / "journal").read_bytes() == (run / "journal").read_bytes()
+    assert (tmp_path / "again" / "config.toml").read_text() == (run / "config.toml").read_text()
+    assert cli("train", "copy", "--config", "run/config.toml", "--run-dir", "other", "--seed", "8").code == 0
+    assert weights_of(tmp_path / "other") != weights_of(run)
+
+
+# Folders
+
+
+def test_runs_are_found_by_path_and_by_name(cli, tmp_path):
+    assert cli(*TRAIN, "--run-dir", "runs/x", "--steps", 3).code == 0
+    assert "after 3 steps" in cli("eval", "x").out
+    assert cli(*TRAIN, "--run-dir", "x", "--steps", 2).code == 0
+    assert "after 2 steps" in cli("eval", "x").out
+    assert "after 3 steps" in cli("eval", "runs/x").out
+    assert cli("replay", "runs/x", "--checksum").out.splitlines()[-1] == weights_of(tmp_path / "runs/x")
+
+
+def test_without_run_dir_a_new_name_is_made(cli, tmp_path):
+    odd = ("--config", "odd.toml")
+    (tmp_path / "odd.toml").write_text('recipe = "../../a\\tb/c"\n')
+    for _ in range(2):
+        assert cli(*TRAIN, *odd).code == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert all((path / "config.toml").is_file() for path in (tmp_path / "runs").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "odd.toml"}
+
+
+def test_runs_lists_and_json(cli, run, tmp_path):
+    odd = tmp_path / "a[b]" / "[" / "]"  # markup, if a name were taken for such
+    assert cli(*TRAIN, "--run-dir", odd, "--steps", 2).code == 0
+    (run / "status.json").write_text('{"state": "running", "pid": 1, "started": "x", "host": "elsewhere", "steps": 9}')
+    found = cli("runs", ".")
+    assert (found.code, found.err) == (0, "")
+    header, *lines = (line.split() for line in found.out.splitlines())
+    assert header[:4] == ["run", "state", "step", "loss"]
+    table = {line[0]: line[1:] for line in lines}
+    assert table["run"][:2] == ["dead", "4/9"]
+    assert table["a[b]/[/]"][:2] == ["done", "2/2"]
+    rows = {row["name"]: row for row in json.loads(cli("runs", ".", "--json").out)}
+    assert set(rows) == {"run", "a[b]/[/]"}
+    done = rows["a[b]/[/]"]
+    losses = [row["loss"] for row in read_metrics(odd)]
+    assert (done["state"], done["step"], done["steps"]) == ("done", 2, 2)
+    assert (done["loss"], done["best"]) == (losses[-1], min(losses))
+    assert done["peak_bytes"] > 10**7
+    assert done["seconds"] > 0
+    assert done["seconds_left"] is None
+    assert rows["run"]["state"] == "dead"
+    assert json.loads(cli("runs", odd, "--json").out)[0]["name"] == "]"
+    Path("empty").mkdir()
+    assert "no runs here yet" in cli("runs", "empty").out
+    assert cli("runs", "empty", "--json").out == "[]\n"
+
+
+def test_runs_shows_what_it_can_of_damaged_records(cli, run):
+    (run / "metrics.jsonl").write_bytes(
+        b'{"step": 0, "loss": "x", "seconds": "y", "valid_loss": []}\n{"step": 1, "loss": 2.0}\n\xff\xfe {"step": 2'
+    )
+    for status in ('{"state": ["x"], "steps": "y"}', "[1]", '{"state": "running", "steps": {}}', "\x00"):
+        (run / "status.json").write_text(status)
+        table, listed = cli("runs", "."), cli("runs", ".", "--json")
+        assert (table.code, table.err) == (listed.code, listed.err) == (0, "")
+        assert json.loads(listed.out)[0]["loss"] == 2.0
+
+
+def test_resume(cli, tmp_path):
+    resumed = (*TRAIN, "--run-dir", "run", "--resume")
+    first = cli(*resumed)
+    assert first.code == 0
+    assert "Nothing to resume in run: a new run begins." in first.out
+    whole, before = weights_of(tmp_path / "run"), contents(tmp_path / "run")
+    again = cli(*resumed)
+    assert again.code == 0
+    assert "is finished" in again.out
+    assert cli("train", "--run-dir", "run", "--resume").code == 0
+    assert cli("train", "copy", "--run-dir", "run", "--resume").code == 0  # the recipe alone changes nothing
+    assert contents(tmp_path / "run") == before
+    Path("empty").mkdir()
+    assert cli(*TRAIN, "--run-dir", "empty", "--resume").code == 0
+    assert weights_of(tmp_path / "empty") == whole
+    refused = cli(*TRAIN, "--run-dir", "run")
+    assert refused.code == 2
+    assert "--run-dir run is not empty" in refused.error
+    assert "--resume" in refused.error
+    assert contents(tmp_path / "run") == before
+    assert cli("train", "copy", "--run-dir", "run", "--resume", "--steps", 6).code == 0
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == 6
+
+
+def test_resume_refuses_another_run(cli, run):
+    before = contents(run)
+    other = cli("train", "sort", "--run-dir", "run", "--resume")
+    assert (other.code, '"copy", not of "sort"' in other.error) == (2, True)
+    for flag, value, said in (
+        ("--lr", 0.3, "optim.lr=0.3"),
+        ("--seed", 4, "run.seed=4"),
+        ("--hidden", 16, "hidden=16"),
+    ):
+        found = cli("train", "copy", "--run-dir", "run", "--resume", flag, value)
+        assert found.code == 2
+        assert said in found.error
+    Path("other").mkdir()
+    Path("other/notes.txt").write_text("mine")
+    foreign = cli(*TRAIN, "--run-dir", "other", "--resume")
+    assert (foreign.code, "holds no run" in foreign.error) == (2, True)
+    assert contents(run) == before
+
+
+def test_doctor(cli):
+    found = cli("doctor")
+    assert (found.code, found.err) == (0, "")
+    lines = {line[6:20].strip(): line for line in found.out.splitlines() if line.startswith(("ok", "note"))}
+    assert lines["torch"] == f"ok    {'torch':<14} {torch.__version__}"
+    assert "same bits as the reference" in lines["cpu kernels"]
+    assert {"python", "card", "threads", "text cache", "disk", "extra plot"} <= set(lines)

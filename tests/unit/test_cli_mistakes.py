@@ -1,0 +1,179 @@
+"""Every mistake is one line that names the argument, its value and the remedy, and leaves nothing behind."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from tests.cli import TINY, TRAIN, contents
+
+
+def mistakes(folder):
+    """Arguments, exit code, and what the line must say; made where files are needed."""
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("abc")
+    (folder / "binary.bin").write_bytes(bytes(range(256)) * 20)
+    (folder / "latin.txt").write_bytes("naïve ".encode("latin-1") * 300)
+    (folder / "nothing").mkdir()
+    (folder / "lines.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    np.save(folder / "short.npy", np.zeros((1, 2), dtype=np.float32))
+    np.save(folder / "words.npy", np.array(["a", "b"]))
+    np.savez(folder / "no_inputs.npz", z=np.zeros(3))
+    (folder / "cut.npy").write_bytes((folder / "short.npy").read_bytes()[:-3])
+    (folder / "empty.csv").write_text("")
+    (folder / "header.csv").write_text("a,b\n")
+    (folder / "words.csv").write_text("a,b\n1,2\nx,3\n")
+    (folder / "old.toml").write_text("format = 0\n[optim]\nlr = 1.0\n")
+    (folder / "typo.toml").write_text("[optim]\nlrr = 1.0\n")
+    (folder / "bad.toml").write_text("[optim\n")
+    (folder / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    char = ("--tokenizer", "char")
+    text, arrays = ("train", "text", "--path"), ("train", "arrays", "--path")
+    return [
+        (("trian",), 2, ['"trian"', 'mean "train"']),
+        (("train", "smokee"), 2, ['recipe "smokee"', 'mean "smoke"']),
+        (("show", "smokee"), 2, ['recipe "smokee"', 'mean "smoke"']),
+        (("train", "smoke", "--stpes", "3"), 2, ["--stpes", "--steps"]),
+        (("train", "smoke", "--steps"), 2, ["--steps", "value"]),
+        (("train", "smoke", "--steps", "many"), 2, ["--steps", "'many'"]),
+        (("train", "smoke", "--cell", "lsmt"), 2, ["--cell", "'lsmt'", "lstm"]),
+        (("train", "smoke", "--lr", "fast"), 2, ["--lr", "'fast'", "auto"]),
+        (("train", "smoke", "--lr", "nan"), 2, ["lr=nan", "a number"]),
+        (("train", "smoke", "extra"), 2, ["extra"]),
+        (("train", "smoke", "--config"), 2, ["--config", "without a value"]),
+        (("train", "smoke", "--set"), 2, ["--set", "without a value"]),
+        (("train", "smoke", "--set", "lr"), 2, ["'lr'", "section.field=value"]),
+        (("train", "smoke", "--set", "task.name=cpoy"), 2, ['task.name="cpoy"', 'mean "copy"']),
+        (("train", "smoke", "--set", "optm.lr=1"), 2, ["[optm]", 'mean "optim"']),
+        (("train", "smoke", "--set", "optim.lrr=1"), 2, ["optim.lrr", 'mean "lr"']),
+        (("train", "smoke", "--set", "optim.lr=true"), 2, ["optim.lr=True", "a number"]),
+        (("train", "smoke", "--set", "optim.lr=" + "[" * 3000), 2, ["optim.lr=", "a number"]),
+        (("train", "smoke", "--set", "optim.lr=" + "9" * 5000), 2, ["optim.lr=", "a number"]),
+        (("train", "smoke", "--set", "optim.lr=" + "9" * 400), 2, ["optim.lr=", "a number"]),
+        (("train", "smoke", "--hidden", "10", "--heads", "3"), 2, ["hidden=10", "heads=3", "divisor"]),
+        (("train", "smoke", "--hidden", "1" + "0" * 30), 2, ["hidden=", "at most"]),
+        (("train", "smoke", "--probes", "1" + "0" * 12), 2, ["probes=1000000000000", "at most"]),
+        (("train", "smoke", "--threads", "100000"), 2, ["threads=100000", "at most"]),
+        (("train", "smoke", "--batch", "0"), 2, ["batch=0", "greater than zero"]),
+        (("train", "smoke", "--batch", "-3"), 2, ["batch=-3", "greater than zero"]),
+        (("train", "smoke", "--probes", "0"), 2, ["probes=0", "greater than zero"]),
+        (("train", "smoke", "--epsilon", "0"), 2, ["epsilon=0", "greater than zero"]),
+        (("train", "smoke", "--epsilon", "-0.1"), 2, ["epsilon=-0.1", "greater than zero"]),
+        (("train", "smoke", "--set", "gradient.micro_batch=0"), 2, ["micro_batch=0", "greater than zero"]),
+        (("train", "smoke", "--lr", "inf"), 2, ["lr=inf", "at most"]),
+        (("train", "smoke", "--momentum", "1.5"), 2, ["momentum=1.5"]),
+        (("train", "smoke", "--seed", "-1"), 2, ["seed=-1", "[0, 2**64)"]),
+        (("train", "smoke", "--device", "mps" if torch.cuda.is_available() else "cuda"), 2, ["device=", "has cpu"]),
+        (("train", "smoke", "--config", "nope.toml"), 2, ["nope.toml", "does not exist"]),
+        (("train", "smoke", "--config", "nothing"), 2, ["nothing", "cannot be read"]),
+        (("train", "smoke", "--config", "old.toml"), 2, ["old.toml", "format=0", "another version"]),
+        (("train", "smoke", "--config", "typo.toml"), 2, ["typo.toml", "optim.lrr", 'mean "lr"']),
+        (("train", "smoke", "--config", "bad.toml"), 2, ["bad.toml", "TOML"]),
+        (("train", "smoke", "--config", "binary.toml"), 2, ["binary.toml", "cannot be read"]),
+        (("train", "text"), 2, ["--path"]),
+        ((*text, "nope.txt"), 2, ["path='nope.txt'", "does not exist"]),
+        ((*text, "no*.txt"), 2, ["path='no*.txt'", "matches no file"]),
+        ((*text, ""), 2, ["path=''", "Give"]),
+        ((*text, "empty.txt"), 2, ["empty.txt", "is empty"]),
+        ((*text, "nothing"), 2, ["'nothing'", "no text files"]),
+        ((*text, "short.txt"), 2, ["length=64", "short.txt", "more text"]),
+        ((*text, "binary.bin", *char), 2, ["binary.bin", "NUL", "tokenizer='byte'"]),
+        ((*text, "latin.txt", *char), 2, ["latin.txt", "not UTF-8", "tokenizer='byte'"]),
+        ((*text, "lines.jsonl"), 2, ["lines.jsonl, line 2", "field='text'", "body"]),
+        ((*text, "broken.jsonl"), 2, ["broken.jsonl, line 2", "not JSON"]),
+        ((*text, "a\nb"), 2, ["path='a\\nb'"]),
+        ((*text, "a\0b"), 2, ["'a\\x00b'"]),
+        ((*text, "a\ud800b"), 2, ["'a\\ud800b'"]),
+        ((*arrays, "nope.npy"), 2, ["nope.npy", "does not exist"]),
+        ((*arrays, "short.txt"), 2, ["short.txt", ".csv, .npy, .npz"]),
+        ((*arrays, "short.npy"), 2, ["short.npy", "too short"]),
+        ((*arrays, "words.npy"), 2, ["words.npy", "real numbers"]),
+        ((*arrays, "cut.npy"), 2, ["cut.npy", "whole"]),
+        ((*arrays, "no_inputs.npz"), 2, ["no_inputs.npz", "`inputs`"]),
+        ((*arrays, "empty.csv"), 2, ["empty.csv", "is empty"]),
+        ((*arrays, "header.csv"), 2, ["header.csv", "no rows"]),
+        ((*arrays, "words.csv"), 2, ["words.csv, line 3", "a='x'"]),
+        (("eval", "nope"), 2, ["RUN='nope'", "reroll runs"]),
+        (("eval", ""), 2, ["RUN=''"]),
+        (("eval",), 2, ["required"]),
+        (("sample", "nope"), 2, ["RUN='nope'"]),
+        (("export", "nope"), 2, ["RUN='nope'"]),
+        (("replay", "nope"), 2, ["RUN='nope'"]),
+        (("eval", "short.txt"), 1, ["short.txt", "no safetensors file", "Pickles"]),
+        (("runs", "nope"), 2, ["nope", "does not exist"]),
+        (("runs", "stop", "nope"), 2, ["NAME='nope'"]),
+        (("recipes", "copy"), 2, ["copy"]),
+        (("bench", "zero"), 2, ['"zero"', 'mean "zeroth"']),
+        (("bench", "zeroth", "--rounds", "0"), 2, ["rounds=0"]),
+        (("bench", "zeroth", "--json", "nothing"), 2, ["--json 'nothing'", "folder"]),
+        (("bench", "zeroth", "--json", "short.txt/x"), 2, ["--json", "short.txt/x"]),
+        (("reproduce", "memroise"), 2, ['"memroise"', 'mean "memorise"']),
+        (("demo", "--steps", "0"), 2, ["steps=0"]),
+        (("doctor", "now"), 2, ["now"]),
+    ]  # fmt: skip
+
+
+def test_every_mistake_is_one_line(cli, tmp_path):
+    for arguments, code, said in mistakes(tmp_path):
+        before = sorted(tmp_path.rglob("*"))
+        found = cli(*arguments)
+        assert found.code == code, (arguments, found)
+        for words in said:
+            assert words in found.error, (arguments, found.err)
+        assert found.out == "", arguments
+        assert sorted(tmp_path.rglob("*")) == before, f"{arguments} left something behind"
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (("eval", "RUN", "--split", "test"), 2, ['split="test"', "valid"]),
+        (("eval", "RUN", "--path", "more.txt"), 2, ["--path more.txt", "drop --path"]),
+        (("sample", "RUN", "--prompt", "→"), 2, ["'→'", "Known"]),
+        (("sample", "RUN", "--temperature", "-1"), 2, ["temperature=-1.0"]),
+        (("sample", "RUN", "--temperature", "nan"), 2, ["temperature=nan"]),
+        (("sample", "RUN", "--top-k", "0"), 2, ["top_k=0"]),
+        (("sample", "RUN", "--length", "0"), 2, ["length=0"]),
+        (("sample", "RUN", "--seed", "-1"), 2, ["seed=-1"]),
+        (("export", "RUN", "--to", "."), 2, ["'.'", "name a file"]),
+        (("export", "RUN", "--to", "model.toml"), 2, ["'model.toml'", "name a file"]),
+        (("export", "RUN", "--to", "file/x"), 1, [f"file{os.sep}x", "cannot be written"]),
+        (("replay", "RUN", "--to", "-1"), 2, ["--to -1"]),
+        (("replay", "RUN", "--to", "1000"), 2, ["--to 1000", "steps"]),
+        (("replay", "RUN", "--out", "file/x"), 1, [f"file{os.sep}x", "cannot be written"]),
+        (("runs", "stop", "RUN"), 2, ["not running"]),
+        (("train", "copy", "--init", "RUN", "--run-dir", "new"), 1, ["--init", "shape"]),
+        (("train", "copy", "--run-dir", "file"), 2, ["--run-dir file", "folder"]),
+        (("train", "copy", "--run-dir", "file", "--resume"), 2, ["--run-dir file", "folder"]),
+        (("train", "copy", "--run-dir", "file/x"), 1, [f"--run-dir file{os.sep}x", "cannot be written"]),
+    ],
+)  # fmt: skip
+def test_mistakes_with_a_run(cli, smoke, tmp_path, arguments, code, said):
+    (tmp_path / "file").write_text("")
+    before = contents(smoke)
+    found = cli(*(smoke if argument == "RUN" else argument for argument in arguments))
+    assert found.code == code
+    assert all(words in found.error for words in said), found.err
+    assert contents(smoke) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_backprop_keeps_no_journal(cli, tmp_path):
+    assert cli(*TRAIN, "--gradient", "backprop", "--run-dir", "run").code == 0
+    found = cli("replay", "run", "--checksum")
+    assert found.code == 2
+    assert "backprop" in found.error
+    assert "step-00000004" in found.error
+
+
+def test_a_loss_that_is_not_finite_at_step_0(cli, tmp_path):
+    inputs, targets = np.sin(np.arange(120)).reshape(4, 15, 2), np.full((4, 1), 1e25)
+    np.savez("huge.npz", inputs=inputs, targets=targets)  # their squares are more than single precision holds
+    found = cli("train", "arrays", "--path", "huge.npz", *TINY[2:], "--run-dir", "run", "--length", 15)
+    assert found.code == 1
+    assert "not finite at step 0" in found.error
+    assert "Lower --epsilon" in found.error
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"

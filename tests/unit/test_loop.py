@@ -1,0 +1,339 @@
+"""The loop: what a row says, what ends a run and what it leaves then, and that nothing saved is ever lost."""
+
+import itertools
+import math
+import signal
+import threading
+import types
+
+import pytest
+import torch
+
+from reroll.cli.console import Console, sparkline
+from reroll.data.batch import START
+from reroll.data.synthetic import Copy
+from reroll.errors import RunError, UsageError
+from reroll.optim import Schedule
+from reroll.train import build, checkpoint, journal, loop
+from reroll.train.config import resolve
+from reroll.train.evaluate import evaluate
+from reroll.train.load import load
+from reroll.train.loop import train
+from reroll.train.run import read_config, read_json, read_metrics
+from reroll.train.session import open_session
+from tests.runs import Interrupt, differences, left, small, write_text
+
+pytestmark = pytest.mark.usefixtures("quick_steps")
+
+GRADIENTS = ["probes", "backprop"]
+
+
+def rows_of(path):
+    return list(read_metrics(path))
+
+
+# ---- what a row says
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+def test_rows_add_up(tmp_path, method):
+    train(small(gradient={"method": method}), tmp_path)
+    rows = rows_of(tmp_path)
+    task = build.build_task(read_config(tmp_path).task, 7)
+    fast = slow = rows[0]["loss"]
+    passes, tokens, seconds = 2 * 5 if method == "probes" else 1, 0, 0.0
+    for step, row in enumerate(rows):
+        fast, slow = 0.9 * fast + 0.1 * row["loss"], 0.99 * slow + 0.01 * row["loss"]
+        tokens, seconds = tokens + task.batch(step).inputs.numel(), seconds + row["seconds"]
+        expected = {
+            "step": step, "loss_fast": fast, "loss_slow": slow, "tokens": tokens, "forward_passes": passes * (step + 1),
+            "total_seconds": seconds, "length": 3, "lr": 0.1,
+        }  # fmt: skip
+        assert {name: row[name] for name in expected} == pytest.approx(expected)
+        assert row["peak_bytes"] > 10**7
+        assert ("valid_loss" in row) == (step in (2, 5, 8))
+        assert row.get("drift", 0) == row.get("lost_probes", 0) == 0
+        assert row["epsilon"] == (0.02 if method == "probes" else None)
+
+
+def test_the_loss_and_the_norm_are_those_of_the_gradient(tmp_path):
+    """With backprop both can be computed beside the run, from the weights a step began with."""
+    config = small(gradient={"method": "backprop"}, run={"checkpoint_every": 1, "keep": 20})
+    train(config, tmp_path)
+    rows, task = rows_of(tmp_path), build.build_task(config.task, 7)
+    for saved in map(checkpoint.read, checkpoint.all_of(tmp_path / "checkpoints")[:-1]):
+        model = build.build_model(read_config(tmp_path).model, build.Sizes.of(task), 0)
+        checkpoint.put_weights(model, saved.weights, "it")
+        loss = task.loss(model, task.batch(saved.step)).mean()
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+        row = rows[saved.step]
+        assert (row["loss"], row["gradient_norm"]) == pytest.approx((loss.item(), norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_rates_follow_the_schedule_and_epsilon_follows_the_rate(tmp_path, schedule):
+    optim = {"schedule": schedule, "warmup": 2, "lr": 0.01}
+    gradient = {"epsilon": None, "epsilon_ratio": 3.0, "epsilon_min": 0.02}
+    train(small(optim=optim, gradient=gradient), tmp_path)
+    expected = [0.01 * Schedule(9, schedule, warmup=2)(step) for step in range(9)]
+    assert [row["lr"] for row in rows_of(tmp_path)] == pytest.approx(expected)
+    assert [row["epsilon"] for row in rows_of(tmp_path)] == pytest.approx([max(3 * lr, 0.02) for lr in expected])
+    assert [r.lr for r in journal.read(tmp_path / "journal").records] == pytest.approx(expected)
+
+
+def test_what_is_told_is_what_is_written(tmp_path):
+    report = Interrupt()
+    summary = train(small(), tmp_path, report=report)
+    assert report.rows == rows_of(tmp_path)
+    status = read_json(tmp_path / "status.json")
+    assert {name: status[name] for name in summary} == summary
+    assert {k: summary[k] for k in report.rows[-1] if k != "step"} == {
+        k: v for k, v in report.rows[-1].items() if k != "step"
+    }
+    log = (tmp_path / "log.txt").read_text()
+    assert all(note in log for note in report.notes)
+
+
+@pytest.mark.parametrize("average", [None, 0.8])
+def test_scores_are_of_the_weights_that_are_loaded(tmp_path, average):
+    """The average where there is one; the weights that train on are left alone by it."""
+    train(small(optim={"average": average}), tmp_path / "run")
+    task = build.build_task(small().task, 7)
+    model = load(tmp_path / "run")
+    found = evaluate(model, task, "valid")
+    last = rows_of(tmp_path / "run")[-1]
+    assert {name: last[f"valid_{name}"] for name in found} == found
+    saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    same = checkpoint.checksum(checkpoint.weights_of(model)) == checkpoint.checksum(saved.weights)
+    assert same == (average is None)
+    train(small(), tmp_path / "plain")
+    assert checkpoint.checksum(saved.weights) == left(tmp_path / "plain")["weights"]
+
+
+def test_every_setting_reaches_the_optimizer():
+    model = build.build_model(resolve(small()).model, build.Sizes(9, None, 9, "every"), 0)
+    optim = {"momentum": 0.7, "betas": (0.6, 0.5), "weight_decay": 0.3}
+    sgd, adamw, muon = (
+        build.build_optim(small(optim={"optimizer": name, **optim}), model, 0.2) for name in ("sgd", "adamw", "muon")
+    )
+    assert [(g["lr"], g["momentum"], g["reroll_weight_decay"]) for g in sgd.param_groups] == [
+        (0.2, 0.7, 0.3), (0.2, 0.7, 0.0),
+    ]  # fmt: skip
+    assert [(g["lr"], g["betas"], g["weight_decay"]) for g in adamw.param_groups] == [
+        (0.2, (0.6, 0.5), 0.3), (0.2, (0.6, 0.5), 0.0),
+    ]  # fmt: skip
+    assert [(g["lr"], g.get("momentum"), g.get("betas"), g["weight_decay"]) for g in muon.param_groups] == [
+        (0.2, 0.7, None, 0.3), (0.2, None, (0.6, 0.5), 0.3), (0.2, None, (0.6, 0.5), 0.0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("episode", [None, 4])
+def test_a_carried_state_ends_with_its_episode(tmp_path, episode):
+    task = {"name": "text", "path": str(write_text(tmp_path / "t.txt")), "length": 5, "carry": True}
+    session, _ = open_session(resolve(small(task=task, gradient={"episode": episode})), tmp_path / "run")
+    session.progress.carried = carried = (torch.ones(1),)
+    for step in range(9):
+        begins = episode is not None and step % episode == 0
+        assert session.batch(step).state is (START if begins else carried)
+
+
+# ---- what ends a run
+
+
+def ended(path):
+    """The state and reason a run's folder tells, its steps, and that all of them are saved and recorded."""
+    status, config = read_json(path / "status.json"), read_config(path)
+    saved = checkpoint.newest(path / "checkpoints")
+    assert saved.step == status["step"] == saved.state["progress"]["step"]
+    assert len([row for row in rows_of(path) if math.isfinite(row["loss"])]) == status["step"]
+    if config.gradient.method == "probes":
+        assert len(journal.read(path / "journal").records) == status["step"]
+    return status["state"], status["reason"], status["step"]
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+def test_all_steps_are_taken(tmp_path, method):
+    summary = train(small(gradient={"method": method}), tmp_path)
+    assert (summary["state"], summary["reason"], summary["step"]) == ended(tmp_path)
+    assert ended(tmp_path) == ("done", "all 9 steps are taken.", 9)
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+def test_a_target_ends_it_at_the_first_loss_below(tmp_path, method):
+    config = small(task={"overfit": True}, gradient={"method": method}, optim={"lr": 0.05})
+    train(config, tmp_path / "all")
+    losses = [row["loss"] for row in rows_of(tmp_path / "all")]
+    target = losses[6] + 1e-9
+    steps = next(step for step, loss in enumerate(losses) if loss < target) + 1
+    train(config.replace(run={"target_loss": target}), tmp_path / "run")
+    assert ended(tmp_path / "run") == ("done", f"the loss is below the target {target:g} after {steps} steps.", steps)
+    assert "valid_loss" in rows_of(tmp_path / "run")[-1]
+
+
+def test_time_ends_it(tmp_path, monkeypatch):
+    """By the seconds of training; here every step takes two."""
+    clock = types.SimpleNamespace(perf_counter=itertools.count(0, 2.0).__next__)
+    monkeypatch.setattr(loop, "time", clock)
+    train(small(run={"max_seconds": 7.0}), tmp_path)
+    assert ended(tmp_path) == ("done", "7 seconds are over, after 4 steps.", 4)
+    assert rows_of(tmp_path)[-1]["total_seconds"] == 8.0
+    assert "valid_loss" in rows_of(tmp_path)[-1]
+    train(small(run={"max_seconds": 11.0}), tmp_path, resume=True)
+    assert ended(tmp_path) == ("done", "11 seconds are over, after 6 steps.", 6)
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+def test_a_loss_many_times_the_first_is_divergence(tmp_path, method):
+    config = small(task={"overfit": True}, gradient={"method": method}, optim={"lr": 20.0}, run={"diverged": 1.5})
+    summary = train(config.replace(run={"steps": 200}), tmp_path)
+    state, reason, steps = ended(tmp_path)
+    rows = rows_of(tmp_path)
+    over = [row["loss_fast"] > 1.5 * rows[0]["loss"] for row in rows]
+    assert over == [False] * (steps - 1) + [True]
+    assert state == summary["state"] == "diverged"
+    assert f"the loss (average {rows[-1]['loss_fast']:.4g}) is more than 1.5 times the first" in reason
+    assert "Lower --lr" in reason
+    # It has ended, and asking for more steps does not change that.
+    for steps_asked in (200, 300):
+        report = Interrupt()
+        again = train(config.replace(run={"steps": steps_asked}), tmp_path, resume=True, report=report)
+        assert (again["state"], again["step"], report.rows) == ("diverged", steps, [])
+
+
+def poison(monkeypatch, step, value=math.nan, config=None):
+    """Make the loss of the batch of a step not finite; everything else stays as it is."""
+    bad = build.build_task((config or small()).task, 7).batch(step).inputs
+    loss = Copy.loss
+
+    def poisoned(self, model, batch):
+        hit = batch.inputs.shape == bad.shape and bool((batch.inputs == bad).all())
+        return loss(self, model, batch) * (value if hit else 1.0)
+
+    monkeypatch.setattr(Copy, "loss", poisoned)
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_at_the_start_names_what_to_change(tmp_path, monkeypatch, method, value):
+    poison(monkeypatch, 0, value)
+    with pytest.raises(RunError, match=r"The loss is not finite at step 0\. .*Lower --") as error:
+        train(small(gradient={"method": method}), tmp_path)
+    status = read_json(tmp_path / "status.json")
+    assert (status["state"], status["step"], status["reason"]) == ("failed", 0, str(error.value))
+    assert rows_of(tmp_path) == []
+    assert checkpoint.all_of(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_loss_that_is_not_finite_later_ends_it_with_everything_saved(tmp_path, monkeypatch, method, step):
+    config = small(gradient={"method": method})
+    train(config.replace(run={"steps": step}), tmp_path / "before")
+    with monkeypatch.context() as patch:
+        poison(patch, step)
+        summary = train(config, tmp_path / "run")
+        state, reason, steps = ended(tmp_path / "run")
+        assert (state, steps) == (summary["state"], summary["step"]) == ("diverged", step)
+        assert "Lower --" in reason
+        last = rows_of(tmp_path / "run")[-1]
+        assert (last["step"], last["reason"], math.isnan(last["loss"])) == (step, reason, True)
+        assert left(tmp_path / "run")["weights"] == left(tmp_path / "before")["weights"]
+        assert train(config, tmp_path / "run", resume=True)["state"] == "diverged"
+    # With the loss mended, and more steps asked for, it goes on where it was.
+    longer = config.replace(run={"steps": 10})
+    train(longer, tmp_path / "straight")
+    assert train(longer, tmp_path / "run", resume=True)["state"] == "done"
+    assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
+
+
+def test_weights_that_outgrow_epsilon_are_divergence_and_not_a_mistake(tmp_path):
+    config = small(optim={"lr": 1e7, "momentum": 0.0}, run={"diverged": 1e30})
+    assert train(config, tmp_path / "run")["state"] == "diverged"
+    state, reason, steps = ended(tmp_path / "run")
+    assert (state, steps > 0) == ("diverged", True)
+    assert "the weights have grown, or ε has shrunk: epsilon=0.02 is below two units" in reason
+    # From the start it is one.
+    with pytest.raises(UsageError, match="epsilon=1e-12 is below two units"):
+        train(small(gradient={"epsilon": 1e-12}), tmp_path / "other")
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), OSError(28, "No space left on device")], ids=lambda e: type(e).__name__
+)
+def test_a_failure_on_the_way_loses_nothing_that_was_saved(tmp_path, monkeypatch, method, error):
+    config = small(gradient={"method": method})
+    train(config, tmp_path / "straight")
+    bad, loss = build.build_task(config.task, 7).batch(5).inputs, Copy.loss
+
+    def failing(self, model, batch):
+        if torch.equal(batch.inputs, bad):
+            raise error
+        return loss(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Copy, "loss", failing)
+        with pytest.raises(type(error)):
+            train(config, tmp_path / "run")
+    status = read_json(tmp_path / "run" / "status.json")
+    assert (status["state"], status["step"], status["reason"]) == ("failed", 5, str(error))
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == 4
+    train(config, tmp_path / "run", resume=True)
+    assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
+
+
+# ---- the rest of the process
+
+
+def test_threads_and_handlers_of_signals_come_back(tmp_path):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    torch.set_num_threads(1)
+    seen = []
+
+    class Look(Interrupt):
+        def step(self, row, config):
+            seen.append(torch.get_num_threads())
+
+    train(small(gradient={"method": "backprop"}, run={"threads": 2}), tmp_path, report=Look())
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == 1
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_second_interrupt_is_let_through(tmp_path):
+    class Impatient(Interrupt):
+        def step(self, row, config):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(small(), tmp_path, report=Impatient())
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_it_trains_in_any_thread(tmp_path):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(small(), tmp_path / "thread")))
+    thread.start()
+    thread.join()
+    train(small(), tmp_path / "main")
+    assert found[0]["state"] == "done"
+    assert differences(left(tmp_path / "main"), left(tmp_path / "thread")) == []
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path):
+    before = torch.get_rng_state()
+    for method in GRADIENTS:
+        train(small(gradient={"method": method}), tmp_path / method)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_live_bar_survives_a_loss_that_is_not_finite():
+    config = resolve(small())
+    with Console(config) as console:
+        console.live = True
+        for step, loss in enumerate([3.0, math.nan, math.inf, 2.0]):
+            console.step({"step": step, "loss": loss}, config)
+    assert sparkline([3.0, math.nan, 2.0, math.inf, 1.0], width=3) == sparkline([3.0, 2.0, 1.0], width=3)

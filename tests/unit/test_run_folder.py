@@ -1,0 +1,339 @@
+"""The run folder: what it refuses, what it says of a run that is going on, and of one that is not."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from reroll.cli import main
+from reroll.errors import RunError, UsageError
+from reroll.train import run
+from reroll.train.loop import train
+from reroll.train.run import RunFolder, find_run, is_alive, new_folder, process_start, read_json, read_metrics
+from tests.runs import Abandoned, Interrupt, small
+
+pytestmark = pytest.mark.usefixtures("quick_steps")
+
+
+# ---- names and folders
+
+
+def test_a_run_is_found_by_its_path_and_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("here", "runs/there", "runs/here"):
+        Path(path).mkdir(parents=True)
+        Path(path, "config.toml").touch()
+    assert find_run("here") == Path("here")  # a path comes first
+    assert find_run("there") == Path("runs/there")
+    assert find_run(str(tmp_path / "runs" / "there")) == tmp_path / "runs" / "there"
+    Path("runs/empty").mkdir()
+    for name in ("nowhere", "empty", "runs"):
+        with pytest.raises(UsageError, match=f"RUN='{name}' is no run: neither {name} nor runs/{name} holds a config"):
+            find_run(name)
+
+
+def test_new_names_differ():
+    names = {new_folder("copy") for _ in range(20)}
+    assert len(names) == 20
+    assert all(re.fullmatch(r"runs/\d{4}-\d\d-\d\d-copy-[0-9a-f]{4}", name.as_posix()) for name in names)
+
+
+def test_a_used_folder_is_refused_and_an_empty_one_is_not(tmp_path):
+    RunFolder(tmp_path / "absent").refuse_used()
+    RunFolder(tmp_path).refuse_used()
+    (tmp_path / ".hidden").touch()
+    with pytest.raises(UsageError, match="is not empty. Add --resume"):
+        RunFolder(tmp_path).refuse_used()
+    with pytest.raises(UsageError, match="hidden is a file"):
+        RunFolder(tmp_path / ".hidden").refuse_used()
+
+
+def test_only_what_a_run_makes_first_is_unbegun(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert folder.is_unbegun()
+    folder.make()
+    assert folder.is_unbegun()
+    (folder.path / ".config.toml.77.tmp").touch()
+    assert folder.is_unbegun()
+    (folder.path / "notes.md").touch()
+    assert not folder.is_unbegun()
+    (folder.path / "notes.md").unlink()
+    (folder.checkpoints / "step-00000002").mkdir()
+    assert not folder.is_unbegun()
+    other = RunFolder(tmp_path / "other")
+    other.path.mkdir()
+    (other.path / "log.txt").write_text("somebody's")
+    assert not other.is_unbegun()
+    assert not RunFolder(other.path / "log.txt").is_unbegun()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        RunError, match="--run-dir .*/file/run cannot be written .Not a directory.; name another folder"
+    ):
+        RunFolder(tmp_path / "file" / "run").make()
+
+
+# ---- rows
+
+
+ROWS = [{"step": 0, "loss": 3.0}, {"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": float("nan")}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    for row in ROWS:
+        folder.record(row)
+    folder.close()
+    return folder
+
+
+def test_rows_come_back_as_they_were(folder):
+    assert str(list(read_metrics(folder.path))) == str(ROWS)
+    assert str(folder.last_row()) == str(ROWS[-1])
+    folder.record({"step": 3})
+    folder.close()
+    assert folder.last_row() == {"step": 3}
+
+
+def test_a_row_is_there_as_soon_as_it_is_recorded(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in range(3):
+        folder.record({"step": step})
+        assert folder.last_row() == {"step": step}
+    folder.close()
+
+
+def test_without_rows_there_is_no_last_one(tmp_path):
+    assert RunFolder(tmp_path).last_row() is None
+    assert list(read_metrics(tmp_path)) == []
+
+
+def test_a_torn_last_row_is_left_out_wherever_it_is_torn(folder):
+    file = folder.path / "metrics.jsonl"
+    whole = file.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for size in range(len(whole)):
+        file.write_bytes(whole[:size])
+        # Without its line end a row is whole all the same.
+        assert len(list(read_metrics(folder.path))) == sum(end - 1 <= size for end in ends)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 9])
+@pytest.mark.parametrize("torn", ["", '{"step": 3, "lo'])
+def test_cutting_keeps_the_first_rows_as_they_are(folder, steps, torn):
+    file = folder.path / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines) + torn)
+    folder.cut_metrics(steps)
+    assert file.read_text() == "".join(lines[:steps])
+
+
+def test_json_that_cannot_be_read_is_empty(tmp_path):
+    for content in (None, "", '{"state": "run', "[1]", "3"):
+        if content is not None:
+            (tmp_path / "status.json").write_text(content)
+        assert read_json(tmp_path / "status.json") == {}
+
+
+# ---- processes
+
+
+def status_of(pid, **more):
+    return {"state": "running", "pid": pid, "started": process_start(pid), "host": socket.gethostname(), **more}
+
+
+@pytest.fixture
+def living():
+    """Starts processes that live until the test ends."""
+    started = []
+
+    def start(code="import time; time.sleep(600)", *arguments):
+        started.append(subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_who_is_alive(living):
+    process = living()
+    status = status_of(process.pid)
+    assert is_alive(status)
+    assert is_alive(status_of(os.getpid()))
+    assert not is_alive(status | {"started": str(int(status["started"]) - 1)})  # its number was given to another
+    assert not is_alive(status | {"started": None})
+    assert not is_alive(status | {"host": "elsewhere"})
+    assert not is_alive(status | {"pid": None})
+    assert not is_alive({})
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert Path(f"/proc/{process.pid}").exists()
+    assert not is_alive(status)  # it has ended, and only its entry is left
+    process.wait()
+    assert not is_alive(status)
+
+
+def test_where_the_kernel_tells_nothing_the_number_has_to_do(living, monkeypatch):
+    process = living()
+    status = status_of(process.pid)
+    monkeypatch.setattr(run, "process_start", lambda pid: None)
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    assert is_alive(status)
+    process.kill()
+    process.wait()
+    assert not is_alive(status)
+
+
+# ---- every run under a folder
+
+
+def training(folder, pid, **more):
+    """A run whose status says that a process trains it."""
+    path = folder.path if isinstance(folder, RunFolder) else folder
+    (path / "status.json").write_text(json.dumps(status_of(pid, step=1, steps=9, **more)))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path, living):
+    """A folder of runs in every state, and the process of the one that is running."""
+    train(small(run={"steps": 3}), tmp_path / "done")
+    train(small(task={"overfit": True}, optim={"lr": 30.0}), tmp_path / "deep" / "diverged")
+    train(small(), tmp_path / "stopped", report=Interrupt(1))
+    process, gone = living(), living()
+    for name, pid in (("running", process.pid), ("dead", gone.pid)):
+        with pytest.raises(Abandoned):
+            train(small(), tmp_path / name, report=Interrupt(3, "abandoned"))
+        training(tmp_path / name, pid)
+    gone.kill()
+    gone.wait()
+    (tmp_path / "no run").mkdir()
+    (tmp_path / "no run" / "config.toml").touch()
+    return tmp_path, process
+
+
+def strictly(text):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_every_run_is_listed_with_its_state(runs, capsys):
+    folder, _ = runs
+    assert main(["runs", str(folder), "--json"]) == 0
+    rows = {row["name"]: row for row in strictly(capsys.readouterr().out)}
+    states = {name: (row["state"], row["step"], row["steps"]) for name, row in rows.items()}
+    diverged = len([row for row in read_metrics(folder / "deep" / "diverged") if row["loss"] == row["loss"]])
+    assert diverged < 9
+    assert states == {
+        "done": ("done", 3, 3), "deep/diverged": ("diverged", diverged, 9), "stopped": ("stopped", 3, 9),
+        "running": ("running", 4, 9), "dead": ("dead", 4, 9),
+    }  # fmt: skip
+    for name, row in rows.items():
+        kept = list(read_metrics(folder / name))
+        assert row["path"] == str(folder / name)
+        assert row["loss"] == kept[-1]["loss"]
+        assert row["best"] == min(r["loss"] for r in kept)
+        assert row["seconds"] == kept[-1]["total_seconds"]
+        assert row["peak_bytes"] == kept[-1]["peak_bytes"] > 0
+        scores = [r["valid_loss"] for r in kept if "valid_loss" in r]
+        assert row["valid_loss"] == (scores[-1] if scores else None)
+        per_step = sum(r["seconds"] for r in kept) / len(kept)
+        assert row["seconds_left"] == (pytest.approx(5 * per_step) if name == "running" else None)
+    assert main(["runs", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, (state, step, steps) in states.items():
+        assert any(line.split()[:3] == [name, state, f"{step}/{steps}"] for line in lines), name
+
+
+def test_a_folder_without_runs_and_none_at_all(tmp_path, capsys):
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    assert strictly(capsys.readouterr().out) == []
+    assert main(["runs", str(tmp_path / "absent")]) == 2
+    assert "absent does not exist" in capsys.readouterr().err
+
+
+SAVES_AND_ENDS = """
+import json, signal, sys, time
+from pathlib import Path
+
+def end(*_):
+    file = Path(sys.argv[1])
+    whole = file.with_name("new")
+    whole.write_text(json.dumps(json.loads(file.read_text()) | {"state": "stopped", "step": 5}))
+    whole.replace(file)
+    sys.exit(1)
+
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_stop_asks_the_process_that_is_recorded_and_no_other(tmp_path, living, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    processes = {}
+    for name in ("mine", "other"):
+        path = tmp_path / "runs" / name
+        path.mkdir(parents=True)
+        processes[name] = living(SAVES_AND_ENDS, path / "status.json")
+        processes[name].stdout.readline()
+        training(path, processes[name].pid)
+    assert main(["runs", "stop", "mine"]) == 0
+    assert capsys.readouterr().out == "runs/mine: stopped at step 5. Go on: reroll train --run-dir runs/mine --resume\n"
+    assert processes["mine"].wait() == 1
+    assert processes["other"].poll() is None
+    assert main(["runs", "stop", "mine"]) == 2
+    assert "runs/mine is not running on this machine (state stopped)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [{"started": "1"}, {"host": "elsewhere"}, {"state": "done"}], ids=str)
+def test_stop_leaves_alone_who_is_not_the_run(tmp_path, living, capsys, wrong):
+    process = living()
+    training(tmp_path, process.pid, **wrong)
+    assert main(["runs", "stop", str(tmp_path)]) == 2
+    assert "is not running on this machine" in capsys.readouterr().err
+    time.sleep(0.05)
+    assert process.poll() is None
+
+
+def test_stop_of_what_is_no_run(tmp_path, capsys):
+    assert main(["runs", "stop", str(tmp_path)]) == 2
+    assert "no status.json there" in capsys.readouterr().err
+
+
+def test_stop_says_when_it_takes_too_long(tmp_path, living, capsys):
+    process = living(
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
+    )
+    process.stdout.readline()
+    training(tmp_path, process.pid)
+    assert main(["runs", "stop", str(tmp_path), "--wait", "0.2"]) == 1
+    assert "has not ended after 0.2 seconds" in capsys.readouterr().err
+    assert process.poll() is None
+
+
+def test_a_run_in_this_process_can_be_stopped_by_its_name(tmp_path):
+    """What `runs stop` sends is what the loop listens to."""
+
+    class Stop(Interrupt):
+        def step(self, row, config):
+            status = read_json(tmp_path / "run" / "status.json")
+            assert (status["state"], is_alive(status)) == ("running", True)
+            if row["step"] == 2:
+                os.kill(status["pid"], signal.SIGTERM)
+
+    summary = train(small(), tmp_path / "run", report=Stop())
+    assert (summary["state"], summary["step"]) == ("stopped", 4)
+    assert read_json(tmp_path / "run" / "status.json")["state"] == "stopped"
