@@ -65,11 +65,11 @@ ALL = {
 
 @pytest.mark.parametrize("name", [*ALL, *MORE])
 @pytest.mark.parametrize("kind", [kind for kind in CELLS if kind is not DNC])
-@pytest.mark.parametrize("borders", [False, True])
-def test_values_and_gradients_are_those_of_the_loop(name, kind, borders):
+def test_values_and_gradients_are_those_of_the_loop(name, kind):
+    borders = (len(name) + len(kind.__name__)) % 2  # every rollout and every cell with and without
     rollout = tightened(ALL[name]) if name in ALL else MORE[name]
-    cell, inputs = contractive(kind), torch.randn(3, 61, 3, dtype=torch.float64)
-    reset = torch.rand(3, 61) < 0.06 if borders else None
+    cell, inputs = contractive(kind), torch.randn(3, 37, 3, dtype=torch.float64)
+    reset = torch.rand(3, 37) < 0.06 if borders else None
     agreement = verify_agreement(rollout, cell, inputs, reset=reset, tolerance=1e-9)
     assert agreement.ok, str(agreement)
     if getattr(getattr(rollout, "linearise", None), "kind", "") != "identity":

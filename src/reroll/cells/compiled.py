@@ -85,8 +85,15 @@ class Symbol:
     def expand_as(self, other: Any) -> Symbol:
         return self.expand(*other.shape)
 
+    def positive(self) -> Symbol:
+        """Return 1 where this is above zero, else 0."""
+        return _unary("step")(self)
+
     def __bool__(self) -> bool:
         raise Unwritable("a branch on a value")
+
+    __hash__ = object.__hash__
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = lambda self, other: self.__bool__()  # type: ignore
 
 
 _SHAPES = {
@@ -110,7 +117,8 @@ def _range(symbol: Symbol, index: Tensor) -> int:
     """Return the first of adjacent registers that hold these features, copied there if they are not adjacent."""
     flat = index.reshape(-1)
     first = int(flat[0])
-    if bool((flat == torch.arange(first, first + flat.numel())).all()):
+    adjacent = bool((flat == torch.arange(first, first + flat.numel())).all())
+    if adjacent and symbol.builder.writer(first) == symbol.builder.writer(first + flat.numel() - 1):
         return first
     return symbol.builder.gather(flat.tolist())
 
@@ -225,7 +233,7 @@ def _ones_like(x: Symbol) -> Symbol:
 RULES: dict[str, Callable[..., Any]] = {
     "add": _add, "sub": lambda a, b: _binary("sub", a, b), "mul": lambda a, b: _binary("mul", a, b),
     "div": lambda a, b: _binary("div", a, b), "square": lambda x: x * x, "sigmoid": _unary("sigmoid"),
-    "tanh": _unary("tanh"), "relu": _unary("relu"), "sign": _unary("step"), "addcmul": _addcmul, "linear": _linear,
+    "tanh": _unary("tanh"), "relu": _unary("relu"), "addcmul": _addcmul, "linear": _linear,
     "ones_like": _ones_like, "zeros_like": lambda x: x * 0.0, "cat": _cat, "pad": _pad, "contiguous": lambda x: x,
     "clone": lambda x: x, "expand_as": lambda x, like: x.expand(*like.shape),
 }  # fmt: skip
@@ -255,7 +263,7 @@ def compile_step(cell: Cell, layout: Layout, inputs: Tensor, structure: str | No
     first = builder.input(torch.empty(size, rows, device="meta"))
     value = Symbol(builder, torch.arange(first, first + size).view(1, size), rows)
     try:
-        state = Tracked(value, ()) if structure is None else Tracked.state(value)  # type: ignore[arg-type]
+        state = Tracked(value, (), moves=True) if structure is None else Tracked.state(value)  # type: ignore[arg-type]
         parts = layout.parts(cell.step(Tracked(inputs, ()), layout.unpack(state)))  # type: ignore[arg-type]
         outputs = [_output(builder, part) for part in parts]
         if structure is not None:

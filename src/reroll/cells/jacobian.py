@@ -41,7 +41,7 @@ def advance(cell: Cell, layout: Layout, u: Tensor | tracked.Tracked, state: Tens
     """Return what `step` returns, without a graph, feature-major where the step can be followed."""
     if cell not in _untrackable:
         try:
-            after = cell.step(_inputs(u), layout.unpack(tracked.Tracked(state, ())))  # type: ignore[arg-type]
+            after = cell.step(_inputs(u), layout.unpack(tracked.Tracked(state, (), moves=True)))  # type: ignore[arg-type]
             return _joined(layout.parts(after))
         except MISSES as error:
             _give_up(cell, error)
@@ -118,6 +118,8 @@ MISSES = (tracked.Untrackable, AttributeError, TypeError, NotImplementedError, R
 
 
 def _give_up(cell: Cell, error: Exception) -> None:
+    if "out of memory" in str(error) or "allocate" in str(error):
+        raise error
     _untrackable[cell] = str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

@@ -29,7 +29,16 @@ from reroll.grad.base import Estimate, LossFn, Seeded, trainable
 from reroll.grad.evaluate.batched import Batched
 from reroll.grad.evaluate.in_place import InPlace, snap_to_grid
 from reroll.grad.evaluate.plan import Plan, make_plan
-from reroll.grad.evaluate.probing import Evaluator, Probing, Result, Unit, batch_rows, batch_size, split_result
+from reroll.grad.evaluate.probing import (
+    Evaluator,
+    Probing,
+    Result,
+    Unit,
+    batch_rows,
+    batch_size,
+    split_result,
+    with_state,
+)
 from reroll.grad.evaluate.replicas import Replicas
 from reroll.grad.evaluate.tiles import Tiles
 from reroll.grad.evaluate.warm import TOO_LOOSE, WarmStarts, iterates
@@ -163,7 +172,9 @@ class CentralDifference:
         )  # fmt: skip
         units = self._units(batch, plan)
         if warm is not None and model is not None:
-            warm.prepare(model, [unit.batch for unit in units])
+            with probing.isolated() as rewind:
+                rewind()
+                warm.prepare(model, [with_state(unit.batch, unit.states and unit.states[0]) for unit in units])
         before = bit_sums(parameters)
         with _evaluator(plan, probing, self.restore) as evaluator:
             results = _run(evaluator, units, plan)

@@ -28,7 +28,7 @@ class Trajectory(NamedTuple):
         final: the state after the last step.
         outcome: how the evaluation ended.
         iterations: passes over the sequence, [batch] int64.
-        residual: largest violation of the recurrence, [batch].
+        residual: largest violation of the recurrence that the method itself left, before any fallback, [batch].
         converged: True where the method itself reached its tolerance, [batch]; False where a fallback was used.
         resets: entries that were not finite on the way and had to be replaced, [batch]; None if nothing iterates.
     """

@@ -26,7 +26,7 @@ class Iterate(NamedTuple):
         field: the recurrence.
         states, residual: [D, T, B].
         transition: the linearisation.
-        error: largest residual of each sequence, [B]; infinite where it is not a number.
+        error: largest residual of each feature and sequence, [D, B]; infinite where it is not a number.
     """
 
     field: Field
@@ -77,54 +77,55 @@ class Iterate(NamedTuple):
         return cls(field, states, residual, transition, largest(residual))
 
     def scale(self) -> Tensor:
-        """Return the largest state of each sequence, [B]."""
+        """Return the largest state of each feature and sequence, [D, B]."""
         return largest(self.states)
 
     def merit(self) -> Tensor:
         """Return Σ r², [B]."""
-        return self.residual.square().sum((0, 1)).nan_to_num(nan=torch.inf)
+        return self.residual.square().sum((0, 1)).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
-    def exact_steps(self, bound: Tensor) -> Tensor:
-        """Return how many leading steps satisfy the recurrence to a bound [B], [B]."""
-        return (self.residual.abs().amax(0) <= bound).long().cumprod(0).sum(0)
+    def exact_steps(self) -> Tensor:
+        """Return how many leading steps satisfy the recurrence to rounding, [B]."""
+        precision = 8 * torch.finfo(self.states.dtype).eps
+        # Against f and not s: where everything before is exact, f is the truth, and s may be anything.
+        exact = (
+            self.residual.abs() <= precision * (self.states + self.residual).abs() + torch.finfo(self.states.dtype).tiny
+        )
+        return exact.all(0).long().cumprod(0).sum(0)
 
-    def advance(
-        self, damping: Damping, trust: Tensor | None, guess: Tensor, tolerance: tuple[float, float], frozen: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def advance(self, damping: Damping, trust: Tensor | None, guess: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
         """Return the next trajectory; and per sequence how many numbers had to be replaced, [B].
 
         Args:
             damping: how corrections are computed.
             trust: factor on its variance, [B].
             guess: what takes the place of numbers that are not finite.
-            tolerance: atol and rtol of a residual, up to which a leading step is exact and stays as it is.
             frozen: sequences that stay, [B].
         """
         correction = damping.correct(self.transition, self.residual, trust)
-        states, resets = correction.add_(self.states).clamp_(-CLIP, CLIP), torch.zeros_like(frozen, dtype=torch.int64)
-        # A sum of finite numbers up to the clip is finite; one number that is not makes it not.
+        states, resets = correction.add_(self.states), torch.zeros_like(frozen, dtype=torch.int64)
+        # One number that is not finite makes the sum so; so may many large ones, which are clipped.
         if not bool(torch.isfinite(states.sum())):
-            states, resets = self._rescued(damping, trust, guess, tolerance)
+            states, resets = self._rescued(damping, trust, guess)
+        states.clamp_(-CLIP, CLIP)
         if bool(frozen.any()):
             states = torch.where(frozen, self.states, states)
         return states, resets
 
-    def _rescued(
-        self, damping: Damping, trust: Tensor | None, guess: Tensor, tolerance: tuple[float, float]
-    ) -> tuple[Tensor, Tensor]:
+    def _rescued(self, damping: Damping, trust: Tensor | None, guess: Tensor) -> tuple[Tensor, Tensor]:
         """The same with what cannot be computed cut out: such steps begin again at the guess, exact ones stay."""
-        bound = tolerance[0] + tolerance[1] * self.scale()
+        guess = guess.nan_to_num(0.0, 0.0, 0.0)
         kind, a = self.transition
         broken = ~torch.isfinite(self.residual).all(0)
-        if a is not None:
-            broken |= ~torch.isfinite(a).flatten(0, -3).all(0)
         residual = torch.where(broken, guess - self.states, self.residual).nan_to_num(0.0, 0.0, 0.0)
-        cut = Transition(kind, None if a is None else torch.where(broken, 0.0, a))
+        if a is not None:
+            a = torch.where(broken | ~torch.isfinite(a).flatten(0, -3).all(0), 0.0, a)
+        cut = Transition(kind, a)
         states = self.states + damping.correct(cut, residual, trust)
         bad = ~torch.isfinite(states) | broken
-        known = torch.arange(states.shape[1], device=states.device).unsqueeze(1) < self.exact_steps(bound)
+        known = torch.arange(states.shape[1], device=states.device).unsqueeze(1) < self.exact_steps()
         states = torch.where(bad, torch.where(known, self.states, guess), states)
-        return states.clamp_(-CLIP, CLIP), bad.sum((0, 1))
+        return states, bad.sum((0, 1))
 
     def merged(self, other: Iterate, which: Tensor) -> Iterate:
         """Return this with some sequences [B] taken from another."""
@@ -141,11 +142,13 @@ class Iterate(NamedTuple):
 
 
 def largest(field: Tensor) -> Tensor:
-    """Return the largest magnitude of each sequence, [B]; infinity where there are numbers that are not finite."""
-    by_step = field.abs().amax(0)  # [T, B]
-    time, batch = by_step.shape
+    """Return the largest magnitude of each feature and sequence, [D, B]; infinity where a number is not finite."""
+    size, time, batch = field.shape
     # torch reduces a short last axis number by number; in pieces of √T steps there is a long one.
     piece = math.isqrt(time)
     whole = time - time % piece
-    by_piece = by_step[:whole].view(-1, piece * batch).amax(0).view(piece, batch)
-    return torch.cat([by_piece, by_step[whole:]]).amax(0).nan_to_num(nan=torch.inf)
+    magnitudes = field.abs()
+    by_piece = magnitudes[:, :whole].reshape(size, -1, piece * batch).amax(1).view(size, piece, batch).amax(1)
+    if whole < time:
+        by_piece = torch.maximum(by_piece, magnitudes[:, whole:].amax(1))
+    return by_piece.nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -36,8 +36,10 @@ from reroll.rollout.problem import Field, Problem, make_problem, rows
 from reroll.rollout.purity import require_pure
 from reroll.rollout.watch import current
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Default `rtol` and `atol`."""
+JACOBIAN_BYTES = 1 << 33
+"""Most memory for whole Jacobians at a time."""
 ADVICE = (
     "Raise max_iterations, damp the iteration (elk, quasi_elk with a smaller variance), or use Sequential; "
     "reroll.predictability says which of them can work."
@@ -111,10 +113,10 @@ class Newton:
             RunError: with on_failure="raise", if a sequence does not converge.
         """
         problem = make_problem(cell, inputs, state, reset)
-        if inputs.shape[1] == 0:
+        if inputs.shape[0] == 0 or inputs.shape[1] == 0:
             return _empty(problem, inputs)
         require_pure(cell, problem)
-        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             outcome, found = self._solve(problem.field())
             states = found.states.permute(2, 1, 0).contiguous()
         if torch.is_grad_enabled():
@@ -159,13 +161,18 @@ class Newton:
 
     def _width(self, field: Field) -> int:
         size, time, batch = field.shape
-        if self.window == "auto":
-            if field.u.device.type != "cpu":
-                return time
+        if self.window == "auto" and field.u.device.type == "cpu":
             # On a CPU a window whose states fit the cache makes the scan and the tests as fast as the cells.
-            per_step = batch * size * (size if self.linearise.kind == "dense" else 1)
-            return max(64, WINDOW_FLOATS // per_step)
-        return self.window or time
+            width = max(64, WINDOW_FLOATS // (batch * size * (size if self.linearise.kind == "dense" else 1)))
+        else:
+            width = self.window if isinstance(self.window, int) else time
+        needed = batch * min(width, time) * size * size * field.u.element_size()
+        if self.linearise.kind == "dense" and needed > JACOBIAN_BYTES:
+            raise UsageError(
+                f"Whole Jacobians of {batch} sequences × {min(width, time)} steps × {size}² numbers are {needed:,} "
+                f"bytes (at most {JACOBIAN_BYTES:,}). Use quasi_deer(), or a shorter window (window={width // 8 or 1})."
+            )
+        return width
 
     def _guess(self, field: Field, warm: Tensor | None, begin: int, end: int) -> Tensor:
         size, steps, batch = field.shape
@@ -191,16 +198,16 @@ class Newton:
         """Iterate on one window until every sequence has converged, or the iterations are used up."""
         damping: Damping = self.damping or Undamped()
         batch, device = field.shape[2], guess.device
-        atol, rtol = tolerance = self._tolerances(guess.dtype)
+        atol, rtol = self._tolerances(guess.dtype)
         every = getattr(self.linearise, "every", 1)
         found = Iterate.at(field, guess, self.linearise)
         iterations, resets = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
-        converged = found.error == 0
+        converged = (found.error == 0).all(0)
         trust = torch.ones(batch, dtype=guess.dtype, device=device) if getattr(damping, "adaptive", False) else None
         for iteration in range(1, self._limit(field.shape[1]) + 1):
             if bool(converged.all()):
                 break
-            trial, replaced = found.advance(damping, trust, guess, tolerance, converged)
+            trial, replaced = found.advance(damping, trust, guess, converged)
             following = Iterate.at(field, trial, self.linearise, found.transition, iteration % every == 1 % every)
             iterations += ~converged
             resets += torch.where(converged, 0, replaced)
@@ -211,14 +218,17 @@ class Newton:
                 following = following.merged(found, worse)
             found = following
             converged = converged | near
-        return Solution(found.states, iterations, found.error, converged, resets)
+        return Solution(found.states, iterations, found.error.amax(0), converged, resets)
 
     def _near(self, before: Iterate, found: Iterate, damping: Damping, atol: float, rtol: float) -> Tensor:
         """Return which sequences have converged, [B]: by their residual and, if undamped, by their last correction."""
-        bound = atol + rtol * found.scale()
-        near = found.error <= bound
+        scale = found.scale()
+        bound = atol + rtol * scale
+        near = ((found.error <= bound) & torch.isfinite(scale)).all(0)
         if not damping.damped and bool(near.any()):
-            near &= largest(found.states - before.states) <= bound
+            # At rounding error there is nothing left to correct, however large the last correction was.
+            exact = found.error <= 16 * torch.finfo(scale.dtype).eps * scale
+            near &= ((largest(found.states - before.states) <= bound) | exact).all(0)
         return near
 
     def _limit(self, steps: int) -> int:
@@ -229,8 +239,11 @@ class Newton:
     def _tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         usual = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
         factor = 1.0 if (watch := current()) is None else watch.tolerance
+        floor = 8 * torch.finfo(dtype).eps
         atol, rtol = (usual if given is None else given for given in (self.atol, self.rtol))
-        return factor * atol, factor * rtol
+        if factor == 1.0:
+            return atol, rtol
+        return max(factor * atol, min(atol, floor)), max(factor * rtol, min(rtol, floor))
 
     def _say(self, found: Solution) -> None:
         """Raise or warn about sequences that have not converged, if that was asked for."""
@@ -249,9 +262,7 @@ def _stepped(field: Field, found: Solution) -> Solution:
     """Evaluate the sequences that have not converged step by step, from where they are still exact."""
     failed = (~found.converged).nonzero().squeeze(1)
     part, states = field.sequences(failed), found.states[..., failed]
-    precision = 1e-12 if states.dtype == torch.float64 else 1e-6
-    trajectory = Iterate.at(part, states, Zero())
-    exact = int(trajectory.exact_steps(precision * (1 + trajectory.scale().nan_to_num(0.0, 0.0, 0.0))).min())
+    exact = int(Iterate.at(part, states, Zero()).exact_steps().min())
     state = part.start if exact == 0 else states[:, exact - 1]
     for t in range(exact, states.shape[1]):
         state = part.one_step(t, state)
@@ -274,7 +285,7 @@ def _joined(windows: list[Solution]) -> Solution:
 
 def _empty(problem: Problem, inputs: Tensor) -> Trajectory:
     batch, device = inputs.shape[0], inputs.device
-    states = problem.start.new_zeros(batch, 0, problem.layout.size)
+    states = problem.start.new_zeros(batch, inputs.shape[1], problem.layout.size)
     return Trajectory(
         states=problem.layout.unpack(states), final=problem.layout.unpack(problem.start), outcome=Outcome.ok,
         iterations=torch.zeros(batch, dtype=torch.int64, device=device), residual=problem.start.new_zeros(batch),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reroll.cells import jacobian
 from reroll.cells.base import Cell, State
-from reroll.errors import require_positive
+from reroll.errors import UsageError, require_positive
 from reroll.rollout.base import Rollout, Trajectory
 from reroll.rollout.linearise import Dense, Diagonal
 from reroll.rollout.newton import Newton
@@ -135,8 +135,10 @@ def predictability(cell: Cell, inputs: Tensor, state: State | None = None) -> Pr
         >>> predictability(GRU(4, 4), torch.randn(1, 600, 4)).exponent < 0
         True
     """
+    if inputs.shape[1] == 0:
+        raise UsageError("inputs has no steps; give a typical batch.")
     growth, peak = _growth(cell, inputs, state, 3, 0)
-    exponent, overshoot = float(growth.max()), math.exp(min(float(peak.max()), 700.0))
+    exponent, overshoot = float(growth.max()), math.exp(min(float(peak.nan_to_num(0.0).max()), 700.0))
     time = inputs.shape[1]
     probed = min(time, PROBED)
     forgets = exponent * probed < -10  # what is left of a disturbance within the probed steps is below e⁻¹⁰

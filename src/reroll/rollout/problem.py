@@ -54,7 +54,7 @@ class Problem(NamedTuple):
         """Return the same without a graph, feature-major."""
 
         def turned(t: Tensor) -> Tensor:
-            return t.detach().permute(*range(t.dim() - 1, -1, -1)).contiguous()
+            return t.detach().permute(*range(t.dim() - 1, -1, -1)).clone(memory_format=torch.contiguous_format)
 
         fresh, reset = (None if t is None else turned(t) for t in (self.fresh, self.reset))
         u = turned(self.u)
@@ -91,7 +91,7 @@ class Field(NamedTuple):
         assert self.programs is not None
         size, time, batch = ahead.shape
         program = self.programs.whole if fresh else self.programs.step
-        out = torch.empty(program.outputs, time * batch)
+        out = torch.empty(program.outputs, time * batch, dtype=ahead.dtype)
         program.run(out, self.offset, ahead.flatten(1))
         following, rest = out[:size].view(size, time, batch), out[size:]
         if not len(rest):

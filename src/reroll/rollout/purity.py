@@ -11,7 +11,8 @@ from reroll.cells.base import Cell
 from reroll.cells.jacobian import step
 from reroll.errors import UsageError
 
-_known: weakref.WeakSet[Cell] = weakref.WeakSet()
+_known: weakref.WeakKeyDictionary[Cell, set[tuple[bool, ...]]] = weakref.WeakKeyDictionary()
+"""Cells that were tried, and in which modes (training or not): dropout acts in one of them."""
 
 
 @torch.no_grad()
@@ -21,7 +22,8 @@ def require_pure(cell: Cell, problem: Any) -> None:
     Raises:
         UsageError: naming the cell and what it does.
     """
-    if cell in _known:
+    mode = tuple(module.training for module in cell.modules())
+    if mode in _known.setdefault(cell, set()):
         return
     u, state = problem.u[:2, 0].detach().clone(), problem.start[:2].detach().clone()
     given_u, given_state = u.clone(), state.clone()
@@ -42,7 +44,7 @@ def require_pure(cell: Cell, problem: Any) -> None:
             f"{name}.step gives different results for the same arguments (dropout, or random numbers drawn inside). "
             "Give the noise as part of the inputs, or use rollout=Sequential()."
         )
-    _known.add(cell)
+    _known[cell].add(mode)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ feature) or one number.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,15 +47,21 @@ class Builder:
     inputs: list[Tensor] = field(default_factory=list)
     gathered: list[int] = field(default_factory=list)
     known: dict[int, Any] = field(default_factory=dict)
+    firsts: list[int] = field(default_factory=list)
     registers: int = 0
     numbers: int = 0
 
     def emit(self, name: str, features: int, a: int = 0, b: int = 0, c: int = 0) -> int:
         """Add an instruction and return its first result register."""
         first = self.registers
+        self.firsts.append(first)
         self.instructions.append((CODE[name], first, a, b, c, features))
         self.registers += features
         return first
+
+    def writer(self, register: int) -> int:
+        """Return which instruction writes a register: memory is given by the instruction."""
+        return bisect.bisect_right(self.firsts, register) - 1
 
     def gather(self, registers: list[int]) -> int:
         """Copy registers to adjacent ones and return the first."""
