@@ -1,5 +1,6 @@
 """Central differences: the theory they obey, and the ways of computing them that must agree."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from reroll.grad import Backprop, CentralDifference, Seeded
 from reroll.grad.base import trainable
 from reroll.grad.evaluate.in_place import InPlace, snap_to_grid
 from reroll.grad.evaluate.probing import Probing, Unit
-from reroll.grad.evaluate.tiles import Tiles
+from reroll.grad.evaluate.tiles import Perturbed, Tiles
 from reroll.grad.probes import coefficients, expected_relative_error
 from reroll.kernels import dispatch
 from reroll.kernels.noise_axpy import Stream, noise, noise_axpy
@@ -127,6 +128,33 @@ def test_weights_in_pieces_are_the_weights(name, budget):
             expected = evaluator.losses(unit).losses
         with Tiles(probing, budget) as evaluator:
             torch.testing.assert_close(evaluator.losses(unit).losses, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name, budget", [("wide", 20_000), ("wide", 60_000), ("lstm-heads", 20_000), ("lstm-heads", 76_000)]
+)
+def test_what_is_held_of_many_layers_is_within_the_budget(name, budget):
+    """Layers are cut, or one is kept and the others are cut; heads are cut, or one group comes after the other."""
+    layers = [layer for _ in range(9) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    model = nn.Sequential(*layers) if name == "wide" else build(name)
+    batch = torch.randn(3, 64) if name == "wide" else a_batch()
+    loss_fn = (lambda m, x: m(x).square().mean()) if name == "wide" else sequence_losses
+    assert sum(p.numel() * 4 for p in model.parameters()) > budget
+    probing = Probing(trainable(model), loss_fn, KEY, 0.05, model=model)
+    evaluator, held = Tiles(probing, budget), []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        fill = Perturbed._fill
+
+        def noting(self, *args):
+            made = fill(self, *args)
+            held.append(self.scratch.bytes())
+            return made
+
+        patch.setattr(Perturbed, "_fill", noting)
+        losses = evaluator.losses(Unit(range(3), batch)).losses
+    assert budget // 4 < max(held) <= budget
+    with torch.no_grad(), InPlace(probing) as other:
+        torch.testing.assert_close(losses, other.losses(Unit(range(3), batch)).losses, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -264,6 +292,44 @@ def test_one_sided_differences(evaluate):
     for k, c in enumerate(estimate.gradient.coefficients.tolist()):
         slope = sum((g[n] * noise(KEY, p.shape, k, n)).sum().item() for n, p in trainable(model).items())
         assert c == pytest.approx(slope / 4, rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("evaluate", ["tiles", "batched"])
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_the_unperturbed_loss_is_that_of_the_dtype_and_the_parts_of_branches(evaluate, micro_batch):
+    model, seen = nn.Linear(40, 30, bias=False), []
+    x = torch.randn(7, 40).bfloat16()
+
+    def loss_fn(m, b):
+        y = m(b)
+        seen.append((len(b), y.dtype))
+        return y.double().square().mean(1)
+
+    options = dict(evaluate=evaluate, micro_batch=micro_batch, dtype=torch.bfloat16, difference="one_sided", workers=1)
+    estimate = CentralDifference(2, 0.1, **options)(model, loss_fn, x, KEY)
+    rows = [7] if micro_batch is None else [3, 3, 1]
+    assert seen[-len(rows) :] == [(count, torch.bfloat16) for count in rows]
+    assert estimate.stats["forward_passes"] == 3 * len(rows)
+    with torch.no_grad():
+        low = loss_fn(copy.deepcopy(model).bfloat16(), x).mean().item()
+    assert estimate.loss.item() == pytest.approx(low, rel=1e-6)
+
+
+def test_the_unperturbed_model_is_evaluated_in_micro_batches():
+    model, batch, seen = build("gru", torch.float64), replace(a_batch(rows=7), state=START), []
+
+    def loss_fn(m, b):
+        losses, state = sequence_losses(m, b)
+        seen.append(len(losses))
+        return losses, state
+
+    options = dict(difference="one_sided", evaluate="in_place")
+    whole = CentralDifference(2, 0.1, **options)(model, loss_fn, batch, KEY)
+    seen.clear()
+    parts = CentralDifference(2, 0.1, micro_batch=3, **options)(model, loss_fn, batch, KEY)
+    assert seen == [3, 3, 3, 3, 1, 1, 3, 3, 1]
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.state, whole.state, rtol=1e-12, atol=1e-14)
 
 
 def test_non_differentiable_losses_work():
@@ -519,6 +585,18 @@ def test_a_forced_implementation_holds_in_the_workers():
         (dict(probes=4, epsilon=0.1, batch="shard"), 'batch="shard" must be shared or split'),
         (dict(probes=4, epsilon=0.1, shaping="softmax"), 'shaping="softmax" must be'),
         (dict(probes=4, epsilon=0.1, chunk=-1), "chunk=-1"),
+        (
+            dict(probes=4, epsilon=0.1, batch="split", difference="one_sided"),
+            'batch="split" and difference="one_sided" exclude each other',
+        ),
+        (
+            dict(probes=4, epsilon=0.1, per_branch_state=True, micro_batch=2),
+            "per_branch_state=True and micro_batch=2 exclude each other",
+        ),
+        (
+            dict(probes=4, epsilon=0.1, per_branch_state=True, difference="one_sided"),
+            'per_branch_state=True and difference="one_sided" exclude each other',
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

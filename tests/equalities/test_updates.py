@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reroll.data.batch import START
 from reroll.data.task import sequence_losses
@@ -41,6 +42,29 @@ def test_write_is_stream(name, optimizer):
     assert set(moved) == set(trainable(build(name)))
 
 
+@pytest.mark.parametrize("how", ["write", "stream", "fused", "dense"])
+def test_what_an_earlier_backward_left_is_no_part_of_a_step(how):
+    model, batch = build("lstm"), a_batch()
+    beside = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([*model.parameters(), beside], lr=0.1)
+    estimator = Backprop() if how == "dense" else CentralDifference(3, 0.02)
+    estimate = estimator(model, sequence_losses, batch, KEY)
+    beside.square().sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    apply(estimate.gradient, optimizer, "write" if how == "dense" else how)
+    assert torch.equal(beside, torch.ones(3))
+    assert beside.grad is None
+    assert all(p.grad is None and not torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("how", ["write", "stream"])
+def test_an_optimizer_that_evaluates_the_loss_itself_is_refused(how):
+    model = nn.Linear(3, 1)
+    estimate = CentralDifference(2, 0.02)(model, lambda m, x: m(x).square().mean(), torch.ones(2, 3), KEY)
+    with pytest.raises(UsageError, match="LBFGS evaluates the loss itself.*Use SGD or AdamW"):
+        apply(estimate.gradient, torch.optim.LBFGS(model.parameters()), how)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_fused_is_write(decay):
     options = dict(momentum=0.0, weight_decay=decay)
@@ -69,6 +93,40 @@ def test_every_optimizer_improves_with_either_estimator(optimizer):
             losses.append(estimate.loss.item())
             apply(estimate.gradient, opt)
         assert losses[-1] < 0.9 * losses[0], (optimizer, estimator, losses[0], losses[-1])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made; views do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not func.is_view:
+            self.bytes = max(self.bytes, made.numel() * made.element_size())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_norm_needs_little_memory(dtype):
+    model = nn.Linear(700, 900, dtype=dtype)
+    weight, bias = model.weight, model.bias
+    estimate = CentralDifference(2, 0.1)(model, lambda m, x: m(x).square().mean(), torch.ones(2, 700, dtype=dtype), KEY)
+    made = [estimate.gradient.tensor(name).double() for name in ("weight", "bias")]
+    expected = torch.cat([g.flatten() for g in made]).norm().item()
+    with Largest() as largest:
+        norm = estimate.gradient.norm()
+    assert norm == pytest.approx(expected, rel=1e-12)
+    assert 1 << 19 < largest.bytes <= 1 << 20
+    weight.grad, bias.grad = (g.to(dtype) for g in made)
+    with Largest() as largest:
+        norm = Dense({"weight": weight, "bias": bias}).norm()
+    assert norm == pytest.approx(
+        torch.cat([p.grad.double().flatten() for p in (weight, bias)]).norm().item(), rel=1e-12
+    )
+    assert largest.bytes <= 1 << 20
 
 
 def test_adamw_and_sgd_are_torchs():
@@ -295,6 +353,13 @@ def test_groups_may_have_their_own_epsilon_and_rate():
     assert b.item() == pytest.approx(0.5 * 2, abs=4 * 0.5 * 3 / 0.2 / 4000**0.5)
 
 
+def test_an_epsilon_of_a_group_that_its_weights_cannot_show_is_refused():
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = CDRGE([{"params": [a]}, {"params": [b], "epsilon": 1e-9}], lr=0.1, probes=2)
+    with pytest.raises(UsageError, match=r"epsilon=1e-09 is below two units in the last place of 1\.0"):
+        optimizer.step(lambda: (a * b).sum())
+
+
 def test_epsilon_follows_the_current_rate_down_to_its_floor():
     model = nn.Linear(2, 1)
     optimizer = CDRGE(model.parameters(), lr=0.1, probes=2, epsilon_min=1e-3)
@@ -320,6 +385,53 @@ def test_the_facade_resumes_from_its_state():
         for _ in range(2):
             o.step(lambda m=m: loss_fn(m))
     assert torch.equal(model.weight, other.weight)
+
+
+def test_the_facade_resumes_a_momentum_wider_than_the_weights():
+    model, x = nn.Linear(4, 3, dtype=torch.bfloat16), torch.randn(8, 4, dtype=torch.bfloat16)
+    optimizer = CDRGE(model.named_parameters(), lr=0.05, probes=5, momentum=0.9)
+    loss_fn = lambda m: m(x).float().square().mean()
+    for _ in range(3):
+        optimizer.step(lambda: loss_fn(model))
+    other = copy.deepcopy(model)
+    again = CDRGE(other.named_parameters(), lr=0.05, probes=5, momentum=0.9)
+    again.load_state_dict(optimizer.state_dict())
+    for p, q in zip(model.parameters(), other.parameters()):
+        saved, loaded = optimizer.state[p]["momentum_buffer"], again.state[q]["momentum_buffer"]
+        assert loaded.dtype == torch.float32
+        assert torch.equal(loaded, saved)
+        assert loaded.data_ptr() != saved.data_ptr()
+        assert not torch.equal(saved.bfloat16().float(), saved)
+    for m, o in ((model, optimizer), (other, again)):
+        for _ in range(3):
+            o.step(lambda m=m: loss_fn(m))
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert torch.equal(p, q)
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], again.state[q]["momentum_buffer"])
+
+
+def test_two_tensors_of_one_name_are_refused():
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    groups = [{"params": list(m.named_parameters()), "lr": 0.1} for m in (first, second)]
+    with pytest.raises(UsageError, match='Two parameters are named "weight"'):
+        CDRGE(groups, lr=0.1)
+    optimizer = CDRGE(first.named_parameters(), lr=0.1)
+    with pytest.raises(UsageError, match='Two parameters are named "weight"'):
+        optimizer.add_param_group({"params": list(second.named_parameters())})
+    assert len(optimizer.param_groups) == 1
+    renamed = [(f"second.{name}", p) for name, p in second.named_parameters()]
+    optimizer.add_param_group({"params": renamed})
+    before = second.weight.detach().clone()
+    optimizer.step(lambda: second(first.weight).square().mean())
+    assert not torch.equal(second.weight, before)
+
+
+def test_a_name_under_a_wrapper_is_the_name_of_another_tensor():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2))
+    model.module = nn.Linear(2, 2, bias=False)
+    with pytest.raises(UsageError, match='Two parameters are named "weight"'):
+        trainable(model)
 
 
 def test_the_facade_trains_what_torch_would_train_and_nothing_else():

@@ -102,6 +102,9 @@ def test_what_does_not_fit_is_named(tables, message):
         toml.overlay(Config(), tables, "file.toml")
 
 
+CARRIED = {"name": "text", "path": "somewhere", "carry": True}
+
+
 @pytest.mark.parametrize(
     "sections, message",
     [
@@ -115,6 +118,18 @@ def test_what_does_not_fit_is_named(tables, message):
         (dict(optim={"average": 1.0}), r"average=1.0 must lie in \[0, 1\)"),
         (dict(optim={"update": "fused"}, gradient={"method": "backprop"}), 'Use update="write"'),
         (dict(gradient={"episode": 3}), "set task.carry = true"),
+        (
+            dict(gradient={"share": "split", "difference": "one_sided"}),
+            "share=split and difference=one_sided exclude each other",
+        ),
+        (
+            dict(task=CARRIED, gradient={"episode": 3, "difference": "one_sided"}),
+            "episode=3 and difference=one_sided exclude each other",
+        ),
+        (
+            dict(task=CARRIED, gradient={"episode": 3, "micro_batch": 2}),
+            "episode=3 and micro_batch=2 exclude each other",
+        ),
         (dict(task={"carry": True}), "for the task text only"),
         (dict(task={"name": "text"}), "task text needs --path"),
         (dict(gradient={"evaluate": "in_place"}, run={"dtype": "bf16"}), "use evaluate=tiles"),

@@ -82,6 +82,25 @@ def test_rates_follow_the_schedule_and_epsilon_follows_the_rate(tmp_path, schedu
     assert [r.lr for r in journal.read(tmp_path / "journal").records] == pytest.approx(expected)
 
 
+def test_a_plateau_halves_a_fixed_epsilon_down_to_its_floor(tmp_path):
+    session, _ = open_session(resolve(small(gradient={"epsilon": 0.02, "epsilon_min": 0.004})), tmp_path / "run")
+    seen = []
+    for multiplier in (1.0, 0.5, 0.25, 0.125):
+        session.plateau.multiplier = multiplier
+        seen.append(session.epsilon(0.1))
+    assert seen == [0.02, 0.01, 0.005, 0.004]
+    session.config = session.config.replace(gradient={"epsilon": 0.001})
+    assert session.epsilon(0.1) == 0.001
+
+
+def test_a_plateau_halves_rate_and_epsilon_together(tmp_path):
+    train(small(optim={"plateau": 2, "lr": 1e-6}), tmp_path)
+    rows = rows_of(tmp_path)
+    multipliers = [row["lr"] / 1e-6 for row in rows]
+    assert min(multipliers) <= 0.25
+    assert [row["epsilon"] for row in rows] == pytest.approx([0.02 * m for m in multipliers])
+
+
 def test_what_is_told_is_what_is_written(tmp_path):
     report = Interrupt()
     summary = train(small(), tmp_path, report=report)
@@ -245,6 +264,16 @@ def test_a_loss_that_is_not_finite_later_ends_it_with_everything_saved(tmp_path,
     train(longer, tmp_path / "straight")
     assert train(longer, tmp_path / "run", resume=True)["state"] == "done"
     assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
+
+
+def test_a_step_that_is_lost_leaves_no_gradient(tmp_path):
+    session, _ = open_session(resolve(small(gradient={"method": "backprop"})), tmp_path / "run")
+    session.estimator = build.build_estimator(session.config, 1.0)
+    loss_fn = session.loss_fn
+    loop.take_step(session)
+    session.loss_fn = lambda model, batch: loss_fn(model, batch) * math.nan
+    assert math.isnan(loop.take_step(session)["loss"])
+    assert all(p.grad is None for p in session.model.parameters())
 
 
 def test_weights_that_outgrow_epsilon_are_divergence_and_not_a_mistake(tmp_path):

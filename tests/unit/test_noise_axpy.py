@@ -210,6 +210,15 @@ def test_bad_kind(kind, message):
         noise(KEY, (3,), 0, "w", kind=kind)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("bad", [-1, 11, 1 << 40])
+def test_rows_out_of_range_are_refused(implementation, bad):
+    p, out = random(11, 40), torch.zeros(3, 40)
+    with dispatch.use("noise_axpy", implementation), pytest.raises(IndexError, match=f"index {bad} is out of range"):
+        noise_axpy_rows(p, torch.tensor([0, bad, 10]), Stream(KEY, "w"), 0, 0.1, out=out)
+    assert not out.any()
+
+
 def test_bad_shapes():
     p, stream = random(4, 20), Stream(KEY, "w")
     with pytest.raises(UsageError, match="2 probes but 1 alphas"):

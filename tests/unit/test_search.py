@@ -238,5 +238,6 @@ def test_a_rate_that_leaves_what_is_finite_is_infinite(tmp_path):
     session = opened(tmp_path / "run", gradient={"method": "backprop"}, optim={"momentum": 0.0, "search_steps": 60})
     session.loss_fn = quadratic(1e3)
     assert search._trial(session, 1.0) == math.inf
+    assert all(p.grad is None for p in session.model.parameters())
     session.config = session.config.replace(gradient={"method": "probes", "epsilon": 0.01})
     assert search._trial(session, 1.0) == math.inf

@@ -95,7 +95,7 @@ class Backprop:
             result = loss_fn(model, batch)
             loss, state = _mean(result)
             (loss * share).backward()
-            return loss.detach().double().cpu() * share, map_state(state, torch.detach), 1
+            return loss.detach().cpu().double() * share, map_state(state, torch.detach), 1
         windows = self._windows(model, batch)
         fresh = batch.state is None or batch.state is START
         state = model.start(len(batch)) if fresh else batch.state
@@ -107,7 +107,7 @@ class Backprop:
             else:
                 loss, state = recompute(_window_loss, loss_fn, model, window, state, use_reentrant=False)
                 graph = loss if graph is None else graph + loss
-            total = total + loss.detach().double().cpu() * share
+            total = total + loss.detach().cpu().double() * share
         if graph is not None:
             (graph * share).backward()
         carried = map_state(state, torch.detach) if batch.state is not None else None

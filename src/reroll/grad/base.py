@@ -16,7 +16,7 @@ either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +32,9 @@ from reroll.outcome import Outcome
 LossFn = Callable[[Any, Any], Any]
 TILE_BYTES = 8 << 20
 """A perturbed copy or a piece of a gradient is at most this large, or 1 % of the weights if that is more."""
+
+NORM_BYTES = 1 << 20
+"""Sums of squares are made in pieces of at most this much: a norm needs no memory to speak of."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,7 @@ class Dense:
 
     def norm(self) -> float:
         """Return ‖g‖, over all parameters, summed in fp64."""
-        squares = [p.grad.double().square().sum().item() for p in self.parameters.values() if p.grad is not None]
-        return sum(squares) ** 0.5
+        return sum(square_sum(p.grad) for p in self.parameters.values() if p.grad is not None) ** 0.5
 
     def scaled(self, factor: float) -> Dense:
         """Multiply every `.grad` by a number, in place."""
@@ -129,14 +131,14 @@ class Seeded:
         return made
 
     def norm(self) -> float:
-        """Return ‖ĝ‖, over all tensors, in pieces of at most 8 MB; the sum is in fp64."""
+        """Return ‖ĝ‖, over all tensors, in pieces of at most 1 MB where rows allow; the sum is in fp64."""
         total = 0.0
         for name, p in self.parameters.items():
             wide = torch.promote_types(p.dtype, torch.float32)
-            for rows, first in row_blocks(p, TILE_BYTES):
+            for rows, first in row_blocks(p, NORM_BYTES * 4 // wide.itemsize):
                 piece = torch.zeros(rows.shape, dtype=wide, device=p.device)
                 self.add_to(piece, name, first_row=first)
-                total += piece.double().square_().sum().item()
+                total += square_sum(piece)
         return total**0.5
 
     def scaled(self, factor: float) -> Seeded:
@@ -146,6 +148,15 @@ class Seeded:
 
 
 Gradient = Dense | Seeded
+
+
+def square_sum(tensor: Tensor) -> float:
+    """Return Σ x² in fp64, of pieces of at most 1 MB; on the CPU where the device has no fp64."""
+    total = 0.0
+    for piece in tensor.detach().reshape(-1).split(NORM_BYTES // 8):
+        piece = piece.cpu() if piece.device.type == "mps" else piece
+        total += piece.double().square_().sum().item() if piece.dtype != torch.float64 else piece.square().sum().item()
+    return total
 
 
 def row_blocks(p: Tensor, limit_bytes: int) -> Iterator[tuple[Tensor, int]]:
@@ -171,9 +182,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     distributed model has the noise of the plain one.
 
     Raises:
-        UsageError: if there is none, if one is not of floating dtype, or if two names share a noise stream.
+        UsageError: if there is none, if one is not of floating dtype, or if two have one name or share a noise stream.
     """
-    named = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    pairs = [(canonical_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
+    check_names(name for name, _ in pairs)
+    named = dict(pairs)
     check_streams(named)
     return named
 
@@ -189,6 +202,17 @@ def canonical_name(name: str) -> str:
     while len(parts) > 1 and parts[0] == "module":
         parts.pop(0)
     return ".".join(parts)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise `UsageError` if two tensors have one canonical name: in a dict by name, one would go untrained unseen."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise UsageError(
+                f'Two parameters are named "{name}" (the prefixes of wrappers do not count); rename one of them.'
+            )
+        seen.add(name)
 
 
 def check_streams(named: Mapping[str, Tensor]) -> None:

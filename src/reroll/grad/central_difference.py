@@ -18,12 +18,13 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from reroll.data.batch import combine_states
 from reroll.errors import EpsilonTooSmall, UsageError, require_positive
 from reroll.grad.base import Estimate, LossFn, Seeded, trainable
 from reroll.grad.evaluate.batched import Batched
@@ -115,6 +116,18 @@ class CentralDifference:
             if getattr(self, name) not in known:
                 raise UsageError(f'{name}="{getattr(self, name)}" must be {" or ".join(known)}.')
         parse_kind(self.kind)
+        one_sided = self.difference == "one_sided"
+        pairs = [
+            (one_sided and self.batch == "split", 'batch="split" and difference="one_sided"',
+             "a probe's loss is of its own sequences, the unperturbed one of all"),
+            (one_sided and self.per_branch_state, 'per_branch_state=True and difference="one_sided"',
+             "the unperturbed model has no state of its own among the branches"),
+            (self.per_branch_state and self.micro_batch, f"per_branch_state=True and micro_batch={self.micro_batch}",
+             "the states of branches are not cut by sequences"),
+        ]  # fmt: skip
+        for broken, pair, reason in pairs:
+            if broken:
+                raise UsageError(f"{pair} exclude each other: {reason}. Drop one of them.")
 
     @property
     def kind(self) -> str:
@@ -163,7 +176,7 @@ class CentralDifference:
             scales: a factor on ε per tensor.
         """
         plan = self.plan(model, parameters, batch)
-        epsilon = self._usable_epsilon(parameters, plan)
+        epsilon = self._usable_epsilon(parameters, plan, scales or {})
         warm = WarmStarts(loss_fn) if model is not None and iterates(model) else None
         probing = Probing(
             parameters=parameters, call=warm or loss_fn, key=key, epsilon=epsilon, noise=self.kind,
@@ -180,16 +193,16 @@ class CentralDifference:
             results = _run(evaluator, units, plan)
         after_probing = bit_sums(parameters)
         losses, states = self._gather(units, results)
-        clean = after = None
+        clean, after, passes = None, None, 0
         if self.difference == "one_sided" or (getattr(batch, "state", None) is not None and not self.per_branch_state):
-            clean, after = self._clean(probing, batch)
+            clean, after, passes = self._clean(probing, batch, plan)
         found = coefficients(losses, epsilon, self.shaping, clean if self.difference == "one_sided" else None)
         gradient = Seeded(
             key, found.values, self.kind, dict(parameters), _inverse(scales),
             torch.float64 if self.sums == "fp64" else None,
         )  # fmt: skip
         stats = {
-            "forward_passes": sum(len(unit.probes) * len(probing.sides) for unit in units) + (clean is not None),
+            "forward_passes": sum(len(unit.probes) * len(probing.sides) for unit in units) + passes,
             "drift": sum(before[name] != after_probing[name] for name in before),
             "lost_probes": found.lost, "spread": found.spread, "probe_snr": found.snr, "epsilon": epsilon,
             "evaluate": plan.evaluate, "chunk": plan.chunk, "threads": plan.threads, "workers": plan.workers,
@@ -204,15 +217,16 @@ class CentralDifference:
             outcome = Outcome.all_probes_lost
         return Estimate(found.loss, gradient, outcome, stats, states if self.per_branch_state else after)
 
-    def _usable_epsilon(self, parameters: Mapping[str, Tensor], plan: Plan) -> float:
+    def _usable_epsilon(self, parameters: Mapping[str, Tensor], plan: Plan, scales: Mapping[str, float]) -> float:
         """Return ε, on the grid if weights are restored by one; raise if it is too small for the precision."""
         for name, p in parameters.items():
             typical = float(torch.linalg.vector_norm(p)) / max(p.numel(), 1) ** 0.5
             # Two units in the last place of a weight of typical size: below, rounding decides where a probe goes.
             smallest = torch.finfo(self.dtype or p.dtype).eps * 2.0 ** math.frexp(typical)[1]
-            if self.epsilon < smallest:
+            own = self.epsilon * scales.get(name, 1.0)
+            if own < smallest:
                 raise EpsilonTooSmall(
-                    f"epsilon={self.epsilon:g} is below two units in the last place of {name} ({smallest:.2g} in "
+                    f"epsilon={own:g} is below two units in the last place of {name} ({smallest:.2g} in "
                     f"{str(self.dtype or p.dtype).removeprefix('torch.')}); raise it, or evaluate in a wider dtype."
                 )
         if plan.evaluate == "in_place" and self.restore == "grid":
@@ -255,19 +269,43 @@ class CentralDifference:
         for unit, result in zip(units, results):
             rows, probes = batch_size(unit.batch) or 1, slice(unit.probes.start, unit.probes.stop)
             # Losses travel as fp32, in unit order, however many workers or ranks computed them.
-            total[:, probes] += result.losses.to(dtype).double().cpu() * rows
+            total[:, probes] += result.losses.to(dtype).cpu().double() * rows
             weight[probes] += rows
             for index, state in enumerate(result.states):
                 side, i = divmod(index, len(unit.probes))
                 states[side * self.probes + unit.probes.start + i] = state
         return (total / weight).to(dtype), BranchStates(states)
 
-    def _clean(self, probing: Probing, batch: Any) -> tuple[Tensor, Any]:
-        """Evaluate the unperturbed model: its loss, and the state it carries on."""
-        with probing.isolated() as rewind:
-            rewind()
-            loss, state = split_result(probing.call(probing.model, batch), single=False)
-        return loss.cpu(), state
+    def _clean(self, probing: Probing, batch: Any, plan: Plan) -> tuple[Tensor, Any, int]:
+        """Evaluate the unperturbed model as branches are, in their dtype and micro-batches.
+
+        Returns:
+            Its loss, the state it carries on, and the number of evaluations.
+        """
+        size = batch_size(batch)
+        parts = [
+            batch if row is None or row == (0, size) else batch_rows(batch, *row)
+            for row in _pieces(0, size, self.micro_batch)
+        ]
+        if self.dtype is None:
+            # The weights themselves are what the branches are perturbed copies of.
+            with probing.isolated() as rewind:
+                found = []
+                for part in parts:
+                    rewind()
+                    found.append(split_result(probing.call(probing.model, part), single=False))
+        else:
+            # A branch of size zero is the model in another dtype.
+            still = replace(probing, epsilon=0.0, sides=(1,))
+            with _evaluator(plan, still, "copy") as evaluator:
+                results = _run(evaluator, [Unit(range(1), part) for part in parts], plan)
+            found = [(result.losses.flatten()[0], result.states[0]) for result in results]
+        if len(parts) == 1:
+            return found[0][0].cpu(), found[0][1], 1
+        rows = [batch_size(part) or 1 for part in parts]
+        total = sum(loss.cpu().double() * count for (loss, _), count in zip(found, rows)) / sum(rows)
+        assert isinstance(total, Tensor)
+        return total.to(found[0][0].dtype), combine_states([state for _, state in found], torch.cat), len(parts)
 
 
 class BranchStates(list[Any]):

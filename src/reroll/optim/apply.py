@@ -12,6 +12,7 @@ optimizer does with its own `weight_decay`: SGD's is coupled to the momentum, th
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ WAYS = ("write", "stream", "fused")
 
 @torch.no_grad()
 def apply(gradient: Gradient, optimizer: Any, how: str = "write") -> None:
-    """Take one step. Every `.grad` is None afterwards.
+    """Take one step, with this gradient alone: other tensors' `.grad` is dropped. Every `.grad` is None afterwards.
 
     Args:
         gradient: `Dense` or `Seeded`, as an estimator returns it.
@@ -48,6 +49,14 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write") -> None:
     rates = {id(group): _fused_rate(group, optimizer) for group in groups.values()} if how == "fused" else {}
     if how != "write" and isinstance(gradient, Dense):
         raise UsageError(f'how="{how}" is for gradients from probes; a dense one is in .grad already. Use how="write".')
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UsageError(
+            "LBFGS evaluates the loss itself, several times a step, and takes no gradient from outside. "
+            "Use SGD or AdamW here, or call LBFGS.step with a closure."
+        )
+    # What an earlier backward() left would be stepped on too: once with "write", once per tensor with "stream".
+    filled = {id(p) for p in gradient.parameters.values()} if isinstance(gradient, Dense) else set()
+    _forget(optimizer, filled)
     for group in optimizer.param_groups:
         _decay(group)
     if isinstance(gradient, Dense):
@@ -65,8 +74,15 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write") -> None:
         for name, p in gradient.parameters.items():
             lr, decay = rates[id(groups[name])]
             _fused_step(gradient, name, p, lr, decay)
-    for p in gradient.parameters.values():
-        p.grad = None
+    _forget(optimizer)
+
+
+def _forget(optimizer: Any, but: Container[int] = ()) -> None:
+    """Drop every `.grad`, except of tensors with these `id`s."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in but:
+                p.grad = None
 
 
 def _groups_of(gradient: Gradient, optimizer: Any) -> dict[str, dict[str, Any]]:

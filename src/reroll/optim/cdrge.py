@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reroll.errors import RunError, UsageError, require_positive
-from reroll.grad.base import Estimate, Seeded, canonical_name, check_streams
+from reroll.grad.base import Estimate, Seeded, canonical_name, check_names, check_streams
 from reroll.grad.central_difference import CentralDifference
 from reroll.keys import Key
 
@@ -82,8 +82,17 @@ class CDRGE(torch.optim.Optimizer):
         check_streams(self._named())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; see `torch.optim.Optimizer`. It may have its own lr, epsilon, momentum and weight_decay."""
+        """Add a group; see `torch.optim.Optimizer`. It may have its own lr, epsilon, momentum and weight_decay.
+
+        Raises:
+            UsageError: if a number is out of range, or a tensor has the name of another.
+        """
         super().add_param_group(param_group)
+        try:
+            check_names(name for name, _, _ in self._entries())
+        except UsageError:
+            self.param_groups.pop()
+            raise
         group = self.param_groups[-1]
         require_positive(epsilon=group["epsilon"])
         for name, low, high in (("lr", 0, math.inf), ("momentum", 0, 1), ("weight_decay", 0, math.inf)):
@@ -124,6 +133,18 @@ class CDRGE(torch.optim.Optimizer):
             group["step"] += 1
         self.last = estimate
         return estimate.loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned, the momentum in its own precision."""
+        super().load_state_dict(state_dict)
+        # torch casts a state to the dtype of its weight: what bf16 would lose is taken from what was saved.
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(indices, tensors):
+            saved = state_dict["state"].get(index, {}).get("momentum_buffer")
+            if saved is not None:
+                wide = torch.promote_types(p.dtype, torch.float32)
+                self.state[p]["momentum_buffer"] = saved.to(device=p.device, dtype=wide, copy=True)
 
     def _update(self, gradient: Seeded, name: str, p: Tensor, group: dict[str, Any]) -> None:
         lr, momentum = float(group["lr"]), group["momentum"]

@@ -65,7 +65,7 @@ class Schedule:
 
 @dataclass
 class Plateau:
-    """Multiply the learning rate (and ε tied to it) by `factor` when the loss stops improving.
+    """Multiply the learning rate and ε by `factor` when the loss stops improving.
 
     An average e ← α ℓ + (1 − α) e of the loss counts as improved when it is more than `threshold`, relatively, below
     the best; after `patience` steps without, `multiplier` falls and the count starts again.

@@ -74,7 +74,7 @@ class GradientConfig:
     probes: int = option(96, "directions per step: the cost grows with it, the error as 1/√N", flag="probes")
     epsilon: float | None = option(None, "size of a probe; none: tied to the learning rate", flag="epsilon")
     epsilon_ratio: float = option(1.0, "a tied ε is this times the current learning rate")
-    epsilon_min: float = option(1e-5, "floor of a tied ε")
+    epsilon_min: float = option(1e-5, "floor of a tied ε, and of what plateaus leave of a fixed one")
     noise: Literal["rademacher", "normal", "sparse"] = option("rademacher", "what a direction is made of", flag="noise")
     density: float | None = option(None, "share of non-zero coordinates of sparse noise: 1/2, 1/4 …")
     difference: Literal["central", "one_sided"] = option("central", "both signs of a probe, or one and the clean loss")
@@ -112,8 +112,8 @@ class OptimConfig:
     warmup: int = option(0, "steps of linear warm-up")
     warmdown: int | None = option(None, "steps of the final descent of the linear schedule; none: all")
     floor: float = option(0.0, "where the schedule ends, as a share of the learning rate")
-    plateau: int = option(0, "steps without improvement before the learning rate is halved; 0: never")
-    plateau_factor: float = option(0.5, "what the learning rate is multiplied by on a plateau")
+    plateau: int = option(0, "steps without improvement before learning rate and ε are halved; 0: never")
+    plateau_factor: float = option(0.5, "what learning rate and ε are multiplied by on a plateau")
     search_low: float = option(1e-5, "lr=auto: smallest rate tried")
     search_high: float = option(0.1, "lr=auto: largest rate tried")
     search_steps: int = option(10, "lr=auto: steps per rate")
@@ -241,6 +241,7 @@ def _check(config: Config) -> None:
         checkpoint_every=run.checkpoint_every, curriculum_start=task.curriculum_start,
         search_low=optim.search_low, search_high=optim.search_high, search_steps=optim.search_steps,
     )  # fmt: skip
+    probes, one_sided = gradient.method == "probes", gradient.difference == "one_sided"
     rules = [
         (model.cell == "lstm" and model.hidden % model.heads, f"hidden={model.hidden} is not divisible by "
          f"heads={model.heads}; choose a divisor of it."),
@@ -262,6 +263,13 @@ def _check(config: Config) -> None:
          f'momentum={optim.momentum} needs update="stream".'),
         (gradient.episode and not task.carry, f"episode={gradient.episode} keeps probes while text is carried on; "
          "set task.carry = true."),
+        (probes and one_sided and gradient.share == "split", "share=split and difference=one_sided exclude each other: "
+         "a probe's loss is of its own sequences, the unperturbed one of all. Drop one of them."),
+        (probes and one_sided and gradient.episode, f"episode={gradient.episode} and difference=one_sided exclude each "
+         "other: the unperturbed model has no state of its own among the branches. Drop one of them."),
+        (probes and gradient.episode and gradient.micro_batch, f"episode={gradient.episode} and "
+         f"micro_batch={gradient.micro_batch} exclude each other: the states of branches are not cut by sequences. "
+         "Drop one of them."),
         (task.carry and task.name != "text", "carry=true reads a text on and on; it is for the task text only."),
         (task.carry and task.curriculum_start, "carry=true and curriculum_start exclude each other: carried windows "
          "have one length."),

@@ -234,6 +234,8 @@ def _grow(session: Session) -> None:
 
 def _lost(session: Session, reason: str) -> dict[str, Any]:
     """There is no gradient: an error at the first step, the end of the run at a later one."""
+    for p in session.model.parameters():
+        p.grad = None
     if session.progress.step == 0:
         raise RunError(f"The loss is not finite at step 0. {reason}")
     return {"step": session.progress.step, "loss": math.nan, "reason": reason}

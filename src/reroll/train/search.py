@@ -106,5 +106,8 @@ def _trial(session: Session, lr: float) -> float:
             apply(gradient, optimizer, session.config.optim.update)
     finally:
         checkpoint.put_weights(session.model, before, "the snapshot before the trial")
+        # A trial that ends with a loss that is not finite has not stepped on the gradient.
+        for p in session.model.parameters():
+            p.grad = None
     late = losses[len(losses) // 2 :]
     return sum(late) / len(late)

@@ -102,9 +102,12 @@ class Session:
         return batch
 
     def epsilon(self, lr: float) -> float:
-        """Return ε: fixed, or tied to the current learning rate, with a floor."""
+        """Return ε: tied to the current learning rate, or fixed but for plateaus, with a floor."""
         gradient = self.config.gradient
-        return gradient.epsilon or max(lr * gradient.epsilon_ratio, gradient.epsilon_min)
+        if gradient.epsilon is None:
+            return max(lr * gradient.epsilon_ratio, gradient.epsilon_min)
+        # A fixed ε below the floor stays what it is.
+        return max(gradient.epsilon * self.plateau.multiplier, min(gradient.epsilon, gradient.epsilon_min))
 
     def save(self) -> Path:
         """Write a checkpoint of the present step, behind the record of all steps that led to it."""

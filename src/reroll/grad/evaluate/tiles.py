@@ -1,6 +1,7 @@
 """Evaluate probes with perturbed pieces of weights, made when a product needs them and forgotten after it.
 
-What is small is perturbed once per branch and kept while the branch runs. What does not fit the budget comes in pieces:
+What is small is perturbed once per branch and kept while the branch runs, in one half of the budget. What does not fit
+there comes in pieces, one after the other in the other half:
 
     linear        W in blocks of rows, one block of outputs each
     embedding     only the rows that are looked up
@@ -17,7 +18,7 @@ perturbed matrix is the piece of the perturbed matrix.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -51,7 +52,7 @@ class Tiles:
         """Return the losses of a unit; see `Result`."""
         losses, states = [], []
         if not hasattr(self.thread, "scratch"):
-            self.thread.scratch = {}
+            self.thread.scratch = Scratch()
         with self.probing.isolated() as rewind:
             for index, side, probe in self.probing.branches(unit):
                 rewind()
@@ -68,18 +69,49 @@ class Tiles:
         """Torch's kernels for whole sequences need whole weights: loop over steps where one does not fit."""
         largest = max(p.numel() * p.element_size() for p in self.probing.parameters.values())
         with ExitStack() as stack:
-            if largest > self.budget:
+            if largest > self.budget // 2:
                 for op in ("rnn", "gru"):
                     stack.enter_context(dispatch.use(op, "reference"))
             yield
 
 
+class Scratch:
+    """Memory of a thread, used again by its next branch: fresh pages would cost more than the noise."""
+
+    def __init__(self) -> None:
+        self.whole: dict[int, Tensor] = {}
+        """Of weights that are kept whole, by `id`."""
+        self.pieces: Tensor | None = None
+        """Of the pieces that are needed now, of whichever weight."""
+
+    def bytes(self) -> int:
+        """Return how much is held."""
+        held = [*self.whole.values(), *([] if self.pieces is None else [self.pieces])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def piece(self, first: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory for numbers `first` … `first + count` of the present pieces."""
+        out = self.pieces
+        if out is None or out.dtype != dtype or out.device != device or out.numel() < first + count:
+            out = self.pieces = torch.empty(first + count, dtype=dtype, device=device)
+        return out[first : first + count]
+
+    def keep(self, p: Tensor, dtype: torch.dtype, kept: Container[int], limit: int) -> Tensor:
+        """Return memory for a whole weight; that of weights this branch does not keep makes room for it."""
+        out = self.whole.get(id(p))
+        if out is None or out.dtype != dtype:
+            out = self.whole[id(p)] = torch.empty(p.numel(), dtype=dtype, device=p.device)
+            total = sum(tensor.numel() * tensor.element_size() for tensor in self.whole.values())
+            if total > limit:
+                self.whole = {i: tensor for i, tensor in self.whole.items() if i in kept or i == id(p)}
+        return out
+
+
 class Perturbed:
     """The weights of one branch, θ ± ε z_k, as a source of copies and pieces for `Substitute`."""
 
-    def __init__(self, probing: Probing, side: int, probe: int, budget: int, scratch: dict[int, Tensor]):
+    def __init__(self, probing: Probing, side: int, probe: int, budget: int, scratch: Scratch):
         self.probing, self.side, self.probe, self.budget = probing, side, probe, budget
-        # Memory by weight, used again by the next branch of this thread: fresh pages would cost more than the noise.
         self.scratch = scratch
         self.names: dict[int, str | None] = {id(p): name for name, p in probing.parameters.items()}
         if probing.dtype is not None and probing.model is not None:
@@ -97,7 +129,11 @@ class Perturbed:
         if id(p) in self.kept:
             return self.kept[id(p)]
         keep = self.fits(p)
-        made = self.rows(p, 0, layout(p.shape)[0], again=keep).view(p.shape)
+        if keep:
+            memory = self.scratch.keep(p, self.dtype(p), self.kept, self.budget // 2)
+        else:
+            memory = torch.empty(p.numel(), dtype=self.dtype(p), device=p.device)
+        made = self._fill(p, 0, layout(p.shape)[0], memory).view(p.shape)
         if keep:
             self.kept[id(p)] = made
             self.kept_bytes += self.bytes(p)
@@ -105,18 +141,18 @@ class Perturbed:
             self.whole = max(self.whole, self.bytes(p))
         return made
 
-    def rows(self, p: Tensor, begin: int, end: int, again: bool = True) -> Tensor:
+    def rows(self, p: Tensor, begin: int, end: int, first: int = 0) -> Tensor:
         """Return rows of the perturbed tensor, as the matrix it is in the noise stream.
 
-        With `again` their memory is used again by the next rows of this tensor, so they must have been used up by then.
+        The next rows, of any tensor, get the same memory, so these must have been used up by then; rows that are needed
+        beside others come after them in it, at number `first`.
         """
+        count = (end - begin) * layout(p.shape)[1]
+        return self._fill(p, begin, end, self.scratch.piece(first, count, self.dtype(p), p.device))
+
+    def _fill(self, p: Tensor, begin: int, end: int, memory: Tensor) -> Tensor:
         source = p.detach().reshape(layout(p.shape))[begin:end]
-        out = self.scratch.get(id(p)) if again else None
-        if out is None or out.dtype != self.dtype(p) or out.numel() < source.numel():
-            out = torch.empty(source.numel(), dtype=self.dtype(p), device=p.device)
-            if again:
-                self.scratch[id(p)] = out
-        out = out[: source.numel()].view(source.shape)
+        out = memory.view(source.shape)
         name = self.names[id(p)]
         if name is None:
             return out.copy_(source)
@@ -135,13 +171,13 @@ class Perturbed:
         return p.numel() * self.dtype(p).itemsize
 
     def fits(self, *tensors: Any) -> bool:
-        """Whether these weights can all be kept whole."""
+        """Whether these weights can all be kept whole, in their half of the budget."""
         missing = {id(p): self.bytes(p) for p in tensors if id(p) in self.ids and id(p) not in self.kept}
-        return self.kept_bytes + sum(missing.values()) <= self.budget
+        return self.kept_bytes + sum(missing.values()) <= self.budget // 2
 
     def room(self) -> int:
-        """Bytes a piece may have: what the kept tensors leave of the budget, but at least a quarter of it."""
-        return max(self.budget - self.kept_bytes, self.budget // 4)
+        """Bytes the pieces that are needed at once may have: half of the budget, the other is for what is kept."""
+        return self.budget // 2
 
     # ---- rules: functions computed piece by piece
 
@@ -191,15 +227,18 @@ class Perturbed:
         parts = []
         for n in range(0, heads, group):
             rows, lanes = slice(n * gates, (n + group) * gates), slice(n * width, (n + group) * width)
-            piece_ih, piece_hh = self._piece(weight_ih, rows), self._piece(weight_hh, rows)
+            # The larger end first: memory that grew for the second piece would be held twice.
+            first = group * gates * weight_ih.shape[1]
+            piece_hh = self._piece(weight_hh, rows, first)
+            piece_ih = self._piece(weight_ih, rows)
             parts.append(lstm_scan(inputs, piece_ih, piece_hh, bias[rows], h[:, lanes], c[:, lanes]))
         return tuple(torch.cat(tensors, -1) for tensors in zip(*parts))  # type: ignore[return-value]
 
-    def _piece(self, matrix: Tensor, rows: slice) -> Tensor:
+    def _piece(self, matrix: Tensor, rows: slice, first: int = 0) -> Tensor:
         """Rows of a matrix, perturbed if it is a weight; cut from a whole copy if it is one row of the noise stream."""
         if id(matrix) not in self.ids or layout(matrix.shape)[0] == 1:
             return self.value(matrix)[rows]
-        return self.rows(matrix, rows.start, min(rows.stop, len(matrix)))
+        return self.rows(matrix, rows.start, min(rows.stop, len(matrix)), first)
 
     def _lstm_by_steps(
         self, inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h: Tensor, c: Tensor

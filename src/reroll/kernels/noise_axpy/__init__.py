@@ -135,12 +135,17 @@ def noise_axpy_rows(p: Tensor, rows: Tensor, stream: Stream, probe: int, alpha: 
 
     Raises:
         UsageError: if p is no matrix, or too narrow, or out has another shape.
+        IndexError: if a row index is not in [0, R).
     """
     if p.dim() != 2 or p.shape[1] < NARROW:
         raise UsageError(f"noise_axpy_rows needs a matrix with at least {NARROW} columns; p has {tuple(p.shape)}.")
     if out.shape != (len(rows), p.shape[1]):
         raise UsageError(f"noise_axpy_rows: out has shape {tuple(out.shape)}; expected {(len(rows), p.shape[1])}.")
     if len(rows):
+        # The kernels read where an index points: one that is out of range would be somebody else's memory.
+        low, high = (int(index) for index in torch.aminmax(rows))
+        if low < 0 or high >= len(p):
+            raise IndexError(f"index {low if low < 0 else high} is out of range for a matrix of {len(p)} rows")
         factors = _factors([alpha], stream.kind, _sums(p))
         _implementation(p, out).axpy_rows(p.detach(), rows, out.detach(), stream, probe, factors)
 
