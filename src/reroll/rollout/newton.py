@@ -234,7 +234,9 @@ class Newton:
     def _limit(self, steps: int) -> int:
         if self.max_iterations is not None:
             return self.max_iterations
-        return min(steps + 1, 50 if self.linearise.kind == "dense" else 100)
+        most = 50 if self.linearise.kind == "dense" else 100
+        # Undamped methods are exact after as many iterations as there are steps; a filter never is.
+        return most if self.damping is not None else min(steps + 2, most)
 
     def _tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         usual = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
