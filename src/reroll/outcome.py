@@ -21,8 +21,17 @@ class Outcome(Enum):
         "Every probe gave a non-finite loss, so there is no gradient. "
         "Lower --epsilon (the probes leave the region where the loss is finite) or --lr (the weights have left it)."
     )
+    fell_back = (
+        "Some sequences did not converge; they were evaluated step by step from where they were still exact. "
+        "Raise max_iterations, damp the iteration (elk, quasi_elk with a smaller variance), or use Sequential: see "
+        "reroll.predictability for which of them can work."
+    )
+    solver_too_loose = (
+        "What the rollout's solver leaves over moves the loss nearly as much as a probe does, so the gradient is "
+        "mostly its error. Lower the rollout's tolerance (model.rollout_rtol), or raise --epsilon."
+    )
     not_finite = "The loss is not finite. Lower --lr, or clip the gradient with --clip."
 
     def __bool__(self) -> bool:
         """True when a usable result was computed."""
-        return self in (Outcome.ok, Outcome.some_probes_lost)
+        return self not in (Outcome.all_probes_lost, Outcome.not_finite)

@@ -15,7 +15,8 @@ from reroll.train import toml
 from reroll.train.config import SECTIONS, Config, fields_of, resolve
 
 FLAGS = {
-    "path", "length", "batch", "tokenizer", "overfit", "cell", "hidden", "heads", "layers", "gradient", "probes",
+    "path", "length", "batch", "tokenizer", "overfit", "cell", "rollout", "hidden", "heads", "layers", "gradient",
+    "probes",
     "epsilon", "noise", "evaluate", "optimizer", "lr", "momentum", "clip", "schedule", "steps", "seed", "device",
     "dtype", "threads", "max_seconds", "target_loss",
 }  # fmt: skip
@@ -91,7 +92,7 @@ def test_any_config_survives_its_file(config):
         ({"run": {"steps": 1.5}}, "run.steps=1.5 must be an integer"),
         ({"run": {"steps": True}}, "run.steps=True must be an integer"),
         ({"task": {"overfit": 1}}, "task.overfit=1 must be true or false"),
-        ({"model": {"cell": "lsmt"}}, "model.cell='lsmt' must be rnn, gru, lstm, dnc. Did you mean \"lstm\""),
+        ({"model": {"cell": "lsmt"}}, "model.cell='lsmt' must be rnn, .*para_lstm. Did you mean \"lstm\""),
         ({"format": 2}, "another version of reroll"),
         ({"recipe": 3}, "recipe=3 must be a text"),
     ],

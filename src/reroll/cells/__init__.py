@@ -1,12 +1,19 @@
-"""One step of a recurrence each: `RNN`, `GRU`, `LSTM` (with block-diagonal heads), `DNC`, and your own (`Cell`)."""
+"""One step of a recurrence each: recurrent cells of the literature, dynamical systems, and your own (`Cell`)."""
 
 from reroll.cells.base import Cell, FunctionCell, State, cell_from
 from reroll.cells.dnc import DNC, DNCState
+from reroll.cells.dynamics import ARGRU, ARState, Lorenz96, MeanField, TwoWell
 from reroll.cells.gru import GRU
+from reroll.cells.lem import LEM, LEMState
 from reroll.cells.lstm import LSTM, LSTMState
+from reroll.cells.minimal import MinGRU, MinRNN
+from reroll.cells.para import ParaGRU, ParaLSTM
 from reroll.cells.rnn import RNN
 
-__all__ = ["CELLS", "DNC", "GRU", "LSTM", "RNN", "Cell", "DNCState", "FunctionCell", "LSTMState", "State", "cell_from"]
+__all__ = [
+    "ARGRU", "CELLS", "DNC", "GRU", "LEM", "LSTM", "RNN", "ARState", "Cell", "DNCState", "FunctionCell", "LEMState",
+    "LSTMState", "Lorenz96", "MeanField", "MinGRU", "MinRNN", "ParaGRU", "ParaLSTM", "State", "TwoWell", "cell_from",
+]  # fmt: skip
 
-CELLS = (RNN, GRU, LSTM, DNC)
-"""Every cell. The tests run over this tuple, so a new entry inherits them."""
+CELLS = (RNN, GRU, LSTM, DNC, LEM, MinGRU, MinRNN, ParaGRU, ParaLSTM)
+"""Every cell that is built as cell(input_size, hidden_size). The tests run over this tuple."""

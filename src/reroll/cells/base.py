@@ -104,11 +104,12 @@ class FunctionCell(Cell):
         return self.function(u, state)
 
 
-def cell_from(step: Callable[..., Tensor], state_size: int, *, module: nn.Module | None = None) -> FunctionCell:
+def cell_from(step: Callable[..., Any], state_size: int, *, module: nn.Module | None = None) -> Cell:
     """Return a cell from a plain function.
 
     Args:
-        step: `step(input_t, state) → state`, on [rows, features] and [rows, state_size]; pure (see `Cell`).
+        step: `step(input_t, state) → state`, on [rows, features] and [rows, state_size]; pure (see `Cell`). Also
+            torch's `RNNCell`, `GRUCell` or `LSTMCell`, whose state is a pair.
         state_size: features of the state, which starts as zeros.
         module: the module whose parameters `step` uses, so that they are trained. A bound method brings its own.
 
@@ -123,7 +124,13 @@ def cell_from(step: Callable[..., Tensor], state_size: int, *, module: nn.Module
     if not callable(step):
         raise UsageError(f"step={step!r} must be a function step(input_t, state) → state.")
     require_positive(state_size=state_size)
-    owner = getattr(step, "__self__", None)
+    if isinstance(step, nn.RNNCell | nn.GRUCell | nn.LSTMCell):
+        from reroll.cells.wrapped import Wrapped
+
+        if step.hidden_size != state_size:
+            raise UsageError(f"state_size={state_size} does not fit {step}, whose hidden_size is {step.hidden_size}.")
+        return Wrapped(step)
+    owner = step if isinstance(step, nn.Module) else getattr(step, "__self__", None)
     if module is None and isinstance(owner, nn.Module):
         module = owner
     return FunctionCell(step, state_size, module)

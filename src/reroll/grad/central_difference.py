@@ -30,9 +30,19 @@ from reroll.grad.base import Estimate, LossFn, Seeded, trainable
 from reroll.grad.evaluate.batched import Batched
 from reroll.grad.evaluate.in_place import InPlace, snap_to_grid
 from reroll.grad.evaluate.plan import Plan, make_plan
-from reroll.grad.evaluate.probing import Evaluator, Probing, Result, Unit, batch_rows, batch_size, split_result
+from reroll.grad.evaluate.probing import (
+    Evaluator,
+    Probing,
+    Result,
+    Unit,
+    batch_rows,
+    batch_size,
+    split_result,
+    with_state,
+)
 from reroll.grad.evaluate.replicas import Replicas
 from reroll.grad.evaluate.tiles import Tiles
+from reroll.grad.evaluate.warm import TOO_LOOSE, WarmStarts, iterates
 from reroll.grad.probes import SHAPINGS, coefficients
 from reroll.kernels.noise_axpy import parse_kind
 from reroll.keys import Key
@@ -167,12 +177,17 @@ class CentralDifference:
         """
         plan = self.plan(model, parameters, batch)
         epsilon = self._usable_epsilon(parameters, plan, scales or {})
+        warm = WarmStarts(loss_fn) if model is not None and iterates(model) else None
         probing = Probing(
-            parameters=parameters, call=loss_fn, key=key, epsilon=epsilon, noise=self.kind,
+            parameters=parameters, call=warm or loss_fn, key=key, epsilon=epsilon, noise=self.kind,
             sides=(1, -1) if self.difference == "central" else (1,), dtype=self.dtype, scales=scales or {}, model=model,
             isolate=plan.isolate,
         )  # fmt: skip
         units = self._units(batch, plan)
+        if warm is not None and model is not None:
+            with probing.isolated() as rewind:
+                rewind()
+                warm.prepare(model, [with_state(unit.batch, unit.states and unit.states[0]) for unit in units])
         before = bit_sums(parameters)
         with _evaluator(plan, probing, self.restore) as evaluator:
             results = _run(evaluator, units, plan)
@@ -194,6 +209,10 @@ class CentralDifference:
             "reason": plan.reason, "extra_bytes": plan.extra_bytes(parameters, self.restore, self.dtype),
         }  # fmt: skip
         outcome = Outcome.ok if not found.lost else Outcome.some_probes_lost
+        if warm is not None:
+            stats["forward_passes"] += warm.passes
+            stats["solver_error"] = warm.error / max(found.spread, 1e-300)
+            outcome = Outcome.solver_too_loose if stats["solver_error"] > TOO_LOOSE else outcome
         if found.lost == self.probes:
             outcome = Outcome.all_probes_lost
         return Estimate(found.loss, gradient, outcome, stats, states if self.per_branch_state else after)

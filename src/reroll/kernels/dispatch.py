@@ -10,6 +10,8 @@ free memory, so the same call always runs the same code. What was taken last, an
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -79,6 +81,13 @@ def mapped() -> Iterator[None]:
 def is_mapped() -> bool:
     """Return whether this code runs inside `mapped`."""
     return _mapped.get()
+
+
+@functools.cache
+def triton_runs_on(device: str) -> bool:
+    """Return whether Triton kernels run there: on a GPU, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1)."""
+    interpreted = device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return (device == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None
 
 
 def library_runs(op: str, inputs: Tensor) -> bool:

@@ -86,6 +86,39 @@ def arrays() -> Config:
     )
 
 
+def parallel() -> Config:
+    """A GRU by backprop on long windows of text, evaluated for all steps at once by quasi-DEER: exact gradients."""
+    return Config(recipe="parallel").replace(
+        task={
+            "name": "text", "path": "stdlib:prose", "tokenizer": "char", "max_vocab": 100, "length": 512, "batch": 8,
+        },
+        model={"cell": "gru", "hidden": 32, "embed": 16, "rollout": "quasi_deer"},
+        gradient={"method": "backprop"},
+        optim={"optimizer": "adamw", "lr": 0.003, "clip": 1.0},
+        run={"steps": 300},
+    )  # fmt: skip
+
+
+def parallel_elk() -> Config:
+    """The same GRU by ELK: whole Jacobians, held back by a Kalman filter where a step would go too far."""
+    return parallel().replace(
+        recipe="parallel_elk",
+        task={"length": 256},
+        model={"hidden": 12, "rollout": "elk", "rollout_variance": 1e4},
+    )
+
+
+def parallel_probes() -> Config:
+    """A GRU by CD-RGE through quasi-DEER: every probe begins at the trajectory of the weights as they are."""
+    return parallel().replace(
+        recipe="parallel_probes",
+        task={"length": 128},
+        model={"hidden": 24, "rollout_rtol": 1e-6},
+        gradient={"method": "probes", "probes": 32, "epsilon": 0.02},
+        optim={"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "clip": None},
+    )
+
+
 def _generated(name: str, **task: int) -> Callable[[], Config]:
     def recipe() -> Config:
         return Config(recipe=name).replace(
@@ -102,6 +135,18 @@ def _generated(name: str, **task: int) -> Callable[[], Config]:
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
-    recipe.__name__: recipe for recipe in (demo, demo_backprop, smoke, memorise, text, ptb, arrays)
+    recipe.__name__: recipe
+    for recipe in (
+        demo,
+        demo_backprop,
+        smoke,
+        memorise,
+        text,
+        ptb,
+        arrays,
+        parallel,
+        parallel_elk,
+        parallel_probes,
+    )
 } | {name: _generated(name) for name in ("copy", "repeat_copy", "reverse", "sort", "add", "parity", "recall")}
 """Every recipe by name. The tests run over this table: each, shrunk, must improve."""

@@ -28,8 +28,9 @@ class Trajectory(NamedTuple):
         final: the state after the last step.
         outcome: how the evaluation ended.
         iterations: passes over the sequence, [batch] int64.
-        residual: largest violation of the recurrence, [batch].
+        residual: largest violation of the recurrence that the method itself left, before any fallback, [batch].
         converged: True where the method itself reached its tolerance, [batch]; False where a fallback was used.
+        resets: entries that were not finite on the way and had to be replaced, [batch]; None if nothing iterates.
     """
 
     states: State
@@ -38,6 +39,7 @@ class Trajectory(NamedTuple):
     iterations: Tensor
     residual: Tensor
     converged: Tensor
+    resets: Tensor | None = None
 
 
 class Rollout(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reroll.cells import DNC, GRU, LSTM, RNN, Cell
+from reroll.cells import DNC, GRU, LEM, LSTM, RNN, Cell, MinGRU, MinRNN, ParaGRU, ParaLSTM
 from reroll.data.arrays import READOUTS, Arrays
 from reroll.data.synthetic import SYNTHETIC
 from reroll.data.task import Task
@@ -21,6 +21,7 @@ from reroll.grad.base import Estimator, trainable
 from reroll.grad.evaluate.probing import seeded_generators
 from reroll.models import Recurrent
 from reroll.optim import Plateau, Schedule, build_optimizer
+from reroll.rollout import Rollout, Sequential, auto, deer, elk, jacobi, picard, quasi_deer, quasi_elk
 from reroll.train.config import Config, ModelConfig, TaskConfig
 
 TASKS = (*SYNTHETIC, "text", "arrays")
@@ -100,6 +101,7 @@ def build_model(config: ModelConfig, sizes: Sizes, seed: int) -> Recurrent:
             inputs=sizes.inputs,
             outputs=sizes.outputs,
             readout=sizes.readout,  # type: ignore[arg-type]
+            rollout=build_rollout(config),
         )
     model.window_floats = config.window_floats
     return model
@@ -110,7 +112,27 @@ def _cell(config: ModelConfig, size: int) -> Cell:
         return LSTM(size, config.hidden, config.heads)
     if config.cell == "dnc":
         return DNC(size, config.hidden, config.word_size, config.memory_size, config.heads)
-    return {"rnn": RNN, "gru": GRU}[config.cell](size, config.hidden)
+    kinds = {
+        "rnn": RNN, "gru": GRU, "lem": LEM, "min_gru": MinGRU, "min_rnn": MinRNN, "para_gru": ParaGRU,
+        "para_lstm": ParaLSTM,
+    }  # fmt: skip
+    return kinds[config.cell](size, config.hidden)
+
+
+def build_rollout(config: ModelConfig) -> Rollout:
+    """Return how the cells are evaluated along time."""
+    if config.rollout == "sequential":
+        return Sequential()
+    presets = {
+        "deer": deer, "quasi_deer": quasi_deer, "elk": elk, "quasi_elk": quasi_elk, "picard": picard, "jacobi": jacobi,
+        "auto": auto,
+    }  # fmt: skip
+    options: dict[str, Any] = {"max_iterations": config.rollout_iterations}
+    if config.rollout_rtol is not None:
+        options |= {"rtol": config.rollout_rtol, "atol": config.rollout_rtol}
+    if config.rollout_variance is not None:
+        options["variance"] = config.rollout_variance
+    return presets[config.rollout](**options)
 
 
 def build_estimator(config: Config, epsilon: float) -> Estimator:

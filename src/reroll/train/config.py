@@ -46,13 +46,21 @@ class TaskConfig:
 class ModelConfig:
     """What to train."""
 
-    cell: Literal["rnn", "gru", "lstm", "dnc"] = option("lstm", "the recurrent cell", flag="cell")
+    cell: Literal["rnn", "gru", "lstm", "dnc", "lem", "min_gru", "min_rnn", "para_gru", "para_lstm"] = option(
+        "lstm", "the recurrent cell", flag="cell"
+    )
     hidden: int = option(64, "features of the state; the cost grows with its square", flag="hidden")
     heads: int = option(1, "blocks of the recurrent matrix (lstm), read heads (dnc)", flag="heads")
     layers: int = option(1, "cells on top of one another", flag="layers")
     embed: int | None = option(None, "features of a symbol; none: half of hidden, at most 100")
     word_size: int = option(16, "numbers in a memory row (dnc)")
     memory_size: int = option(32, "memory rows (dnc); adds no parameters")
+    rollout: Literal["sequential", "deer", "quasi_deer", "elk", "quasi_elk", "picard", "jacobi", "auto"] = option(
+        "sequential", "how the recurrence is evaluated along time: step by step, or in parallel", flag="rollout"
+    )
+    rollout_variance: float | None = option(None, "σ² of elk and quasi_elk: smaller is more careful; none: usual")
+    rollout_rtol: float | None = option(None, "tolerance of a rollout in parallel; none: 1e-5 in fp32")
+    rollout_iterations: int | None = option(None, "most iterations of a rollout in parallel; none: 100, deer 50")
     window_floats: int = option(1 << 22, "numbers kept alive at once without a gradient; smaller: shorter windows")
 
 
@@ -224,7 +232,9 @@ def _check(config: Config) -> None:
     require_positive(
         length=task.length, batch=task.batch, hidden=model.hidden, heads=model.heads, layers=model.layers,
         embed=model.embed, word_size=model.word_size, memory_size=model.memory_size,
-        window_floats=model.window_floats, probes=gradient.probes, epsilon=gradient.epsilon,
+        window_floats=model.window_floats, rollout_variance=model.rollout_variance,
+        rollout_rtol=model.rollout_rtol, rollout_iterations=model.rollout_iterations, probes=gradient.probes,
+        epsilon=gradient.epsilon,
         epsilon_ratio=gradient.epsilon_ratio, epsilon_min=gradient.epsilon_min, episode=gradient.episode,
         lr=None if optim.lr == "auto" else optim.lr, clip=optim.clip, steps=run.steps, threads=run.threads,
         max_seconds=run.max_seconds, diverged=run.diverged, eval_every=run.eval_every, keep=run.keep,
@@ -235,8 +245,13 @@ def _check(config: Config) -> None:
     rules = [
         (model.cell == "lstm" and model.hidden % model.heads, f"hidden={model.hidden} is not divisible by "
          f"heads={model.heads}; choose a divisor of it."),
-        (model.cell in ("rnn", "gru") and model.heads > 1, f"heads={model.heads} is for cell=lstm and cell=dnc; "
+        (model.cell not in ("lstm", "dnc") and model.heads > 1, f"heads={model.heads} is for cell=lstm and cell=dnc; "
          f"cell={model.cell} has one. Drop it."),
+        (model.rollout_variance and model.rollout not in ("elk", "quasi_elk"), f"rollout_variance="
+         f"{model.rollout_variance} is for rollout=elk and rollout=quasi_elk; rollout is {model.rollout}."),
+        (model.rollout not in ("sequential", "auto") and gradient.evaluate in ("tiles", "batched") and
+         gradient.method == "probes", f"evaluate={gradient.evaluate} cannot follow rollout={model.rollout}, which "
+         "iterates until it has converged; use evaluate=in_place or auto."),
         (not 0 <= run.seed < 2**64, f"seed={run.seed} must lie in [0, 2**64)."),
         (optim.average is not None and not 0 <= optim.average < 1, f"average={optim.average} must lie in [0, 1)."),
         (optim.search_low >= optim.search_high, f"search_low={optim.search_low} must be below "

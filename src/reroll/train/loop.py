@@ -23,6 +23,7 @@ from reroll.errors import EpsilonTooSmall, RunError
 from reroll.grad.base import Gradient, Seeded, trainable
 from reroll.keys import Key
 from reroll.optim import apply, clip_norm
+from reroll.rollout.watch import watching
 from reroll.train import build
 from reroll.train.config import Config, resolve
 from reroll.train.evaluate import evaluate
@@ -31,7 +32,7 @@ from reroll.train.run import read_config, read_json
 from reroll.train.search import search_lr
 from reroll.train.session import Session, agree, open_session, start_record
 
-PROBING = ("spread", "probe_snr", "lost_probes", "drift")
+PROBING = ("spread", "probe_snr", "lost_probes", "drift", "solver_error")
 """What a row says of the probes; see `reroll.grad.probes.Coefficients`."""
 
 
@@ -167,7 +168,8 @@ def take_step(session: Session) -> dict[str, Any]:
     key = Key(config.run.seed).at(step - step % (config.gradient.episode or 1))
     batch = session.batch(step)
     try:
-        estimate = build.at_epsilon(session.estimator, epsilon)(session.model, session.loss_fn, batch, key)
+        with watching() as rollouts:
+            estimate = build.at_epsilon(session.estimator, epsilon)(session.model, session.loss_fn, batch, key)
     except EpsilonTooSmall as error:
         if step == 0:
             raise
@@ -193,6 +195,8 @@ def take_step(session: Session) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     progress.seconds += seconds
     probing = {name: value for name, value in estimate.stats.items() if name in PROBING}
+    if rollouts.calls:
+        probing |= {"rollout_iterations": rollouts.iterations, "rollout_fell_back": rollouts.fell_back}
     length = progress.length or config.task.length
     return {
         "step": step, "loss": loss, "loss_fast": progress.fast, "loss_slow": progress.slow, "lr": lr,

@@ -1,0 +1,212 @@
+"""The Kalman filter along time, which is how ELK damps a Newton iteration, and its smoother.
+
+    s_t = A_t s_{t−1} + b_t + noise of variance I        y_t = s_t + noise of variance σ²
+
+The mean of s_t given y_1 … y_t follows from the mean m and variance P of the step before:
+
+    predicted mean  p = A_t m + b_t         predicted variance  Q = A_t P A_tᵀ + I
+    P ← (Q⁻¹ + I/σ²)⁻¹                      m ← p + P (y_t − p)/σ²
+
+In parallel the same numbers come from composing one element per step (`operators.py`). There is no gradient: an
+iteration towards a fixed point needs none.
+
+Nothing here repairs numbers that are not finite. Where A or b holds such numbers, the states from there on are not
+finite either, and where products of A overflow a parallel scan may fail at other steps than the loop; a caller that
+goes on must replace them.
+
+References: Särkkä and García-Fernández, "Temporal parallelization of Bayesian smoothers", 2021; Gonzalez et al.,
+"Towards scalable and stable parallelization of nonlinear RNNs", 2024 (ELK).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.kernels import dispatch
+from reroll.kernels.linear_scan.operators import DENSE, DENSE_KALMAN, DIAGONAL, SCALAR_KALMAN, Element, Operator
+
+
+class Filtered(NamedTuple):
+    """What a filter knows about s_t after y_t.
+
+    Args:
+        mean: [B, T, D].
+        variance: of every channel, [B, T, D], or for dense A the covariance, [B, T, D, D]; None if not asked for.
+    """
+
+    mean: Tensor
+    variance: Tensor | None
+
+
+@torch.no_grad()
+def kalman_scan(
+    A: Tensor,
+    b: Tensor,
+    observed: Tensor,
+    variance: float | Tensor,
+    initial: Tensor | None = None,
+    *,
+    keep_variance: bool = False,
+) -> Filtered:
+    """Filter: the mean of s_t given y_1 … y_t; see the equations of the module.
+
+    Args:
+        A: [B, T, D] diagonals, one filter per channel, or [B, T, D, D] matrices. float32 or float64.
+        b: [B, T, D].
+        observed: y, [B, T, D].
+        variance: σ², positive and finite: a number, or one per sequence, [B]. The smaller it is, the closer the mean
+            stays to y; as it grows the mean becomes that of `linear_scan`.
+        initial: s_0, [B, D], known exactly. None: A_1 is not used, and s_1 is b_1 with variance 1.
+        keep_variance: return the variances too; without them less memory is written.
+
+    Raises:
+        UsageError: if shapes, dtypes or devices disagree, or `variance` is not a positive finite number.
+
+    Example:
+        >>> y = torch.tensor([4.0, 0.0]).view(1, 2, 1)
+        >>> kalman_scan(torch.ones_like(y), torch.zeros_like(y), y, variance=1.0).mean.flatten()
+        tensor([2.0000, 0.8000])
+    """
+    operator = _check(A, b, observed, variance, initial)
+    precision = 1 / torch.as_tensor(variance, dtype=b.dtype, device=b.device).expand(b.shape[0])
+    mean = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+    spread = torch.empty(A.shape, dtype=b.dtype, device=b.device) if keep_variance else None
+    if not mean.numel():
+        return Filtered(mean, spread)
+    rest = slice(0, None)
+    if initial is None:
+        initial, now = _first(operator, b[:, 0], observed[:, 0], precision)
+        mean[:, 0] = initial
+        if spread is not None:
+            spread[:, 0] = now
+        rest = slice(1, None)
+    else:
+        now = torch.zeros_like(A[:, 0])
+    if rest.start < mean.shape[1]:
+        into = mean[:, rest], None if spread is None else spread[:, rest]
+        step = _implementation(operator, b)
+        step(operator, (A[:, rest], b[:, rest], observed[:, rest]), precision, (initial, now), into)
+    return Filtered(mean, spread)
+
+
+@torch.no_grad()
+def kalman_smooth(A: Tensor, b: Tensor, filtered: Filtered) -> Tensor:
+    """Smooth: the mean of s_t given all of y, from what `kalman_scan(…, keep_variance=True)` returned.
+
+    It is the least-squares trajectory: the minimum of Σ_t |s_t − A_t s_{t−1} − b_t|² + |s_t − y_t|²/σ². One scan
+    backwards: s_t = E_t s_{t+1} + m_t − E_t (A_{t+1} m_t + b_{t+1}), E_t = P_t A_{t+1}ᵀ (A_{t+1} P_t A_{t+1}ᵀ + I)⁻¹.
+
+    Args:
+        A, b: as given to `kalman_scan`.
+        filtered: what it returned.
+
+    Returns:
+        The smoothed means, [B, T, D].
+
+    Raises:
+        UsageError: if the variances were not kept.
+
+    Example:
+        >>> y = torch.tensor([4.0, 0.0]).view(1, 2, 1)
+        >>> A, b = torch.ones_like(y), torch.zeros_like(y)
+        >>> kalman_smooth(A, b, kalman_scan(A, b, y, variance=1.0, keep_variance=True)).flatten()
+        tensor([1.6000, 0.8000])
+    """
+    from reroll.kernels.linear_scan import linear_scan  # this module is part of that package's own
+
+    if filtered.variance is None:
+        raise UsageError("kalman_smooth needs the variances; call kalman_scan with keep_variance=True.")
+    if not b.shape[1]:
+        return filtered.mean
+    m, P, next_A = filtered.mean[:, :-1], filtered.variance[:, :-1], A[:, 1:]
+    operator = DIAGONAL if A.dim() == b.dim() else DENSE
+    AP = operator.product(next_A, P)
+    if operator is DIAGONAL:
+        E = AP / (AP * next_A + 1)
+    else:
+        eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
+        E = torch.linalg.solve_ex(AP @ next_A.mT + eye, AP)[0].mT
+    shift = m - operator.times(E, operator.times(next_A, m) + b[:, 1:])
+    last = filtered.mean[:, -1]
+    return torch.cat([linear_scan(E, shift, last, reverse=True), last.unsqueeze(1)], 1)
+
+
+def elements(operator: Operator, A: Tensor, b: Tensor, observed: Tensor, precision: Tensor) -> Element:
+    """Return one element per step: what a filter that knows nothing of s_{t−1} learns from y_t.
+
+    With the gain K = 1/(1 + σ²): a = (1−K) A, b + K (y − b), C = (1−K) I, η = K Aᵀ (y − b), J = K AᵀA.
+    """
+    scalar = operator is SCALAR_KALMAN
+    gain = (precision / (1 + precision)).view(-1, 1, 1)
+    gap = observed - b
+    updated = torch.addcmul(b, gain, gap)
+    if scalar:
+        return (1 - gain) * A, updated, (1 - gain).expand_as(b), gain * A * gap, gain * A * A
+    gains = gain.unsqueeze(-1)
+    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
+    eta = (A.mT @ (gain * gap).unsqueeze(-1)).squeeze(-1)
+    return (1 - gains) * A, updated, ((1 - gains) * eye).expand_as(A), eta, gains * (A.mT @ A)
+
+
+def _first(operator: Operator, b: Tensor, observed: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance after the first step, where the predicted variance is 1."""
+    gain = (precision / (1 + precision)).view(-1, 1)
+    variance = 1 / (1 + precision).view(-1, 1)
+    mean = torch.addcmul(b, gain, observed - b)
+    if operator is SCALAR_KALMAN:
+        return mean, variance.expand_as(b)
+    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
+    return mean, variance.unsqueeze(-1) * eye
+
+
+def _implementation(operator: Operator, b: Tensor) -> Callable[..., None]:
+    choice = dispatch.choose("kalman_scan", _candidates(operator.name, b.device.type, b.dtype))
+    return importlib.import_module(f"reroll.kernels.linear_scan.{choice.name}").kalman
+
+
+@functools.cache
+def _candidates(name: str, device: str, dtype: torch.dtype) -> tuple[dispatch.Candidate, ...]:
+    compiled = dtype in (torch.float32, torch.float64)
+    scalar = name == SCALAR_KALMAN.name
+    what = f"{name} filter, {str(dtype).removeprefix('torch.')} on {device}"
+    return (
+        dispatch.Candidate("cpu", device == "cpu" and compiled, f"Numba kernel, step by step: {what}"),
+        dispatch.Candidate(
+            "triton",
+            compiled and scalar and dispatch.triton_runs_on(device),
+            f"Triton kernel, for scalar filters: {what}",
+        ),
+        dispatch.Candidate("reference", True, f"torch operations, parallel in time: {what}"),
+    )
+
+
+def _check(A: Tensor, b: Tensor, observed: Tensor, variance: float | Tensor, initial: Tensor | None) -> Operator:
+    if b.dim() != 3 or not b.is_floating_point():
+        raise UsageError(
+            f"kalman_scan: b is {b.dtype} {tuple(b.shape)}; expected floating point, [batch, time, state]."
+        )
+    batch, _, size = b.shape
+    expected = {
+        "A": (A, [tuple(b.shape), (*b.shape, size)]),
+        "observed": (observed, [tuple(b.shape)]),
+        "initial": (initial, [(batch, size)]),
+        "variance": (variance, [(), (batch,)]),
+    }
+    for name, (tensor, allowed) in expected.items():
+        if isinstance(tensor, Tensor) and tuple(tensor.shape) not in allowed:
+            options = " or ".join(map(str, allowed))
+            raise UsageError(f"kalman_scan: {name} has shape {tuple(tensor.shape)}; expected {options}.")
+        if isinstance(tensor, Tensor) and (tensor.dtype, tensor.device) != (b.dtype, b.device):
+            raise UsageError(
+                f"kalman_scan: {name} is {tensor.dtype} on {tensor.device}; expected {b.dtype} on {b.device}, as b."
+            )
+    if not isinstance(variance, Tensor) and not 0 < variance < float("inf"):
+        raise UsageError(f"kalman_scan: variance={variance} must be positive and finite; linear_scan is the limit.")
+    return SCALAR_KALMAN if A.dim() == 3 else DENSE_KALMAN

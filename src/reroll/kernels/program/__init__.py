@@ -1,0 +1,210 @@
+"""A short straight-line program of elementwise functions and small products, run over many rows at once.
+
+    builder = Builder()
+    x = builder.input(tensor)                 [M, rows] → the registers of M features
+    y = builder.unary("sigmoid", x)           registers of M features
+    program = builder.finish([y])
+    program.run(out)                          [features of all outputs, rows]
+
+torch carries out one operation after another over memory that does not stay in the cache, each with the cost of a call.
+A program goes through blocks of 64 rows instead and does all of its operations on one block, in the first cache, before
+the next; it runs on the CPU, in float32, without a gradient.
+
+An instruction works on M features at once: dst ← a op b. Operands are registers (a range of M), constants (a number per
+feature) or one number.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reroll.kernels.threads import split
+
+ROWS = 64
+"""Rows of a block."""
+MINIMUM = 1 << 12
+"""Numbers of work per thread that are worth another one."""
+
+OPERATIONS = (
+    "load", "copy", "add", "sub", "mul", "div", "add_c", "mul_c", "rsub_c", "rdiv_c", "sigmoid", "tanh", "relu", "step",
+    "addcmul", "addcmul_c", "linear", "fill", "gather", "store",
+)  # fmt: skip
+CODE = {name: number for number, name in enumerate(OPERATIONS)}
+
+
+@dataclass
+class Builder:
+    """Collects instructions. Registers are numbered from 0, one per feature, and written once."""
+
+    instructions: list[tuple[int, ...]] = field(default_factory=list)
+    constants: list[np.ndarray] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    gathered: list[int] = field(default_factory=list)
+    known: dict[int, Any] = field(default_factory=dict)
+    firsts: list[int] = field(default_factory=list)
+    registers: int = 0
+    numbers: int = 0
+
+    def emit(self, name: str, features: int, a: int = 0, b: int = 0, c: int = 0) -> int:
+        """Add an instruction and return its first result register."""
+        first = self.registers
+        self.firsts.append(first)
+        self.instructions.append((CODE[name], first, a, b, c, features))
+        self.registers += features
+        return first
+
+    def writer(self, register: int) -> int:
+        """Return which instruction writes a register: memory is given by the instruction."""
+        return bisect.bisect_right(self.firsts, register) - 1
+
+    def gather(self, registers: list[int]) -> int:
+        """Copy registers to adjacent ones and return the first."""
+        begin = len(self.gathered)
+        self.gathered += registers
+        return self.emit("gather", len(registers), begin)
+
+    def constant(self, values: Tensor) -> int:
+        """Keep numbers and return where they begin."""
+        array = values.detach().to(torch.float32).reshape(-1).contiguous().numpy()
+        begin = self.numbers
+        self.constants.append(array)
+        self.numbers += array.size
+        return begin
+
+    def input(self, tensor: Tensor) -> int:
+        """Return the registers that hold an input [M, rows], contiguous."""
+        self.inputs.append(tensor)
+        return self.emit("load", tensor.shape[0], len(self.inputs) - 1)
+
+    def finish(self, outputs: list[tuple[int, int]]) -> Program:
+        """Return the program whose outputs are these ranges (first register, features), one after another."""
+        row = 0
+        for first, features in outputs:
+            self.instructions.append((CODE["store"], row, first, 0, 0, features))
+            row += features
+        constants = np.concatenate(self.constants) if self.constants else np.zeros(1, np.float32)
+        table, gathered = np.array(self.instructions, np.int64).reshape(-1, 6), np.array([*self.gathered, 0], np.int64)
+        table, gathered, registers = _packed(table, gathered)
+        return Program(table, gathered, constants, self.inputs, registers, row)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What `Builder.finish` returns: `table` [instructions, 6], registers to gather, constants, inputs, and sizes."""
+
+    table: np.ndarray
+    gathered: np.ndarray
+    constants: np.ndarray
+    inputs: list[Tensor]
+    registers: int
+    outputs: int
+
+    def run(self, out: Tensor, begin: int = 0, state: Tensor | None = None) -> None:
+        """Run over the rows begin … of the inputs.
+
+        Args:
+            out: [outputs, rows], contiguous; it says how many rows.
+            begin: first row of the inputs.
+            state: takes the place of the first input, from its own first row on.
+        """
+        from reroll.kernels.program.cpu import run
+
+        tensors = list(self.inputs)
+        starts = np.full(len(tensors), begin, np.int64)
+        if state is not None:
+            tensors[0], starts[0] = state, 0
+        # The inputs lie where they lie: the kernel is told where each begins, from the first one on.
+        addresses = np.array([t.data_ptr() for t in tensors], np.int64)
+        strides = np.array([t.shape[1] for t in tensors], np.int64)
+        array = out.numpy()
+        rows = out.shape[1]
+        blocks = -(-rows // ROWS)
+
+        def work(first: int, last: int) -> None:
+            run(
+                self.table,
+                self.gathered,
+                self.constants,
+                addresses,
+                strides,
+                starts,
+                self.registers,
+                array,
+                first,
+                last,
+            )
+
+        split(work, blocks, max(1, MINIMUM // (ROWS * max(1, self.outputs))))
+
+
+def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Let registers be used again after their last use, so that a block's stay in the first cache.
+
+    Instructions read ranges of registers that others wrote, whole or in part; memory is given and taken by the range in
+    which it was written.
+    """
+    writes = [(int(row[1]), int(row[5])) if row[0] != CODE["store"] else None for row in table]
+    owner = {
+        register: number
+        for number, written in enumerate(writes) if written is not None
+        for register in range(written[0], written[0] + written[1])
+    }  # fmt: skip
+    reads = [_reads(row, gathered) for row in table.tolist()]
+    last = dict(enumerate(range(len(table))))
+    for number, registers in enumerate(reads):
+        for register in registers:
+            last[owner[register]] = number
+    table, gathered, place, top = table.copy(), gathered.copy(), {}, 0
+    free: dict[int, list[int]] = {}
+
+    def moved(register: int) -> int:
+        writer = owner[register]
+        return place[writer] + register - writes[writer][0]  # type: ignore[index]
+
+    for number, row in enumerate(table):
+        if row[0] == CODE["gather"]:
+            at = slice(row[2], row[2] + row[5])
+            gathered[at] = [moved(int(register)) for register in gathered[at]]
+        for column in _columns(row[0]):
+            row[column] = moved(int(row[column]))
+        written = writes[number]
+        if written is not None:
+            stock = free.get(written[1])
+            if stock:
+                place[number] = stock.pop()
+            else:
+                place[number], top = top, top + written[1]
+            row[1] = place[number]
+        for writer in {owner[register] for register in reads[number]} | ({number} if written else set()):
+            if last[writer] == number:
+                free.setdefault(writes[writer][1], []).append(place[writer])  # type: ignore[index]
+    return table, gathered, top
+
+
+_TWO = {CODE[name] for name in ("add", "sub", "mul", "div", "addcmul_c")}
+_ONE = {
+    CODE[name]
+    for name in ("copy", "add_c", "mul_c", "rsub_c", "rdiv_c", "sigmoid", "tanh", "relu", "step", "store", "linear")
+}
+
+
+def _columns(code: int) -> tuple[int, ...]:
+    """The columns of an instruction that name registers it reads."""
+    if code == CODE["addcmul"]:
+        return 2, 3, 4
+    return (2, 3) if code in _TWO else (2,) if code in _ONE else ()
+
+
+def _reads(row: list[int], gathered: np.ndarray) -> list[int]:
+    """The registers that an instruction reads."""
+    code, *_, features = row
+    if code == CODE["gather"]:
+        return gathered[row[2] : row[2] + features].tolist()
+    count = row[4] if code == CODE["linear"] else features  # of a product, column 4 is the number of its inputs
+    return [row[column] + i for column in _columns(code) for i in range(count)]

@@ -1,0 +1,163 @@
+"""The exact gradient of a trajectory, whatever way it was found: one linear recurrence backwards in time.
+
+    g_t = ∂ℓ/∂s_t + A_{t+1}ᵀ g_{t+1}            then every other gradient is one batched derivative of f with g
+
+The trajectory is the root of s_t = f_t(s_{t−1}), so by the implicit function theorem this is backpropagation through
+time, not an approximation; the iterations that found it are not stored. Ways to solve for g:
+
+    dense           the recurrence with whole Jacobians, in windows of bounded memory
+    splitting       g ← diagonal recurrence applied to (∂ℓ/∂s + (A − Ã)ᵀ g), to rounding error: memory B·T·D
+    sequential      one derivative after another
+
+Second derivatives are not available.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from reroll.cells import jacobian
+from reroll.kernels.linear_scan import linear_scan
+
+METHODS = ("auto", "dense", "splitting", "sequential")
+DENSE_FLOATS = 1 << 26
+"""Numbers of Jacobians up to which "auto" solves with whole ones: 256 MB of float32."""
+WINDOW_FLOATS = 1 << 24
+"""Numbers of Jacobians held at a time when they are whole."""
+SPLITTING_ITERATIONS = 200
+
+Method = Literal["auto", "dense", "splitting", "sequential"]
+
+
+def attach(problem: Any, states: Tensor, method: Method) -> Tensor:
+    """Return the states [B, T, D] with the graph of one batched step and the adjoint in front of it.
+
+    Args:
+        problem: a `reroll.rollout.newton.Problem`, attached to whatever needs a gradient.
+        states: its solution.
+        method: how the adjoint is found.
+    """
+    known = states.detach()
+    before = problem.before(known)
+    u = problem.u
+    following = jacobian.step(problem.cell, problem.layout, u.flatten(0, 1), before.flatten(0, 1))
+    if not following.requires_grad:
+        return states
+
+    def solve(cotangent: Tensor) -> Tensor:
+        return adjoint(problem, known, cotangent, method)
+
+    return _Attach.apply(following.view_as(states), known, solve)  # type: ignore[no-any-return]
+
+
+class _Attach(torch.autograd.Function):
+    """Takes the value from the solution, and sends the adjoint of what comes back to one evaluation of f."""
+
+    @staticmethod
+    def forward(ctx: Any, following: Tensor, states: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.solve = solve
+        return states.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]: decorated
+        return ctx.solve(grad_outputs[0]), None, None
+
+
+@torch.no_grad()
+def adjoint(problem: Any, states: Tensor, cotangent: Tensor, method: Method = "auto") -> Tensor:
+    """Return g, [B, T, D], for ∂ℓ/∂s = `cotangent`."""
+    batch, time, size = states.shape
+    if method == "auto":
+        method = "dense" if batch * time * size * size <= DENSE_FLOATS else "splitting"
+    if method == "dense":
+        return _dense(problem, states, cotangent)
+    if method == "splitting":
+        found = _splitting(problem, states, cotangent)
+        if found is not None:
+            return found
+        return _dense(problem, states, cotangent) if size <= 64 else _sequential(problem, states, cotangent)
+    return _sequential(problem, states, cotangent)
+
+
+def _ahead(problem: Any, begin: int, end: int) -> Tensor | None:
+    """Where the step after each of these starts afresh, so that nothing flows back over it: [B, steps] or None."""
+    if problem.reset is None:
+        return None
+    return problem.reset[:, begin + 1 : end + 1]
+
+
+def _dense(problem: Any, states: Tensor, cotangent: Tensor) -> Tensor:
+    batch, time, size = states.shape
+    width = max(1, WINDOW_FLOATS // (batch * size * size))
+    found = torch.empty_like(states)
+    found[:, -1] = cotangent[:, -1]
+    for end in range(time - 1, 0, -width):
+        begin = max(0, end - width)
+        # The transition out of steps begin … end − 1 is the Jacobian of steps begin + 1 … end.
+        u = problem.u[:, begin + 1 : end + 1].detach().flatten(0, 1)
+        rows = states[:, begin:end].flatten(0, 1)
+        a = jacobian.linearise(problem.cell, problem.layout, u, rows, "dense")[1].unflatten(0, (batch, end - begin))
+        cut = _ahead(problem, begin, end)
+        if cut is not None:
+            a = a.masked_fill(cut.view(batch, -1, 1, 1), 0.0)
+        found[:, begin:end] = linear_scan(a.mT, cotangent[:, begin:end], found[:, end], reverse=True, structure="dense")
+    return found
+
+
+def _splitting(problem: Any, states: Tensor, cotangent: Tensor) -> Tensor | None:
+    """Return g, or None if it does not converge."""
+    batch, time, size = states.shape
+    if time == 1:
+        return cotangent.clone()
+    u, rows = problem.u[:, 1:].detach().flatten(0, 1), states[:, :-1].flatten(0, 1)
+    diagonal = _diagonal(problem, u, rows, size).unflatten(0, (batch, time - 1))
+    cut = _ahead(problem, 0, time - 1)
+    keep = None if cut is None else ~cut.unsqueeze(-1)
+    if keep is not None:
+        diagonal = diagonal * keep
+    padded = torch.nn.functional.pad(diagonal, (0, 0, 0, 1))
+    tolerance = 1e-13 if states.dtype == torch.float64 else 1e-6
+    with torch.enable_grad():
+        leaf = rows.detach().requires_grad_()
+        following = jacobian.step(problem.cell, problem.layout, u, leaf)
+    found = linear_scan(padded, cotangent, reverse=True, structure="diagonal")
+    for _ in range(min(SPLITTING_ITERATIONS, time)):
+        later = found[:, 1:]
+        back = jacobian.vjp(following, leaf, later.flatten(0, 1), retain=True).view_as(later)
+        if keep is not None:
+            back = back * keep
+        rest = cotangent.clone()
+        rest[:, :-1] += back - diagonal * later
+        better = linear_scan(padded, rest, reverse=True, structure="diagonal")
+        change, scale = (better - found).abs().amax(), better.abs().amax()
+        found = better
+        if not bool(torch.isfinite(scale)):
+            return None
+        if bool(change <= tolerance * scale):
+            return found
+    return None
+
+
+def _diagonal(problem: Any, u: Tensor, rows: Tensor, size: int) -> Tensor:
+    """The diagonal where it is cheap; nothing where it would take many derivatives."""
+    if size <= 64 or jacobian.why_untrackable(problem.cell) is None:
+        return jacobian.linearise(problem.cell, problem.layout, u, rows, "diagonal")[1]
+    return torch.zeros_like(rows)
+
+
+def _sequential(problem: Any, states: Tensor, cotangent: Tensor) -> Tensor:
+    found = cotangent.clone()
+    for t in range(states.shape[1] - 2, -1, -1):
+        with torch.enable_grad():
+            leaf = states[:, t].detach().requires_grad_()
+            following = jacobian.step(problem.cell, problem.layout, problem.u[:, t + 1].detach(), leaf)
+        back = jacobian.vjp(following, leaf, found[:, t + 1], retain=False)
+        if problem.reset is not None:
+            back = back * ~problem.reset[:, t + 1 : t + 2]
+        found[:, t] += back
+    return found

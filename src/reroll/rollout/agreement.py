@@ -1,0 +1,102 @@
+"""Does a rollout compute what the loop computes, on this cell and these inputs? Values and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reroll.cells.base import Cell, State
+from reroll.cells.layout import Layout
+from reroll.rollout.base import Rollout, Trajectory
+from reroll.rollout.sequential import Sequential
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a rollout is from the loop; gradients are of a random projection of the states.
+
+    Args:
+        states: largest deviation of a state, relative to the largest state.
+        gradients: the same for the gradient by every parameter and the inputs, by name.
+        tolerance: what `ok` allows.
+        trajectory: what the rollout returned.
+    """
+
+    states: float
+    gradients: dict[str, float]
+    tolerance: float
+    trajectory: Trajectory
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is within the tolerance."""
+        return max(self.states, *self.gradients.values()) <= self.tolerance
+
+    def __str__(self) -> str:
+        worst = max(self.gradients, key=lambda name: self.gradients[name])
+        return (
+            f"{'agrees' if self.ok else 'DOES NOT AGREE'} to {self.tolerance:.1e}: states {self.states:.1e}, gradients "
+            f"{self.gradients[worst]:.1e} (worst: {worst}); {int(self.trajectory.iterations.max())} iterations, "
+            f"outcome {self.trajectory.outcome.name}"
+        )
+
+
+def verify_agreement(
+    rollout: Rollout, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None,
+    *, tolerance: float | None = None, seed: int = 0,
+) -> Agreement:  # fmt: skip
+    """Compare a rollout with `Sequential`, in values and gradients.
+
+    Args:
+        rollout: what is tried.
+        cell, inputs, state, reset: as for a rollout.
+        tolerance: relative; None is 1e-6 in float64 and 1e-3 in float32.
+        seed: names the projection whose gradient is compared.
+
+    Example:
+        >>> from reroll.cells import GRU
+        >>> from reroll.rollout import quasi_deer
+        >>> verify_agreement(quasi_deer(), GRU(3, 5), torch.randn(2, 50, 3)).ok
+        True
+    """
+    if tolerance is None:
+        tolerance = 1e-6 if inputs.dtype == torch.float64 else 1e-3
+    expected, reference = _run(Sequential(kernel="reference"), cell, inputs, state, reset, seed)
+    trajectory, found = _run(rollout, cell, inputs, state, reset, seed)
+    # A gradient that is zero but for rounding (a bias in front of a softmax) is compared at the scale of the others.
+    floor = 1e-6 * max((float(g.abs().max()) for g in reference.values() if g.numel()), default=0.0)
+    return Agreement(
+        _apart(_flat(trajectory), _flat(expected)),
+        {name: _apart(found[name], gradient, floor) for name, gradient in reference.items()},
+        tolerance,
+        trajectory,
+    )
+
+
+def _run(
+    rollout: Rollout, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, seed: int
+) -> tuple[Trajectory, dict[str, Tensor]]:
+    with torch.enable_grad():
+        leaf = inputs.detach().requires_grad_()
+        trajectory = rollout(cell, leaf, state, reset)
+        flat = _flat(trajectory)
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat)
+        sources = {"inputs": leaf} | {name: p for name, p in cell.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad((flat * weights).sum(), list(sources.values()), allow_unused=True)
+    zeros = {name: torch.zeros_like(source) for name, source in sources.items()}
+    return trajectory, {name: zeros[name] if g is None else g for name, g in zip(sources, gradients)}
+
+
+def _flat(trajectory: Trajectory) -> Tensor:
+    first = trajectory.final
+    return Layout.of(first).pack(trajectory.states)
+
+
+def _apart(a: Tensor, b: Tensor, floor: float = 1e-30) -> float:
+    if not b.numel():
+        return 0.0
+    scale = max(float(b.detach().abs().max()), floor, 1e-30)
+    return float((a.detach() - b.detach()).abs().max()) / scale

@@ -1,0 +1,157 @@
+"""How far a Newton step is trusted: the correction δ of the states from the residual and the linearisation.
+
+    undamped        δ_t = A_t δ_{t−1} + r_t,   r_t = f_t(s_{t−1}) − s_t,   δ_0 = 0
+    Scale(k)        (1 − k) A_t in place of A_t
+    Clip(limit)     a diagonal A_t held within ±limit
+    Kalman(σ²)      δ seen as a chain with noise of variance 1, and "δ = 0" observed with variance σ² at every step
+
+The last is ELK (arXiv:2407.19115). Its filter mean is what the paper's code runs; the smoother mean is the
+Levenberg–Marquardt step of its text, the solution of (JᵀJ + 1/σ²) δ = Jᵀr. As σ² → ∞ both are the undamped step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError, require_positive
+from reroll.kernels.linear_scan import kalman_scan, kalman_smooth, linear_scan, scan_into
+from reroll.rollout.linearise import Transition
+
+
+class Damping(Protocol):
+    """How corrections are computed."""
+
+    @property
+    def damped(self) -> bool:
+        """Whether steps may be short, so that their size says nothing about convergence."""
+        ...
+
+    def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
+        """Return δ, [D, T, B].
+
+        Args:
+            transition: A, zero where a sequence starts.
+            residual: r, [D, T, B].
+            trust: what multiplies σ², [B]; None is 1.
+        """
+        ...
+
+
+LANES = 4
+"""Sequences from which whole matrices are scanned side by side, one sequence a lane, on a CPU."""
+
+
+def solve(transition: Transition, residual: Tensor) -> Tensor:
+    """Return δ of δ_t = A_t δ_{t−1} + r_t, [D, T, B]."""
+    kind, a = transition
+    if a is None:
+        return residual.clone()
+    batch = residual.shape[2]
+    if kind in ("diagonal", "identity"):
+        correction = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        scan_into(a, residual, correction, structure="diagonal")
+        return correction
+    if kind == "block":
+        blocks = a.shape[0]
+        r = residual.unflatten(0, (blocks, -1)).permute(1, 2, 0, 3)
+        found = linear_scan(a.permute(2, 3, 0, 1, 4), r, structure="block")
+        return found.permute(2, 0, 1, 3).flatten(0, 1).contiguous()
+    if batch >= LANES and a.device.type == "cpu":
+        found = linear_scan(a.permute(2, 0, 1, 3)[None], residual.permute(1, 0, 2)[None], structure="block")
+        return found[0].permute(1, 0, 2).contiguous()
+    found = linear_scan(a.permute(3, 2, 0, 1), residual.permute(2, 1, 0), structure="dense")
+    return found.permute(2, 1, 0).contiguous()
+
+
+@dataclass(frozen=True)
+class Undamped:
+    """The whole Newton step."""
+
+    damped: bool = False
+
+    def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
+        return solve(transition, residual)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """(1 − k) A: exact after T iterations, as the undamped step is.
+
+    Args:
+        k: in [0, 1]; 0 is undamped, 1 is Jacobi.
+    """
+
+    k: float
+    damped: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.k <= 1:
+            raise UsageError(f"k={self.k} must lie in [0, 1].")
+
+    def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
+        a = transition.tensor
+        return solve(transition._replace(tensor=None if a is None else (1 - self.k) * a), residual)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A diagonal held within ±limit.
+
+    Args:
+        limit: 1 keeps every channel from growing.
+    """
+
+    limit: float = 1.0
+    damped: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(limit=self.limit)
+
+    def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
+        if transition.kind != "diagonal" or transition.tensor is None:
+            raise UsageError(f"Clip holds a diagonal, not a transition of kind {transition.kind}; use Scale or Kalman.")
+        return solve(transition._replace(tensor=transition.tensor.clamp(-self.limit, self.limit)), residual)
+
+
+@dataclass(frozen=True)
+class Kalman:
+    """A trust region as a Kalman filter or smoother; see the module.
+
+    Args:
+        variance: σ², the papers' "sigmasq"; smaller is stronger damping.
+        smoother: also run backwards: the Levenberg–Marquardt step.
+        adaptive: let σ² grow threefold when Σ r² falls, and shrink threefold, going back, when it rises.
+    """
+
+    variance: float
+    smoother: bool = False
+    adaptive: bool = False
+    damped: bool = True
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.variance) or self.variance <= 0:
+            raise UsageError(f"variance={self.variance} must be greater than zero; infinity is undamped.")
+
+    def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
+        if math.isinf(self.variance):
+            return solve(transition, residual)
+        kind, a = transition
+        if kind not in ("diagonal", "dense") or a is None:
+            raise UsageError(f"Kalman works with Dense or Diagonal, not a transition of kind {kind}.")
+        if kind == "diagonal" and trust is None:
+            return self._filtered(a, residual, self.variance)
+        # Batch-first, as matrices and a variance per sequence need it.
+        variance = self.variance if trust is None else self.variance * trust
+        turned = a.permute(2, 1, 0) if kind == "diagonal" else a.permute(3, 2, 0, 1)
+        found = self._filtered(turned.contiguous(), residual.permute(2, 1, 0).contiguous(), variance)
+        return found.permute(2, 1, 0).contiguous()
+
+    def _filtered(self, a: Tensor, residual: Tensor, variance: float | Tensor) -> Tensor:
+        observed = torch.zeros_like(residual)
+        filtered = kalman_scan(a, residual, observed, variance, keep_variance=self.smoother)
+        return kalman_smooth(a, residual, filtered) if self.smoother else filtered.mean

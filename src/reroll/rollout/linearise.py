@@ -1,0 +1,167 @@
+"""What a Newton iteration keeps of the Jacobian A_t = ∂s_t/∂s_{t−1}: the choice that names the method.
+
+    Dense()          all of it            DEER: quadratic convergence, B·T·D² numbers
+    Block(K)         K×K per channel      for states of K parts of equal size, as an LSTM's (h, c)
+    Diagonal()       the diagonal         quasi-DEER: linear convergence, B·T·D numbers
+    Hutchinson(m)    the diagonal, estimated from m products with Aᵀ: for large states of unknown structure
+    Identity()       1                    Picard
+    Zero()           nothing              Jacobi
+
+Each takes rows, steps outermost and sequences within, and returns the next states and what it keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from reroll.cells import jacobian
+from reroll.cells.base import Cell
+from reroll.cells.layout import Layout
+from reroll.cells.tracked import Tracked
+from reroll.errors import require_positive
+from reroll.kernels.noise_axpy import noise
+from reroll.keys import Key
+
+Kind = Literal["zero", "identity", "diagonal", "block", "dense"]
+
+WINDOW_FLOATS = 1 << 18
+"""Numbers of state solved for at a time on a CPU, so that temporaries stay in the cache."""
+
+
+class Transition(NamedTuple):
+    """An approximate Jacobian of every step.
+
+    Args:
+        kind: its structure.
+        tensor: [rows, D], [rows, K, K, C] or [rows, D, D]; None for "zero" and "identity".
+    """
+
+    kind: Kind
+    tensor: Tensor | None = None
+
+
+class Linearisation(Protocol):
+    """What of a Jacobian is kept."""
+
+    @property
+    def kind(self) -> Kind:
+        """The structure of what is kept."""
+        ...
+
+    def __call__(
+        self, cell: Cell, layout: Layout, u: Tracked, state: Tensor, steps: int, fresh: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return next states [rows, D] and what is kept of their Jacobian, [rows, …]; None: what was kept before.
+
+        Args:
+            cell, layout: the recurrence.
+            u: projected inputs, [rows, U], on tape.
+            state: [rows, D].
+            steps: T.
+            fresh: whether a Jacobian is due, or an old one will do.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The whole Jacobian: Newton's method, DEER (Lim et al., arXiv:2309.12252)."""
+
+    kind: Kind = "dense"
+    structure: str | None = "dense"
+
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+        return jacobian.linearise(cell, layout, u, state, "dense")
+
+
+@dataclass(frozen=True)
+class Block:
+    """The K×K block of every channel: feature c of part k by feature c of part l.
+
+    Args:
+        count: K; None takes the number of tensors in the state, which must have equal sizes.
+    """
+
+    count: int | None = None
+    kind: Kind = "block"
+    structure: str | None = "block"
+
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+        return jacobian.linearise(cell, layout, u, state, "block", self.count or len(layout.sizes))
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The diagonal: quasi-DEER (Gonzalez et al., arXiv:2407.19115).
+
+    Args:
+        every: iterations for which a diagonal is used (the first one, of the guess, for one only). Where the iteration
+            converges fast the diagonal hardly changes, and a step without it costs half.
+    """
+
+    every: int = 1
+    kind: Kind = "diagonal"
+    structure: str | None = "diagonal"
+
+    def __post_init__(self) -> None:
+        require_positive(every=self.every)
+
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+        if not fresh:
+            return jacobian.advance(cell, layout, u, state), None
+        return jacobian.linearise(cell, layout, u, state, "diagonal")
+
+
+@dataclass(frozen=True)
+class Hutchinson:
+    """The diagonal estimated as the mean of v ∘ Aᵀv over m random signs v, the same at every iteration.
+
+    The variance of entry i is Σ_{j≠i} A_ij² / m. With m = 1 the iteration can diverge where the exact diagonal does
+    not; it costs m products per iteration, whatever D is.
+
+    Args:
+        products: m.
+        seed: names the signs.
+    """
+
+    products: int = 4
+    seed: int = 0
+    kind: Kind = "diagonal"
+
+    def __post_init__(self) -> None:
+        require_positive(products=self.products)
+
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+        signs = [
+            noise(Key(self.seed).at("hutchinson"), (steps, layout.size), m, "signs", dtype=state.dtype,
+                  device=str(state.device))
+            for m in range(self.products)
+        ]  # fmt: skip
+        repeated = torch.stack([v.repeat_interleave(len(state) // steps, 0) for v in signs])
+        return jacobian.hutchinson(cell, layout, u.value, state, repeated)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A ≈ 1: Picard iteration; good for small steps of a differential equation."""
+
+    kind: Kind = "identity"
+    structure: str | None = None
+
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+        return jacobian.advance(cell, layout, u, state), None
+
+
+@dataclass(frozen=True)
+class Zero:
+    """A ≈ 0: Jacobi iteration; good where a step forgets nearly everything."""
+
+    kind: Kind = "zero"
+    structure: str | None = None
+
+    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+        return jacobian.advance(cell, layout, u, state), None

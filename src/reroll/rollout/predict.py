@@ -1,0 +1,174 @@
+"""Will a recurrence evaluate well in parallel? Ask its Lyapunov exponent before asking a machine.
+
+    λ = lim (1/T) log ‖A_T … A_1‖
+
+λ < 0: the recurrence forgets, and Newton's method needs a handful of iterations whatever T is. λ > 0: it is chaotic,
+and needs a number of iterations proportional to T, so that nothing is won. λ ≈ 0: in between; damping can help.
+Gonzalez et al., "Predictability enables parallelization", arXiv:2508.16817.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reroll.cells import jacobian
+from reroll.cells.base import Cell, State
+from reroll.errors import UsageError, require_positive
+from reroll.rollout.base import Rollout, Trajectory
+from reroll.rollout.linearise import Dense, Diagonal
+from reroll.rollout.newton import Newton
+from reroll.rollout.presets import elk
+from reroll.rollout.problem import make_problem
+from reroll.rollout.sequential import Sequential
+
+JACOBIAN_FLOATS = 1 << 22
+"""Numbers of Jacobians held at a time."""
+SHORT = 500
+"""Steps below which there is not enough work along time to share out."""
+PROBED = 512
+"""Steps of the beginning on which iterations are counted."""
+
+
+@torch.no_grad()
+def lyapunov(cell: Cell, inputs: Tensor, state: State | None = None, *, starts: int = 3, seed: int = 0) -> Tensor:
+    """Return the largest Lyapunov exponent per step, for each sequence.
+
+    Random unit vectors are pushed through the Jacobians along the trajectory and their growth is averaged,
+    λ = (1/T) Σ_t log(‖A_t v_t‖ / ‖v_t‖), over `starts` of them. For a flow divide by its time step.
+
+    Args:
+        cell: the recurrence.
+        inputs: [batch, time, input_size].
+        state: before the first step.
+        starts: vectors per sequence.
+        seed: names them.
+
+    Returns:
+        λ, [batch]; −infinity where nothing of the state survives.
+
+    Example:
+        >>> from reroll.cells import cell_from
+        >>> lyapunov(cell_from(lambda u, s: 0.5 * s + u, 2), torch.zeros(1, 50, 2)).exp()
+        tensor([0.5000])
+
+    Reference: Benettin et al., 1980; Gonzalez et al., arXiv:2508.16817.
+    """
+    return _growth(cell, inputs, state, starts, seed)[0]
+
+
+def _growth(cell: Cell, inputs: Tensor, state: State | None, starts: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return λ and the overshoot log a = max_t Σ_{k ≤ t} (log growth_k − λ), [batch] each."""
+    require_positive(starts=starts)
+    problem = make_problem(cell, inputs, state, None)
+    batch, time, size = *inputs.shape[:2], problem.layout.size
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(batch, size, starts, generator=generator, dtype=torch.float64).to(problem.start)
+    v = v / v.norm(dim=1, keepdim=True)
+    states, logs = problem.start, []
+    width = max(1, JACOBIAN_FLOATS // (batch * size * size))
+    for begin in range(0, time, width):
+        before = []
+        for t in range(begin, min(begin + width, time)):
+            before.append(states)
+            states = jacobian.step(cell, problem.layout, problem.u[:, t], states)
+        rows = torch.stack(before, 1).flatten(0, 1)
+        u = problem.u[:, begin : begin + len(before)].flatten(0, 1)
+        matrices = jacobian.linearise(cell, problem.layout, u, rows, "dense")[1].unflatten(0, (batch, -1))
+        for a in matrices.unbind(1):
+            v = a @ v
+            growth = v.norm(dim=1, keepdim=True)
+            logs.append(growth.log().squeeze(1))
+            v = torch.where(growth > 0, v / growth, v)
+    if not logs:
+        zeros = problem.start.new_zeros(batch)
+        return zeros, zeros
+    stacked = torch.stack(logs, 1)
+    exponent = stacked.mean(1)
+    overshoot = (stacked.cumsum(1) - exponent.unsqueeze(1) * torch.arange(1, time + 1).view(1, -1, 1).to(v)).amax(1)
+    return exponent.mean(-1), overshoot.mean(-1)
+
+
+@dataclass(frozen=True)
+class Predictability:
+    """What to expect of a recurrence in parallel.
+
+    Args:
+        exponent: λ per step, the largest of the sequences.
+        overshoot: a of ‖A_T … A_1‖ ≤ a e^{λT}: how much it grows before it shrinks.
+        expected_iterations: of DEER and quasi-DEER on the whole length.
+        rollout: the one to use.
+        reason: why.
+    """
+
+    exponent: float
+    overshoot: float
+    expected_iterations: dict[str, int]
+    rollout: Rollout
+    reason: str
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{name} {count}" for name, count in self.expected_iterations.items())
+        return (
+            f"Lyapunov exponent {self.exponent:+.4f} per step, overshoot {self.overshoot:.3g}; "
+            f"expected iterations: {counts}\nuse {self.rollout}: {self.reason}"
+        )
+
+
+@torch.no_grad()
+def predictability(cell: Cell, inputs: Tensor, state: State | None = None) -> Predictability:
+    """Return what to expect of a recurrence in parallel, and which rollout to use.
+
+    The exponent is measured along the trajectory; iterations are counted on its beginning and carried over to the
+    whole length: as they are where the recurrence forgets, in proportion to the length where it does not.
+
+    Args:
+        cell: the recurrence.
+        inputs: a typical batch, [batch, time, input_size].
+        state: before the first step.
+
+    Example:
+        >>> from reroll.cells import GRU
+        >>> predictability(GRU(4, 4), torch.randn(1, 600, 4)).exponent < 0
+        True
+    """
+    if inputs.shape[1] == 0:
+        raise UsageError("inputs has no steps; give a typical batch.")
+    growth, peak = _growth(cell, inputs, state, 3, 0)
+    exponent, overshoot = float(growth.max()), math.exp(min(float(peak.nan_to_num(0.0).max()), 700.0))
+    time = inputs.shape[1]
+    probed = min(time, PROBED)
+    forgets = exponent * probed < -10  # what is left of a disturbance within the probed steps is below e⁻¹⁰
+    counts = {}
+    for name, kept in (("DEER", Dense()), ("quasi-DEER", Diagonal())):
+        trajectory = Newton(kept, max_iterations=probed, window=None, on_failure="sequential")(
+            cell, inputs[:1, :probed], None if state is None else _first(state)
+        )
+        count = int(trajectory.iterations.max())
+        counts[name] = count if forgets or probed == time else math.ceil(count * time / max(probed, 1))
+    rollout, reason = _advise(exponent, time, counts)
+    return Predictability(exponent, overshoot, counts, rollout, reason)
+
+
+def _advise(exponent: float, time: int, counts: dict[str, int]) -> tuple[Rollout, str]:
+    if time < SHORT:
+        return Sequential(), f"{time} steps are too few to share out"
+    if exponent * time > 10:
+        return Sequential(), "the recurrence is chaotic: iterations grow in proportion to the number of steps"
+    if exponent * time > -10:
+        return elk(adaptive=True), "the recurrence neither forgets nor explodes; undamped iterations are fragile"
+    from reroll.rollout.auto import auto
+
+    return auto(), f"the recurrence forgets: {min(counts.values())} iterations, whatever the length"
+
+
+def _first(state: State) -> State:
+    from reroll.data.batch import map_state
+
+    return map_state(state, lambda s: s[:1])
+
+
+__all__ = ["Predictability", "Trajectory", "lyapunov", "predictability"]

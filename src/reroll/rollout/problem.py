@@ -1,0 +1,178 @@
+"""A recurrence on vectors: what a cell and its inputs become for a solver.
+
+A `Problem` is batch-first and attached to whatever needs a gradient. A `Field` is the same without a graph, feature by
+feature, [D, T, B] in memory: elementwise functions then run over contiguous pieces, a step forward in time is a shift
+by B numbers, and a diagonal recurrence along time is a scan over D·B channels of which B are adjacent.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reroll.cells import jacobian
+from reroll.cells.base import Cell, State
+from reroll.cells.compiled import compile_step
+from reroll.cells.layout import Layout
+from reroll.cells.tracked import Tracked
+from reroll.errors import UsageError
+from reroll.kernels.program import Program
+from reroll.rollout.base import start
+
+PROGRAM_FLOATS = 1 << 12
+"""Numbers of state from which writing a program pays."""
+
+
+class Problem(NamedTuple):
+    """A recurrence, batch-first.
+
+    Args:
+        cell, layout: the recurrence, and how its state becomes a vector.
+        u: projected inputs, [B, T, U].
+        start: the state before the first step, [B, D].
+        fresh: the state after a reset, [B, D].
+        reset: [B, T] or None.
+    """
+
+    cell: Cell
+    layout: Layout
+    u: Tensor
+    start: Tensor
+    fresh: Tensor | None = None
+    reset: Tensor | None = None
+
+    def before(self, states: Tensor) -> Tensor:
+        """Return the state before every step, [B, T, D]."""
+        previous = torch.cat([self.start.unsqueeze(1), states[:, :-1]], 1)
+        if self.reset is None or self.fresh is None:
+            return previous
+        return torch.where(self.reset.unsqueeze(-1), self.fresh.unsqueeze(1), previous)
+
+    def field(self) -> Field:
+        """Return the same without a graph, feature-major."""
+
+        def turned(t: Tensor) -> Tensor:
+            return t.detach().permute(*range(t.dim() - 1, -1, -1)).clone(memory_format=torch.contiguous_format)
+
+        fresh, reset = (None if t is None else turned(t) for t in (self.fresh, self.reset))
+        u = turned(self.u)
+        return Field(self.cell, self.layout, u, Tracked.inputs(rows(u)), turned(self.start), fresh, reset)
+
+
+class Field(NamedTuple):
+    """A recurrence, feature-major: u [U, T, B] and its rows on tape, start and fresh [D, B], reset [T, B]."""
+
+    cell: Cell
+    layout: Layout
+    u: Tensor
+    inputs: Tracked
+    start: Tensor
+    fresh: Tensor | None = None
+    reset: Tensor | None = None
+    programs: Programs | None = None
+    offset: int = 0
+
+    def compiled(self, structure: str | None, blocks: int) -> Field:
+        """Return the same with its step as programs, where it can be written as such and is long enough to pay."""
+        size, time, batch = self.shape
+        plain = self.u.device.type == "cpu" and self.u.dtype == torch.float32 == self.start.dtype
+        if not plain or time * batch * size < PROGRAM_FLOATS:
+            return self
+        step = compile_step(self.cell, self.layout, rows(self.u), None)
+        whole = step if structure is None else compile_step(self.cell, self.layout, rows(self.u), structure, blocks)
+        if step is None or whole is None:
+            return self
+        return self._replace(programs=Programs(step, whole, structure, blocks))
+
+    def run(self, ahead: Tensor, fresh: bool) -> tuple[Tensor, Tensor | None]:
+        """Return f of every step [D, T, B] and, if it is due, its Jacobian [D, T, B], [K, K, C, T, B], [D, D, T, B]."""
+        assert self.programs is not None
+        size, time, batch = ahead.shape
+        program = self.programs.whole if fresh else self.programs.step
+        out = torch.empty(program.outputs, time * batch, dtype=ahead.dtype)
+        program.run(out, self.offset, ahead.flatten(1))
+        following, rest = out[:size].view(size, time, batch), out[size:]
+        if not len(rest):
+            return following, None
+        blocks = self.programs.blocks
+        shape = {"diagonal": (size,), "dense": (size, size), "block": (blocks, blocks, size // blocks)}
+        return following, rest.view(*shape[self.programs.structure or ""], time, batch)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(D, T, B)."""
+        return self.layout.size, self.u.shape[1], self.u.shape[2]
+
+    def before(self, states: Tensor) -> Tensor:
+        """Return the state before every step, [D, T, B]."""
+        previous = torch.cat([self.start.unsqueeze(1), states[:, :-1]], 1)
+        if self.reset is None or self.fresh is None:
+            return previous
+        return torch.where(self.reset, self.fresh.unsqueeze(1), previous)
+
+    def window(self, begin: int, end: int, start: Tensor) -> Field:
+        """Return some of the steps."""
+        reset = None if self.reset is None else self.reset[begin:end]
+        if self.programs is not None:  # they read the inputs where they are
+            return self._replace(
+                u=self.u[:, begin:end], start=start, reset=reset, offset=self.offset + begin * self.u.shape[2]
+            )
+        u = self.u[:, begin:end].contiguous()
+        return self._replace(u=u, inputs=Tracked.inputs(rows(u)), start=start, reset=reset)
+
+    def sequences(self, which: Tensor) -> Field:
+        """Return some of the sequences."""
+
+        def pick(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[..., which]
+
+        u = self.u[..., which]
+        return self._replace(
+            u=u, inputs=Tracked.inputs(rows(u)), start=self.start[..., which], fresh=pick(self.fresh),
+            reset=pick(self.reset), programs=None,
+        )  # fmt: skip
+
+    def one_step(self, t: int, state: Tensor) -> Tensor:
+        """Return the state [D, B] after step t."""
+        if self.reset is not None and self.fresh is not None:
+            state = torch.where(self.reset[t], self.fresh, state)
+        return jacobian.step(self.cell, self.layout, self.u[:, t].T, state.T).T
+
+
+class Programs(NamedTuple):
+    """A step as a program, alone and with its Jacobian in a structure."""
+
+    step: Program
+    whole: Program
+    structure: str | None
+    blocks: int
+
+
+def rows(field: Tensor) -> Tensor:
+    """Return a field [F, T, B] as rows [T·B, F] in the same memory."""
+    return field.flatten(1).T
+
+
+def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Problem:
+    """Return the recurrence on vectors.
+
+    Raises:
+        UsageError: if shapes do not fit, or the state is not floating point.
+    """
+    initial = start(cell, inputs, state)
+    layout = Layout.of(initial)
+    first = layout.pack(initial)
+    if first.shape != (inputs.shape[0], layout.size):
+        raise UsageError(
+            f"state has {first.shape[0]} sequences and inputs has {inputs.shape[0]}; they must have the same."
+        )
+    if reset is None:
+        return Problem(cell, layout, cell.project(inputs), first)
+    if reset.shape != inputs.shape[:2] or reset.dtype != torch.bool:
+        raise UsageError(
+            f"reset has shape {tuple(reset.shape)} and dtype {reset.dtype}; expected a mask {tuple(inputs.shape[:2])}."
+        )
+    fresh = layout.pack(start(cell, inputs, None))
+    return Problem(cell, layout, cell.project(inputs), first, fresh, reset)

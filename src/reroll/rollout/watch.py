@@ -1,0 +1,82 @@
+"""Look at, and steer, the rollouts inside a model without touching the model.
+
+    with watching() as seen:
+        loss_fn(model, batch)
+    seen.iterations, seen.fell_back              how hard they were to evaluate
+
+    with watching(keep=True) as clean: …         keep the trajectories of an evaluation,
+    with watching(guesses=clean.kept): …         and begin the next ones there: a warm start
+
+Rollouts that do not iterate take no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from reroll.rollout.base import Trajectory
+
+
+@dataclass
+class Watch:
+    """What was seen of the rollouts inside a block.
+
+    Args:
+        guesses: trajectories to begin with, in the order of the calls; those of another shape are passed over.
+        keep: keep the trajectories in `kept`.
+        tolerance: factor on `rtol` and `atol`.
+        kept: the trajectories [batch, time, D], in the order of the calls.
+        calls: how many rollouts ran.
+        iterations: the most that any needed.
+        fell_back: sequences that did not converge.
+    """
+
+    guesses: Sequence[Tensor] = ()
+    keep: bool = False
+    tolerance: float = 1.0
+    kept: list[Tensor] = field(default_factory=list)
+    calls: int = 0
+    iterations: int = 0
+    fell_back: int = 0
+    outer: Watch | None = None
+
+    def guess(self, shape: tuple[int, ...]) -> Tensor | None:
+        """Return the trajectory for the call that comes, if there is one that fits."""
+        if self.calls < len(self.guesses) and tuple(self.guesses[self.calls].shape) == shape:
+            return self.guesses[self.calls]
+        return None
+
+    def see(self, trajectory: Trajectory, states: Tensor) -> None:
+        """Take in a finished call."""
+        self.calls += 1
+        if trajectory.iterations.numel():
+            self.iterations = max(self.iterations, int(trajectory.iterations.max()))
+            self.fell_back += int((~trajectory.converged).sum())
+        if self.keep:
+            self.kept.append(states.detach())
+        if self.outer is not None:
+            self.outer.see(trajectory, states)
+
+
+_current: ContextVar[Watch | None] = ContextVar("watch over rollouts", default=None)
+
+
+def current() -> Watch | None:
+    """Return the innermost watch of this context."""
+    return _current.get()
+
+
+@contextmanager
+def watching(*, guesses: Sequence[Tensor] = (), keep: bool = False, tolerance: float = 1.0) -> Iterator[Watch]:
+    """Watch over the rollouts of a block; see `Watch`."""
+    watch = Watch(guesses, keep, tolerance, outer=_current.get())
+    token = _current.set(watch)
+    try:
+        yield watch
+    finally:
+        _current.reset(token)

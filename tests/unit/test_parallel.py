@@ -1,0 +1,335 @@
+"""Parallel evaluation along time: counts, limits and failures that the literature states."""
+
+import math
+
+import pytest
+import torch
+
+from reroll.cells import ARGRU, GRU, Lorenz96, MeanField, ParaGRU, cell_from
+from reroll.errors import UsageError
+from reroll.outcome import Outcome
+from reroll.rollout import (
+    Dense,
+    Diagonal,
+    Hutchinson,
+    Kalman,
+    Newton,
+    Sequential,
+    auto,
+    deer,
+    elk,
+    jacobi,
+    lyapunov,
+    predictability,
+    quasi_deer,
+    quasi_elk,
+    verify_agreement,
+)  # fmt: skip
+from reroll.rollout.damping import Undamped
+from reroll.rollout.linearise import Transition
+from reroll.rollout.watch import watching
+
+
+@pytest.fixture(scope="module")
+def gru():
+    """A GRU as torch initialises it, D = 4, and 10,000 steps of input, float64."""
+    torch.manual_seed(0)
+    cell = cell_from(torch.nn.GRUCell(4, 4), 4).double()
+    return cell, torch.randn(1, 10_000, 4, dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_counts_and_errors_in_float64(gru):
+    cell, x = gru
+    expected = Sequential()(cell, x).states
+    for rollout, most, error in ((deer(), 6, 1e-12), (quasi_deer(), 20, 1e-8), (jacobi(max_iterations=200), 65, 1e-8)):
+        found = rollout(cell, x)
+        assert bool(found.converged.all())
+        assert int(found.iterations) <= most
+        assert (found.states - expected).abs().max() < error
+
+
+@torch.no_grad()
+def test_counts_in_float32(gru):
+    cell, x = gru
+    single = cell_from(torch.nn.GRUCell(4, 4), 4)
+    single.load_state_dict(cell.state_dict())
+    expected = Sequential()(cell, x).states
+    for rollout, most in ((deer(rtol=1e-4, atol=1e-4), 5), (quasi_deer(rtol=1e-4, atol=1e-4), 10)):
+        found = rollout(single, x.float())
+        assert int(found.iterations) <= most
+        assert (found.states - expected).abs().max() < 3e-4
+
+
+@torch.no_grad()
+def test_a_linear_recurrence_takes_one_iteration():
+    matrix = torch.randn(5, 5, dtype=torch.float64) * 0.3
+    cell = cell_from(lambda u, s: s @ matrix.T + u, 5)
+    x = torch.randn(2, 50, 5, dtype=torch.float64)
+    assert deer()(cell, x).iterations.tolist() == [1, 1]
+
+
+@torch.no_grad()
+def test_the_word_problem_of_five_letters_is_exact():
+    """Products of random permutations of five: a linear recurrence that forgets nothing."""
+    swaps = torch.stack([torch.eye(5)[torch.randperm(5)] for _ in range(300)]).double()
+    cell = cell_from(lambda u, s: (u.unflatten(-1, (5, 5)) @ s.unsqueeze(-1)).squeeze(-1), 5)
+    first = torch.arange(5.0, dtype=torch.float64).unsqueeze(0)
+    found = deer()(cell, swaps.flatten(1).unsqueeze(0), first)
+    assert int(found.iterations) == 1
+    expected = first[0]
+    for t, swap in enumerate(swaps):
+        expected = swap @ expected
+        assert torch.equal(found.states[0, t], expected)
+
+
+@torch.no_grad()
+def test_a_mean_field_network_needs_more_the_less_it_forgets():
+    counts, exponents = [], []
+    for gain in (0.5, 0.8, 1.0, 1.5, 2.0):
+        torch.manual_seed(0)
+        cell = MeanField(32, gain).double()
+        x = torch.randn(1, 300, 32, dtype=torch.float64) * 0.5
+        counts.append(int(Newton(Dense(), max_iterations=301)(cell, x).iterations))
+        exponents.append(float(lyapunov(cell, x)))
+        if gain <= 1.0:  # its diagonal is zero, so quasi-DEER is Jacobi
+            quasi = Newton(Diagonal(), max_iterations=301)(cell, x)
+            assert torch.equal(quasi.iterations, jacobi(max_iterations=301)(cell, x).iterations)
+    assert counts == sorted(counts)
+    assert exponents == sorted(exponents)
+    assert counts[2] <= 8
+    assert exponents[0] < -0.5
+
+
+@torch.no_grad()
+def test_smoother_is_levenberg_marquardt():
+    """The correction solves (JᵀJ + 1/σ²) δ = Jᵀr, J the matrix of δ_t − A_t δ_{t−1}."""
+    size, time, variance = 3, 20, 1 / 0.3
+    a = torch.randn(size, size, time, 1, dtype=torch.float64)
+    a[:, :, 0] = 0
+    r = torch.randn(size, time, 1, dtype=torch.float64)
+    jacobian = torch.eye(size * time, dtype=torch.float64)
+    for t in range(1, time):
+        jacobian[t * size : (t + 1) * size, (t - 1) * size : t * size] = -a[:, :, t, 0]
+    left = jacobian.T @ jacobian + torch.eye(size * time, dtype=torch.float64) / variance
+    truth = torch.linalg.solve(left, jacobian.T @ r[:, :, 0].T.reshape(-1)).view(time, size).T
+    found = Kalman(variance, smoother=True).correct(Transition("dense", a), r, None)
+    torch.testing.assert_close(found[:, :, 0], truth, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "dense"])
+@torch.no_grad()
+def test_without_distrust_the_filter_is_newton(kind):
+    a = torch.randn(*((3,) if kind == "diagonal" else (3, 3)), 40, 2, dtype=torch.float64) * 0.4
+    a[..., 0, :] = 0
+    r = torch.randn(3, 40, 2, dtype=torch.float64)
+    plain = Undamped().correct(Transition(kind, a), r, None)
+    for smoother in (False, True):
+        found = Kalman(1e12, smoother=smoother).correct(Transition(kind, a), r, None)
+        torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-9)
+    assert torch.equal(Kalman(math.inf).correct(Transition(kind, a), r, None), plain)
+
+
+@torch.no_grad()
+def test_huge_weights_blow_up_on_the_way_and_not_in_the_end():
+    torch.manual_seed(0)
+    cell = GRU(2, 2)
+    for p in cell.parameters():
+        p.mul_(100)
+    x = torch.randn(2, 100, 2)
+    found = deer(max_iterations=101, guess="zeros")(cell, x)
+    expected = Sequential(kernel="reference")(cell, x)
+    torch.testing.assert_close(found.states, expected.states, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_numbers_that_are_not_finite_on_the_way_are_counted():
+    cell = cell_from(lambda u, s: torch.exp(0.5 * s * s) * 0.1 + u, 2)
+    x = torch.randn(3, 80, 2, dtype=torch.float64) * 0.1
+    guess = torch.full((3, 80, 2), 60.0, dtype=torch.float64)
+    found = quasi_deer(guess=guess, max_iterations=90)(cell, x)
+    assert bool((found.resets > 0).all())
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.states, Sequential()(cell, x).states, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("time", [256, 2048, 16_384])
+@torch.no_grad()
+def test_a_diagonal_cell_converges_in_four_whatever_the_length(time):
+    torch.manual_seed(0)
+    cell, x = ParaGRU(8, 16), torch.randn(1, time, 8)
+    found = Newton(Diagonal(), max_iterations=4, rtol=1e-6, atol=1e-6)(cell, x)
+    assert bool(found.converged.all()), found.residual
+
+
+@torch.no_grad()
+def test_an_estimated_diagonal_converges_where_the_exact_one_does():
+    torch.manual_seed(0)
+    cell, x = GRU(8, 32).double(), torch.randn(1, 400, 8, dtype=torch.float64)
+    exact, estimated = (Newton(kind)(cell, x) for kind in (Diagonal(), Hutchinson(4)))
+    assert bool(estimated.converged.all())
+    assert int(estimated.iterations) < 2 * int(exact.iterations)
+
+
+@torch.no_grad()
+def test_an_adaptive_variance_recovers_from_a_bad_one():
+    torch.manual_seed(0)
+    cell, x = GRU(3, 3).double(), torch.randn(2, 100, 3, dtype=torch.float64)
+    fixed = quasi_elk(0.05, max_iterations=40)(cell, x)
+    adaptive = quasi_elk(0.05, adaptive=True, max_iterations=40)(cell, x)
+    assert not fixed.converged.any()
+    assert bool(adaptive.converged.all())
+
+
+@torch.no_grad()
+def test_lyapunov_exponents_that_are_known():
+    x = torch.zeros(2, 400, 3, dtype=torch.float64)
+    rates = torch.tensor([0.3, 0.9, 0.5], dtype=torch.float64)
+    found = lyapunov(cell_from(lambda u, s: rates * s + u, 3), x)
+    torch.testing.assert_close(found, torch.full((2,), math.log(0.9), dtype=torch.float64), rtol=0, atol=0.02)
+    logistic = cell_from(lambda u, s: 4 * s * (1 - s), 1)  # exponent log 2
+    start = torch.full((1, 1), 0.3123, dtype=torch.float64)
+    found = lyapunov(logistic, torch.zeros(1, 20_000, 1, dtype=torch.float64), start)
+    torch.testing.assert_close(found, torch.full((1,), math.log(2.0), dtype=torch.float64), rtol=0, atol=0.02)
+
+
+@torch.no_grad()
+def test_predictability_says_what_to_use():
+    torch.manual_seed(0)
+    forgets = predictability(GRU(4, 4), torch.randn(2, 2000, 4))
+    assert forgets.exponent < 0
+    assert max(forgets.expected_iterations.values()) < 40
+    assert "forgets" in str(forgets)
+    chaotic = predictability(MeanField(32, 4.0), torch.randn(1, 600, 32) * 0.1)
+    assert chaotic.exponent > 0
+    assert chaotic.rollout == Sequential()
+    assert min(chaotic.expected_iterations.values()) > 100
+
+
+def test_agreement_notices_a_wrong_rollout():
+    class Shifted(Sequential):
+        def __call__(self, cell, inputs, state=None, reset=None):
+            found = super().__call__(cell, inputs, state, reset)
+            return found._replace(states=found.states * 1.01)
+
+    torch.manual_seed(0)
+    assert not verify_agreement(Shifted(), GRU(3, 3), torch.randn(2, 9, 3)).ok
+    assert "DOES NOT AGREE" in str(verify_agreement(Shifted(), GRU(3, 3), torch.randn(2, 9, 3)))
+
+
+@torch.no_grad()
+def test_a_watch_sees_iterations_and_hands_on_guesses():
+    cell, x = GRU(3, 3).double(), torch.randn(2, 50, 3, dtype=torch.float64)
+    with watching(keep=True) as first:
+        quasi_deer()(cell, x)
+    with watching(guesses=first.kept) as second:
+        quasi_deer()(cell, x)
+        elk(max_iterations=1)(cell, x)
+    assert first.iterations > 3
+    assert second.calls == 2
+    assert second.fell_back == 2
+    with watching(guesses=first.kept) as third:
+        quasi_deer()(cell, x)
+    assert third.iterations <= 2
+
+
+@torch.no_grad()
+def test_auto_takes_the_loop_for_short_sequences_and_says_which():
+    from reroll.kernels import dispatch
+
+    cell = GRU(3, 3)
+    assert auto().choose(cell, torch.randn(2, 20, 3)) == Sequential()
+    assert dispatch.report()["rollout"].reason
+    assert auto()(cell, torch.randn(2, 20, 3)).outcome is Outcome.ok
+
+
+@pytest.mark.parametrize("rollout", [deer(), quasi_deer(), elk(), jacobi(max_iterations=300)])
+@torch.no_grad()
+def test_what_is_not_a_number_never_counts_as_converged(rollout):
+    torch.manual_seed(0)
+    cell, x = GRU(3, 5), torch.randn(2, 1000, 3)
+    x[1, 500, 0] = torch.nan
+    found, expected = rollout(cell, x), Sequential(kernel="reference")(cell, x)
+    assert found.outcome is Outcome.fell_back
+    assert found.converged.tolist() == [True, False]
+    torch.testing.assert_close(found.states, expected.states, rtol=0, atol=1e-4, equal_nan=True)
+    assert bool(found.states[1, 500:].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_a_diverged_iterate_does_not_hide_where_the_exact_part_ends(dtype):
+    cell = Lorenz96()
+    first = torch.tensor([[8.0, 8.1, 7.9, 8.0, 8.2]], dtype=dtype)
+    x = torch.zeros(1, 150, 1, dtype=dtype)
+    expected = Sequential()(cell, x, first).states
+    for rollout in (deer(max_iterations=5), quasi_deer(max_iterations=5)):
+        found = rollout(cell, x, first)
+        assert found.outcome is Outcome.fell_back
+        torch.testing.assert_close(found.states, expected, rtol=0, atol=1e-9 if dtype == torch.float64 else 2e-2)
+
+
+def packed(u, s):
+    a = torch.sigmoid(s)
+    b = torch.tanh(0.5 * a)
+    c = torch.tanh(0.3 * b)
+    p = torch.sigmoid(2 * c)
+    return torch.tanh(torch.nn.functional.linear(torch.cat([p, torch.tanh(p)], -1), WIDE.to(s.dtype)) + u)
+
+
+WIDE = torch.randn(5, 10, generator=torch.Generator().manual_seed(0)) * 0.15
+ODD_STEPS = {
+    "ranges of two writers": packed,
+    "subtract": lambda u, s: torch.subtract(u, 0.3 * s),
+    "not equal": lambda u, s: torch.tanh(0.5 * s * (u[..., :1].round() != 1) + u),
+    "where on the state": lambda u, s: 0.3 * s + torch.where(s > 0, u, -u),
+    "a mask of the state": lambda u, s: u * (s > -0.2),
+    "in place": lambda u, s: torch.tanh(u).add_(0.5 * s),
+    "sign": lambda u, s: 0.3 * torch.tanh(s) + 0.2 * torch.sign(s) + u,
+    "a growing feature": lambda u, s: torch.cat([s[:, :1] + 1, torch.tanh(0.95 * s[:, 1:].roll(1, -1) + u[:, 1:])], -1),
+}
+
+
+@pytest.mark.parametrize("name", ODD_STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_steps_that_are_easily_misread(name, dtype):
+    torch.manual_seed(0)
+    cell, x = cell_from(ODD_STEPS[name], 5), torch.randn(3, 301, 5, dtype=dtype)
+    expected = Sequential()(cell, x).states
+    for rollout in (jacobi(max_iterations=400), quasi_deer(max_iterations=400), deer(max_iterations=400)):
+        found = rollout(cell, x)
+        torch.testing.assert_close(found.states, expected, rtol=1e-4, atol=2e-3 if dtype == torch.float32 else 1e-6)
+
+
+@torch.no_grad()
+def test_no_sequences_and_other_defaults():
+    cell = GRU(3, 5)
+    assert quasi_deer()(cell, torch.zeros(0, 7, 3)).states.shape == (0, 7, 5)
+    x = torch.randn(2, 900, 3)
+    expected = quasi_deer()(cell, x).states
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(quasi_deer()(cell, x).states, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        found = quasi_deer()(ARGRU(), torch.randn(1, 400, 1))
+    assert bool(found.converged.all())
+
+
+@torch.no_grad()
+def test_jacobians_beyond_memory_are_refused_with_their_size():
+    cell = cell_from(lambda u, s: 0.5 * s + u, 4096)
+    with pytest.raises(UsageError, match=r"4096² numbers are [\d,]+ bytes .*Use quasi_deer"):
+        deer()(cell, torch.zeros(4, 100, 4096))
+
+
+@torch.no_grad()
+def test_dropout_that_begins_later_is_noticed():
+    dropout = torch.nn.Dropout(0.5).eval()
+    cell = cell_from(lambda u, s: dropout(torch.tanh(0.5 * s + u)), 4, module=dropout)
+    quasi_deer()(cell, torch.randn(2, 30, 4))
+    cell.train()
+    with pytest.raises(UsageError, match="different results"):
+        quasi_deer()(cell, torch.randn(2, 30, 4))
