@@ -1,7 +1,9 @@
 """Iterations against the Lyapunov exponent (Gonzalez et al., arXiv:2508.16817, figures 2 and 3).
 
 A mean-field network s ← W tanh(s), W_ij ~ N(0, g²/D), from a normal state, in float64: it forgets for small gain g and
-is chaotic for large; and Langevin dynamics in two wells, ε = 0.01, which forgets slowly whatever its length.
+is chaotic for large; and Langevin dynamics in two wells, ε = 0.01, which forgets slowly whatever its length. Networks
+of 64 units are the smallest in which gain decides: of 32, single ones fall into fixed points late at any gain, and the
+rank correlation over eight gains and three seeds is 0.78 only.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
 
 
 def measure(
-    full: bool, size: int = 32, steps: int = 300, seeds: int = 3, lengths: tuple[int, ...] = (100, 1000, 10_000)
+    full: bool, size: int = 64, steps: int = 300, seeds: int = 3, lengths: tuple[int, ...] = (100, 1000, 10_000)
 ) -> dict[str, Any]:
     """Return every network and the two wells; `full` is D = 100, T = 1000, 50 gains, 20 seeds."""
     gains = GAINS
