@@ -3,14 +3,29 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from reroll.bench import claims
-from reroll.bench.experiments import agreement, generator, lorenz, predictable, show
+from reroll.bench.experiments import agreement, generator, lorenz, predictable, scaling, worms
 from reroll.cells.dynamics import ARState, Lorenz96
 from reroll.rollout import Newton, Sequential
 from reroll.rollout.watch import watching
+from reroll.train.measure import Measurement
+
+FOUND = {
+    "elk-fig2": lambda: {"batch": 1, "memory_ratio": 2.0, "speed_against_loop": 3.0, "rows": [ROW, ROW | {"steps": 9}]},
+    "elk-fig3": lambda: worms.measure(False, WORMS, updates=2),
+    "elk-fig4": lambda: generator.measure(False, updates=1, steps=8, limit=9),
+    "elk-fig5": lambda: agreement.measure(False, steps=20),
+    "elk-fig7": lambda: lorenz.measure_sweep(False, steps=5, variances=(1.0, 30.0), limits=(9, 9)),
+    "elk-fig8": lambda: lorenz.measure(False, steps=5, count=1),
+    "predictability": lambda: predictable.measure(False, size=4, steps=9, seeds=1, lengths=(5,)),
+}
+"""A small result of every experiment that has a figure."""
+ROW = {"method": "loop", "size": 3, "steps": 7, "seconds": 0.5, "bytes": 8e6}
+WORMS = {"layers": 1, "hidden": 3, "stride": 500, "batch": 3}
 
 
 def test_a_watch_sees_every_iterate_and_the_last_one_is_the_result():
@@ -127,6 +142,56 @@ def test_the_generator_learns_and_every_method_is_reported():
         assert name in generator.report(found)
 
 
+def test_training_is_the_same_by_every_rollout(tmp_path, monkeypatch):
+    monkeypatch.setenv("REROLL_CACHE", str(tmp_path))
+    found = worms.measure(False, WORMS, updates=3)
+    assert found["source"] == "generated"
+    assert 0 < found["loss_deviation"] < 1e-5
+    assert len(set(found["methods"]["DEER"]["losses"])) == 3
+    assert found["methods"]["DEER"]["iterations"] >= 2
+    assert found["methods"]["sequential"]["iterations"] <= 1
+    assert not worms.holds(found | {"loss_deviation": 0.1})
+    assert "quasi-DEER" in worms.report(found)
+
+
+def test_prepared_series_are_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("REROLL_CACHE", str(tmp_path))
+    values = 7 + 2 * np.random.default_rng(0).normal(size=(5, 40, 2))
+    np.savez(tmp_path / "eigenworms.npz", inputs=values, targets=np.array([0, 1, 2, 1, 0]))
+    inputs, classes, source = worms.series(4)
+    assert inputs.shape == (5, 10, 2)
+    assert classes.tolist() == [0, 1, 2, 1, 0]
+    assert "eigenworms" in source
+    torch.testing.assert_close(inputs.mean((0, 1)), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inputs.std((0, 1)), torch.ones(2), atol=1e-5, rtol=0)
+
+
+def test_memory_is_compared_at_the_largest_size(monkeypatch):
+    def take(evaluate, warmup):
+        evaluate()
+        floats = evaluate.size if evaluate.method == "quasi-DEER" else evaluate.size**2
+        return Measurement(1.0 if evaluate.method == "loop" else 0.5, floats * evaluate.steps, 0)
+
+    monkeypatch.setattr(scaling, "take", take)
+    found = scaling.measure(False, 2, ((3, 6), (5, 9)))
+    assert len(found["rows"]) == 4 * 4
+    assert (found["memory_ratio"], found["speed_against_loop"]) == (6, 2)
+    assert scaling.holds(found)
+    assert not scaling.holds(found | {"memory_ratio": 4.9})
+    assert "quasi-DEER" in scaling.report(found)
+
+
+@pytest.mark.parametrize("method", scaling.METHODS)
+def test_what_is_weighed_is_one_trajectory(method):
+    evaluate = scaling.Evaluate(method, 3, 11, 2)
+    evaluate()
+    rollout, cell, inputs = evaluate.built
+    assert inputs.shape == (2, 11, 3)
+    torch.testing.assert_close(
+        rollout.read(cell, inputs)[0], Sequential(kernel="reference").read(cell, inputs)[0], rtol=1e-4, atol=1e-4
+    )
+
+
 def test_tables_and_figures_are_written(tmp_path, monkeypatch):
     found = agreement.measure(False, steps=20)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if the extra were not there
@@ -136,10 +201,14 @@ def test_tables_and_figures_are_written(tmp_path, monkeypatch):
     assert not (tmp_path / "elk-fig5.png").exists()
 
 
-def test_figures_are_drawn_where_matplotlib_is(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["elk-fig5", "elk-fig8", "elk-fig7", "predictability", "elk-fig4", "elk-fig2", "elk-fig3"]
+)
+def test_figures_are_drawn_where_matplotlib_is(tmp_path, name):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    show.figure(tmp_path / "a.png", lambda f: agreement.draw(agreement.measure(False, steps=20), f))
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    found = FOUND[name]()
+    claims.write(name, found, tmp_path)
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_claim_is_callable_and_named_once():

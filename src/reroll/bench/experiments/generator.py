@@ -127,7 +127,8 @@ def report(found: dict[str, Any]) -> str:
         rows.append([name, *(m[key] for key in keys), *m["reached"]])
     return (
         f"trained to {found['loss']:.3f} nats a step (the noise alone: {found['best_loss']:.3f}); "
-        f"T = {found['steps']}, at most {found['limit']} iterations; mean absolute deviation of the output\n{columns(rows)}"
+        f"T = {found['steps']}, at most {found['limit']} iterations; "
+        f"mean absolute deviation of the output\n{columns(rows)}"
     )
 
 

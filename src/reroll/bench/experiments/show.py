@@ -31,12 +31,13 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def figure(path: Path, draw: Callable[[Any], None]) -> str:
+def figure(path: Path, draw: Callable[[dict[str, Any], Any], None], found: dict[str, Any]) -> str:
     """Write a figure.
 
     Args:
         path: the file, a .png.
-        draw: called with an empty matplotlib figure.
+        draw: called with the result and an empty matplotlib figure.
+        found: the result.
 
     Returns:
         Where it is, or what is missing, in a sentence.
@@ -47,6 +48,6 @@ def figure(path: Path, draw: Callable[[Any], None]) -> str:
     except ImportError:
         return "no figure: matplotlib is not installed (pip install 'reroll[plot]')."
     canvas = FigureCanvasAgg(Figure(figsize=(7, 4.5), layout="constrained"))
-    draw(canvas.figure)
+    draw(found, canvas.figure)
     canvas.figure.savefig(path, dpi=150)
     return f"figure: {path}"
