@@ -63,7 +63,8 @@ def test_the_command_writes_what_training_reads(tmp_path, values, capsys):
 
 
 @pytest.mark.slow
-def test_training_on_prepared_series_begins(tmp_path, values, capsys):
+def test_training_on_prepared_series_begins(tmp_path, capsys):
+    values = np.random.default_rng().normal(size=(7, 101, 2)).astype(np.float32)
     (tmp_path / "w.ts").write_text(text_of(values, "abcabca"))
     main(["data", "prepare", "ts", "--path", str(tmp_path), "--to", str(tmp_path)])
     arguments = capsys.readouterr().out.splitlines()[-1].split("reroll ")[1].split()

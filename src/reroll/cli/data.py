@@ -43,5 +43,5 @@ def run(command: str, arguments: Sequence[str]) -> int:
     target = (request.to or cache_folder()) / f"{request.name}.npz"
     count, steps, features, classes = prepare(request.path, target, request.every)
     print(f"{target}: {count} series of {steps} steps, {features} features, {classes} classes")
-    print(f"train on it: reroll train arrays --path {target}")
+    print(f"train on it: reroll train arrays --path {target} --length {steps}")
     return 0

@@ -149,13 +149,13 @@ def prepare(path: str | os.PathLike[str], target: Path, every: int = 1) -> tuple
     steps = max(part.inputs.shape[1] for part in parts)
     rows = [row for part in parts for row in part.inputs]
     inputs = _padded(rows, steps)[:, ::every]
-    there = np.isfinite(inputs).all(-1)
+    there = np.all(np.isfinite(inputs), axis=-1, keepdims=True)
     arrays: dict[str, Any] = {
-        "inputs": np.where(there[..., None], inputs, 0), "labels": np.array(parts[0].labels),
+        "inputs": np.where(there, inputs, 0), "labels": np.array(parts[0].labels),
         "targets": np.concatenate([part.targets for part in parts]),
     }  # fmt: skip
-    if not there.all():
-        arrays["mask"] = there
+    if not np.all(there):
+        arrays["mask"] = there[..., 0]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:

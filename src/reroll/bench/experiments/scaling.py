@@ -106,8 +106,9 @@ def report(found: dict[str, Any]) -> str:
     rows: list[list[Any]] = [["method", "D", "T", "ms", "MB"]]
     rows += [[r["method"], r["size"], r["steps"], 1e3 * r["seconds"], r["bytes"] / 1e6] for r in found["rows"]]
     return (
-        f"GRU, batch {found['batch']}, forward\n{columns(rows)}\nat the largest: DEER takes "
-        f"{found['memory_ratio']:.3g} times the memory of quasi-DEER, which is {found['speed_against_loop']:.3g} times as fast as the loop"
+        f"GRU, batch {found['batch']}, forward\n{columns(rows)}\n"
+        f"at the largest: DEER takes {found['memory_ratio']:.3g} times the memory of quasi-DEER, "
+        f"which is {found['speed_against_loop']:.3g} times as fast as the loop"
     )
 
 
