@@ -162,6 +162,8 @@ def test_prepared_series_are_trained_on(tmp_path, monkeypatch):
     assert inputs.shape == (5, 10, 2)
     assert classes.tolist() == [0, 1, 2, 1, 0]
     assert "eigenworms" in source
+    kept = values[:, [0, 4, 8, 12, 16, 20, 24, 28, 32, 36]]
+    assert np.corrcoef(inputs[..., 0].flatten(), kept[..., 0].flatten())[0, 1] == pytest.approx(1)
     torch.testing.assert_close(inputs.mean((0, 1)), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(inputs.std((0, 1)), torch.ones(2), atol=1e-5, rtol=0)
 
