@@ -1,5 +1,6 @@
 """The experiments on parallel evaluation, at tiny sizes: what they count is what is there to count."""
 
+import dataclasses
 import math
 import sys
 
@@ -218,3 +219,14 @@ def test_every_claim_is_callable_and_named_once():
         assert claim.name == name
         assert callable(claim.measure)
         assert name in claims.table()
+
+
+def test_a_claim_is_measured_kept_and_listed(tmp_path, monkeypatch):
+    monkeypatch.setenv("REROLL_CACHE", str(tmp_path))
+    small = dataclasses.replace(claims.CLAIMS["elk-fig5"], measure=lambda full: agreement.measure(full, steps=9))
+    monkeypatch.setitem(claims.CLAIMS, "elk-fig5", small)
+    found = claims.reproduce("elk-fig5", full=True)
+    assert found["full"] is True
+    assert found["status"] == "holds"
+    assert claims.measured()["elk-fig5"]["value"] == found["deviation"]
+    assert claims.table().count("--full)\n") == 1

@@ -119,7 +119,12 @@ def table() -> str:
     last, lines = measured(), []
     for claim in CLAIMS.values():
         m = last.get(claim.name)
-        value = "not measured yet" if m is None else f"{m['value']:.4g}, {m['status']} ({m['commit']}, {m['hardware']})"
+        size = ", --full" if m is not None and m.get("full") else ""
+        value = (
+            "not measured yet"
+            if m is None
+            else f"{m['value']:.4g}, {m['status']} ({m['commit']}, {m['hardware']}{size})"
+        )
         lines += [
             f"{claim.name}: {claim.says}",
             f"    source     {claim.source}",
