@@ -29,6 +29,7 @@ COMMANDS = {
     "sample": ("models", "let a model of symbols go on with a prompt", 'reroll sample RUN --prompt "The "'),
     "export": ("models", "write a model as safetensors and config", "reroll export RUN --to model.safetensors"),
     "replay": ("models", "the weights of any step again, without the data", "reroll replay RUN --to 100 --checksum"),
+    "data": ("data", "turn files of an archive into one to train on", "reroll data prepare eigenworms --path FOLDER"),
     "bench": ("bench", "speed and memory as ratios, measured in one run", "reroll bench zeroth"),
     "reproduce": ("bench", "the claims of the papers, measured here", "reroll reproduce --list"),
     "doctor": ("doctor", "what this machine has, and how to mend what it lacks", "reroll doctor"),

@@ -13,13 +13,13 @@ import tyro
 from reroll.cli.flags import parse
 from reroll.errors import UsageError, nearest
 
-BENCHES = ("zeroth", "estimator")
+BENCHES = ("zeroth", "estimator", "rollouts")
 
 
 @dataclass(frozen=True)
 class Bench:
     name: Annotated[str, tyro.conf.Positional]
-    """zeroth (speed and memory of CD-RGE) or estimator (its gradient against the true one)"""
+    """zeroth (speed and memory of CD-RGE), estimator (its gradient against the true one) or rollouts (ways along time)"""
     json: Path | None = None
     """write the result to this file"""
     rounds: int = 5
@@ -32,6 +32,10 @@ class Reproduce:
     """the claim to measure; none: list them"""
     list: bool = False
     """list all claims with their last measured values"""
+    full: bool = False
+    """at the published size, which may need a GPU or hours"""
+    to: Path | None = None
+    """folder for the table and the figure; none: reproduce/ in the cache folder"""
     json: Path | None = None
     """write the result to this file"""
 
@@ -52,6 +56,11 @@ def _bench(arguments: Sequence[str]) -> int:
 
         zeroth.run(request.rounds, request.json)
         return 0
+    if request.name == "rollouts":
+        from reroll.bench import rollouts
+
+        rollouts.run(request.rounds, request.json)
+        return 0
     from reroll.bench import estimator
 
     found = estimator.run()
@@ -63,16 +72,18 @@ def _bench(arguments: Sequence[str]) -> int:
 def _reproduce(arguments: Sequence[str]) -> int:
     request = parse(Reproduce, arguments, "reroll reproduce", "Measure a claim of the papers here.")
     from reroll.bench import claims
+    from reroll.data.cache import cache_folder
 
     if request.list or request.name is None:
         print(claims.table())
         return 0
     _make_room(request.json)
-    found = claims.reproduce(request.name)
+    found = claims.reproduce(request.name, request.full)
     claim = claims.CLAIMS[request.name]
     print(f"{claim.name}: {claim.says}\n{claim.report(found)}")
     print(f"published: {claim.published}\nmeasured:  {claim.key} = {found[claim.key]:.4g}, {found['status']} "
           f"({claim.tolerance})\n{found['hardware']}, commit {found['commit']}, {found['seconds']:.0f} s")  # fmt: skip
+    print("\n".join(claims.write(request.name, found, request.to or cache_folder() / "reproduce")))
     if request.json is not None:
         request.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0 if found["status"] == "holds" else 1

@@ -197,6 +197,7 @@ class Newton:
     def _newton(self, field: Field, guess: Tensor) -> Solution:
         """Iterate on one window until every sequence has converged, or the iterations are used up."""
         damping: Damping = self.damping or Undamped()
+        watch = current()
         batch, device = field.shape[2], guess.device
         atol, rtol = self._tolerances(guess.dtype)
         every = getattr(self.linearise, "every", 1)
@@ -218,6 +219,8 @@ class Newton:
                 following = following.merged(found, worse)
             found = following
             converged = converged | near
+            if watch is not None:
+                watch.show(found.states)
         return Solution(found.states, iterations, found.error.amax(0), converged, resets)
 
     def _near(self, before: Iterate, found: Iterate, damping: Damping, atol: float, rtol: float) -> Tensor:

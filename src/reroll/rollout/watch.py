@@ -6,13 +6,14 @@
 
     with watching(keep=True) as clean: …         keep the trajectories of an evaluation,
     with watching(guesses=clean.kept): …         and begin the next ones there: a warm start
+    with watching(observe=look): …               look(states) at every iterate, [D, steps of the window, batch]
 
 Rollouts that do not iterate take no part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Watch:
         guesses: trajectories to begin with, in the order of the calls; those of another shape are passed over.
         keep: keep the trajectories in `kept`.
         tolerance: factor on `rtol` and `atol`.
+        observe: called with every iterate of every window, the guess left out; it must not change what it is given.
         kept: the trajectories [batch, time, D], in the order of the calls.
         calls: how many rollouts ran.
         iterations: the most that any needed.
@@ -39,6 +41,7 @@ class Watch:
     guesses: Sequence[Tensor] = ()
     keep: bool = False
     tolerance: float = 1.0
+    observe: Callable[[Tensor], None] | None = None
     kept: list[Tensor] = field(default_factory=list)
     calls: int = 0
     iterations: int = 0
@@ -50,6 +53,13 @@ class Watch:
         if self.calls < len(self.guesses) and tuple(self.guesses[self.calls].shape) == shape:
             return self.guesses[self.calls]
         return None
+
+    def show(self, states: Tensor) -> None:
+        """Let the observers look at an iterate, [D, T, B]."""
+        if self.observe is not None:
+            self.observe(states)
+        if self.outer is not None:
+            self.outer.show(states)
 
     def see(self, trajectory: Trajectory, states: Tensor) -> None:
         """Take in a finished call."""
@@ -72,9 +82,15 @@ def current() -> Watch | None:
 
 
 @contextmanager
-def watching(*, guesses: Sequence[Tensor] = (), keep: bool = False, tolerance: float = 1.0) -> Iterator[Watch]:
+def watching(
+    *,
+    guesses: Sequence[Tensor] = (),
+    keep: bool = False,
+    tolerance: float = 1.0,
+    observe: Callable[[Tensor], None] | None = None,
+) -> Iterator[Watch]:
     """Watch over the rollouts of a block; see `Watch`."""
-    watch = Watch(guesses, keep, tolerance, outer=_current.get())
+    watch = Watch(guesses, keep, tolerance, observe, outer=_current.get())
     token = _current.set(watch)
     try:
         yield watch

@@ -1,0 +1,68 @@
+"""How far trajectories in parallel are from the sequential one (Gonzalez et al., arXiv:2407.19115, figure 5).
+
+A GRU of width 4 at its initial weights, T = 10 000, one sequence of standard normal inputs, float32 and float64. With
+the default tolerances the iteration stops as soon as the residual is within them; with a tenth of them what is left
+is rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import torch
+
+from reroll.bench.experiments.show import columns
+from reroll.cells import GRU
+from reroll.rollout import Dense, Diagonal, Newton, Sequential
+from reroll.rollout.newton import TOLERANCE
+
+METHODS = {"DEER": Dense(), "quasi-DEER": Diagonal()}
+BOUND = 16 * torch.finfo(torch.float32).eps
+"""What counts as the level of float32, for states within ±1."""
+
+
+def measure(full: bool, steps: int = 10_000) -> dict[str, Any]:
+    """Return iterations and the largest deviation; `full` is the same, as the published size is run anyway."""
+    rows = []
+    for dtype in (torch.float32, torch.float64):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            cell, inputs = GRU(4, 4).to(dtype), torch.randn(1, steps, 4).to(dtype)
+            truth = Sequential()(cell, inputs).states
+            for name, tenth in itertools.product(METHODS, (False, True)):
+                tolerance = TOLERANCE[dtype] / 10 if tenth else None
+                began = time.perf_counter()
+                trajectory = Newton(METHODS[name], rtol=tolerance, atol=tolerance)(cell, inputs)
+                error = (trajectory.states - truth).abs()[0].amax(-1)
+                rows.append({
+                    "dtype": str(dtype).removeprefix("torch."), "method": name, "tight": tenth,
+                    "tolerance": tolerance or TOLERANCE[dtype],
+                    "deviation": float(error.max()),
+                    "iterations": int(trajectory.iterations.max()), "converged": bool(trajectory.converged.all()),
+                    "seconds": time.perf_counter() - began, "error": error[:: max(1, steps // 1000)].tolist(),
+                })  # fmt: skip
+    tight = [row["deviation"] for row in rows if row["dtype"] == "float32" and row["tight"]]
+    return {"deviation": max(tight), "rows": rows}
+
+
+def holds(found: dict[str, Any]) -> bool:
+    """Whether all converged, and the float32 ones of tight tolerance deviate by rounding only."""
+    return found["deviation"] <= BOUND and all(row["converged"] for row in found["rows"])
+
+
+def report(found: dict[str, Any]) -> str:
+    """Return a row for every method and precision."""
+    keys = ["dtype", "method", "tolerance", "iterations", "converged", "deviation", "seconds"]
+    return columns([keys, *([row[key] for key in keys] for row in found["rows"])])
+
+
+def draw(found: dict[str, Any], figure: Any) -> None:
+    """Draw the deviation along the sequence."""
+    axes = figure.add_subplot(xlabel="part of the sequence", ylabel="deviation", title="GRU, D = 4")
+    axes.set_yscale("log")
+    for row in (row for row in found["rows"] if row["tight"]):
+        steps = [i / len(row["error"]) for i in range(len(row["error"]))]
+        axes.plot(steps, [max(e, 1e-18) for e in row["error"]], label=f"{row['method']}, {row['dtype']}", linewidth=0.7)
+    axes.legend()

@@ -1,0 +1,143 @@
+"""A trained generator in parallel (Gonzalez et al., arXiv:2407.19115, figure 4): where undamped methods explode.
+
+An AR-GRU (see `reroll.cells.dynamics`) of hidden size 3 learns a noisy sine by maximum likelihood,
+−Σ_t log N(x_t; μ_t, ς_t²) with the observed x fed back, through backpropagation; then it feeds itself. Its trajectory
+from stated noise is evaluated by every method from a guess of zeros, in float32, and compared with the sequential one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from reroll.bench.experiments.show import columns
+from reroll.cells.dynamics import ARGRU, ARState
+from reroll.rollout import Dense, Diagonal, Kalman, Newton, Scale, Sequential
+from reroll.rollout.watch import watching
+
+PERIOD, NOISE = 50, 0.05
+"""Of the sine: steps of a period, and the standard deviation around it."""
+METHODS: dict[str, tuple[Any, Any]] = {
+    "DEER": (Dense(), None),
+    "quasi-DEER": (Diagonal(), None),
+    "ELK(1e6)": (Dense(), Kalman(1e6)),
+    "ELK(1e4)": (Dense(), Kalman(1e4)),
+    "quasi-ELK(1e2)": (Diagonal(), Kalman(1e2)),
+    "DEER, scaled by 0.9": (Dense(), Scale(0.1)),
+}
+LEVELS = (0.5, 0.1, 1e-3)
+"""Mean absolute deviations of the output at which iterations are counted."""
+
+
+def noisy_sine(batch: int, steps: int) -> Tensor:
+    """Return sines of random phase with noise, [batch, steps, 1]."""
+    phase = 2 * math.pi * torch.rand(batch, 1, 1)
+    angle = 2 * math.pi * torch.arange(steps).view(1, -1, 1) / PERIOD
+    return torch.sin(angle + phase) + NOISE * torch.randn(batch, steps, 1)
+
+
+def hidden_states(cell: ARGRU, x: Tensor) -> Tensor:
+    """Return h after every step of observed series, [batch, steps, H], by torch's GRU, whose equations are the same."""
+    bias = torch.cat([cell.bias.new_zeros(2 * cell.hidden_size), cell.bias_new])
+    start = x.new_zeros(1, len(x), cell.hidden_size)
+    weights = [cell.weight_ih, cell.weight_hh, cell.bias, bias]
+    return torch.gru(x, start, weights, True, 1, 0.0, True, False, True)[0]
+
+
+def loss(cell: ARGRU, series: Tensor) -> Tensor:
+    """Return the negative log-likelihood per step of series [batch, steps, 1], each value given those before."""
+    before = series[:, :-1]
+    mean, spread = cell.decode(hidden_states(cell, before) + before).chunk(2, -1)
+    spread = functional.softplus(spread)
+    return (0.5 * ((series[:, 1:] - mean) / spread).square() + spread.log()).mean() + 0.5 * math.log(2 * math.pi)
+
+
+def trained(updates: int, steps: int = 200, batch: int = 16, seed: int = 0) -> tuple[ARGRU, float]:
+    """Return a trained generator and its last loss."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        cell = ARGRU(3)
+        optimizer = torch.optim.Adam(cell.parameters(), 1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+        value = torch.tensor(math.nan)
+        for _ in range(updates):
+            optimizer.zero_grad()
+            value = loss(cell, noisy_sine(batch, steps))
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(cell.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        return cell.requires_grad_(False), float(value.detach())
+
+
+def run_method(kept: Any, damping: Any, cell: ARGRU, noise: Tensor, truth: Tensor, limit: int) -> dict[str, Any]:
+    """Return how one method fared on one sequence."""
+    curve: list[float] = []
+    began = time.perf_counter()
+    with watching(observe=lambda iterate: curve.append(float((iterate[:1] - truth).abs().mean()))):
+        found = Newton(kept, damping, guess="zeros", window=None, max_iterations=limit)(cell, noise)
+    assert found.resets is not None
+    return {
+        "iterations": len(curve), "converged": bool(found.converged.all()), "replaced": int(found.resets.sum()),
+        "deviation": curve[-1], "seconds": time.perf_counter() - began, "curve": curve,
+        "reached": [next((k for k, value in enumerate(curve, 1) if value < level), None) for level in LEVELS],
+    }  # fmt: skip
+
+
+def measure(full: bool, updates: int = 2000, steps: int = 2000, limit: int = 500) -> dict[str, Any]:
+    """Return the fate of every method; `full` is T = 10 000 and as many iterations."""
+    if full:
+        steps, limit = 10_000, 10_000
+    cell, last = trained(updates)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        noise = torch.randn(1, steps, 1)
+    with torch.no_grad():
+        states = Sequential()(cell, noise).states
+        assert isinstance(states, ARState)
+        truth = states.x.permute(2, 1, 0)
+        methods = {name: run_method(*method, cell, noise, truth, limit) for name, method in METHODS.items()}
+    undamped = [methods["DEER"], methods["quasi-DEER"]]
+    return {
+        "loss": last, "best_loss": math.log(NOISE) + 0.5 * math.log(2 * math.pi * math.e), "steps": steps,
+        "limit": limit, "methods": methods, "series": truth.flatten()[:400].tolist(),
+        "unstable": sum(m["replaced"] > 0 or not m["converged"] for m in undamped),
+        "elk_iterations": methods["ELK(1e6)"]["reached"][1] or math.inf,
+    }  # fmt: skip
+
+
+def holds(found: dict[str, Any]) -> bool:
+    """Whether both undamped methods explode or fail, and ELK stays finite and comes within 0.1 sooner than they do."""
+    methods, elk = found["methods"], found["elk_iterations"]
+    undamped = min(methods[name]["reached"][1] or math.inf for name in ("DEER", "quasi-DEER"))
+    return found["unstable"] == 2 and methods["ELK(1e6)"]["replaced"] == 0 and elk < undamped
+
+
+def report(found: dict[str, Any]) -> str:
+    """Return a row for every method."""
+    rows: list[list[Any]] = [["method", "iterations", "converged", "replaced", "last deviation", "seconds"]]
+    rows[0] += [f"to {level:g}" for level in LEVELS]
+    for name, m in found["methods"].items():
+        keys = ("iterations", "converged", "replaced", "deviation", "seconds")
+        rows.append([name, *(m[key] for key in keys), *m["reached"]])
+    return (
+        f"trained to {found['loss']:.3f} nats a step (the noise alone: {found['best_loss']:.3f}); "
+        f"T = {found['steps']}, at most {found['limit']} iterations; "
+        f"mean absolute deviation of the output\n{columns(rows)}"
+    )
+
+
+def draw(found: dict[str, Any], figure: Any) -> None:
+    """Draw what was generated, and the deviation against the iteration."""
+    above, below = figure.subplots(2, 1)
+    above.plot(found["series"], linewidth=0.8)
+    above.set(title="generated sequentially", xlabel="step")
+    for name, method in found["methods"].items():
+        below.plot(range(1, len(method["curve"]) + 1), [max(d, 1e-9) for d in method["curve"]], label=name)
+    below.set(xlabel="iteration", ylabel="mean absolute deviation", yscale="log")
+    below.legend(fontsize="small")

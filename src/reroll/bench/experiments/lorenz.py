@@ -1,0 +1,166 @@
+"""Lorenz-96 in parallel (Gonzalez et al., arXiv:2407.19115, figure 8): which damping finds a chaotic trajectory.
+
+D = 5, F = 8, Runge–Kutta steps of 0.01, T = 1000, float64, guess zero. The initial conditions are the states of one
+long run from (8.01, 8, 8, 8, 8) after steps 10 000, 11 000 … 19 000. What counts is the iteration at which the mean
+absolute deviation from the sequential trajectory falls below 10⁻³.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.bench.experiments.show import columns
+from reroll.cells.dynamics import Lorenz96
+from reroll.rollout import Dense, Diagonal, Kalman, Newton, Scale, Sequential
+from reroll.rollout.watch import watching
+
+SPIN_UP, APART = 10_000, 1000
+"""Steps of the long run before the first initial condition, and between two."""
+REACHED = 1e-3
+"""Mean absolute deviation that counts as arrived."""
+VARIANCES = (0.3, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5, 1e6)
+PUBLISHED = {"ELK(300)": 152, "Scale(0.2)": 249, "DEER": None, "quasi-DEER": 931, "quasi-ELK(10)": 467}
+"""Counts by an independent implementation of the published formulas on one initial condition."""
+METHODS: dict[str, tuple[Any, Any, int]] = {
+    "ELK(300)": (Dense(), Kalman(300.0), 400),
+    "Scale(0.2)": (Dense(), Scale(0.2), 400),
+    "DEER": (Dense(), None, 500),
+    "quasi-DEER": (Diagonal(), None, 1001),
+    "quasi-ELK(10)": (Diagonal(), Kalman(10.0), 1000),
+}
+"""What is kept of the Jacobian, the damping, the most iterations."""
+
+
+def initial_conditions(count: int, spin_up: int = SPIN_UP, apart: int = APART) -> Tensor:
+    """Return states of one long run, [count, 5]."""
+    cell, state = Lorenz96(), torch.full((1, 5), 8.0, dtype=torch.float64)
+    state[0, 0] += 0.01
+    found, nothing = [], torch.zeros(1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for step in range(spin_up + (count - 1) * apart + 1):
+            if step >= spin_up and (step - spin_up) % apart == 0:
+                found.append(state)
+            state = cell.step(nothing, state)
+    return torch.cat(found)
+
+
+def deviations(rollout: Newton, states: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the mean absolute deviation from the sequential trajectory.
+
+    Args:
+        rollout: the method.
+        states: initial conditions, [batch, 5].
+        steps: T.
+
+    Returns:
+        After every iteration, [iterations, batch]; and how many numbers had to be replaced, [batch].
+    """
+    cell, inputs = Lorenz96(), states.new_zeros(len(states), steps, 1)
+    found: list[Tensor] = []
+    with torch.no_grad():
+        truth = Sequential()(cell, inputs, states).states.permute(2, 1, 0)
+        with watching(observe=lambda iterate: found.append((iterate - truth).abs().mean((0, 1)))):
+            trajectory = rollout(cell, inputs, states)
+    assert trajectory.resets is not None
+    return torch.stack(found), trajectory.resets
+
+
+def arrivals(curve: Tensor) -> list[int | None]:
+    """Return the first iteration of every sequence at which the deviation has arrived; None if it never has."""
+    return [next((k for k, value in enumerate(column, 1) if value < REACHED), None) for column in curve.T.tolist()]
+
+
+def run_method(kept: Any, damping: Any, limit: int, states: Tensor, steps: int) -> dict[str, Any]:
+    """Return the iterations of one method on all initial conditions, and its curve on the first."""
+    rollout = Newton(kept, damping, guess="zeros", window=None, max_iterations=limit)
+    began = time.perf_counter()
+    curve, resets = deviations(rollout, states, steps)
+    counts = arrivals(curve)
+    there = [count for count in counts if count is not None]
+    return {
+        "counts": counts, "mean": sum(there) / len(there) if len(there) == len(counts) else None,
+        "replaced": int(resets.sum()), "limit": limit, "ms": 1e3 * (time.perf_counter() - began) / len(curve),
+        "curve": curve[:, 0].tolist(),
+    }  # fmt: skip
+
+
+def measure(full: bool, steps: int = 1000, count: int = 10) -> dict[str, Any]:
+    """Return the counts of all methods; `full` is the same, as the published size is run anyway."""
+    states = initial_conditions(count)
+    methods = {name: run_method(*method, states, steps) for name, method in METHODS.items()}
+    elk, scale = (methods[name]["mean"] or math.inf for name in ("ELK(300)", "Scale(0.2)"))
+    return {"elk": elk, "scale": scale, "methods": methods}
+
+
+def holds(found: dict[str, Any]) -> bool:
+    """Whether the counts are those that were found before, and ELK needs fewer than scaling."""
+    elk, scale = found["elk"], found["scale"]
+    return 0.7 <= elk / 152 <= 1.4 and 0.7 <= scale / 249 <= 1.4 and elk < scale
+
+
+def report(found: dict[str, Any]) -> str:
+    """Return a row for every method."""
+    rows: list[list[Any]] = [["method", "mean", "least", "most", "arrived", "replaced", "ms each", "before"]]
+    for name, method in found["methods"].items():
+        there = [count for count in method["counts"] if count is not None]
+        rows.append(
+            [name, method["mean"], min(there, default=None), max(there, default=None), len(there), method["replaced"],
+             method["ms"], PUBLISHED[name]]
+        )  # fmt: skip
+    return f"iterations to a mean absolute deviation of {REACHED:g}\n{columns(rows)}"
+
+
+def draw(found: dict[str, Any], figure: Any) -> None:
+    """Draw deviation against iteration for the first initial condition."""
+    axes = figure.add_subplot(xlabel="iteration", ylabel="mean absolute deviation", yscale="log", title="Lorenz-96")
+    for name, method in found["methods"].items():
+        axes.plot(range(1, len(method["curve"]) + 1), method["curve"], label=name)
+    axes.axhline(REACHED, color="grey", linewidth=0.8, linestyle="--")
+    axes.legend()
+
+
+def measure_sweep(
+    full: bool, steps: int = 1000, variances: tuple[float, ...] = VARIANCES, limits: tuple[int, int] = (500, 1000)
+) -> dict[str, Any]:
+    """Return the counts of ELK and quasi-ELK for every variance, on one initial condition (`full`: ten)."""
+    states = initial_conditions(10 if full else 1)
+    counts: dict[str, list[float | None]] = {}
+    for name, kept, limit in (("ELK", Dense(), limits[0]), ("quasi-ELK", Diagonal(), limits[1])):
+        runs = [run_method(kept, Kalman(variance), limit, states, steps) for variance in variances]
+        counts[name] = [run["mean"] for run in runs]
+    best = {name: _best(variances, row) for name, row in counts.items()}
+    return {"variances": list(variances), "counts": counts, "best": best, "best_elk": best["ELK"]}
+
+
+def _best(variances: tuple[float, ...], counts: list[float | None]) -> float:
+    """The variance with the fewest iterations; not a number if none arrived."""
+    arrived = [(count, variance) for count, variance in zip(counts, variances) if count is not None]
+    return min(arrived)[1] if arrived else float("nan")
+
+
+def sweep_holds(found: dict[str, Any]) -> bool:
+    """Whether the best variance of both lies strictly inside the grid, ELK's within a decade of 300."""
+    lowest, highest = found["variances"][0], found["variances"][-1]
+    return all(lowest < best < highest for best in found["best"].values()) and 30 <= found["best_elk"] <= 3000
+
+
+def report_sweep(found: dict[str, Any]) -> str:
+    """Return a row for every variance."""
+    rows = [["variance", *found["counts"]]]
+    rows += [[f"{v:g}", *(c[i] for c in found["counts"].values())] for i, v in enumerate(found["variances"])]
+    best = ", ".join(f"{name} {variance:g}" for name, variance in found["best"].items())
+    return f"iterations to a mean absolute deviation of {REACHED:g} (–: not reached)\n{columns(rows)}\nbest: {best}"
+
+
+def draw_sweep(found: dict[str, Any], figure: Any) -> None:
+    """Draw iterations against variance."""
+    axes = figure.add_subplot(xlabel="variance σ²", ylabel="iterations", xscale="log", title="Lorenz-96")
+    for name, counts in found["counts"].items():
+        there = [(v, c) for v, c in zip(found["variances"], counts) if c is not None]
+        axes.plot([v for v, _ in there], [c for _, c in there], "o-", label=name)
+    axes.legend()

@@ -1,0 +1,107 @@
+"""Iterations against the Lyapunov exponent (Gonzalez et al., arXiv:2508.16817, figures 2 and 3).
+
+A mean-field network s ← W tanh(s), W_ij ~ N(0, g²/D), from a normal state, in float64: it forgets for small gain g and
+is chaotic for large; and Langevin dynamics in two wells, ε = 0.01, which forgets slowly whatever its length. Networks
+of 64 units are the smallest in which gain decides: of 32, single ones fall into fixed points late at any gain, and the
+rank correlation over eight gains and three seeds is 0.78 only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from reroll.bench.experiments.show import columns
+from reroll.cells.dynamics import MeanField, TwoWell
+from reroll.rollout import Dense, Diagonal, Newton, lyapunov
+
+GAINS = (0.5, 0.8, 1.0, 1.2, 1.35, 1.5, 1.75, 2.0)
+PUBLISHED_TWO_WELL = 35
+"""Most iterations that were published for the two wells, up to T = 10 000."""
+
+
+def _count(kept: Any, cell: Any, inputs: torch.Tensor, state: torch.Tensor) -> int:
+    steps = inputs.shape[1]
+    return int(Newton(kept, window=None, max_iterations=steps + 1)(cell, inputs, state).iterations.max())
+
+
+def network(gain: float, seed: int, size: int, steps: int) -> dict[str, Any]:
+    """Return the exponent of one network, and the iterations of DEER and quasi-DEER."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        cell = MeanField(size, gain).double()
+        state, inputs = torch.randn(1, size, dtype=torch.float64), torch.zeros(1, steps, size, dtype=torch.float64)
+        return {
+            "gain": gain, "seed": seed, "exponent": float(lyapunov(cell, inputs, state)),
+            "newton": _count(Dense(), cell, inputs, state), "quasi": _count(Diagonal(), cell, inputs, state),
+        }  # fmt: skip
+
+
+def wells(steps: int) -> dict[str, Any]:
+    """Return the same for the two wells."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        cell, state = TwoWell().double(), torch.zeros(1, 2, dtype=torch.float64)
+        inputs = torch.randn(1, steps, 2, dtype=torch.float64)
+        return {
+            "steps": steps, "exponent": float(lyapunov(cell, inputs, state)),
+            "newton": _count(Dense(), cell, inputs, state), "quasi": _count(Diagonal(), cell, inputs, state),
+        }  # fmt: skip
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    """Return Spearman's correlation: that of the ranks, equal numbers sharing theirs.
+
+    Example:
+        >>> round(rank_correlation([1.0, 2.0, 5.0], [7.0, 8.0, 9.0]), 6)
+        1.0
+    """
+
+    def ranks(values: list[float]) -> torch.Tensor:
+        v = torch.tensor(values, dtype=torch.float64)
+        return (v[:, None] > v).double().sum(1) + 0.5 * (v[:, None] == v).double().sum(1)
+
+    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+
+
+def measure(
+    full: bool, size: int = 64, steps: int = 300, seeds: int = 3, lengths: tuple[int, ...] = (100, 1000, 10_000)
+) -> dict[str, Any]:
+    """Return every network and the two wells; `full` is D = 100, T = 1000, 50 gains, 20 seeds."""
+    gains = GAINS
+    if full:
+        size, steps, seeds, gains = 100, 1000, 20, tuple(0.5 + 1.5 * i / 49 for i in range(50))
+    networks = [network(gain, seed, size, steps) for gain in gains for seed in range(seeds)]
+    return {
+        "networks": networks, "wells": [wells(length) for length in lengths], "steps": steps,
+        "rank_correlation": rank_correlation([n["exponent"] for n in networks], [n["newton"] for n in networks]),
+    }  # fmt: skip
+
+
+def holds(found: dict[str, Any]) -> bool:
+    """Whether iterations rise with the exponent, and the two wells need no more than was published."""
+    return found["rank_correlation"] >= 0.9 and all(w["newton"] <= PUBLISHED_TWO_WELL for w in found["wells"])
+
+
+def report(found: dict[str, Any]) -> str:
+    """Return a row for every gain (means over seeds), and for every length of the two wells."""
+    rows: list[list[Any]] = [["gain", "exponent", "Newton", "quasi-DEER"]]
+    for gain in sorted({n["gain"] for n in found["networks"]}):
+        same = [n for n in found["networks"] if n["gain"] == gain]
+        rows.append(
+            [f"{gain:.3g}", *(sum(n[key] for n in same) / len(same) for key in ("exponent", "newton", "quasi"))]
+        )
+    below = [["two wells, T", "exponent", "Newton", "quasi-DEER"]]
+    below += [[f"{w['steps']}", w["exponent"], w["newton"], w["quasi"]] for w in found["wells"]]
+    return f"mean-field network, T = {found['steps']}\n{columns(rows)}\n{columns(below)}"
+
+
+def draw(found: dict[str, Any], figure: Any) -> None:
+    """Draw iterations against the exponent."""
+    axes = figure.add_subplot(xlabel="Lyapunov exponent per step", ylabel="iterations", yscale="log")
+    for key, label in (("newton", "Newton"), ("quasi", "quasi-DEER")):
+        axes.plot([n["exponent"] for n in found["networks"]], [n[key] for n in found["networks"]], "o", label=label)
+        axes.plot([w["exponent"] for w in found["wells"]], [w[key] for w in found["wells"]], "x", color="grey")
+    axes.axvline(0.0, color="grey", linewidth=0.8)
+    axes.legend()

@@ -1,0 +1,47 @@
+"""`reroll data prepare NAME`: turn files of an archive into one that `reroll train arrays` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from reroll.cli.flags import parse
+from reroll.errors import UsageError, nearest
+
+ARCHIVES = ("eigenworms", "ts")
+
+
+@dataclass(frozen=True)
+class Data:
+    action: Annotated[str, tyro.conf.Positional]
+    """prepare"""
+    name: Annotated[str, tyro.conf.Positional]
+    """eigenworms, or ts for any other classified series in .ts files"""
+    path: Path | None = None
+    """a .ts file, or a folder of them; nothing is downloaded"""
+    to: Path | None = None
+    """folder for NAME.npz; none: the cache folder, where `reroll reproduce elk-fig3` finds it"""
+    every: int = 1
+    """keep every k-th step"""
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    request = parse(Data, arguments, "reroll data", "Turn files of an archive into one that can be trained on.")
+    if request.action != "prepare":
+        raise UsageError(f'action "{request.action}" is unknown.{nearest(request.action, ["prepare"])}')
+    if request.name not in ARCHIVES:
+        raise UsageError(f'archive "{request.name}" is unknown.{nearest(request.name, ARCHIVES)}')
+    if request.path is None:
+        raise UsageError("--path is missing: name a .ts file or a folder of them; nothing is downloaded.")
+    from reroll.data.cache import cache_folder
+    from reroll.data.timeseries import prepare
+
+    target = (request.to or cache_folder()) / f"{request.name}.npz"
+    count, steps, features, classes = prepare(request.path, target, request.every)
+    print(f"{target}: {count} series of {steps} steps, {features} features, {classes} classes")
+    print(f"train on it: reroll train arrays --path {target} --length {steps}")
+    return 0
