@@ -5,8 +5,8 @@
     quasi_deer, deer, jacobi        parallel in time
     auto        what `reroll.auto()` chooses
 
-Cells: a GRU written by a user in plain torch operations, and torch's own `GRUCell`; forward, no gradient, float32. Every
-figure is a ratio of medians over interleaved rounds; deviations are from the loop.
+Cells: a GRU written by a user in plain torch operations, and torch's own `GRUCell`; forward, no gradient, float32.
+Every figure is a median over interleaved rounds; deviations are from the loop.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ BENCHES = ("zeroth", "estimator", "rollouts")
 @dataclass(frozen=True)
 class Bench:
     name: Annotated[str, tyro.conf.Positional]
-    """zeroth (speed and memory of CD-RGE), estimator (its gradient against the true one) or rollouts (ways along time)"""
+    """zeroth (speed and memory of CD-RGE), estimator (its gradient) or rollouts (ways along time)"""
     json: Path | None = None
     """write the result to this file"""
     rounds: int = 5
