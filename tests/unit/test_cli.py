@@ -75,14 +75,18 @@ def test_debug_shows_the_traceback(cli):
 def test_output_that_cannot_be_written_is_an_error():
     if not os.path.exists("/dev/full"):
         pytest.skip("/dev/full, a disk that is always full, is a file of Linux")
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "reroll", "recipes"], stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 1
-    assert done.stderr.startswith(b"error: No space left on device")
+    # Written at the end: what is buffered fails after everything else.
+    options = {"stderr": subprocess.PIPE, "env": {**os.environ, "PYTHONUNBUFFERED": ""}}
+    for argument in ("recipes", "--help"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-m", "reroll", argument], stdout=full, **options)
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"error: No space left on device")
+        assert done.stderr.count(b"\n") == 1
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as gone:
-        done = subprocess.run([sys.executable, "-m", "reroll", "recipes"], stdout=gone, stderr=subprocess.PIPE)
+        done = subprocess.run([sys.executable, "-m", "reroll", "recipes"], stdout=gone, **options)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
