@@ -47,27 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal that lacks a character, or the name of a file that is no text, must not end a run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
-    if arguments[0] in ("-V", "--version", "version"):
-        from reroll import __version__
-
-        print(__version__)
-        return 0
     try:
-        command = arguments[0]
-        if command not in COMMANDS:
-            raise UsageError(f'"{command}" is no command.{nearest(command, COMMANDS)}')
-        module = importlib.import_module(f"reroll.cli.{COMMANDS[command][0]}")
-        code = module.run(command, arguments[1:])
+        code = _run(arguments)
         sys.stdout.flush()  # what cannot be written is an error here, and not at the end of Python
         return code
     except SystemExit as end:  # after --help
         return end.code if isinstance(end.code, int) else 0
     except BrokenPipeError:
         # The reader of our output has gone (`reroll runs | head`); there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -76,7 +64,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
+        _drop_output()
         return error.exit_code if isinstance(error, RerollError) else 1
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] in ("-V", "--version", "version"):
+        from reroll import __version__
+
+        print(__version__)
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        raise UsageError(f'"{command}" is no command.{nearest(command, COMMANDS)}')
+    module = importlib.import_module(f"reroll.cli.{COMMANDS[command][0]}")
+    return module.run(command, arguments[1:])
+
+
+def _drop_output() -> None:
+    """Let go of output that cannot be written; else Python tries again when it ends, and has an error of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: Exception) -> str:

@@ -78,12 +78,17 @@ def _reproduce(arguments: Sequence[str]) -> int:
         print(claims.table())
         return 0
     _make_room(request.json)
+    folder = request.to or cache_folder() / "reproduce"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--to {folder} cannot be written ({error.strerror}); name another folder.") from None
     found = claims.reproduce(request.name, request.full)
     claim = claims.CLAIMS[request.name]
     print(f"{claim.name}: {claim.says}\n{claim.report(found)}")
     print(f"published: {claim.published}\nmeasured:  {claim.key} = {found[claim.key]:.4g}, {found['status']} "
           f"({claim.tolerance})\n{found['hardware']}, commit {found['commit']}, {found['seconds']:.0f} s")  # fmt: skip
-    print("\n".join(claims.write(request.name, found, request.to or cache_folder() / "reproduce")))
+    print("\n".join(claims.write(request.name, found, folder)))
     if request.json is not None:
         request.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0 if found["status"] == "holds" else 1
