@@ -45,13 +45,15 @@ def setting(name, rows):
 @torch.no_grad()
 def test_a_program_computes_the_step_and_its_jacobian(name, structure, rows):
     cell, layout, u, state = setting(name, rows)
-    program = compile_step(cell, layout, u, structure, len(layout.sizes))
-    assert program is not None
+    step, program = compile_step(cell, layout, u, structure, len(layout.sizes))
     out = torch.full((program.outputs, rows), torch.nan)
     program.run(out, 0, state)
     exact = cell.double()
     following = jacobian.step(exact, layout, u.double(), state.T.double())
     torch.testing.assert_close(out[: layout.size].T.double(), following, rtol=2e-6, atol=2e-6)
+    alone = torch.full((step.outputs, rows), torch.nan)
+    step.run(alone, 0, state)
+    assert torch.equal(alone, out[: layout.size])
     if structure is not None:
         truth = jacobian._by_autograd(exact, layout, u.double(), state.T.double(), structure, len(layout.sizes))[1]
         found = out[layout.size :].view(*truth.shape[1:], rows).movedim(-1, 0)
@@ -62,7 +64,7 @@ def test_a_program_computes_the_step_and_its_jacobian(name, structure, rows):
 @torch.no_grad()
 def test_a_window_of_rows(begin):
     cell, layout, u, state = setting("GRU", 203)
-    program = compile_step(cell, layout, u, "diagonal")
+    _, program = compile_step(cell, layout, u, "diagonal")
     whole, part = torch.empty(program.outputs, 203), torch.empty(program.outputs, 100)
     program.run(whole, 0, state)
     program.run(part, begin, state[:, begin : begin + 100].contiguous())
@@ -72,7 +74,7 @@ def test_a_window_of_rows(begin):
 @torch.no_grad()
 def test_threads_do_not_change_a_bit():
     cell, layout, u, state = setting("LSTM", 5000)
-    program = compile_step(cell, layout, u, "block", 2)
+    _, program = compile_step(cell, layout, u, "block", 2)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -94,7 +96,7 @@ def test_registers_are_used_again():
 def test_what_is_not_finite_stays_so():
     cell, layout, u, state = setting("GRU", 64)
     state[2, 5], state[1, 7] = torch.nan, torch.inf
-    program = compile_step(cell, layout, u, None)
+    program, _ = compile_step(cell, layout, u, None)
     out = torch.empty(program.outputs, 64)
     program.run(out, 0, state)
     assert bool(out[:, 5].isnan().all())

@@ -46,6 +46,8 @@ class Cell(nn.Module, ABC):
 
     input_size: int
     output_size: int
+    has_kernel = False
+    """Whether `fused` runs a kernel of this project, written for this cell."""
 
     @abstractmethod
     def init_state(self, batch_shape: Sequence[int]) -> State:

@@ -1,7 +1,8 @@
 """A step of a cell, and its Jacobian, as a program that runs over rows without coming back to Python.
 
-    program = compile_step(cell, layout, inputs, "diagonal")
-    program.run(out, begin, state)            out [2D, rows]: next states, and the diagonal
+    step, whole = compile_step(cell, layout, inputs, "diagonal")
+    step.run(out, begin, state)               out [D, rows]: next states
+    whole.run(out, begin, state)              out [2D, rows]: next states, and the diagonal
 
 The cell's code runs once on values that write down what is done with them (`Symbol`); where they are `Tracked` too, the
 rules that find the Jacobian by its structure write down its operations as well. What depends on the inputs alone is
@@ -239,8 +240,10 @@ RULES: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def compile_step(cell: Cell, layout: Layout, inputs: Tensor, structure: str | None, blocks: int = 1) -> Program | None:
-    """Return a step as a program, or None if it cannot be written as one.
+def compile_step(
+    cell: Cell, layout: Layout, inputs: Tensor, structure: str | None, blocks: int = 1
+) -> tuple[Program, Program] | None:
+    """Return a step as a program, alone and with its Jacobian; or None if it cannot be written as one.
 
     Args:
         cell: the recurrence.
@@ -250,8 +253,8 @@ def compile_step(cell: Cell, layout: Layout, inputs: Tensor, structure: str | No
         blocks: K, for "block".
 
     Returns:
-        A program whose first input is the state, and whose outputs are the D next states and then the entries of the
-        Jacobian, [D], [K·K·C] or [D·D].
+        Two programs whose first input is the state. Outputs of the first are the D next states, of the second these and
+        the entries of the Jacobian, [D], [K·K·C] or [D·D]. Without a structure they are the same.
     """
     size = layout.size
     if structure == "dense" and size * size > DENSE_OUTPUTS:
@@ -265,12 +268,12 @@ def compile_step(cell: Cell, layout: Layout, inputs: Tensor, structure: str | No
     try:
         state = Tracked(value, (), moves=True) if structure is None else Tracked.state(value)  # type: ignore[arg-type]
         parts = layout.parts(cell.step(Tracked(inputs, ()), layout.unpack(state)))  # type: ignore[arg-type]
-        outputs = [_output(builder, part) for part in parts]
-        if structure is not None:
-            outputs += _jacobian(builder, parts, layout, structure)
+        following = [_output(builder, part) for part in parts]
+        jacobian = [] if structure is None else _jacobian(builder, parts, layout, structure)
     except (*MISSES, Unwritable, UsageError, AssertionError):
         return None
-    return builder.finish(outputs)
+    step = builder.finish(following)
+    return step, builder.finish(following + jacobian) if jacobian else step
 
 
 def _output(builder: Builder, part: Any) -> tuple[int, int]:

@@ -301,6 +301,18 @@ def at_most(typing_context, a, limit):
 
 
 @intrinsic
+def max_abs(typing_context, a, x):
+    """Return |x| where it is above a, and a elsewhere, also where x is not a number."""
+
+    def code(context, builder, signature, arguments):
+        a, x = arguments
+        magnitude = _Writer(builder, signature.return_type.element).call("fabs", x)
+        return builder.select(builder.fcmp_ordered(">", magnitude, a), magnitude, a)
+
+    return a(a, x), code
+
+
+@intrinsic
 def fma(typing_context, a, b, c):
     """Return a · b + c with one rounding."""
 

@@ -1,7 +1,7 @@
 """The rollout that is likely the fastest, by static rules on the cell, the sizes and the device.
 
 The rules come from `reroll bench rollouts` (figures in docs/results.md). They never look at a clock, so the same call
-always takes the same way; what was taken is in `Trajectory.method` and `reroll.kernels.dispatch.report()`.
+always takes the same way; what was taken last, and why, is in `reroll.kernels.dispatch.report()["rollout"]`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from reroll.cells.base import Cell, State
 from reroll.kernels import dispatch
+from reroll.kernels.dispatch import Candidate
+from reroll.rollout import native
 from reroll.rollout.base import Rollout, Trajectory
 from reroll.rollout.presets import quasi_deer
 from reroll.rollout.sequential import Sequential
 
 SHORT = 256
-"""Steps below which a loop is taken: there is not enough along time to share out."""
+"""Steps below which a loop is taken: there is not enough along time to share out, or to pay for compiling."""
+WIDE, WIDE_ALONE = 256, 128
+"""Features of the state above which torch's products are faster than those of a program; with few sequences."""
+FEW = 4
+"""Sequences that are few."""
+ALONE = 64
+"""Features up to which a single sequence is faster in windows of steps than step by step."""
+ADJOINT = 1 << 16
+"""Numbers of Jacobians of one step of all sequences up to which the adjoint is faster than going back step by step."""
+ADJOINT_FUSED = 1 << 13
+"""The same against a library's kernel for whole sequences."""
+FUSED = 64
+"""Features of the state up to which a compiled loop is faster than a library's kernel for whole sequences."""
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Chooses among `Sequential` and `quasi_deer` for every call.
+    """Chooses among `Sequential`, in all its kernels, and `quasi_deer` for every call.
 
     Args:
         options: keyword arguments of `Newton`, where that is taken.
@@ -35,24 +50,53 @@ class Auto:
         self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> Trajectory:
         """Return all states; see `Rollout`."""
-        rollout = self.choose(cell, inputs)
-        return rollout(cell, inputs, state, reset)
+        return self.choose(cell, inputs)(cell, inputs, state, reset)
 
     def read(
         self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Return the readouts and the final state; see `Rollout`."""
-        return self.choose(cell, inputs).read(cell, inputs, state, reset)
+        fused = reset is None and type(cell).fused is not Cell.fused
+        return self.choose(cell, inputs, fused=fused).read(cell, inputs, state, reset)
 
-    def choose(self, cell: Cell, inputs: Tensor) -> Rollout:
-        """Return the rollout for a cell and inputs of this shape on this device."""
-        batch, time = inputs.shape[:2]
-        candidates = (
-            dispatch.Candidate("sequential", time < SHORT, f"{time} steps are too few to share out"),
-            dispatch.Candidate("quasi_deer", True, f"{time} steps of {batch} sequences at once"),
-        )
-        name = dispatch.choose("rollout", candidates).name
-        return Sequential() if name == "sequential" else quasi_deer(**dict(self.options))
+    def choose(self, cell: Cell, inputs: Tensor, *, fused: bool = False) -> Rollout:
+        """Return the rollout for a cell and inputs of this shape on this device.
+
+        Args:
+            cell, inputs: of the call.
+            fused: whether a library's kernel for whole sequences would be used by `Sequential`.
+        """
+        rollouts: dict[str, Rollout] = {
+            "sequential": Sequential(), "compiled": Sequential(kernel="compiled"),
+            "quasi_deer": quasi_deer(**dict(self.options)),
+        }  # fmt: skip
+        return rollouts[dispatch.choose("rollout", _candidates(cell, inputs, fused)).name]
+
+
+def _candidates(cell: Cell, inputs: Tensor, fused: bool) -> tuple[Candidate, ...]:
+    batch, time = inputs.shape[:2]
+    if time < SHORT:
+        return (Candidate("sequential", True, f"{time} steps are too few to share out"),)
+    if inputs.device.type != "cpu":
+        return (Candidate("quasi_deer", True, f"{time} steps of {batch} sequences at once"),)
+    if fused and cell.has_kernel:
+        return (Candidate("sequential", True, "this cell has a kernel of its own for whole sequences"),)
+    size = native.size_if_writable(cell, inputs)
+    if size is None:
+        return (Candidate("sequential", True, "the step cannot be written as a program"),)
+    if torch.is_grad_enabled() and _any_gradient(cell, inputs):
+        pays = batch * size * size <= (ADJOINT_FUSED if fused else ADJOINT)
+    else:
+        pays = size <= (FUSED if fused else WIDE if batch >= FEW else WIDE_ALONE)
+    return (
+        Candidate("quasi_deer", pays and batch == 1 and size <= ALONE, "one sequence alone: windows of steps at once"),
+        Candidate("compiled", pays, "the step as a program, in compiled code"),
+        Candidate("sequential", True, f"for {batch} × {size} numbers of state, torch's products are faster"),
+    )
+
+
+def _any_gradient(cell: Cell, inputs: Tensor) -> bool:
+    return inputs.requires_grad or any(p.requires_grad for p in cell.parameters())
 
 
 def auto(**options: Any) -> Auto:

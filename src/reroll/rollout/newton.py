@@ -27,7 +27,7 @@ from reroll.cells import jacobian
 from reroll.cells.base import Cell, State
 from reroll.errors import RunError, UsageError, require_positive
 from reroll.outcome import Outcome
-from reroll.rollout import adjoint
+from reroll.rollout import adjoint, native
 from reroll.rollout.base import Trajectory
 from reroll.rollout.damping import Damping, Undamped
 from reroll.rollout.iterate import Iterate, largest
@@ -47,7 +47,7 @@ ADVICE = (
 
 
 class Solution(NamedTuple):
-    """States of a window, [D, T, B], and per sequence how they were found."""
+    """States of a window, [D, T, B], or of all of them, [B, T, D]; and per sequence how they were found."""
 
     states: Tensor
     iterations: Tensor
@@ -117,11 +117,12 @@ class Newton:
             return _empty(problem, inputs)
         require_pure(cell, problem)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            outcome, found = self._solve(problem.field())
-            states = found.states.permute(2, 1, 0).contiguous()
+            found = self._solve(problem)
+            states = found.states
         if torch.is_grad_enabled():
             states = adjoint.attach(problem, states, self.adjoint)
         layout = problem.layout
+        outcome = Outcome.ok if bool(found.converged.all()) else Outcome.fell_back
         trajectory = Trajectory(layout.unpack(states), layout.unpack(states[:, -1]), outcome, *found[1:])
         if (watch := current()) is not None:
             watch.see(trajectory, states)
@@ -136,28 +137,60 @@ class Newton:
 
     # ---- solving
 
-    def _solve(self, field: Field) -> tuple[Outcome, Solution]:
+    def _solve(self, problem: Problem) -> Solution:
         """Solve window after window; what does not converge is evaluated step by step before the next one begins."""
-        size, time, batch = field.shape
+        batch, time, size = problem.u.shape[0], problem.u.shape[1], problem.layout.size
+        watch = current()
+        warm = None if watch is None else watch.guess((batch, time, size))
+        given = self.guess if warm is None else warm
+        if isinstance(given, Tensor) and ((given.shape[0], given.shape[-1]) != (batch, size) or given.shape[1] < time):
+            raise UsageError(
+                f"guess has shape {tuple(given.shape)}; expected states [batch, time, D] = ({batch}, ≥ {time}, {size})."
+            )
+        windows = self._in_compiled_code(problem, given)
+        done = sum(w.states.shape[1] for w in windows)
+        if done < time:
+            windows += self._window_by_window(problem.field(), given, done, [w.states[:, -1].T for w in windows])
+        return _joined(windows)
+
+    def _in_compiled_code(self, problem: Problem, guess: str | Tensor) -> list[Solution]:
+        """Solve as many steps as compiled code can; often all of them or none."""
+        undamped = self.damping is None or isinstance(self.damping, Undamped)
+        observed = (watch := current()) is not None and watch.observed
+        written = undamped and not observed and hasattr(self.linearise, "structure")
+        if not written or (isinstance(guess, str) and guess != "f0"):
+            return []
+        blocks = getattr(self.linearise, "count", None) or len(problem.layout.sizes)
+        method = native.Method(
+            self.linearise.kind, self.linearise.structure, blocks, self.window,  # type: ignore[attr-defined]
+            self._tolerances(problem.start.dtype), self._limit, getattr(self.linearise, "every", 1),
+        )  # fmt: skip
+        solved = native.newton(problem, method, guess if isinstance(guess, Tensor) else None)
+        if solved is None or solved[1].steps == 0:
+            return []
+        states, found = solved
+        iterations, residual = torch.from_numpy(found.iterations), torch.from_numpy(found.residual)
+        return [Solution(states, iterations, residual, torch.ones_like(iterations, dtype=torch.bool), 0 * iterations)]
+
+    def _window_by_window(self, field: Field, guess: str | Tensor, done: int, first: list[Tensor]) -> list[Solution]:
+        """Solve the steps from `done` on in torch operations; `first` holds the state before, if not the start."""
+        time = field.shape[1]
         if hasattr(self.linearise, "structure"):
             blocks = getattr(self.linearise, "count", None) or len(field.layout.sizes)
             field = field.compiled(self.linearise.structure, blocks)  # type: ignore[attr-defined]
         width = self._width(field)
-        watch = current()
-        warm = None if watch is None else watch.guess((batch, time, size))
+        before = first[0] if first else field.start
         windows: list[Solution] = []
-        first = field.start
-        for begin in range(0, time, width):
+        for begin in range(done, time, width):
             end = min(begin + width, time)
-            part = field if width >= time else field.window(begin, end, first)
-            found = self._newton(part, self._guess(part, warm, begin, end))
+            part = field if end - begin == time else field.window(begin, end, before)
+            found = self._newton(part, self._guess(part, guess, begin, end))
             if not bool(found.converged.all()):
                 self._say(found)
                 found = _stepped(part, found)
-            windows.append(found)
-            first = found.states[:, -1]
-        found = windows[0] if len(windows) == 1 else _joined(windows)
-        return Outcome.ok if bool(found.converged.all()) else Outcome.fell_back, found
+            before = found.states[:, -1]
+            windows.append(found._replace(states=found.states.permute(2, 1, 0)))
+        return windows
 
     def _width(self, field: Field) -> int:
         size, time, batch = field.shape
@@ -174,16 +207,10 @@ class Newton:
             )
         return width
 
-    def _guess(self, field: Field, warm: Tensor | None, begin: int, end: int) -> Tensor:
+    def _guess(self, field: Field, given: str | Tensor, begin: int, end: int) -> Tensor:
         size, steps, batch = field.shape
-        given = self.guess if warm is None else warm
         repeated = field.start.unsqueeze(1).expand(size, steps, batch)
         if isinstance(given, Tensor):
-            if (given.shape[0], given.shape[-1]) != (batch, size) or given.shape[1] < end:
-                raise UsageError(
-                    f"guess has shape {tuple(given.shape)}; expected states [batch, time, D] = "
-                    f"({batch}, ≥ {end}, {size})."
-                )
             return given[:, begin:end].permute(2, 1, 0).to(field.u.dtype).contiguous()
         if given == "zeros":
             return torch.zeros_like(repeated, memory_format=torch.contiguous_format)
@@ -279,6 +306,8 @@ def _stepped(field: Field, found: Solution) -> Solution:
 
 def _joined(windows: list[Solution]) -> Solution:
     """One solution out of those of all windows: the most iterations, the largest residual, converged if all have."""
+    if len(windows) == 1:
+        return windows[0]._replace(states=windows[0].states.contiguous())
     return Solution(
         torch.cat([w.states for w in windows], 1),
         torch.stack([w.iterations for w in windows]).amax(0),

@@ -80,11 +80,8 @@ class Field(NamedTuple):
         plain = self.u.device.type == "cpu" and self.u.dtype == torch.float32 == self.start.dtype
         if not plain or time * batch * size < PROGRAM_FLOATS:
             return self
-        step = compile_step(self.cell, self.layout, rows(self.u), None)
-        whole = step if structure is None else compile_step(self.cell, self.layout, rows(self.u), structure, blocks)
-        if step is None or whole is None:
-            return self
-        return self._replace(programs=Programs(step, whole, structure, blocks))
+        programs = compile_step(self.cell, self.layout, rows(self.u), structure, blocks)
+        return self if programs is None else self._replace(programs=Programs(*programs, structure, blocks))
 
     def run(self, ahead: Tensor, fresh: bool) -> tuple[Tensor, Tensor | None]:
         """Return f of every step [D, T, B] and, if it is due, its Jacobian [D, T, B], [K, K, C, T, B], [D, D, T, B]."""

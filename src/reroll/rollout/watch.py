@@ -54,6 +54,11 @@ class Watch:
             return self.guesses[self.calls]
         return None
 
+    @property
+    def observed(self) -> bool:
+        """Whether someone wants to see the iterates."""
+        return self.observe is not None or (self.outer is not None and self.outer.observed)
+
     def show(self, states: Tensor) -> None:
         """Let the observers look at an iterate, [D, T, B]."""
         if self.observe is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from reroll.errors import UsageError
 from reroll.grad.base import TILE_BYTES, weight_bytes
-from reroll.grad.evaluate.warm import iterates
+from reroll.grad.evaluate.warm import alone_in_place
 from reroll.models import Recurrent
 
 MODES = ("in_place", "tiles", "batched")
@@ -96,10 +96,8 @@ def make_plan(
     """
     if evaluate not in ("auto", *MODES):
         raise UsageError(f'evaluate="{evaluate}" must be auto, {", ".join(MODES)}.')
-    if evaluate in ("tiles", "batched") and iterates(model):
-        raise UsageError(
-            f'evaluate="{evaluate}" cannot follow a rollout that iterates until it has converged; use "in_place".'
-        )
+    if evaluate in ("tiles", "batched") and (why := alone_in_place(model)) is not None:
+        raise UsageError(f'evaluate="{evaluate}" cannot follow this model: {why}. Use "in_place".')
     weights = sum(p.numel() for p in parameters.values())
     low = any(p.dtype.itemsize < 4 for p in parameters.values()) or dtype is not None
     on_cpu = all(p.device.type == "cpu" for p in parameters.values())
@@ -125,8 +123,8 @@ def make_plan(
 
 
 def _choose(model: nn.Module | None, weights: int, low: bool, known: bool) -> tuple[str, str]:
-    if iterates(model):
-        return "in_place", "the rollout iterates until it has converged, differently for every branch"
+    if (why := alone_in_place(model)) is not None:
+        return "in_place", why
     if model is None or not known:
         if low:
             return "tiles", "evaluation below fp32 works on copies, never in place"

@@ -32,6 +32,17 @@ def iterates(model: nn.Module | None) -> bool:
     return any(isinstance(getattr(module, "rollout", None), Newton | Auto) for module in model.modules())
 
 
+def alone_in_place(model: nn.Module | None) -> str | None:
+    """Return why the branches of a model can only be evaluated with its weights in place, or None."""
+    if iterates(model):
+        return "the rollout iterates until it has converged, differently for every branch"
+    if model is not None and any(
+        getattr(getattr(module, "rollout", None), "kernel", "") == "compiled" for module in model.modules()
+    ):
+        return "the rollout compiles the step with the weights of every branch"
+    return None
+
+
 class WarmStarts:
     """The trajectories of the unperturbed weights on every part of a batch, and a loss that begins there.
 

@@ -17,6 +17,7 @@ feature) or one number.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,13 +84,17 @@ class Builder:
         return self.emit("load", tensor.shape[0], len(self.inputs) - 1)
 
     def finish(self, outputs: list[tuple[int, int]]) -> Program:
-        """Return the program whose outputs are these ranges (first register, features), one after another."""
-        row = 0
+        """Return the program whose outputs are these ranges (first register, features), one after another.
+
+        It holds the instructions that they need. A builder can finish several programs, which share its inputs.
+        """
+        row, stores = 0, []
         for first, features in outputs:
-            self.instructions.append((CODE["store"], row, first, 0, 0, features))
+            stores.append((CODE["store"], row, first, 0, 0, features))
             row += features
         constants = np.concatenate(self.constants) if self.constants else np.zeros(1, np.float32)
-        table, gathered = np.array(self.instructions, np.int64).reshape(-1, 6), np.array([*self.gathered, 0], np.int64)
+        gathered = np.array([*self.gathered, 0], np.int64)
+        table = np.array(_needed(self.instructions, stores, gathered), np.int64).reshape(-1, 6)
         table, gathered, registers = _packed(table, gathered)
         return Program(table, gathered, constants, self.inputs, registers, row)
 
@@ -104,6 +109,11 @@ class Program:
     inputs: list[Tensor]
     registers: int
     outputs: int
+
+    @property
+    def code(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the interpreter reads."""
+        return self.table, self.gathered, self.constants
 
     def run(self, out: Tensor, begin: int = 0, state: Tensor | None = None) -> None:
         """Run over the rows begin … of the inputs.
@@ -127,20 +137,22 @@ class Program:
         blocks = -(-rows // ROWS)
 
         def work(first: int, last: int) -> None:
-            run(
-                self.table,
-                self.gathered,
-                self.constants,
-                addresses,
-                strides,
-                starts,
-                self.registers,
-                array,
-                first,
-                last,
-            )
+            run(self.code, self.registers, (addresses, strides, starts), array, first, last)
 
         split(work, blocks, max(1, MINIMUM // (ROWS * max(1, self.outputs))))
+
+
+def _needed(
+    instructions: list[tuple[int, ...]], stores: list[tuple[int, ...]], gathered: np.ndarray
+) -> list[tuple[int, ...]]:
+    """Return the instructions whose results are stored in the end, and the stores."""
+    wanted: set[int] = {register for row in stores for register in _reads(row, gathered)}
+    kept = []
+    for row in reversed(instructions):
+        if not wanted.isdisjoint(range(row[1], row[1] + row[5])):
+            wanted.update(_reads(row, gathered))
+            kept.append(row)
+    return kept[::-1] + stores
 
 
 def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -201,7 +213,7 @@ def _columns(code: int) -> tuple[int, ...]:
     return (2, 3) if code in _TWO else (2,) if code in _ONE else ()
 
 
-def _reads(row: list[int], gathered: np.ndarray) -> list[int]:
+def _reads(row: Sequence[int], gathered: np.ndarray) -> list[int]:
     """The registers that an instruction reads."""
     code, *_, features = row
     if code == CODE["gather"]:

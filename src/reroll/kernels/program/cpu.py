@@ -1,4 +1,4 @@
-"""Programs on the CPU: an interpreter in Numba that works on blocks of 64 rows, four vectors a feature."""
+"""Programs on the CPU: an interpreter in Numba that works on blocks of 64 rows, or of 16 where there are no more."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ _jit = njit(nogil=True, cache=True, error_model="numpy")
     STORE,
 ) = range(20)
 assert CODE["store"] == STORE
-VECTORS = ROWS // LANES
 
 
 @intrinsic
@@ -64,54 +63,88 @@ def _pointer_to(typing_context, address):
 
 
 @_jit
-def run(table, gathered, constants, addresses, strides, starts, registers, out, first, last):
-    """Run a program over blocks first … last − 1 of the rows of `out`."""
+def run(code, registers, inputs, out, first, last):
+    """Run a program over blocks first … last − 1 of the rows of `out`; see `execute`."""
+    rows = out.shape[1]
     file = np.empty(max(registers, 1) * ROWS, np.float32)
     flat = out.reshape(-1)
-    rows = out.shape[1]
     for block in range(first, last):
         begin = block * ROWS
-        count = min(ROWS, rows - begin)
-        for i in range(table.shape[0]):
-            code, dst, a, b, c, features = table[i]
-            if code == LOAD:
-                memory = carray(_pointer_to(addresses[a]), (1 << 62,))
-                for m in range(features):
-                    _copy(memory, m * strides[a] + starts[a] + begin, file, (dst + m) * ROWS, count, False)
-            elif code == STORE:
-                for m in range(features):
-                    _copy(file, (a + m) * ROWS, flat, (dst + m) * rows + begin, count, True)
-            elif code == GATHER:
-                for m in range(features):
-                    _copy(file, gathered[a + m] * ROWS, file, (dst + m) * ROWS, ROWS, False)
-            elif code == LINEAR:
-                _linear(file, constants, dst, a, b, c, features)
-            else:
-                _elementwise(file, constants, code, dst * ROWS, a * ROWS, b * ROWS, c * ROWS, b, c, features)
+        execute(code, inputs, file, ROWS, begin, min(ROWS, rows - begin), flat, begin, rows)
 
 
 @_jit
-def _copy(source, at, target, to, count, part):
-    if count == ROWS:
-        for v in range(VECTORS):
-            store(target, to + v * LANES, load(source, at + v * LANES))
+def execute(code, inputs, file, width, begin, count, out, to, stride):
+    """Run a program once, over `count` ≤ `width` rows.
+
+    Args:
+        code: (table, gathered, constants) of the program.
+        inputs: (addresses, strides, starts): where each begins, from one feature to the next, and row `begin` = 0.
+        file: memory for the registers, `width` numbers each.
+        width: 16 or 64.
+        begin, count: the rows of the inputs.
+        out, to, stride: output m goes to out[to + m · stride …].
+    """
+    table, gathered, constants = code
+    addresses, strides, starts = inputs
+    for i in range(table.shape[0]):
+        code, dst, a, b, c, features = table[i, 0], table[i, 1], table[i, 2], table[i, 3], table[i, 4], table[i, 5]
+        if code == LOAD:
+            memory = carray(_pointer_to(addresses[a]), (1 << 62,))
+            at = starts[a] + begin
+            for m in range(features):
+                _copy(memory, m * strides[a] + at, file, (dst + m) * width, width, count, False)
+        elif code == STORE:
+            for m in range(features):
+                _copy(file, (a + m) * width, out, (dst + m) * stride + to, width, count, True)
+        elif code == GATHER:
+            for m in range(features):
+                _copy(file, gathered[a + m] * width, file, (dst + m) * width, width, width, False)
+        elif code == LINEAR:
+            if width == ROWS:
+                _linear(file, constants, dst, a, b, c, features)
+            else:
+                _narrow_linear(file, constants, dst, a, b, c, features)
+        else:
+            _elementwise(file, constants, code, dst * width, a * width, b * width, c * width, b, c, features, width)
+
+
+@_jit
+def gather_rows(inputs, features, out, begin, count):
+    """Copy rows begin … begin + count − 1 of all inputs but the first into [features, rows]."""
+    addresses, strides, starts = inputs
+    row = 0
+    for i in range(1, len(addresses)):
+        memory = carray(_pointer_to(addresses[i]), (1 << 62,))
+        for m in range(features[i]):
+            at = m * strides[i] + starts[i] + begin
+            for r in range(count):
+                out[row, r] = memory[at + r]
+            row += 1
+
+
+@_jit
+def _copy(source, at, target, to, width, count, part):
+    if count == width:
+        for v in range(0, width, LANES):
+            store(target, to + v, load(source, at + v))
         return
-    for v in range(VECTORS):
-        left = count - v * LANES
+    for v in range(0, width, LANES):
+        left = count - v
         if left >= LANES:
-            store(target, to + v * LANES, load(source, at + v * LANES))
+            store(target, to + v, load(source, at + v))
         elif left > 0:
             if part:
-                store_part(target, to + v * LANES, load(source, at + v * LANES), left)
+                store_part(target, to + v, load(source, at + v), left)
             else:
-                store(target, to + v * LANES, load_part(source, at + v * LANES, left))
+                store(target, to + v, load_part(source, at + v, left))
         elif not part:
-            store(target, to + v * LANES, splat(np.float32(0)))
+            store(target, to + v, splat(np.float32(0)))
 
 
 @_jit
 def _linear(file, constants, dst, a, weight, inputs, features):
-    """dst_j = bias_j + Σ_i W[j, i] a_i; constants hold W row by row, then the bias."""
+    """dst_j = bias_j + Σ_i W[j, i] a_i, on 64 rows; constants hold W row by row, then the bias."""
     bias = weight + features * inputs
     for j in range(features):
         x0 = x1 = x2 = x3 = broadcast(constants, bias + j)
@@ -130,8 +163,34 @@ def _linear(file, constants, dst, a, weight, inputs, features):
 
 
 @_jit
-def _elementwise(file, constants, code, dst, a, b, c, b_constant, c_constant, features):
-    size = features * ROWS
+def _narrow_linear(file, constants, dst, a, weight, inputs, features):
+    """The same on 16 rows: four features side by side, because each multiply-add waits for the one before it."""
+    bias = weight + features * inputs
+    for j in range(0, features - 3, 4):
+        x0, x1 = broadcast(constants, bias + j), broadcast(constants, bias + j + 1)
+        x2, x3 = broadcast(constants, bias + j + 2), broadcast(constants, bias + j + 3)
+        w = weight + j * inputs
+        for i in range(inputs):
+            x = load(file, (a + i) * LANES)
+            x0 = fma(broadcast(constants, w + i), x, x0)
+            x1 = fma(broadcast(constants, w + inputs + i), x, x1)
+            x2 = fma(broadcast(constants, w + 2 * inputs + i), x, x2)
+            x3 = fma(broadcast(constants, w + 3 * inputs + i), x, x3)
+        to = (dst + j) * LANES
+        store(file, to, x0)
+        store(file, to + LANES, x1)
+        store(file, to + 2 * LANES, x2)
+        store(file, to + 3 * LANES, x3)
+    for j in range(features - features % 4, features):
+        x0 = broadcast(constants, bias + j)
+        for i in range(inputs):
+            x0 = fma(broadcast(constants, weight + j * inputs + i), load(file, (a + i) * LANES), x0)
+        store(file, (dst + j) * LANES, x0)
+
+
+@_jit
+def _elementwise(file, constants, code, dst, a, b, c, b_constant, c_constant, features, width):
+    size = features * width
     if code == ADD:
         for i in range(0, size, LANES):
             store(file, dst + i, add(load(file, a + i), load(file, b + i)))
@@ -164,8 +223,8 @@ def _elementwise(file, constants, code, dst, a, b, c, b_constant, c_constant, fe
     else:
         for m in range(features):
             k = broadcast(constants, (c_constant if code == ADDCMUL_C else b_constant) + m)
-            for v in range(VECTORS):
-                i = m * ROWS + v * LANES
+            for v in range(0, width, LANES):
+                i = m * width + v
                 if code == ADD_C:
                     x = add(load(file, a + i), k)
                 elif code == MUL_C:

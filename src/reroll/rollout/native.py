@@ -1,0 +1,166 @@
+"""A recurrence along time in compiled code: for cells whose step can be written as a program, on a CPU, in float32.
+
+    step_by_step(problem)        all states, one after another
+    newton(problem, …)           windows of a few steps, one after another, each by Newton's method
+
+Both return None where a step cannot be written as a program (see `reroll.cells.compiled`) or nothing would be won. The
+arithmetic is that of `Sequential` and of `Newton`; what differs is that no tensor of a whole sequence is made between
+one operation and the next, so the cost of a step is that of its arithmetic. Sequences are shared out over threads.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reroll.cells.base import Cell
+from reroll.cells.compiled import compile_step
+from reroll.errors import UsageError
+from reroll.kernels import dispatch
+from reroll.kernels.program import Program
+from reroll.kernels.recurrence import Found, Rows, loop
+from reroll.kernels.recurrence import newton as solve
+from reroll.kernels.simd import LANES
+from reroll.rollout.problem import Problem, make_problem
+
+FEWEST_FLOATS = 1 << 10
+"""Numbers of state, over all steps, from which writing a program pays."""
+THREAD_FLOATS = 1 << 14
+"""Numbers of state that are worth another thread."""
+CACHE_FLOATS = 1 << 16
+"""Numbers that a window may keep: 256 KB, which stay in the second cache."""
+WINDOW_ROWS = 256
+"""Rows of a window, steps times sequences: more take more iterations, fewer leave lanes empty."""
+WINDOW_STEPS = 4
+"""Fewest steps of a window."""
+MOST_FLOATS = 1 << 26
+"""Numbers that a window given by the caller may take."""
+
+_sizes: weakref.WeakKeyDictionary[Cell, int | None] = weakref.WeakKeyDictionary()
+"""Numbers of state of the cells that can be written as a program; None for those that cannot."""
+
+
+class Prepared(NamedTuple):
+    """A recurrence written as programs: `whole` is the step with its Jacobian; `given` is (start, fresh, reset)."""
+
+    rows: Rows
+    step: Program
+    whole: Program
+    given: tuple[Tensor, Tensor, np.ndarray]
+
+
+def prepare(problem: Problem, fewest: int, structure: str | None, blocks: int = 1) -> Prepared | None:
+    """Write a step as programs over rows, or return None.
+
+    Args:
+        problem: the recurrence.
+        fewest: sequences that are worth another thread.
+        structure: of the Jacobian; see `reroll.cells.compiled.compile_step`.
+        blocks: K, of a Jacobian in blocks.
+    """
+    batch, time, _ = problem.u.shape
+    u = problem.u.detach()
+    floats = batch * time * problem.layout.size
+    if not _plain(problem) or floats < FEWEST_FLOATS or _sizes.get(problem.cell, 0) is None:
+        return None
+    groups = max(1, min(batch // fewest, torch.get_num_threads(), floats // THREAD_FLOATS))
+    rows = Rows(tuple(batch * (g + 1) // groups - batch * g // groups for g in range(groups)), time)
+    turned = rows.turned(u)
+    programs = compile_step(problem.cell, problem.layout, turned.T, structure, blocks)
+    if programs is None:
+        if structure is None:
+            _sizes[problem.cell] = None
+        return None
+    reset = np.empty(0, np.bool_)
+    start, fresh = (t.detach().T.contiguous() for t in (problem.start, problem.start))
+    if problem.reset is not None and problem.fresh is not None:
+        fresh, reset = problem.fresh.detach().T.contiguous(), rows.turned(problem.reset.unsqueeze(-1))[0].numpy()
+    return Prepared(rows, *programs, (start, fresh, reset))
+
+
+def _plain(problem: Problem) -> bool:
+    """Whether these are numbers that programs work on."""
+    u, state = problem.u, problem.start
+    return u.device.type == "cpu" and u.dtype == torch.float32 == state.dtype and not dispatch.is_mapped()
+
+
+@torch.no_grad()
+def size_if_writable(cell: Cell, inputs: Tensor) -> int | None:
+    """Return D, the numbers of state, if the cell's step can be written as a program for such inputs; else None."""
+    try:
+        problem = make_problem(cell, inputs[:2, :2], None, None)
+    except UsageError:  # such as a state of integers, of which there are no programs
+        return None
+    if not _plain(problem):
+        return None
+    if cell not in _sizes:
+        u = problem.u.flatten(0, 1).T.contiguous().T
+        written = compile_step(cell, problem.layout, u, None) is not None
+        _sizes[cell] = problem.layout.size if written else None
+    return _sizes[cell]
+
+
+def step_by_step(problem: Problem) -> Tensor | None:
+    """Return the states of all steps, [B, T, D]."""
+    prepared = prepare(problem, LANES, None)  # fewer sequences leave lanes empty
+    if prepared is None:
+        return None
+    rows = prepared.rows
+    out = torch.empty(problem.layout.size, sum(rows.counts) * rows.time)
+    loop(prepared.step, rows, *prepared.given, out)
+    return rows.back(out, 0, rows.time)
+
+
+class Method(NamedTuple):
+    """What `newton` is asked for: the fields of `reroll.rollout.Newton` and of its linearisation."""
+
+    kind: str
+    structure: str | None
+    blocks: int
+    window: int | str | None
+    tolerance: tuple[float, float]
+    limit: Callable[[int], int]
+    every: int
+
+
+def newton(problem: Problem, method: Method, guess: Tensor | None) -> tuple[Tensor, Found] | None:
+    """Return the states of the first steps [B, steps, D], all of them if nothing went wrong; and how they were found.
+
+    Args:
+        problem: the recurrence.
+        method: how it is solved.
+        guess: states to begin with, [B, T, D]; None: f of the state before the window.
+    """
+    size, time = problem.layout.size, problem.u.shape[1]
+    if method.kind == "identity" and problem.reset is not None:
+        return None
+    prepared = prepare(problem, 1, method.structure, method.blocks)
+    if prepared is None:
+        return None
+    rows = prepared.rows
+    per_row = 4 * size + prepared.whole.outputs
+    window = _window(method.window, max(rows.counts), per_row, time)
+    if window * max(rows.counts) * per_row > MOST_FLOATS:
+        return None
+    order = {"block": method.blocks, "dense": size}.get(method.kind, 1)
+    out = torch.empty(size, sum(rows.counts) * time)
+    turned = None if guess is None else rows.turned(guess[:, :time].to(torch.float32))
+    found = solve(
+        (prepared.step, prepared.whole), method.kind, order, rows, prepared.given, turned, window, method.tolerance,
+        method.limit(window), method.every, out,
+    )  # fmt: skip
+    return rows.back(out, 0, found.steps), found
+
+
+def _window(asked: int | str | None, count: int, per_row: int, time: int) -> int:
+    if asked is None:
+        return time
+    if isinstance(asked, int):
+        return min(asked, time)
+    rows = min(WINDOW_ROWS, max(64, CACHE_FLOATS // per_row))
+    return min(time, max(WINDOW_STEPS, rows // count))

@@ -1,0 +1,323 @@
+"""Recurrences in compiled code: the loop and Newton's windows give what `Sequential` gives, or hand over and say so."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from reroll import Outcome
+from reroll.cells import CELLS, DNC, GRU, LSTM, RNN, Cell, MeanField, cell_from
+from reroll.errors import UsageError
+from reroll.rollout import Block, Diagonal, Newton, Sequential, auto, deer, jacobi, native, picard, quasi_deer
+from reroll.rollout.problem import make_problem
+from reroll.rollout.watch import watching
+
+TIGHT = {"rtol": 1e-6, "atol": 1e-6}
+COMPILED = Sequential(kernel="compiled")
+LOOP = Sequential(kernel="reference")
+SMALL = Newton(Diagonal(), window=3, **TIGHT)
+ROLLOUTS = {
+    "compiled": COMPILED, "quasi_deer": quasi_deer(**TIGHT), "deer": deer(**TIGHT), "jacobi": jacobi(**TIGHT),
+    "short windows": SMALL, "one window": quasi_deer(window=None, **TIGHT),
+}  # fmt: skip
+
+
+@pytest.fixture
+def natively(monkeypatch):
+    """Count what compiled code solved: (steps asked for, steps solved)."""
+    solved = []
+    newton, step_by_step = native.newton, native.step_by_step
+
+    def counted(problem, *others):
+        found = newton(problem, *others)
+        solved.append((problem.u.shape[1], 0 if found is None else found[0].shape[1]))
+        return found
+
+    def looped(problem):
+        found = step_by_step(problem)
+        solved.append((problem.u.shape[1], 0 if found is None else found.shape[1]))
+        return found
+
+    monkeypatch.setattr(native, "newton", counted)
+    monkeypatch.setattr(native, "step_by_step", looped)
+    return solved
+
+
+def flat(states):
+    return states if isinstance(states, torch.Tensor) else torch.cat(tuple(states), -1)
+
+
+def case(kind, batch, time, size=6, features=3):
+    torch.manual_seed(batch * time)
+    cell = kind(features, size) if kind is not MeanField else MeanField(size, 0.8)
+    inputs = torch.randn(batch, time, cell.input_size)
+    return cell, inputs
+
+
+@pytest.mark.parametrize("kind", [kind for kind in (*CELLS, MeanField) if kind is not DNC])
+@pytest.mark.parametrize("name", ROLLOUTS)
+@torch.no_grad()
+def test_every_cell_by_every_way_equals_the_loop_in_double_precision(kind, name, natively):
+    cell, x = case(kind, 5, 211)
+    found = ROLLOUTS[name](cell, x)
+    truth = LOOP(cell.double(), x.double())
+    torch.testing.assert_close(flat(found.states).double(), flat(truth.states), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(flat(found.final).double(), flat(truth.final), rtol=2e-5, atol=2e-5)
+    assert found.outcome is Outcome.ok
+    assert bool(found.converged.all())
+    assert natively == [(211, 211)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 8, 16, 17, 33, 70])
+@pytest.mark.parametrize("name", ROLLOUTS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@torch.no_grad()
+def test_any_number_of_sequences_and_threads(batch, name, threads, natively):
+    cell, x = case(GRU, batch, 4099 // batch + 300, size=5)
+    torch.set_num_threads(threads)
+    found = ROLLOUTS[name](cell, x).states
+    torch.testing.assert_close(found, LOOP(cell, x).states, rtol=2e-5, atol=2e-5)
+    assert natively[0][0] == natively[0][1]
+
+
+@pytest.mark.parametrize("batch", [1, 5, 20])
+@pytest.mark.parametrize("name", ROLLOUTS)
+@pytest.mark.parametrize("kind", [GRU, LSTM])
+@torch.no_grad()
+def test_a_given_state_and_resets(batch, name, kind, natively):
+    cell, x = case(kind, batch, 400)
+    generator = torch.Generator().manual_seed(1)
+    reset = torch.rand(batch, 400, generator=generator) < 0.05
+    reset[0, :2] = True
+    state = cell.init_state((batch,))
+    state = type(state)(*(p + 0.3 for p in state)) if kind is LSTM else state + 0.3
+    found, truth = ROLLOUTS[name](cell, x, state, reset), LOOP(cell, x, state, reset)
+    torch.testing.assert_close(flat(found.states), flat(truth.states), rtol=2e-5, atol=2e-5)
+    assert natively == [(400, 400)]
+
+
+@torch.no_grad()
+def test_blocks_of_an_lstm_take_fewer_iterations_than_its_diagonal():
+    cell, x = case(LSTM, 3, 500)
+    found = {name: Newton(kind, **TIGHT)(cell, x) for name, kind in (("block", Block()), ("diagonal", Diagonal()))}
+    truth = flat(LOOP(cell, x).states)
+    for trajectory in found.values():
+        torch.testing.assert_close(flat(trajectory.states), truth, rtol=2e-5, atol=2e-5)
+    assert found["block"].iterations.max() < found["diagonal"].iterations.max()
+
+
+@pytest.mark.parametrize("make", [quasi_deer, deer, jacobi, picard])
+@pytest.mark.parametrize("often", [0, 0.1])
+@torch.no_grad()
+def test_compiled_windows_take_as_many_iterations_as_those_in_torch(monkeypatch, make, often):
+    cell, x = case(GRU, 4, 400)
+    reset = torch.rand(4, 400) < often
+    for rollout in (make(window=80, max_iterations=82), make(window=400, max_iterations=402)):
+        here = rollout(cell, x, reset=reset)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "newton", lambda *given: None)
+            there = rollout(cell, x, reset=reset)
+        # One window ends at rounding error, where a bit decides.
+        assert int((here.iterations - there.iterations).abs().max()) <= 1
+        assert bool(here.converged.all())
+        torch.testing.assert_close(here.states, there.states, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_residual_is_that_of_the_states():
+    cell, x = case(GRU, 4, 400)
+    found = jacobi(rtol=1e-3, atol=1e-3, window=400)(cell, x)
+    before = torch.cat([torch.zeros(4, 1, 6), found.states[:, :-1]], 1)
+    truth = (cell.step(cell.project(x), before) - found.states).abs().amax((1, 2))
+    assert float(truth.min()) > 1e-6
+    torch.testing.assert_close(found.residual, truth, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [2, 4, 16])
+@torch.no_grad()
+def test_a_sequence_that_has_converged_does_not_move(batch):
+    torch.set_num_threads(1)
+    cell, x = case(GRU, batch, 800)
+    near = LOOP(cell, x).states
+    loose = jacobi(rtol=1e-3, atol=1e-3, window=50, guess=near + 0.01)
+    mixed = near + 0.01
+    mixed[1:] += 1.0
+    together, apart = loose(cell, x), Newton(loose.linearise, guess=mixed, window=50, rtol=1e-3, atol=1e-3)(cell, x)
+    assert together.iterations[0] < apart.iterations[1]
+    assert torch.equal(together.states[0], apart.states[0])
+
+
+@torch.no_grad()
+def test_a_warm_start_is_used():
+    cell, x = case(GRU, 4, 400)
+    exact = LOOP(cell, x).states
+    assert int(quasi_deer(guess=exact)(cell, x).iterations.max()) <= 1
+    with watching(guesses=[exact]):
+        assert int(quasi_deer()(cell, x).iterations.max()) <= 1
+    assert int(quasi_deer()(cell, x).iterations.max()) > 3
+
+
+class Exploding(Cell):
+    """Grows past all bounds where the input is one, from step 200 on."""
+
+    input_size = output_size = 4
+
+    def init_state(self, batch_shape):
+        return torch.zeros(*batch_shape, 4)
+
+    def step(self, u, state):
+        return 0.5 * state + 0.1 + u * state * state
+
+
+@torch.no_grad()
+def test_what_is_not_finite_is_handed_over_with_the_steps_before_it(natively):
+    cell, x = Exploding(), torch.zeros(3, 600, 4)
+    x[1, 200:] = 3.0
+    found, truth = quasi_deer()(cell, x).states, LOOP(cell, x).states
+    asked, solved = natively[0]
+    assert (asked, 0 < solved <= 210) == (600, True)
+    assert torch.equal(found[[0, 2]].isfinite(), truth[[0, 2]].isfinite())
+    torch.testing.assert_close(found[[0, 2]], truth[[0, 2]], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(found[1, :200], truth[1, :200], rtol=2e-5, atol=2e-5)
+    trajectory = quasi_deer()(cell, x)
+    assert trajectory.converged.tolist() == [True, False, True]
+    assert trajectory.outcome is Outcome.fell_back
+
+
+@torch.no_grad()
+def test_too_few_iterations_fall_back_to_the_loop():
+    cell, x = case(GRU, 3, 500)
+    found = quasi_deer(max_iterations=2)(cell, x)
+    assert found.outcome is Outcome.fell_back
+    assert not bool(found.converged.any())
+    torch.testing.assert_close(found.states, LOOP(cell, x).states, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_tolerance_is_kept():
+    cell, x = case(GRU, 16, 1000)
+    truth = LOOP(cell.double(), x.double()).states
+    cell.float()
+    errors = [float((quasi_deer(rtol=t, atol=t)(cell, x).states - truth).abs().max()) for t in (1e-2, 1e-4, 1e-6)]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+    assert [error <= 20 * t for error, t in zip(errors, (1e-2, 1e-4, 1e-6))] == [True] * 3
+
+
+@pytest.mark.parametrize("name", ["compiled", "quasi_deer"])
+def test_gradients_are_those_of_backpropagation(name):
+    cell, x = case(GRU, 5, 300)
+    x.requires_grad_()
+    state = torch.randn(5, 6, requires_grad=True)
+
+    def gradients(rollout):
+        states = rollout(cell, x, state).states
+        weights = torch.linspace(-1, 1, states.numel()).view_as(states)
+        return torch.autograd.grad((states * weights).sum(), [x, state, *cell.parameters()])
+
+    for found, truth in zip(gradients(ROLLOUTS[name]), gradients(LOOP)):
+        assert float((found - truth).norm() / truth.norm()) < 1e-5
+
+
+@torch.no_grad()
+def test_rows_lie_as_they_say():
+    rows = native.Rows((3, 2), 4)
+    x = torch.randn(5, 4, 6)
+    turned = rows.turned(x)
+    assert turned.is_contiguous()
+    for group, (first, count) in enumerate(zip(rows.firsts, rows.counts)):
+        for t in range(4):
+            for b in range(count):
+                assert torch.equal(turned[:, first + t * count + b], x[3 * group + b, t])
+    assert torch.equal(rows.back(turned, 1, 3), x[:, 1:3])
+
+
+def written_by_hand(module):
+    def step(u, s):
+        r, z = (functional.linear(u, module.weight_ih) + functional.linear(s, module.weight_hh)).sigmoid().chunk(2, -1)
+        return z * s + (1 - z) * torch.tanh(u + r * s)
+
+    return cell_from(step, 4, module=module)
+
+
+class Weights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight_ih, self.weight_hh = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(8, 4) / 2)
+
+
+@torch.no_grad()
+def test_weights_are_those_of_the_call():
+    module = Weights()
+    cell, x = written_by_hand(module), torch.randn(3, 700, 4)
+    before = COMPILED(cell, x).states
+    module.weight_hh.mul_(-1)
+    for rollout in (COMPILED, quasi_deer(), auto()):
+        torch.testing.assert_close(rollout(cell, x).states, LOOP(cell, x).states, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, COMPILED(cell, x).states, atol=1e-2)
+
+
+@torch.no_grad()
+def test_readouts_of_a_compiled_loop():
+    cell, x = case(LSTM, 3, 300)
+    (outputs, final), (truth, last) = COMPILED.read(cell, x), LOOP.read(cell, x)
+    torch.testing.assert_close(outputs, truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(flat(final), flat(last), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_cannot_be_compiled_is_looped_over():
+    sine = cell_from(lambda u, s: torch.sin(u + s), 4)
+    for cell, x in ((sine, torch.randn(2, 600, 4)), (GRU(4, 4).double(), torch.randn(2, 600, 4).double())):
+        assert torch.equal(COMPILED(cell, x).states, LOOP(cell, x).states)
+        assert auto().choose(cell, x) == Sequential()
+    assert native.size_if_writable(cell_from(lambda u, s: s + 1, 4), torch.zeros(2, 300, 4)) == 4
+    assert native.size_if_writable(sine, torch.zeros(2, 300, 4)) is None
+
+
+def test_a_step_that_draws_numbers_is_refused():
+    cell = cell_from(lambda u, s: s + torch.rand_like(s), 4)
+    with pytest.raises(UsageError, match="different results"):
+        COMPILED(cell, torch.zeros(2, 600, 4))
+
+
+def test_an_unknown_kernel_is_named():
+    with pytest.raises(UsageError, match='kernel="fast"'):
+        Sequential(kernel="fast")
+
+
+@pytest.mark.parametrize(
+    "cell, shape, expected",
+    [
+        (RNN(8, 8), (16, 100), "sequential"),
+        (RNN(8, 8), (16, 1000), "compiled"),
+        (RNN(8, 8), (1, 1000), "quasi_deer"),
+        (RNN(8, 100), (1, 1000), "compiled"),
+        (RNN(8, 200), (1, 1000), "sequential"),
+        (RNN(8, 200), (4, 1000), "compiled"),
+        (RNN(8, 300), (4, 1000), "sequential"),
+    ],
+)
+@torch.no_grad()
+def test_auto_goes_by_the_sizes(cell, shape, expected):
+    kinds = {"sequential": Sequential(), "compiled": COMPILED, "quasi_deer": quasi_deer()}
+    assert auto().choose(cell, torch.zeros(*shape, 8)) == kinds[expected]
+
+
+def test_auto_goes_by_the_gradient_and_by_kernels_for_whole_sequences():
+    x, wide = torch.zeros(16, 1000, 8), RNN(8, 128)
+    assert auto().choose(wide, x) == Sequential()  # Jacobians of 16 × 128² numbers a step
+    with torch.no_grad():
+        assert auto().choose(wide, x) == COMPILED
+        assert auto().choose(wide, x, fused=True) == Sequential()
+        assert auto().choose(GRU(8, 8), x, fused=True) == COMPILED
+        assert auto().choose(LSTM(8, 8), x, fused=True) == Sequential()
+        assert auto().choose(LSTM(8, 8), x) == COMPILED
+        torch.testing.assert_close(auto().read(LSTM(8, 8), x)[0].shape, (16, 1000, 8))
+
+
+@torch.no_grad()
+def test_programs_read_the_inputs_of_a_problem():
+    cell, x = case(GRU, 5, 300)
+    prepared = native.prepare(make_problem(cell, x, None, None), 1, "diagonal")
+    assert sum(prepared.rows.counts) == 5
+    assert prepared.step.inputs[1].data_ptr() == prepared.whole.inputs[1].data_ptr()
