@@ -205,3 +205,29 @@ def test_a_function_is_a_cell():
         cell_from(lambda u, s: s, 0)
     with pytest.raises(UsageError, match="step=3 must be a function"):
         cell_from(3, 3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.nn.GRUCell,
+        torch.nn.LSTMCell,
+        torch.nn.RNNCell,
+        lambda *a, **k: torch.nn.RNNCell(*a, nonlinearity="relu", **k),
+    ],
+)
+def test_kernels_for_whole_sequences_serve_torchs_own_cells(make, bias):
+    from reroll.cells import cell_from
+    from reroll.rollout import Sequential
+
+    torch.manual_seed(0)
+    module, x = make(5, 6, bias=bias), torch.randn(3, 40, 5)
+    cell = cell_from(module, 6)
+    assert cell.fused(x, cell.init_state((3,))) is not None
+    (outputs, final), (truth, last) = Sequential().read(cell, x), Sequential(kernel="reference").read(cell, x)
+    torch.testing.assert_close(outputs, truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(final, last, rtol=1e-5, atol=1e-5)
+    parameters = list(module.parameters())
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), parameters) for y in (outputs, truth))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

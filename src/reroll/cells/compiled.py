@@ -61,9 +61,9 @@ class Symbol:
         return _written(name, function, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or not hasattr(Tensor, name):
+        if name.startswith("__") or not (hasattr(Tensor, name) or name in RULES):
             raise AttributeError(name)
-        function = getattr(Tensor, name)
+        function = getattr(Tensor, name, None)
         return lambda *args, **kwargs: _written(name, function, (self, *args), kwargs)
 
     def __getitem__(self, index: Any) -> Symbol:
@@ -103,7 +103,7 @@ _SHAPES = {
 }  # fmt: skip
 
 
-def _written(name: str, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+def _written(name: str, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name in _SHAPES:
         symbol = args[0]
         found = function(symbol.index, *args[1:], **kwargs)
@@ -194,6 +194,21 @@ def _unary(operation: str) -> Callable[[Symbol], Symbol]:
     return rule
 
 
+def _absolute(x: Symbol) -> Symbol:
+    return _unary("relu")(x) + _unary("relu")(x * -1.0)
+
+
+def _silu(x: Symbol, inplace: bool = False) -> Symbol:
+    return x * _unary("sigmoid")(x)
+
+
+def _softplus(x: Symbol, beta: float = 1.0, threshold: float = 20.0) -> Symbol:
+    """log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|), which cannot overflow."""
+    if beta != 1:
+        raise Unwritable(f"softplus with beta = {beta}")
+    return _unary("relu")(x) + _unary("log")(_unary("exp")(_absolute(x) * -1.0) + 1.0)
+
+
 def _addcmul(a: Any, b: Any, c: Any) -> Symbol:
     if isinstance(c, Tensor) and isinstance(a, Symbol) and isinstance(b, Symbol) and not _by_row(a, c):
         shape = a.index.shape
@@ -234,7 +249,9 @@ def _ones_like(x: Symbol) -> Symbol:
 RULES: dict[str, Callable[..., Any]] = {
     "add": _add, "sub": lambda a, b: _binary("sub", a, b), "mul": lambda a, b: _binary("mul", a, b),
     "div": lambda a, b: _binary("div", a, b), "square": lambda x: x * x, "sigmoid": _unary("sigmoid"),
-    "tanh": _unary("tanh"), "relu": _unary("relu"), "addcmul": _addcmul, "linear": _linear,
+    "tanh": _unary("tanh"), "relu": _unary("relu"), "exp": _unary("exp"), "log": _unary("log"),
+    "sqrt": _unary("sqrt"), "sin": _unary("sin"), "cos": _unary("cos"), "abs": _absolute, "silu": _silu,
+    "softplus": _softplus, "reciprocal": lambda x: _binary("div", 1.0, x), "addcmul": _addcmul, "linear": _linear,
     "ones_like": _ones_like, "zeros_like": lambda x: x * 0.0, "cat": _cat, "pad": _pad, "contiguous": lambda x: x,
     "clone": lambda x: x, "expand_as": lambda x, like: x.expand(*like.shape),
 }  # fmt: skip

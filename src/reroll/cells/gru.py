@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reroll.cells.base import Cell
+from reroll.cells.library import by_library
 from reroll.errors import require_positive
-from reroll.kernels import dispatch
 
 
 class GRU(Cell):
@@ -61,9 +61,4 @@ class GRU(Cell):
         return (1 - z) * n + z * state
 
     def fused(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor] | None:
-        if not dispatch.library_runs("gru", inputs):
-            return None
-        weights: list[Tensor] = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        train = torch.is_grad_enabled()
-        outputs, final = torch.gru(inputs, state.unsqueeze(0), weights, True, 1, 0.0, train, False, True)
-        return outputs, final.squeeze(0)
+        return by_library("gru", inputs, state, (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))

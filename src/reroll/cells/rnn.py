@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reroll.cells.base import Cell
+from reroll.cells.library import by_library
 from reroll.errors import require_positive
-from reroll.kernels import dispatch
 
 
 class RNN(Cell):
@@ -50,9 +50,5 @@ class RNN(Cell):
         return torch.tanh(u + functional.linear(state, self.weight_hh))
 
     def fused(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor] | None:
-        if not dispatch.library_runs("rnn", inputs):
-            return None
-        weights: list[Tensor] = [self.weight_ih, self.weight_hh, self.bias, torch.zeros_like(self.bias)]
-        train = torch.is_grad_enabled()
-        outputs, final = torch.rnn_tanh(inputs, state.unsqueeze(0), weights, True, 1, 0.0, train, False, True)
-        return outputs, final.squeeze(0)
+        weights = (self.weight_ih, self.weight_hh, self.bias, torch.zeros_like(self.bias))
+        return by_library("rnn", inputs, state, weights)

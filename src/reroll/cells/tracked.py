@@ -455,7 +455,9 @@ def _same(function: Any, x: Tracked, *args: Any, **kwargs: Any) -> Tracked:
 def _smooth(derivative: Callable[[Tensor, Tensor], Any]) -> Callable[..., Tracked]:
     """An elementwise function whose derivative is a function of (argument, value)."""
 
-    def rule(function: Any, x: Tracked) -> Tracked:
+    def rule(function: Any, x: Tracked, *args: Any, **kwargs: Any) -> Tracked:
+        if args or any(kwargs.values()):
+            return _elementwise(function, x, *args, **kwargs)
         value = _run(function, x.value)
         return Tracked(value, ()) if x.flat else x.scaled(value, derivative(x.value, value))
 
@@ -493,9 +495,15 @@ _FUNCTIONS = {
     "square": _smooth(lambda x, y: 2 * x),
     "sin": _smooth(lambda x, y: x.cos()),
     "cos": _smooth(lambda x, y: -x.sin()),
+    "abs": _smooth(lambda x, y: torch.sign(x) if isinstance(x, Tensor) else 2 * x.positive() - 1),
+    "log": _smooth(lambda x, y: 1 / x),
+    "sqrt": _smooth(lambda x, y: 0.5 / y),
+    "reciprocal": _smooth(lambda x, y: -(y * y)),
+    "silu": _smooth(lambda x, y: y + x.sigmoid() * (1 - y)),
+    "softplus": _smooth(lambda x, y: x.sigmoid()),
 }  # fmt: skip
 _BY_AUTOGRAD = (
-    "abs", "log", "sqrt", "rsqrt", "pow", "reciprocal", "softplus", "silu", "gelu", "elu", "selu", "celu", "mish",
+    "rsqrt", "pow", "gelu", "elu", "selu", "celu", "mish",
     "leaky_relu", "hardtanh", "hardsigmoid", "softsign", "logsigmoid", "erf", "atan", "sinh", "cosh", "clamp", "clip",
     "log1p", "expm1", "asinh", "tanhshrink",
 )  # fmt: skip

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reroll.cells.base import Cell
+from reroll.cells.library import by_library
 from reroll.cells.lstm import LSTMState
+from reroll.kernels.lstm_scan import lstm_scan
 
 
 class Wrapped(Cell):
@@ -53,6 +55,19 @@ class Wrapped(Cell):
             c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
             return LSTMState(torch.sigmoid(o) * torch.tanh(c), c)
         return (torch.tanh if self.module.nonlinearity == "tanh" else torch.relu)(u + v)
+
+    def fused(self, inputs: Tensor, state: Any) -> tuple[Tensor, Any] | None:
+        m = self.module
+        if isinstance(m, nn.LSTMCell):
+            bias = m.bias_ih + m.bias_hh if m.bias else m.weight_ih.new_zeros(4 * m.hidden_size)
+            outputs, h, c = lstm_scan(inputs, m.weight_ih, m.weight_hh, bias, *state)
+            return outputs, LSTMState(h, c)
+        operation = "gru" if isinstance(m, nn.GRUCell) else "rnn" if m.nonlinearity == "tanh" else "rnn_relu"
+        return by_library(operation, inputs, state, (m.weight_ih, m.weight_hh, m.bias_ih, m.bias_hh))
+
+    @property
+    def has_kernel(self) -> bool:
+        return isinstance(self.module, nn.LSTMCell)
 
     def readout(self, state: Any) -> Tensor:
         return state[0] if isinstance(self.module, nn.LSTMCell) else state

@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
+from reroll.kernels.jit import jit
 from reroll.kernels.linear_scan.operators import SCALAR_KALMAN, Affine, Operator, State
 from reroll.kernels.simd import (
     LANES,
@@ -41,8 +41,6 @@ _PER_THREAD = 1 << 15  # multiply-adds below which another thread costs more tha
 
 _AHEAD = 1024  # numbers of A between what a dense step uses and what it asks for
 _LINE = 8  # numbers in a cache line of 64 bytes, at most 8 bytes each
-
-_jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
 def scan(operator: Affine, A: Tensor, b: Tensor, initial: Tensor, out: Tensor, reverse: bool) -> None:
@@ -101,7 +99,7 @@ def _from(tensor: Tensor, reverse: bool) -> tuple[int, ...]:
 # ---- diagonal A, at most 64 channels: a block of sixteen is one state, kept in a register
 
 
-@_jit
+@jit
 def _few_channels(out, A, b, initial, out_strides, A_strides, b_strides, initial_strides, sizes, begin, end):
     """Blocks begin … end − 1, numbered by row, then channel; four of them at a time."""
     time, _, channels = sizes
@@ -134,7 +132,7 @@ def _few_channels(out, A, b, initial, out_strides, A_strides, b_strides, initial
             _store(out, o0 + t * strides[0], s0, n0, whole)
 
 
-@_jit
+@jit
 def _block(number, blocks, channels, out_strides, A_strides, b_strides, initial_strides):
     """Where a block starts in every array, and how many channels it has."""
     row, block = divmod(number, blocks)
@@ -148,14 +146,14 @@ def _block(number, blocks, channels, out_strides, A_strides, b_strides, initial_
     )
 
 
-@_jit
+@jit
 def _load(array, index, count, whole):
     if whole:
         return load(array, index)
     return load_part(array, index, count)
 
 
-@_jit
+@jit
 def _store(array, index, vector, count, whole):
     if whole:
         store(array, index, vector)
@@ -166,7 +164,7 @@ def _store(array, index, vector, count, whole):
 # ---- any number of channels, K×K blocks: all channels of a step together, so that memory is read in order
 
 
-@_jit
+@jit
 def _many_channels(out, A, b, initial, out_strides, A_strides, b_strides, initial_strides, sizes, begin, end):
     """Blocks begin … end − 1 of sixteen channels, numbered by row, then channel; up to 1,024 channels at a time.
 
@@ -207,7 +205,7 @@ def _many_channels(out, A, b, initial, out_strides, A_strides, b_strides, initia
 # ---- dense A: sixteen rows of the matrix at a time
 
 
-@_jit
+@jit
 def _dense(out, A, b, initial, out_strides, A_strides, b_strides, initial_strides, sizes, by_columns, begin, end):
     """Groups begin … end − 1, numbered by sequence. Either the rows or the columns of A are contiguous.
 
@@ -243,7 +241,7 @@ def _dense(out, A, b, initial, out_strides, A_strides, b_strides, initial_stride
             o, a, x = o + out_strides[2], a + A_strides[2], x + b_strides[2]
 
 
-@_jit
+@jit
 def _add_columns(s0, A, at, stride, state, before, size, count):
     """s0 + Σ_j (column j of A) · state[j]; four sums, because each multiply-add waits for the one before it."""
     s1 = s2 = s3 = splat(A.dtype.type(0))
@@ -288,7 +286,7 @@ def kalman(
         split(work, batch, -(-_PER_THREAD // (time * size**3 * 4)))
 
 
-@_jit
+@jit
 def _scalar_filters(mean, variance, A, b, y, m, P, precision, strides, sizes, keep, begin, end):
     """Blocks begin … end − 1 of sixteen channels, numbered by row, then channel; strides of [B, T] in argument order.
 
@@ -329,7 +327,7 @@ def _scalar_filters(mean, variance, A, b, y, m, P, precision, strides, sizes, ke
             a, x, z = a + strides[2][1], x + strides[3][1], z + strides[4][1]
 
 
-@_jit
+@jit
 def _dense_filters(mean, variance, A, b, y, m, P, precision, strides, sizes, keep, begin, end):
     """Sequences begin … end − 1; all matrices are stored by rows, strides are those of [B, T] in argument order."""
     time, size = sizes
@@ -367,7 +365,7 @@ def _dense_filters(mean, variance, A, b, y, m, P, precision, strides, sizes, kee
                     variance[row * strides[1][0] + t * strides[1][1] + i] = spread[i]
 
 
-@_jit
+@jit
 def _predict(Q, AP, A, a, spread, size):
     """Q ← A P Aᵀ + I."""
     for i in range(size):
@@ -386,7 +384,7 @@ def _predict(Q, AP, A, a, spread, size):
             Q[i * size + j] = Q[j * size + i] = entry
 
 
-@_jit
+@jit
 def _update(Q, L, spread, precision, size):
     """P ← (I + Q/σ²)⁻¹ Q by a Cholesky factor L, which exists because I + Q/σ² ≥ I; P is made symmetric."""
     for i in range(size):
@@ -413,13 +411,13 @@ def _update(Q, L, spread, precision, size):
             spread[i * size + j] = spread[j * size + i] = entry
 
 
-@_jit
+@jit
 def _subtract(matrix, row, factor, other, size):
     for c in range(size):
         matrix[row + c] -= factor * matrix[other + c]
 
 
-@_jit
+@jit
 def _divide(matrix, row, divisor, size):
     for c in range(size):
         matrix[row + c] /= divisor

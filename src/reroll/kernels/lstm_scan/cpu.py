@@ -14,13 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from reroll.kernels.jit import jit
 from reroll.kernels.simd import LANES, broadcast, fma, load, mul, sigmoid, splat, store, tanh
 from reroll.kernels.threads import split
-
-_jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
 def scan(
@@ -100,7 +98,7 @@ def _(info: Any, axes: tuple[int | None, ...], *tensors: Tensor) -> tuple[tuple[
     return (outputs.unflatten(1, split_axis), h.unflatten(0, split_axis), c.unflatten(0, split_axis)), (1, 0, 0)
 
 
-@_jit
+@jit
 def _scan_tiles(x, weight_ih, weight_hh, bias, h, c, outputs, begin, end):
     """Tiles begin … end − 1, a tile being one head of sixteen sequences, head-major. Shapes as in `_scan`."""
     copies, time, size, batch = x.shape
@@ -141,7 +139,7 @@ def _scan_tiles(x, weight_ih, weight_hh, bias, h, c, outputs, begin, end):
         _scatter(cell, flat_c, state, batch, width, lanes)
 
 
-@_jit
+@jit
 def _gather(tile, array, first, stride, rows, lanes):
     """tile[r, :lanes] ← array[first + r · stride : … + lanes]; tiles have sixteen lanes, of which the last may idle."""
     for r in range(rows):
@@ -152,7 +150,7 @@ def _gather(tile, array, first, stride, rows, lanes):
                 tile[r * LANES + b] = array[first + r * stride + b]
 
 
-@_jit
+@jit
 def _scatter(tile, array, first, stride, rows, lanes):
     """The reverse of `_gather`."""
     for r in range(rows):
@@ -163,7 +161,7 @@ def _scatter(tile, array, first, stride, rows, lanes):
                 array[first + r * stride + b] = tile[r * LANES + b]
 
 
-@_jit
+@jit
 def _multiply_add(gate, weight, offset, vector, gates, size):
     """gate[g] += Σ_k weight[offset + g · size + k] · vector[k], sixteen sequences wide.
 

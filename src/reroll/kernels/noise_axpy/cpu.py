@@ -18,6 +18,7 @@ from numba import njit, types, uint32, uint64
 from numba.extending import overload
 from torch import Tensor
 
+from reroll.kernels.jit import jit
 from reroll.kernels.noise_axpy.stream import Stream, layout
 from reroll.kernels.philox import MULTIPLIERS, WEYL
 from reroll.kernels.simd import LANES, add, load, masked_signs, signs, store
@@ -30,8 +31,6 @@ _M0, _M1 = (np.uint64(m) for m in MULTIPLIERS)
 _W0, _W1 = (np.uint64(w) for w in WEYL)
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _PER_THREAD = 8  # panels below which another thread costs more than it saves
-
-_jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
 # ---- calling the kernels from torch
@@ -120,7 +119,7 @@ class _Target:
 # ---- the kernels
 
 
-@_jit
+@jit
 def _axpy(out, p, first_row, k0, k1, ids, normal, probes, factors, begin, end):
     """out ← p + Σ_k factors[k] z(probes[k]) for the panels begin … end − 1 of a [rows, columns] array."""
     rows, columns = p.shape
@@ -165,14 +164,14 @@ def _axpy(out, p, first_row, k0, k1, ids, normal, probes, factors, begin, end):
                 target[j] = _round(target, _widen(source[j]) + steps[lane * 128 + j])
 
 
-@_jit
+@jit
 def _axpy_each(out, p, k0, k1, ids, normal, probes, factors, begin, end):
     panels = (p.shape[0] * ((p.shape[1] + 127) // 128) + LANES - 1) // LANES
     for k in range(begin, end):
         _axpy(out[k], p, 0, k0, k1, ids, normal, probes[k : k + 1], factors[k : k + 1], 0, panels)
 
 
-@_jit
+@jit
 def _axpy_rows(out, p, rows, k0, k1, ids, normal, probes, factors, begin, end):
     panels = ((p.shape[1] + 127) // 128 + LANES - 1) // LANES
     for i in range(begin, end):
@@ -180,7 +179,7 @@ def _axpy_rows(out, p, rows, k0, k1, ids, normal, probes, factors, begin, end):
         _axpy(out[i : i + 1], p[row : row + 1], row, k0, k1, ids, normal, probes, factors, 0, panels)
 
 
-@_jit
+@jit
 def _add_signs(partial, words, factor):
     for lane in range(LANES):
         for w in range(4):
@@ -189,7 +188,7 @@ def _add_signs(partial, words, factor):
             store(partial, at + 16, add(load(partial, at + 16), signs(word, uint32(16), factor)))
 
 
-@_jit
+@jit
 def _add_masked(partial, words, masks, factor):
     for lane in range(LANES):
         for w in range(4):
@@ -198,7 +197,7 @@ def _add_masked(partial, words, masks, factor):
             store(partial, at + 16, add(load(partial, at + 16), masked_signs(word, mask, uint32(16), factor)))
 
 
-@_jit
+@jit
 def _add_normals(partial, at, length, position, k0, k1, stream, probe, factor):
     """Add factor · z for flat positions position … position + length − 1; Box–Muller as in the reference."""
     scale = 2.0**-32
@@ -214,7 +213,7 @@ def _add_normals(partial, at, length, position, k0, k1, stream, probe, factor):
         partial[at + j] += z[lane] * factor
 
 
-@_jit
+@jit
 def _philox(words, k0, k1, first, probe, stream):
     """Fill words[w · 16 + l] with word w of block first + l. LLVM vectorises this loop over the lanes."""
     for lane in range(LANES):
@@ -225,7 +224,7 @@ def _philox(words, k0, k1, first, probe, stream):
         words[3 * LANES + lane] = uint32(c3)
 
 
-@_jit
+@jit
 def _and_philox(words, k0, k1, first, probe, stream):
     more = np.empty(4 * LANES, np.uint32)
     _philox(more, k0, k1, first, probe, stream)

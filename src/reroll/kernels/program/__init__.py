@@ -34,7 +34,7 @@ MINIMUM = 1 << 12
 
 OPERATIONS = (
     "load", "copy", "add", "sub", "mul", "div", "add_c", "mul_c", "rsub_c", "rdiv_c", "sigmoid", "tanh", "relu", "step",
-    "addcmul", "addcmul_c", "linear", "fill", "gather", "store",
+    "addcmul", "addcmul_c", "linear", "fill", "gather", "store", "exp", "log", "sqrt", "sin", "cos",
 )  # fmt: skip
 CODE = {name: number for number, name in enumerate(OPERATIONS)}
 
@@ -202,8 +202,11 @@ def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.nda
 _TWO = {CODE[name] for name in ("add", "sub", "mul", "div", "addcmul_c")}
 _ONE = {
     CODE[name]
-    for name in ("copy", "add_c", "mul_c", "rsub_c", "rdiv_c", "sigmoid", "tanh", "relu", "step", "store", "linear")
-}
+    for name in (
+        "copy", "add_c", "mul_c", "rsub_c", "rdiv_c", "sigmoid", "tanh", "relu", "step", "store", "linear", "exp",
+        "log", "sqrt", "sin", "cos",
+    )
+}  # fmt: skip
 
 
 def _columns(code: int) -> tuple[int, ...]:

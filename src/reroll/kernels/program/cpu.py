@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 from numba import types as numba_types
 from numba.extending import intrinsic
 
+from reroll.kernels.jit import jit
 from reroll.kernels.program import CODE, ROWS
 from reroll.kernels.simd import (
     LANES,
@@ -24,8 +25,6 @@ from reroll.kernels.simd import (
     sub,
     tanh,
 )  # fmt: skip
-
-_jit = njit(nogil=True, cache=True, error_model="numpy")
 
 (
     LOAD,
@@ -48,8 +47,13 @@ _jit = njit(nogil=True, cache=True, error_model="numpy")
     FILL,
     GATHER,
     STORE,
-) = range(20)
-assert CODE["store"] == STORE
+    EXP,
+    LOG,
+    SQRT,
+    SIN,
+    COS,
+) = range(25)
+assert (CODE["store"], CODE["cos"]) == (STORE, COS)
 
 
 @intrinsic
@@ -62,7 +66,7 @@ def _pointer_to(typing_context, address):
     return numba_types.CPointer(numba_types.float32)(numba_types.int64), code
 
 
-@_jit
+@jit
 def run(code, registers, inputs, out, first, last):
     """Run a program over blocks first … last − 1 of the rows of `out`; see `execute`."""
     rows = out.shape[1]
@@ -73,7 +77,7 @@ def run(code, registers, inputs, out, first, last):
         execute(code, inputs, file, ROWS, begin, min(ROWS, rows - begin), flat, begin, rows)
 
 
-@_jit
+@jit
 def execute(code, inputs, file, width, begin, count, out, to, stride):
     """Run a program once, over `count` ≤ `width` rows.
 
@@ -109,7 +113,7 @@ def execute(code, inputs, file, width, begin, count, out, to, stride):
             _elementwise(file, constants, code, dst * width, a * width, b * width, c * width, b, c, features, width)
 
 
-@_jit
+@jit
 def gather_rows(inputs, features, out, begin, count):
     """Copy rows begin … begin + count − 1 of all inputs but the first into [features, rows]."""
     addresses, strides, starts = inputs
@@ -123,7 +127,7 @@ def gather_rows(inputs, features, out, begin, count):
             row += 1
 
 
-@_jit
+@jit
 def _copy(source, at, target, to, width, count, part):
     if count == width:
         for v in range(0, width, LANES):
@@ -142,7 +146,7 @@ def _copy(source, at, target, to, width, count, part):
             store(target, to + v, splat(np.float32(0)))
 
 
-@_jit
+@jit
 def _linear(file, constants, dst, a, weight, inputs, features):
     """dst_j = bias_j + Σ_i W[j, i] a_i, on 64 rows; constants hold W row by row, then the bias."""
     bias = weight + features * inputs
@@ -162,7 +166,7 @@ def _linear(file, constants, dst, a, weight, inputs, features):
         store(file, to + 3 * LANES, x3)
 
 
-@_jit
+@jit
 def _narrow_linear(file, constants, dst, a, weight, inputs, features):
     """The same on 16 rows: four features side by side, because each multiply-add waits for the one before it."""
     bias = weight + features * inputs
@@ -188,7 +192,27 @@ def _narrow_linear(file, constants, dst, a, weight, inputs, features):
         store(file, (dst + j) * LANES, x0)
 
 
-@_jit
+@jit
+def _function(file, code, dst, a, size):
+    """Functions that steps seldom use, number by number."""
+    if code == EXP:
+        for i in range(size):
+            file[dst + i] = np.exp(file[a + i])
+    elif code == LOG:
+        for i in range(size):
+            file[dst + i] = np.log(file[a + i])
+    elif code == SQRT:
+        for i in range(size):
+            file[dst + i] = np.sqrt(file[a + i])
+    elif code == SIN:
+        for i in range(size):
+            file[dst + i] = np.sin(file[a + i])
+    else:
+        for i in range(size):
+            file[dst + i] = np.cos(file[a + i])
+
+
+@jit
 def _elementwise(file, constants, code, dst, a, b, c, b_constant, c_constant, features, width):
     size = features * width
     if code == ADD:
@@ -215,6 +239,8 @@ def _elementwise(file, constants, code, dst, a, b, c, b_constant, c_constant, fe
     elif code == COPY:
         for i in range(0, size, LANES):
             store(file, dst + i, load(file, a + i))
+    elif code >= EXP:
+        _function(file, code, dst, a, size)
     elif code in (RELU, STEP):
         for i in range(size):
             x = file[a + i]

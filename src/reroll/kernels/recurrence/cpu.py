@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from reroll.kernels.jit import jit
 from reroll.kernels.program import ROWS
 from reroll.kernels.program.cpu import execute, gather_rows
 from reroll.kernels.recurrence import BLOCKS, EPS, IDENTITY, PIECE, ZERO
 from reroll.kernels.simd import LANES, add, fma, load, load_part, max_abs, mul, splat, store, store_part, sub
 
-_jit = njit(nogil=True, cache=True, error_model="numpy")
 
-
-@_jit
+@jit
 def loop(code, registers, inputs, features, group, start, fresh, reset, out):
     """Run one group of sequences through all steps.
 
@@ -62,7 +60,7 @@ def loop(code, registers, inputs, features, group, start, fresh, reset, out):
         out[:, row : row + rows] = states[:, :rows]
 
 
-@_jit
+@jit
 def newton(step, whole, group, how, within, start, fresh, reset, guess, out, iterations, residual):
     """Solve the windows of one group, and return how many steps are solved."""
     first, column, count, time = group
@@ -133,7 +131,7 @@ def newton(step, whole, group, how, within, start, fresh, reset, guess, out, ite
     return time
 
 
-@_jit
+@jit
 def _guess(states, guess, row, sizes):
     """Put the guess of a window behind the state before it; without one, that state again and again."""
     size, count, rows, held, _ = sizes
@@ -146,7 +144,7 @@ def _guess(states, guess, row, sizes):
                 states[at + i] = states[at + i - count]
 
 
-@_jit
+@jit
 def _begin_afresh(ahead, states, reset, fresh, row, column, sizes):
     """Write the state before every step, which after a reset is not that of the step before."""
     size, count, rows, held, most = sizes
@@ -155,7 +153,7 @@ def _begin_afresh(ahead, states, reset, fresh, row, column, sizes):
             ahead[d * most + i] = fresh[d, column + i % count] if reset[row + i] else states[d * held + i]
 
 
-@_jit
+@jit
 def _cut(following, reset, row, outputs, sizes):
     """Let nothing flow over a reset."""
     size, _, rows, _, most = sizes
@@ -165,13 +163,13 @@ def _cut(following, reset, row, outputs, sizes):
                 following[m * most + i] = 0
 
 
-@_jit
+@jit
 def _evaluate(code, inputs, file, row, rows, out, stride):
     for i in range(0, rows, ROWS):
         execute(code, inputs, file, ROWS, row + i, min(ROWS, rows - i), out, i, stride)
 
 
-@_jit
+@jit
 def _residuals(states, following, sums, errors, scales, sizes):
     """Turn f into r = f − s; find the largest |r| and |s| of each feature and sequence; and whether all is finite."""
     size, count, rows, held, most = sizes
@@ -196,7 +194,7 @@ def _residuals(states, following, sums, errors, scales, sizes):
     return rest.sum() == 0
 
 
-@_jit
+@jit
 def _fold(sums, found, d):
     """Take the largest over the lanes of each sequence."""
     count = found.shape[1]
@@ -205,7 +203,7 @@ def _fold(sums, found, d):
         found[d, lane % count] = max(found[d, lane % count], sums[lane])
 
 
-@_jit
+@jit
 def _unfinished(iteration, within, errors, scales, changes, done):
     """Note which sequences have converged, and return how many have not."""
     size, count = errors.shape
@@ -228,7 +226,7 @@ def _unfinished(iteration, within, errors, scales, changes, done):
     return left
 
 
-@_jit
+@jit
 def _correct(kind, order, following, correction, sizes):
     """δ_t = A_t δ_{t−1} + r_t from δ = 0; `following` holds r, then A: K×K blocks of C channels each."""
     size, count, rows, _, most = sizes
@@ -264,7 +262,7 @@ def _correct(kind, order, following, correction, sizes):
                     before, after = after, before
 
 
-@_jit
+@jit
 def _scalar_scan(following, correction, sizes):
     """The same for a diagonal and few sequences: four features side by side, as each step waits for the one before."""
     size, count, rows, _, most = sizes
@@ -286,7 +284,7 @@ def _scalar_scan(following, correction, sizes):
                 correction[i] = x0
 
 
-@_jit
+@jit
 def _move(states, correction, moving, sums, changes, sizes):
     """Add δ to the states of the sequences that move, and find its largest magnitude."""
     size, count, rows, held, most = sizes
@@ -305,14 +303,14 @@ def _move(states, correction, moving, sums, changes, sizes):
         _fold(largest, changes, d)
 
 
-@_jit
+@jit
 def _load(array, index, count):
     if count == LANES:
         return load(array, index)
     return load_part(array, index, count)
 
 
-@_jit
+@jit
 def _store(array, index, vector, count):
     if count == LANES:
         store(array, index, vector)
