@@ -46,6 +46,9 @@ class Auto:
 
     options: tuple[tuple[str, Any], ...] = ()
 
+    def __repr__(self) -> str:
+        return f"auto({', '.join(f'{name}={value!r}' for name, value in self.options)})"
+
     def __call__(
         self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> Trajectory:
