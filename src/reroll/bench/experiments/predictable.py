@@ -99,9 +99,13 @@ def report(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], figure: Any) -> None:
     """Draw iterations against the exponent."""
-    axes = figure.add_subplot(xlabel="Lyapunov exponent per step", ylabel="iterations", yscale="log")
-    for key, label in (("newton", "Newton"), ("quasi", "quasi-DEER")):
-        axes.plot([n["exponent"] for n in found["networks"]], [n[key] for n in found["networks"]], "o", label=label)
-        axes.plot([w["exponent"] for w in found["wells"]], [w[key] for w in found["wells"]], "x", color="grey")
+    axes = figure.add_subplot(
+        xlabel="Lyapunov exponent per step", ylabel="iterations", yscale="log",
+        title=f"mean-field networks, T = {found['steps']}",
+    )  # fmt: skip
+    for key, label, color in (("newton", "Newton", "C0"), ("quasi", "quasi-DEER", "C1")):
+        for rows, marker, where in ((found["networks"], "o", ""), (found["wells"], "x", ", two wells")):
+            x, y = [row["exponent"] for row in rows], [row[key] for row in rows]
+            axes.plot(x, y, marker, color=color, label=label + where)
     axes.axvline(0.0, color="grey", linewidth=0.8)
     axes.legend()

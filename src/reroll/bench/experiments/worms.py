@@ -125,5 +125,6 @@ def draw(found: dict[str, Any], figure: Any) -> None:
     axes = figure.add_subplot(xlabel="update", ylabel="loss", title="EigenWorms" if found["source"] != "generated" else
                               "generated series")  # fmt: skip
     for (name, method), style in zip(found["methods"].items(), ("-", "--", ":")):
-        axes.plot(method["losses"], style, label=name)
+        axes.plot(range(1, len(method["losses"]) + 1), method["losses"], style, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
