@@ -269,7 +269,8 @@ def test_what_cannot_be_compiled_is_looped_over():
     other = cell_from(lambda u, s: torch.tanh(torch.cumsum(u + s, -1)), 4)
     for cell, x in ((other, torch.randn(2, 600, 4)), (GRU(4, 4).double(), torch.randn(2, 600, 4).double())):
         assert torch.equal(COMPILED(cell, x).states, LOOP(cell, x).states)
-        assert auto().choose(cell, x) == Sequential()
+        assert auto().choose(cell, x) == deer()
+        assert auto().choose(cell, x.repeat(3, 1, 1)) == Sequential()
     assert native.size_if_writable(cell_from(lambda u, s: s + 1, 4), torch.zeros(2, 300, 4)) == 4
     assert native.size_if_writable(other, torch.zeros(2, 300, 4)) is None
 

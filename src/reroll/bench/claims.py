@@ -283,8 +283,8 @@ CLAIMS: dict[str, Claim] = {
             (),
             "elk_iterations",
             _in("generator", "holds"),
-            "on all of five sequences DEER and quasi-DEER go non-finite or fail, on none ELK (1e3 … 1e6); the best ELK is "
-            "within 0.1 in fewer iterations",
+            "on all of five sequences DEER and quasi-DEER go non-finite or fail, on none ELK (1e3 … 1e6), and the best "
+            "ELK is within 0.1 in fewer iterations",
             2,
             _in("generator", "measure"),
             _in("generator", "report"),

@@ -17,7 +17,7 @@ from reroll.kernels import dispatch
 from reroll.kernels.dispatch import Candidate
 from reroll.rollout import native
 from reroll.rollout.base import Rollout, Trajectory
-from reroll.rollout.presets import quasi_deer
+from reroll.rollout.presets import deer, quasi_deer
 from reroll.rollout.sequential import Sequential
 
 SHORT = 256
@@ -32,13 +32,15 @@ ADJOINT = 1 << 16
 """Numbers of Jacobians of one step of all sequences up to which the adjoint is faster than going back step by step."""
 ADJOINT_FUSED = 1 << 13
 """The same against a library's kernel for whole sequences."""
+TINY = 16
+"""Numbers of inputs of one step up to which Newton's method in torch operations is faster than a loop of them."""
 FUSED = 64
 """Features of the state up to which a compiled loop is faster than a library's kernel for whole sequences."""
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Chooses among `Sequential`, in all its kernels, and `quasi_deer` for every call.
+    """Chooses among `Sequential`, in all its kernels, `quasi_deer` and `deer` for every call.
 
     Args:
         options: keyword arguments of `Newton`, where that is taken.
@@ -71,7 +73,7 @@ class Auto:
         """
         rollouts: dict[str, Rollout] = {
             "sequential": Sequential(), "compiled": Sequential(kernel="compiled"),
-            "quasi_deer": quasi_deer(**dict(self.options)),
+            "quasi_deer": quasi_deer(**dict(self.options)), "deer": deer(**dict(self.options)),
         }  # fmt: skip
         return rollouts[dispatch.choose("rollout", _candidates(cell, inputs, fused)).name]
 
@@ -86,7 +88,11 @@ def _candidates(cell: Cell, inputs: Tensor, fused: bool) -> tuple[Candidate, ...
         return (Candidate("sequential", True, "this cell has a kernel of its own for whole sequences"),)
     size = native.size_if_writable(cell, inputs)
     if size is None:
-        return (Candidate("sequential", True, "the step cannot be written as a program"),)
+        few = inputs.is_floating_point() and batch * inputs.shape[-1] <= TINY
+        return (
+            Candidate("deer", few, "few numbers of state, a step that is no program: Jacobians cost little"),
+            Candidate("sequential", True, "the step cannot be written as a program"),
+        )
     if torch.is_grad_enabled() and _any_gradient(cell, inputs):
         pays = batch * size * size <= (ADJOINT_FUSED if fused else ADJOINT)
     else:

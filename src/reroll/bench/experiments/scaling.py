@@ -115,12 +115,14 @@ def report(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], figure: Any) -> None:
     """Draw time and memory against the length, for the widest."""
-    widest = max(row["size"] for row in found["rows"])
+    widest, steps = max(row["size"] for row in found["rows"]), sorted({row["steps"] for row in found["rows"]})
     for axes, key, label in zip(figure.subplots(1, 2), ("seconds", "bytes"), ("seconds", "bytes above the model")):
         for method in METHODS:
             rows = [r for r in found["rows"] if r["method"] == method and r["size"] == widest]
             axes.plot([r["steps"] for r in rows], [r[key] for r in rows], "o-", label=method)
         axes.set(xlabel="steps", ylabel=label, xscale="log", yscale="log", title=f"D = {widest}")
+        axes.set_xticks(steps, labels=[f"{s:,}" for s in steps])
+        axes.minorticks_off()
         axes.legend(fontsize="small")
 
 
