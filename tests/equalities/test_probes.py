@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from reroll.grad.probes import coefficients, expected_relative_error
 from reroll.kernels import dispatch
 from reroll.kernels.noise_axpy import Stream, noise, noise_axpy
 from reroll.keys import Key
+from reroll.optim import CDRGE, apply
 from reroll.outcome import Outcome
 from tests.models import BUILDERS, a_batch, build
 
@@ -392,7 +394,7 @@ def test_an_interrupted_step_puts_the_weights_back():
 @pytest.mark.parametrize(
     "loss_fn, message",
     [
-        (lambda m, b: 3.0, "loss_fn returned float"),
+        (lambda m, b: "3.0", "the loss is of type str"),
         (lambda m, b: m.weight, r"loss_fn returned shape \(1, 3\)"),
     ],
 )
@@ -607,3 +609,35 @@ def test_bad_arguments_are_named(arguments, message):
 def test_bad_mode_is_named():
     with pytest.raises(UsageError, match='evaluate="vmap" must be auto'):
         CentralDifference(2, 0.1, evaluate="vmap")(nn.Linear(2, 1), lambda m, b: m.weight.sum(), None, KEY)
+
+
+@pytest.mark.parametrize("number", [float, np.float32, lambda loss: round(1e6 * float(loss))])
+def test_a_plain_number_is_a_loss(number):
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 1).double(), torch.randn(5, 3).double()
+    estimates = [
+        CentralDifference(8, 0.1, evaluate="in_place")(model, loss_fn, None, KEY)
+        for loss_fn in (lambda m, b: m(x).square().mean(), lambda m, b: number(m(x).square().mean()))
+    ]
+    scale = 1e6 if number(2e-6) == 2 else 1
+    tensor, plain = (estimate.gradient.tensor("weight") for estimate in estimates)
+    torch.testing.assert_close(plain / scale, tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_mistakes_in_calls_are_named():
+    model = torch.nn.Linear(3, 1)
+    loss_fn = lambda m, b: m.weight.sum()
+    estimate = CentralDifference(4, 0.1)(model, loss_fn, None, KEY)
+    said = f"Estimate(loss {float(estimate.loss):.6g}, outcome ok, Seeded of 2 tensors, 8 forward passes)"
+    assert repr(estimate) == said
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for call, message in (
+        (lambda: CentralDifference(4, 0.1)(model, loss_fn, None, 0), "key=0 must be a Key"),
+        (lambda: apply(estimate, optimizer), "pass estimate.gradient"),
+        (lambda: estimate.gradient.tensor("wight"), 'no tensor "wight". Did you mean "weight"'),
+        (lambda: CDRGE(model, lr=0.1), r"model.named_parameters\(\)"),
+        (lambda: CDRGE(model.parameters(), lr=0.1, noise="gauss"), "gauss"),
+        (lambda: CentralDifference(4, 0.1, evaluate="batchd"), 'evaluate="batchd"'),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call()

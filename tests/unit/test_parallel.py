@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from reroll.cells import ARGRU, GRU, Lorenz96, MeanField, ParaGRU, cell_from
+from reroll import Recurrent
+from reroll.cells import ARGRU, GRU, LSTM, Cell, Lorenz96, MeanField, ParaGRU, cell_from
 from reroll.errors import UsageError
 from reroll.outcome import Outcome
 from reroll.rollout import (
@@ -333,3 +334,59 @@ def test_dropout_that_begins_later_is_noticed():
     cell.train()
     with pytest.raises(UsageError, match="different results"):
         quasi_deer()(cell, torch.randn(2, 30, 4))
+
+
+class Mixing(Cell):
+    input_size = output_size = 4
+
+    def init_state(self, batch_shape):
+        return torch.zeros(*batch_shape, 4)
+
+    def step(self, u, state):
+        return torch.tanh(state + u) if float(state.sum()) > 0 else torch.tanh(u - state)
+
+
+class Averaging(Mixing):
+    def step(self, u, state):
+        return torch.tanh(state + u - state.mean(0, keepdim=True))
+
+
+class Forgetful(Mixing):
+    def step(self, u, state):
+        return torch.tanh(u), state
+
+
+X = torch.zeros(2, 9, 3)
+MISTAKES = {
+    "a torch module": (lambda: quasi_deer()(torch.nn.GRUCell(3, 5), torch.zeros(2, 9, 3)), "GRUCell.*cell_from"),
+    "arguments swapped": (lambda: quasi_deer()(torch.zeros(2, 9, 3), GRU(3, 5)), "rollout\\(cell, inputs\\)"),
+    "rollout for cell": (lambda: Sequential()(quasi_deer(), torch.zeros(2, 9, 3)), "Newton.*rollout\\(cell, inputs\\)"),
+    "a list": (lambda: quasi_deer()(GRU(3, 5), [[1.0]]), "type list"),
+    "features": (lambda: quasi_deer()(GRU(3, 5), torch.zeros(2, 9, 4)), r"\(2, 9, 4\); GRU takes \[batch, time, 3\]"),
+    "features of a loop": (lambda: Sequential()(GRU(3, 5), torch.zeros(2, 9, 4)), "GRU takes"),
+    "dtype": (lambda: quasi_deer()(GRU(3, 5), torch.zeros(2, 9, 3).double()), "float64.*float32.*convert"),
+    "state": (lambda: quasi_deer()(GRU(3, 5), X, torch.zeros(2, 6)), r"state is \[2, 6\]; GRU takes \[2, 5\]"),
+    "state of a loop": (lambda: Sequential()(LSTM(3, 5), X, torch.zeros(2, 5)), r"LSTM takes \(\[2, 5\], \[2, 5\]\)"),
+    "a branch on the batch": (lambda: quasi_deer()(Mixing(), torch.zeros(3, 300, 4)), "mixes sequences"),
+    "a mean over the batch": (lambda: quasi_deer()(Averaging(), torch.zeros(3, 300, 4)), "mixes sequences"),
+    "another kind of state": (lambda: quasi_deer()(Forgetful(), torch.zeros(3, 300, 4)), "returns a tuple.*Tensor"),
+    "nothing but nan": (lambda: predictability(GRU(3, 5), torch.full((1, 9, 3), torch.nan)), "not finite"),
+    "a name for a rollout": (lambda: Recurrent(GRU(3, 5), inputs=3, rollout="quasi_deer"), r"reroll.quasi_deer\(\)"),
+    "a preset not called": (lambda: Recurrent(GRU(3, 5), inputs=3, rollout=quasi_deer), r"reroll.quasi_deer\(\)"),
+    "features of a model": (lambda: Recurrent(GRU(3, 5), inputs=3)(torch.zeros(2, 6, 4)), r"expected .*, time, 3\]"),
+    "a symbol too many": (lambda: Recurrent(GRU(3, 5), vocab=10)(torch.tensor([[3, 11]])), "symbols 3 … 11.*0 … 9"),
+    "a symbol that is none": (lambda: Recurrent(GRU(3, 5), vocab=10)(torch.zeros(1, 2)), "whole numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name):
+    call, message = MISTAKES[name]
+    with pytest.raises(UsageError, match=message):
+        call()
+
+
+def test_a_trajectory_prints_as_a_line():
+    text = repr(quasi_deer()(GRU(3, 5), torch.zeros(2, 300, 3)))
+    assert text.startswith("Trajectory(states [2, 300, 5], outcome ok, at most ")
+    assert text.endswith("2 of 2 converged)")

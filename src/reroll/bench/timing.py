@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 
 def in_turn(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Call all functions in turn, a round to warm up and then `rounds` that count; return their seconds.
+    """Call all functions in turns, a round to warm up and then `rounds` that count; return their seconds.
 
     Example:
         >>> times = in_turn({"a": lambda: None, "b": lambda: sum(range(1000))}, rounds=3)
@@ -19,7 +20,8 @@ def in_turn(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(rounds + 1):
-        for name, function in functions.items():
+        # Shuffled, so that nothing always runs after the one that leaves the memory in pieces.
+        for name, function in random.Random(round_).sample(list(functions.items()), len(functions)):
             began = time.perf_counter()
             function()
             if round_:

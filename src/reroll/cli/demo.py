@@ -31,14 +31,18 @@ def run(command: str, arguments: Sequence[str]) -> int:
     path = request.run_dir or new_folder("demo")
     print("Text: the prose of this Python's own documentation. Model: an LSTM of characters. No download, no backward.")
     probes = _train(config, path)
+    if probes["state"] != "done":
+        return 1
     print(f"\nThe same model and data by backpropagation, for the same {probes['total_seconds']:.0f} seconds:")
     backprop = RECIPES["demo_backprop"]().replace(
         run={"seed": request.seed, "max_seconds": probes["total_seconds"], "steps": 10**6, "eval_every": 10**6}
     )
     other = _train(backprop, path.with_name(f"{path.name}-backprop"))
+    if other["state"] != "done":
+        return 1
     print("\nWeighing both, in fresh processes …")
     print(_result(config, probes, other, path))
-    return 0 if probes["state"] == "done" else 1
+    return 0
 
 
 def _train(config: Config, path: Path) -> dict[str, Any]:
@@ -46,7 +50,10 @@ def _train(config: Config, path: Path) -> dict[str, Any]:
     from reroll.train.loop import train
 
     with Console(config) as console:
-        return train(config, path, report=console)
+        summary = train(config, path, report=console)
+        if summary["state"] != "done":
+            console.note(console.farewell(summary, path))
+    return summary
 
 
 def _result(config: Config, probes: dict[str, Any], backprop: dict[str, Any], path: Path) -> str:

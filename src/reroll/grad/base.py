@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from reroll.errors import UsageError
+from reroll.errors import UsageError, nearest
 from reroll.kernels.noise_axpy import Stream, layout, noise_axpy
 from reroll.kernels.philox import stream_id
 from reroll.keys import Key
@@ -54,6 +54,12 @@ class Estimate:
     outcome: Outcome
     stats: dict[str, Any] = field(default_factory=dict)
     state: Any = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Estimate(loss {float(self.loss):.6g}, outcome {self.outcome.name}, {type(self.gradient).__name__} of "
+            f"{len(self.gradient.parameters)} tensors, {self.stats.get('forward_passes')} forward passes)"
+        )
 
 
 class Estimator(Protocol):
@@ -125,6 +131,8 @@ class Seeded:
 
     def tensor(self, name: str) -> Tensor:
         """Return ĝ of one tensor, in fp32 (fp64 for fp64 tensors)."""
+        if name not in self.parameters:
+            raise UsageError(f'the gradient has no tensor "{name}".{nearest(name, self.parameters)}')
         p = self.parameters[name]
         made = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
         self.add_to(made, name)

@@ -29,7 +29,7 @@ from reroll.errors import EpsilonTooSmall, UsageError, require_positive
 from reroll.grad.base import Estimate, LossFn, Seeded, trainable
 from reroll.grad.evaluate.batched import Batched
 from reroll.grad.evaluate.in_place import InPlace, snap_to_grid
-from reroll.grad.evaluate.plan import Plan, make_plan
+from reroll.grad.evaluate.plan import MODES, Plan, make_plan
 from reroll.grad.evaluate.probing import (
     Evaluator,
     Probing,
@@ -111,6 +111,7 @@ class CentralDifference:
             "difference": ("central", "one_sided"),
             "restore": ("copy", "grid"),
             "sums": ("fp32", "fp64"),
+            "evaluate": ("auto", *MODES),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -175,6 +176,8 @@ class CentralDifference:
             model: the module, if there is one: it decides how probes can be evaluated.
             scales: a factor on ε per tensor.
         """
+        if not isinstance(key, Key):
+            raise UsageError(f"key={key!r} must be a Key, such as reroll.Key(seed).at(step).")
         plan = self.plan(model, parameters, batch)
         epsilon = self._usable_epsilon(parameters, plan, scales or {})
         warm = WarmStarts(loss_fn) if model is not None and iterates(model) else None

@@ -51,6 +51,8 @@ def generate(
         >>> model.generate([1, 2, 3], 5, seed=1).shape
         torch.Size([5])
     """
+    if isinstance(prompt, str):
+        raise UsageError("prompt is a text; give the symbols: task.tokenizer.encode(text), or use `reroll sample`.")
     ids = torch.as_tensor(prompt, dtype=torch.int64)
     batched = ids.dim() == 2
     ids = (ids if batched else ids.unsqueeze(0)).to(next(model.parameters()).device)

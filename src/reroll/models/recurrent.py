@@ -68,7 +68,7 @@ class Recurrent(nn.Module):
         self.vocab, self.inputs, self.readout = vocab, inputs, readout
         self.outputs = outputs or vocab or cells[-1].output_size
         self.window_floats = WINDOW_FLOATS
-        self.rollout: Rollout = rollout or Sequential()
+        self.rollout: Rollout = _rollout(rollout)
         self.embed = nn.Embedding(vocab, cells[0].input_size) if vocab is not None else None
         self.cells = nn.ModuleList(cells)
         has_head = vocab is not None or outputs is not None
@@ -116,7 +116,7 @@ class Recurrent(nn.Module):
     def start(self, batch: int) -> tuple[State, ...]:
         """Return the state of every cell before the first step, for this many sequences."""
         like = next(self.parameters())
-        return tuple(start(cell, like.new_empty(batch, 0, 0), None) for cell in self._cells)
+        return tuple(start(cell, like.new_empty(batch, 0, cell.input_size), None) for cell in self._cells)
 
     def step(self, inputs: Tensor, state: tuple[State, ...]) -> tuple[Tensor, tuple[State, ...]]:
         """Advance one step: inputs [B] symbols or [B, inputs]; returns ([B, outputs], state). Time and memory O(1)."""
@@ -179,12 +179,28 @@ class Recurrent(nn.Module):
         if inputs.dim() != (2 if self.embed is not None else 3):
             expected = "[batch, time] symbols" if self.embed is not None else f"[batch, time, {self.inputs}]"
             raise UsageError(f"inputs has shape {tuple(inputs.shape)}; expected {expected}.")
-        features = self.embed(inputs) if self.embed is not None else inputs
+        if self.embed is None:
+            if inputs.shape[-1] != self.inputs:
+                raise UsageError(f"inputs has shape {tuple(inputs.shape)}; expected [batch, time, {self.inputs}].")
+            features = inputs
+        else:
+            features = self._embedded(self.embed, inputs)
         states = []
         for i, cell in enumerate(self._cells):
             features, final = self.rollout.read(cell, features, None if state is None else state[i], reset)
             states.append(final)
         return features, tuple(states)
+
+    def _embedded(self, embed: nn.Embedding, symbols: Tensor) -> Tensor:
+        if symbols.is_floating_point():
+            raise UsageError(f"inputs has dtype {symbols.dtype}; a model with vocab={self.vocab} takes whole numbers.")
+        try:
+            return embed(symbols)
+        except IndexError:
+            low, high = int(symbols.min()), int(symbols.max())
+            raise UsageError(
+                f"inputs has symbols {low} … {high}; the model knows 0 … {embed.num_embeddings - 1}."
+            ) from None
 
     def _head(self, features: Tensor) -> Tensor:
         return features if self.head is None else self.head(features)
@@ -208,6 +224,15 @@ class Recurrent(nn.Module):
             total = part if total is None else total + part
         assert total is not None
         return total / present.sum(1, keepdim=True).clamp(min=1) if self.readout == "mean" else total
+
+
+def _rollout(rollout: Any) -> Rollout:
+    if rollout is None:
+        return Sequential()
+    if not isinstance(rollout, type) and hasattr(rollout, "read"):
+        return rollout
+    name = rollout if isinstance(rollout, str) else getattr(rollout, "__name__", type(rollout).__name__)
+    raise UsageError(f"rollout={rollout!r} is no rollout; give the object: reroll.{name}().")
 
 
 def _check_sizes(

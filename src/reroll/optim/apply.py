@@ -43,6 +43,9 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write") -> None:
         >>> estimate = CentralDifference(8, 0.01)(model, lambda m, x: m(x).square().mean(), torch.ones(5, 3), Key(0))
         >>> apply(estimate.gradient, torch.optim.SGD(model.parameters(), lr=0.1), how="fused")
     """
+    if not isinstance(gradient, Dense | Seeded):
+        remedy = "pass estimate.gradient" if hasattr(gradient, "gradient") else "pass what an estimator returned"
+        raise UsageError(f"gradient is a {type(gradient).__name__}; {remedy}.")
     if how not in WAYS:
         raise UsageError(f'how="{how}" is no way to apply a gradient.{nearest(how, WAYS)}')
     groups = _groups_of(gradient, optimizer)

@@ -9,12 +9,12 @@ non-convergence is a value, never silent.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from reroll.cells.base import Cell, State
+from reroll.cells.base import Cell, FunctionCell, State
 from reroll.data.batch import map_state
 from reroll.errors import UsageError
 from reroll.outcome import Outcome
@@ -40,6 +40,16 @@ class Trajectory(NamedTuple):
     residual: Tensor
     converged: Tensor
     resets: Tensor | None = None
+
+    def __repr__(self) -> str:
+        parts = (self.states,) if isinstance(self.states, Tensor) else tuple(self.states)
+        shapes = ", ".join(str(list(part.shape)) for part in parts)
+        most = int(self.iterations.max()) if self.iterations.numel() else 0
+        worst = float(self.residual.max()) if self.residual.numel() else 0.0
+        return (
+            f"Trajectory(states {shapes}, outcome {self.outcome.name}, at most {most} iterations, "
+            f"residual {worst:.2g}, {int(self.converged.sum())} of {self.converged.numel()} converged)"
+        )
 
 
 class Rollout(Protocol):
@@ -69,15 +79,46 @@ def start(cell: Cell, inputs: Tensor, state: State | None) -> State:
     """Return the state before the first step: the one given, or the cell's, in the inputs' dtype and on their device.
 
     Raises:
-        UsageError: if the inputs are not [batch, time, features].
+        UsageError: if the cell is none, the inputs are not [batch, time, features], or the state does not fit.
     """
-    if inputs.dim() != 3:
-        raise UsageError(f"inputs has shape {tuple(inputs.shape)}; expected [batch, time, features].")
+    _check(cell, inputs)
     if state is not None:
+        _check_state(cell, inputs, state)
         return state
     like = inputs if inputs.is_floating_point() else None
     initial = cell.init_state(inputs.shape[:1])
     return initial if like is None else map_state(initial, lambda tensor: tensor.to(like.device, like.dtype))
+
+
+def _check(cell: Any, inputs: Any) -> None:
+    if not isinstance(cell, Cell):
+        remedy = "call it as rollout(cell, inputs)" if isinstance(cell, Tensor) or hasattr(cell, "read") else (
+            "wrap it: reroll.cell_from(step, state_size)"
+        )  # fmt: skip
+        raise UsageError(f"cell is a {type(cell).__name__}, not a cell; {remedy}.")
+    if not isinstance(inputs, Tensor) or inputs.dim() != 3:
+        what = f"shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else f"type {type(inputs).__name__}"
+        raise UsageError(f"inputs has {what}; expected a tensor [batch, time, features].")
+    # A plain function may take any number of features.
+    if not isinstance(cell, FunctionCell) and inputs.shape[-1] != cell.input_size:
+        raise UsageError(
+            f"inputs has shape {tuple(inputs.shape)}; {type(cell).__name__} takes [batch, time, {cell.input_size}]."
+        )
+
+
+def _check_state(cell: Cell, inputs: Tensor, state: State) -> None:
+    expected = _shapes(cell.init_state(inputs.shape[:1]))
+    found = _shapes(state)
+    if found != expected:
+        raise UsageError(f"state is {found}; {type(cell).__name__} takes {expected} for inputs {tuple(inputs.shape)}.")
+
+
+def _shapes(state: State) -> str:
+    if isinstance(state, Tensor):
+        return str(list(state.shape))
+    if not isinstance(state, tuple):
+        return type(state).__name__
+    return f"({', '.join(_shapes(part) for part in state)})"
 
 
 def where_reset(reset: Tensor, initial: State, state: State) -> State:

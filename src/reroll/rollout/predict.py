@@ -64,6 +64,8 @@ def _growth(cell: Cell, inputs: Tensor, state: State | None, starts: int, seed: 
     """Return λ and the overshoot log a = max_t Σ_{k ≤ t} (log growth_k − λ), [batch] each."""
     require_positive(starts=starts)
     problem = make_problem(cell, inputs, state, None)
+    if not bool(torch.isfinite(inputs).all()):
+        raise UsageError("inputs has numbers that are not finite; nothing can be said about such a trajectory.")
     batch, time, size = *inputs.shape[:2], problem.layout.size
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(batch, size, starts, generator=generator, dtype=torch.float64).to(problem.start)

@@ -152,6 +152,17 @@ def rows(field: Tensor) -> Tensor:
     return field.flatten(1).T
 
 
+def _check_dtypes(cell: Cell, inputs: Tensor) -> None:
+    """Weights of one dtype and inputs of another would fail somewhere in the step, in torch's words."""
+    known = next((p.dtype for p in cell.parameters() if p.is_floating_point()), inputs.dtype)
+    if inputs.is_floating_point() and inputs.dtype != known and not torch.is_autocast_enabled(inputs.device.type):
+        names = [str(dtype).removeprefix("torch.") for dtype in (inputs.dtype, known)]
+        raise UsageError(
+            f"inputs has dtype {names[0]} and the weights of {type(cell).__name__} have {names[1]}; convert one: "
+            f"inputs.to(torch.{names[1]}), or cell.to(torch.{names[0]})."
+        )
+
+
 def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Problem:
     """Return the recurrence on vectors.
 
@@ -159,12 +170,9 @@ def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor 
         UsageError: if shapes do not fit, or the state is not floating point.
     """
     initial = start(cell, inputs, state)
+    _check_dtypes(cell, inputs)
     layout = Layout.of(initial)
     first = layout.pack(initial)
-    if first.shape != (inputs.shape[0], layout.size):
-        raise UsageError(
-            f"state has {first.shape[0]} sequences and inputs has {inputs.shape[0]}; they must have the same."
-        )
     if reset is None:
         return Problem(cell, layout, cell.project(inputs), first)
     if reset.shape != inputs.shape[:2] or reset.dtype != torch.bool:

@@ -15,9 +15,15 @@ _known: weakref.WeakKeyDictionary[Cell, set[tuple[bool, ...]]] = weakref.WeakKey
 """Cells that were tried, and in which modes (training or not): dropout acts in one of them."""
 
 
+ROWS = 8
+"""Rows on which a step is tried."""
+LOOSE = 1e-2
+"""Difference between a row alone and among others that is rounding; a branch makes one of order 1."""
+
+
 @torch.no_grad()
 def require_pure(cell: Cell, problem: Any) -> None:
-    """Call the step twice on the first step of two sequences, and raise if it edits its arguments or is random.
+    """Try the step on a few rows, and raise if it edits its arguments, is random, or mixes rows.
 
     Raises:
         UsageError: naming the cell and what it does.
@@ -25,17 +31,19 @@ def require_pure(cell: Cell, problem: Any) -> None:
     mode = tuple(module.training for module in cell.modules())
     if mode in _known.setdefault(cell, set()):
         return
-    u, state = problem.u[:2, 0].detach().clone(), problem.start[:2].detach().clone()
+    u, state = _tried(problem)
     given_u, given_state = u.clone(), state.clone()
     devices = [u.device] if u.device.type == "cuda" else []
     name = type(cell).__name__
     with torch.random.fork_rng(devices):
+        _require_same_kind(cell.step(u, problem.layout.unpack(state)), problem, name)
         first = step(cell, problem.layout, u, state)
         second = step(cell, problem.layout, given_u.clone(), given_state.clone())
+        alone = torch.cat([step(cell, problem.layout, u[i : i + 1], state[i : i + 1]) for i in range(len(u))])
     if first.shape != given_state.shape:
         raise UsageError(
-            f"{name}.step returns a state of shape {tuple(first.shape)} for one of {tuple(given_state.shape)}; a step "
-            "must keep the shape of its state."
+            f"{name}.step returns {tuple(first.shape)} numbers of state, rows and features, for {tuple(state.shape)}; a "
+            "step must keep the shape of its state."
         )
     if not (_same(u, given_u) and _same(state, given_state)):
         raise UsageError(f"{name}.step changes its arguments in place; let it return new tensors.")
@@ -44,7 +52,34 @@ def require_pure(cell: Cell, problem: Any) -> None:
             f"{name}.step gives different results for the same arguments (dropout, or random numbers drawn inside). "
             "Give the noise as part of the inputs, or use rollout=Sequential()."
         )
+    if not torch.allclose(first, alone, rtol=LOOSE, atol=LOOSE, equal_nan=True):
+        raise UsageError(
+            f"{name}.step mixes sequences: the result of a row changes with the other rows (a branch on values, or a "
+            "mean over the batch). A rollout along time evaluates many steps side by side as rows; compute every row "
+            "by itself, or use rollout=Sequential()."
+        )
     _known[cell].add(mode)
+
+
+def _tried(problem: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return some rows: the first step's inputs, with states around the first one, so that they differ in sign."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.arange(ROWS) % len(problem.u)
+    u, state = problem.u[rows, 0].detach(), problem.start[rows].detach()
+    around = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state)
+    around[0] = 0
+    return u.clone(), state + around
+
+
+def _require_same_kind(after: Any, problem: Any, name: str) -> None:
+    """A step that returns a state of another kind, such as a tuple for a tensor, would fail in the solver's words."""
+    kind = problem.layout.kind
+    known = isinstance(after, torch.Tensor) if kind is torch.Tensor else isinstance(after, tuple)
+    if not known or (kind is not torch.Tensor and len(after) != len(problem.layout.sizes)):
+        raise UsageError(
+            f"{name}.step returns a {type(after).__name__} for a state that is a {kind.__name__}; it must return one "
+            "like the one it was given."
+        )
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ a rank takes whole.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -164,13 +165,19 @@ def cuda_devices(parameters: Mapping[str, Tensor]) -> list[int]:
 def split_result(result: Any, single: bool) -> tuple[Tensor, Any]:
     """Return (scalar loss, state) of what a loss function returned: a loss, or a pair of a loss and a state.
 
+    A plain number is a loss too: what an error rate or a simulator gives.
+
     Raises:
-        UsageError: if the loss is no tensor, is neither a scalar nor one number per sequence, or is a scalar where one
+        UsageError: if the loss is neither tensor nor number, has more than one axis, or is a scalar where one number
             per sequence is needed.
     """
     loss, state = result if isinstance(result, tuple) else (result, None)
+    if isinstance(loss, numbers.Real):
+        loss = torch.tensor(float(loss), dtype=torch.float64)
     if not isinstance(loss, Tensor):
-        raise UsageError(f"loss_fn returned {type(loss).__name__}; it must return a tensor, scalar or [batch].")
+        raise UsageError(
+            f"the loss is of type {type(loss).__name__}; it must be a number or a tensor, scalar or [batch]."
+        )
     if loss.dim() > 1:
         raise UsageError(
             f"loss_fn returned shape {tuple(loss.shape)}; it must return a scalar or one loss per sequence."
