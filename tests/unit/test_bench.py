@@ -313,6 +313,20 @@ def test_the_demo_weighs_what_it_compares(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ended", [["stopped"], ["done", "stopped"]])
+def test_a_demo_that_is_stopped_says_how_to_go_on_and_ends(monkeypatch, capsys, tmp_path, ended):
+    from reroll.cli import demo as command
+
+    states = iter(ended)
+    summary = {"reason": "Interrupted. Go on with: reroll train …", "total_seconds": 1.0}
+    monkeypatch.setattr("reroll.train.loop.train", lambda config, path, report: {"state": next(states), **summary})
+    assert command.run("demo", ["--run-dir", str(tmp_path / "demo")]) == 1
+    said = capsys.readouterr().out
+    assert "Go on with: reroll train" in said
+    assert "Weighing" not in said
+    assert next(states, None) is None
+
+
 def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path):
     found = cli("demo", "--steps", 3, "--run-dir", "demo")
     assert (found.code, found.err) == (0, "")

@@ -42,7 +42,7 @@ def require_pure(cell: Cell, problem: Any) -> None:
         alone = torch.cat([step(cell, problem.layout, u[i : i + 1], state[i : i + 1]) for i in range(len(u))])
     if first.shape != given_state.shape:
         raise UsageError(
-            f"{name}.step returns {tuple(first.shape)} numbers of state, rows and features, for {tuple(state.shape)}; a "
+            f"{name}.step returns {tuple(first.shape)} numbers, rows and features, for {tuple(state.shape)}; a "
             "step must keep the shape of its state."
         )
     if not (_same(u, given_u) and _same(state, given_state)):
