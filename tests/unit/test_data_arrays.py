@@ -48,7 +48,7 @@ def rows_of(task, split, inputs):
     return seen
 
 
-@pytest.mark.parametrize("shape", [(40, 12, 3), (40, 12), (40, 12, 1)])
+@pytest.mark.parametrize("shape", [(40, 12, 3), (40, 12, 1)])
 def test_without_targets_the_next_value_is_predicted(tmp_path, shape):
     values = RANDOM.normal(5, 3, shape)
     task = Arrays(saved(tmp_path / "a.npy", values), batch=8)
@@ -271,6 +271,48 @@ def test_csv_is_one_series(tmp_path):
     assert np.allclose(np.diff(values[:, :, 0], axis=1), 1, atol=1e-3)
 
 
+def test_a_table_is_one_series_in_every_format(tmp_path):
+    table = RANDOM.normal(size=(300, 3))
+    (tmp_path / "a.csv").write_text("a,b,c\n" + "\n".join(",".join(map(repr, row)) for row in table.tolist()))
+    paths = [tmp_path / "a.csv", saved(tmp_path / "a.npy", table), save(tmp_path / "a.npz", x=table)]
+    tasks = [Arrays(path, length=20) for path in paths]
+    for task in tasks:
+        assert (task.inputs, task.outputs, task.length, task.batches("valid")) == (3, 3, 20, 1)
+        assert torch.equal(task.batch(3).inputs, tasks[0].batch(3).inputs)
+    # One target or mask a row makes every row a series.
+    for beside in ({"y": np.arange(300) % 2}, {"mask": np.ones((300, 3))}):
+        assert Arrays(save(tmp_path / "b.npz", x=table, **beside)).inputs == 1
+
+
+def test_what_was_read_is_said(tmp_path):
+    rows = [f"2020-01-{n % 30 + 1:02},{n / 10},{'' if n in (5, 9) else n}" for n in range(2000)]
+    (tmp_path / "a.csv").write_text("date,t,h\n" + "\n".join(rows))
+    assert Arrays(tmp_path / "a.csv", length=20).describe() == (
+        f"{tmp_path / 'a.csv'}: 1 series × 2,000 steps × 2 features (t, h); to say the next row, 10 % held out; "
+        "without the columns date, which hold no numbers; "
+        "empty cells (2) are filled with their column's mean, and not scored."
+    )
+    classes = Arrays(save(tmp_path / "a.npz", x=RANDOM.normal(size=(30, 7)), y=np.arange(30) % 5))
+    said = "30 series × 7 steps × 1 feature; to say one of 5 classes for every series, 10 % held out."
+    assert classes.describe().endswith(said)
+
+
+def test_the_whole_of_a_file_is_scored_in_given_units(tmp_path):
+    values = RANDOM.normal(5, 3, (40, 2))
+    path = saved(tmp_path / "a.npy", values)
+    task = Arrays(path, length=6, whole=True, units=([1.0, 2.0], [4.0, 8.0]))
+    assert task.splits == ("valid",)
+    targets = np.concatenate([batch.targets[batch.mask] for batch in every(task, "valid")])
+    assert targets == pytest.approx((values[1:] - [1, 2]) / [4, 8], rel=1e-5)
+    assert "all of it scored" in task.describe()
+    assert torch.equal(pickle.loads(pickle.dumps(task)).batch(0, "valid").inputs, task.batch(0, "valid").inputs)
+    with pytest.raises(UsageError, match="has 2 features, but 1 are wanted"):
+        Arrays(path, whole=True, units=([1.0], [1.0]))
+    # A sequence with one target is not cut, however long it is.
+    one = save(tmp_path / "a.npz", x=values[None], y=np.zeros(1, dtype=int))
+    assert Arrays(one, length=6, whole=True).batch(0, "valid").inputs.shape == (1, 40, 2)
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_csv_of_several_series_with_gaps(tmp_path, delimiter):
     lines = ["t,series,value"]
@@ -326,7 +368,7 @@ def test_fingerprints_are_of_the_file(tmp_path):
 
 
 def test_a_task_is_sent_by_its_arguments(tmp_path):
-    task = Arrays(saved(tmp_path / "a.npy", RANDOM.normal(size=(200, 500))), length=9, batch=2, seed=4, eval_batches=3)
+    task = Arrays(saved(tmp_path / "a.npy", RANDOM.normal(size=(900, 9))), length=9, batch=2, seed=4, eval_batches=3)
     sent = pickle.dumps(task)
     assert len(sent) < 1000
     again = pickle.loads(sent)
@@ -361,6 +403,14 @@ def not_a_zip(folder):
     Arrays(folder / "a.npz")
 
 
+def junk(name):
+    def act(folder):
+        (folder / name).write_text("these are words")
+        Arrays(folder / name)
+
+    return act
+
+
 X = np.zeros((20, 5, 2))
 HOLE = np.where(np.arange(200).reshape(20, 5, 2) == 57, np.nan, 0)
 
@@ -373,8 +423,8 @@ HOLE = np.where(np.arange(200).reshape(20, 5, 2) == 57, np.nan, 0)
         (lambda folder: Arrays(folder / "a.npy"), "a.npy does not exist"),
         (npy(X, readout="first"), "readout='first' is unknown"),
         (npy(X, length=0), "length=0 must be greater than zero"),
-        (npy(np.zeros((2, 2, 2, 2))), r"shape \(2, 2, 2, 2\); expected \[T\], \[N, T\] or \[N, T, F\]"),
-        (npy(np.zeros((0, 5))), r"shape \(0, 5\), which is empty"),
+        (npy(np.zeros((2, 2, 2, 2))), r"shape \(2, 2, 2, 2\); expected \[T\], \[T, F\] or \[N, T, F\]"),
+        (npy(np.zeros((0, 5))), r"shape \(1, 0, 5\), which is empty"),
         (npy(np.array([{}, 1])), "holds Python objects, which are never loaded"),
         (npy(np.array(["a", "b"])), "the array are of type <U1; expected real numbers"),
         (npy(HOLE), "series 5, step 3, feature 1 is not finite. .*mask"),
@@ -383,7 +433,10 @@ HOLE = np.where(np.arange(200).reshape(20, 5, 2) == 57, np.nan, 0)
         (truncated, "a.npy cannot be read"),
         (not_a_zip, "a.npz cannot be read"),
         (npz(data=X), r"has the arrays data; it needs `inputs` \(or `x`\)"),
-        (npz(x=np.zeros(5)), r"inputs have shape \(5,\); expected"),
+        (npz(x=np.zeros(5), y=np.zeros(5)), r"inputs have shape \(5,\); expected"),
+        (npz(x=np.zeros((2, 2, 2, 2))), r"inputs have shape \(2, 2, 2, 2\); expected"),
+        (junk("a.npy"), "is no numpy file.*numpy.save,"),
+        (junk("a.npz"), "is no numpy file.*numpy.savez,"),
         (npz(x=X, y=np.zeros(19)), r"targets of shape \(19,\) do not fit inputs of \(20, 5, 2\)"),
         (npz(x=X, y=np.zeros((20, 4), int)), r"int64 and shape \(20, 4\) do not fit inputs of 20 sequences × 5 steps"),
         (npz(x=X, y=np.zeros((20, 4, 3))), r"shape \(20, 4, 3\) do not fit inputs of 20 sequences × 5 steps"),

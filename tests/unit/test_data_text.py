@@ -228,13 +228,39 @@ def test_places_reach_beyond_31_bits():
     assert set(random_places(Key(1), 500, 3)) == {0, 1, 2}
 
 
+def test_the_whole_of_a_text_is_scored(path, tmp_path):
+    task = Text(path, length=16, batch=8, eval_batches=None, whole=True)
+    assert (task.splits, sorted(task.tokens)) == (("valid",), ["valid"])
+    assert bytes(task.tokens["valid"]) == path.read_bytes()
+    assert (
+        sum(task.batch(index, "valid").scored for index in range(task.batches("valid"))) == len(path.read_bytes()) - 1
+    )
+    assert sorted(Text(path, length=16).tokens) == ["train", "valid"]  # and has a place of its own in the cache
+    short = tmp_path / "short.txt"
+    short.write_text("seventeen symbols")
+    assert Text(short, length=16, whole=True, carry=True).batch(0, "valid").scored == 16
+    with pytest.raises(UsageError, match="length=17 is too long for .*short.txt, which has 17 symbols; 18 are needed"):
+        Text(short, length=17, whole=True)
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(name * 9)
+    assert bytes(Text(folder, length=3, whole=True).tokens["valid"]) == b"aaaaaaaaa\nbbbbbbbbb\n"
+    for name in ("train", "valid"):  # a folder that says what is held out is believed
+        (folder / f"my.{name}.txt").write_text(name)
+    assert bytes(Text(folder, length=3, whole=True).tokens["valid"]) == b"valid"
+
+
 @pytest.mark.parametrize(
     "act, message",
     [
         (lambda path: Text(path, length=0), "length=0 must be greater than zero"),
         (lambda path: Text(path, eval_batches=0), "eval_batches=0"),
         (lambda path: Text(path.parent / "none"), "path='.*none' does not exist"),
-        (lambda path: Text(path, length=10**6), r"length=1000000 is too long for .*text.txt: of its \d+ symbols"),
+        (
+            lambda path: Text(path, length=10**6),
+            r"length=1000000 is too long for .*text.txt.*: its end is held out for val",
+        ),
         (lambda path: Text(path, "words"), "tokenizer='words' is unknown. Did you mean \"word\""),
         (lambda path: Text(path, Byte(), max_vocab=9), "max_vocab=9 cannot change a tokenizer that is given"),
         (lambda path: Text(path).batch(0, "test"), "split='test' is not in .*text.txt"),

@@ -2,6 +2,7 @@
 
     task = Arrays("weather.csv", length=100)          predict the next row from the rows before
     task = Arrays("worms.npz", readout="last")        inputs [N, T, F] and one class each, targets [N]
+    task.describe()                                   what was read, in a line
 
     file                                    what is predicted                       readout   loss
     no targets                              the next value of every feature         every     squared error
@@ -39,6 +40,7 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 USUAL_LENGTH = 128  # of the windows of one long series
+SHOWN = 8  # names of features in a description
 READOUTS = ("last", "mean", "every")
 
 
@@ -61,6 +63,8 @@ class Arrays(Task):
         readout: "last" or "mean" of the steps, for one target per sequence; "every" says that real targets [N, T] are
             values of the steps, not T values of the sequence.
         eval_batches: the most batches an evaluation takes; None is the whole of the held-out part.
+        whole: all of the file is "valid", none of it for training: to score a model on it.
+        units: the mean and the std of every feature, [F] each, to standardise by; None: those of the training part.
 
     Attributes: `mean` and `std`, [F], of the features; `features`, their names; `fingerprint`, SHA-256 of the file.
 
@@ -81,12 +85,15 @@ class Arrays(Task):
         *,
         readout: str = "last",
         eval_batches: int | None = 64,
+        whole: bool = False,
+        units: tuple[list[float], list[float]] | None = None,
     ) -> None:
         require_positive(length=length, batch=batch, eval_batches=eval_batches)
         if readout not in READOUTS:
             raise UsageError(f"readout={readout!r} is unknown.{nearest(readout, READOUTS)}")
         self.path, self.batch_size, self.seed, self.eval_batches = os.fspath(path), batch, seed, eval_batches
-        self._arguments = {"path": self.path, "length": length, "readout": readout}
+        self._arguments = {"path": self.path, "length": length, "readout": readout, "whole": whole, "units": units}
+        self._whole = whole
         data = read_series(path)
         self.fingerprint = _file_hash(Path(path).expanduser())
         self.inputs, self.features = int(data.values.shape[1]), data.features
@@ -98,7 +105,8 @@ class Arrays(Task):
         _refuse_not_finite(self.path, data, self._mask)
         # With targets of every step the mask is about the targets; the inputs are all there.
         used = training if self._mask is None or self.predicts == "every" else training & self._mask
-        self.mean, self.std = moments(data.values, used)
+        self.mean, self.std = moments(data.values, used) if units is None else self._given(units)
+        self._description = self._described(data)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By its arguments, for another process to map the same file.
@@ -140,6 +148,45 @@ class Arrays(Task):
         """Return values [..., F] in units of the training part: (x − mean) / std."""
         return ((values - self.mean) / self.std).astype(np.float32)
 
+    def describe(self) -> str:
+        return self._description
+
+    def _described(self, data: Series) -> str:
+        """What was read: how many series, steps and features; what is predicted, held out, left out and filled in."""
+        least, most = int(data.lengths.min()), int(data.lengths.max())
+        steps = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+        held_out = len(self._windows["valid"].begin) / sum(len(windows.begin) for windows in self._windows.values())
+        many = "" if self.inputs == 1 else "s"
+        parts = [
+            f"{self.path}: {len(data.lengths):,} series × {steps} steps × {self.inputs} feature{many}{self._names()}"
+        ]
+        held = "all of it scored" if self._whole else f"{100 * held_out:.0f} % held out"
+        parts.append(f"{self._goal()}, {held}")
+        if data.dropped:
+            parts.append(f"without the columns {', '.join(data.dropped)}, which hold no numbers")
+        missing = int(np.isnan(data.values).sum()) if data.gaps else 0
+        if missing:
+            parts.append(f"empty cells ({missing:,}) are filled with their column's mean, and not scored")
+        return "; ".join(parts) + "."
+
+    def _names(self) -> str:
+        shown = ", ".join(self.features[:SHOWN]) + ", …" * (len(self.features) > SHOWN)
+        return f" ({shown})" if shown else ""
+
+    def _goal(self) -> str:
+        what = f"one of {self.outputs} classes" if self.categorical else f"{self.outputs} target values"
+        goals = {"next": "to say the next row", "every": f"to say {what} for every step"}
+        return goals.get(self.predicts, f"to say {what} for every series")
+
+    def _given(self, units: tuple[list[float], list[float]]) -> tuple[Array, Array]:
+        mean, std = (np.asarray(values, dtype=np.float64) for values in units)
+        if mean.shape != (self.inputs,) or std.shape != (self.inputs,):
+            raise UsageError(
+                f"path={self.path} has {self.inputs} features{self._names()}, but {mean.size} are wanted; give a file "
+                f"with {mean.size} columns of numbers, those of the training."
+            )
+        return mean, std
+
     def _split(self, split: str) -> Windows:
         if split not in self._windows:
             raise UsageError(f"split={split!r} is unknown.{nearest(split, self._windows)}")
@@ -176,8 +223,10 @@ class Arrays(Task):
     def _window_length(self, lengths: IntArray, length: int | None) -> int:
         longest = int(lengths.max()) - (self.predicts == "next")
         if self.predicts == "sequence":
-            if length is not None and length < longest:
-                raise UsageError(f"length={length} would cut sequences of {longest} steps with one target; drop it.")
+            if length is not None and length < longest and not self._whole:
+                raise UsageError(
+                    f"length={length} would cut sequences of {longest} steps with one target; give length={longest}."
+                )
             return longest
         if len(lengths) == 1 and length is None:
             return max(min(USUAL_LENGTH, longest // 10), 1)
@@ -185,6 +234,8 @@ class Arrays(Task):
 
     def _hold_out(self, windows: Windows, lengths: IntArray) -> tuple[dict[str, Windows], BoolArray]:
         """The windows of the splits, and which steps of all belong to training."""
+        if self._whole and len(windows.begin):
+            return {"valid": windows}, np.ones(int(lengths.sum()), dtype=bool)
         series = np.unique(windows.series)
         if len(windows.begin) < 2 or (self.predicts == "sequence" and len(series) < 2):
             raise UsageError(

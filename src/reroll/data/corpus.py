@@ -23,8 +23,9 @@ import logging
 import os
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -96,7 +97,7 @@ class File:
     def signature(self) -> list[str | int]:
         """What changes when the file does."""
         if isinstance(self.source, bytes):
-            return [self.name, hashlib.sha256(self.source).hexdigest()]
+            return [self.name, hashlib.sha256(self.source).hexdigest(), *([self.split] if self.split else [])]
         state = self.source.stat()
         return [self.name, str(self.source.resolve()), state.st_size, state.st_mtime_ns, self.split or ""]
 
@@ -175,6 +176,13 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
     return corpus
 
 
+def whole(corpus: Corpus) -> Corpus:
+    """Return the corpus with all of it held out, to score a model on; one whose files say their splits keeps them."""
+    if corpus.files[0].split:
+        return corpus
+    return replace(corpus, files=tuple(replace(file, split="valid") for file in corpus.files))
+
+
 def is_single(corpus: Corpus) -> bool:
     """Return whether a corpus is one document, whose end is held out."""
     return not corpus.files[0].split and len(list(itertools.islice(corpus.documents(), 2))) == 1
@@ -187,8 +195,9 @@ def pieces(corpus: Corpus) -> Iterator[Piece]:
         UsageError: if there is no text at all.
     """
     if corpus.files[0].split:
+        files = Counter(file.split for file in corpus.files)
         for file, document in corpus.documents():
-            yield Piece(file.split or "", document, 0, None, file.lines)
+            yield Piece(file.split or "", document, 0, None, file.lines or files[file.split] > 1)
         return
     first = [(document.name, document.size) for _, document in itertools.islice(corpus.documents(), FEW)]
     if not first:

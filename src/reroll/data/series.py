@@ -1,9 +1,12 @@
 """Real-valued series in files: .npy, .npz and .csv, read into one table of steps.
 
-    .npy   one series [T], or series [N, T] or [N, T, F]; memory-mapped
-    .npz   `inputs` (or `x`) [N, T] or [N, T, F]; optional `targets` (or `y`) and `mask`
+    .npy   one series [T] or [T, F], or series [N, T, F]; memory-mapped
+    .npz   `inputs` (or `x`) as in .npy; optional `targets` (or `y`) and `mask`
     .csv   a header line, a column for every feature, a row for every step; a column `series` (or `id`) tells several
            series apart; an empty cell is a missing value
+
+A table is one series in every format: a row for every step, a column for every feature. Only `targets` or a `mask`
+beside it, of which there is one for each of N, make it N series of one feature, [N, T].
 
 All series lie one after the other in `values` [M, F], so that a window is a range of rows whatever file it came from.
 Pickles are never loaded.
@@ -37,6 +40,7 @@ ENDINGS = (".csv", ".npy", ".npz")
 MISSING = {"", "na", "n/a", "nan", "null", "none"}
 ROWS = 1 << 16  # steps looked at at a time
 SERIES_COLUMNS = ("series", "id")
+MAGIC = (b"\x93NUMPY", b"PK")  # how a .npy and a .npz file begin
 FOREIGN = (SyntaxError, TokenError, TypeError, KeyError, OverflowError, RuntimeError, struct.error, zlib.error)
 """What numpy and zipfile raise besides, for a damaged header or member."""
 
@@ -52,6 +56,7 @@ class Series:
         mask: [N, T] or [N], as the file has it; None: all.
         gaps: True if NaN means a missing value, False if it is a mistake where the mask is True.
         features: names of the features, if they have any.
+        dropped: names of the columns that were left out, since they hold no numbers.
     """
 
     values: Array
@@ -60,6 +65,7 @@ class Series:
     mask: npt.NDArray[np.bool_] | None = None
     gaps: bool = False
     features: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def read_series(path: str | os.PathLike[str]) -> Series:
@@ -92,7 +98,12 @@ def read_series(path: str | os.PathLike[str]) -> Series:
     except UnicodeDecodeError:
         raise UsageError(f"path={where} is not UTF-8 text; convert it.") from None
     except (ValueError, csv.Error, *FOREIGN) as error:
-        # numpy says so of object arrays, and of files that are pickles.
+        if ending != ".csv" and not _begins_as_numpy(where):
+            raise UsageError(
+                f"path={where} is no numpy file, whatever its name says (pickles are never loaded); save arrays of "
+                f"numbers by numpy.{'savez' if ending == '.npz' else 'save'}, or give a .csv file."
+            ) from None
+        # numpy says so of object arrays.
         if "pickle" in str(error) or "Python objects" in str(error):
             raise UsageError(
                 f"path={where} holds Python objects, which are never loaded (a pickle can run any code); "
@@ -155,8 +166,8 @@ def _read_npy(path: Path) -> Series:
         raise UsageError(f"path={path} is no .npy file but a .npz one; name it so.")
     array = _numbers(path, "the array", loaded)
     if array.ndim not in (1, 2, 3):
-        raise UsageError(f"path={path} has shape {array.shape}; expected [T], [N, T] or [N, T, F].")
-    return _stacked(array[None] if array.ndim == 1 else array)
+        raise UsageError(f"path={path} has shape {array.shape}; expected [T], [T, F] or [N, T, F].")
+    return _stacked(_one_series(array))
 
 
 def _read_npz(path: Path, arrays: Any) -> Series:
@@ -164,9 +175,11 @@ def _read_npz(path: Path, arrays: Any) -> Series:
     if found["inputs"] is None:
         raise UsageError(f"path={path} has the arrays {', '.join(arrays.files) or 'none'}; it needs `inputs` (or `x`).")
     inputs = _numbers(path, "inputs", found["inputs"])
-    if inputs.ndim not in (2, 3):
-        raise UsageError(f"path={path}: inputs have shape {inputs.shape}; expected [N, T] or [N, T, F].")
     targets, mask = found["targets"], _first(arrays, "mask")
+    if targets is None and mask is None and inputs.ndim in (1, 2):
+        return _stacked(_one_series(inputs))
+    if inputs.ndim not in (2, 3):
+        raise UsageError(f"path={path}: inputs have shape {inputs.shape}; expected [N, T, F], or [N, T].")
     if targets is not None:
         targets = _numbers(path, "targets", targets)
         # One for every sequence, or one for every step.
@@ -216,7 +229,8 @@ def _read_csv(path: Path, file: TextIO) -> Series:
         raise UsageError(f"path={path} has no column of numbers; its columns are {', '.join(names)}.")
     parts = [np.stack([np.frombuffer(columns[column][series]) for column in kept], axis=1) for series in rows]
     lengths = np.array(list(rows.values()), dtype=np.int64)
-    return Series(np.concatenate(parts), lengths, gaps=True, features=tuple(names[column] for column in kept))
+    features = tuple(names[column] for column in kept)
+    return Series(np.concatenate(parts), lengths, gaps=True, features=features, dropped=tuple(others))
 
 
 def _rows(path: Path, file: TextIO, delimiter: str, count: int) -> Iterator[tuple[int, list[str]]]:
@@ -243,6 +257,16 @@ def _number(cell: str) -> float | None:
 
 def _has_number(column: dict[str, array[float]] | None) -> bool:
     return column is not None and any(not np.isnan(np.frombuffer(values)).all() for values in column.values())
+
+
+def _begins_as_numpy(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8).startswith(MAGIC)
+
+
+def _one_series(array: Array) -> Array:
+    """A series [T] or [T, F] as [1, T, F]; several, [N, T, F], as they are."""
+    return array[None, :, None] if array.ndim == 1 else array[None] if array.ndim == 2 else array
 
 
 def _stacked(inputs: Array, targets: Array | None = None, mask: npt.NDArray[np.bool_] | None = None) -> Series:

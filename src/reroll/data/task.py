@@ -98,6 +98,10 @@ class Task(ABC):
         """Return the summed loss and the number of correct outputs and sequences."""
         return sequence_score(model, batch)[0]
 
+    def describe(self) -> str:
+        """Return what was read, in a line; empty if nothing was."""
+        return ""
+
     def decode(self, symbols: list[int]) -> str:
         """Return symbols as text a person can read."""
         return " ".join(map(str, symbols))

@@ -26,6 +26,7 @@ import torch
 from reroll.data.batch import Batch
 from reroll.data.cache import Streams, load
 from reroll.data.corpus import find
+from reroll.data.corpus import whole as all_held_out
 from reroll.data.measures import Baselines, baselines
 from reroll.data.task import Task
 from reroll.data.tokenizers import Tokenizer
@@ -51,6 +52,7 @@ class Text(Task):
         max_vocab: the largest vocabulary of `char` (None: 1024) and `word` (None: 10,000).
         field: the field of a JSON line that holds the text.
         eval_batches: the most batches an evaluation takes; None is the whole of the held-out part.
+        whole: all of the text is "valid", none of it for training: to score a model on it.
 
     Attributes: `tokenizer`; `tokens`, the symbols by split, memory-mapped; `fingerprint`, SHA-256 of all of them.
 
@@ -78,17 +80,21 @@ class Text(Task):
         max_vocab: int | None = None,
         field: str = "text",
         eval_batches: int | None = 64,
+        whole: bool = False,
     ) -> None:
         require_positive(length=length, batch=batch, eval_batches=eval_batches)
         self.path, self.length, self.batch_size, self.seed = os.fspath(path), length, batch, seed
         self.carry, self.eval_batches = carry, eval_batches
-        self._arguments = {"path": self.path, "tokenizer": tokenizer, "max_vocab": max_vocab, "field": field}
-        streams = load(find(path, field), tokenizer, max_vocab)
+        self._arguments = {
+            "path": self.path, "tokenizer": tokenizer, "max_vocab": max_vocab, "field": field, "whole": whole,
+        }  # fmt: skip
+        corpus = find(path, field)
+        streams = load(all_held_out(corpus) if whole else corpus, tokenizer, max_vocab)
         self.tokenizer, self.fingerprint = streams.tokenizer, streams.fingerprint
         self.vocab = self.outputs = streams.tokenizer.size
-        self.tokens = _windows(streams, self.path, length)
+        self.tokens = _windows(streams, self.path, length, whole)
         self.splits = tuple(split for split in self.tokens if split != "train")
-        if carry and len(self.tokens["train"]) <= batch:
+        if carry and not whole and len(self.tokens["train"]) <= batch:
             raise UsageError(f"batch={batch} has more rows than {self.path} has symbols; lower it, or give more text.")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -206,29 +212,31 @@ def random_places(key: Key, count: int, high: int) -> IntArray:
     return np.minimum(((coarse << 27) + fine) * 2.0**-53 * high, high - 1).astype(np.int64)
 
 
-def _windows(streams: Streams, path: str, length: int) -> dict[str, npt.NDArray[Any]]:
+def _windows(streams: Streams, path: str, length: int, whole: bool) -> dict[str, npt.NDArray[Any]]:
     """The symbols by split, each with one window at least.
 
     The held-out end of a single short text is made as long as a window; of other texts nothing is moved.
     """
     nothing = np.empty(0, dtype=np.uint8)  # a part of which there is no symbol has no file
-    tokens, needed = {"train": nothing, "valid": nothing} | streams.tokens, length + 1
+    expected = ("valid",) if whole else ("train", "valid")
+    tokens, needed = dict.fromkeys(expected, nothing) | streams.tokens, length + 1
     missing = needed - len(tokens["valid"]) if streams.single else 0
     if missing > 0:
         everything = np.concatenate([tokens["train"], tokens["valid"]])
         if len(everything) < 2 * needed:
             raise UsageError(
-                f"length={length} is too long for {path}: of its {len(everything)} symbols, {needed} are needed for "
-                f"training and {needed} for validation. Give {_shorter(len(everything) // 2)}."
+                f"length={length} is too long for {path}, which has {len(everything)} symbols: its end is held out for "
+                f"validation, and both parts need a window of {needed}, the length and the symbol after it. "
+                f"Give {_shorter(len(everything) // 2)}."
             )
         tokens = {"train": everything[:-needed], "valid": everything[-needed:]}
     for split, symbols in tokens.items():
-        if len(symbols) < needed:
+        if len(symbols) < needed and (split == "valid" or not whole):
             raise UsageError(
-                f"length={length} is too long for the split {split!r} of {path}, which has {len(symbols)} symbols; "
-                f"{needed} are needed. Give {_shorter(len(symbols))}."
+                f"length={length} is too long for {path if whole else f'the split {split!r} of {path}'}, which has "
+                f"{len(symbols)} symbols; {needed} are needed. Give {_shorter(len(symbols))}."
             )
-    return tokens
+    return {split: symbols for split, symbols in tokens.items() if len(symbols) >= needed}
 
 
 def _shorter(symbols: int) -> str:

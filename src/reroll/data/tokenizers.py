@@ -35,13 +35,14 @@ COUNTED_WORDS = 1 << 21
 class Tokenizer(ABC):
     """A map between text and symbols 0 … size − 1.
 
-    Attributes a subclass sets: `name`, `size`, and `separator`, the symbol put after each of several documents (None
-    if the vocabulary has none).
+    Attributes a subclass sets: `name`, `size`, `separator`, the symbol put after each of several documents (None if
+    the vocabulary has none), and `has_unknown`, True if symbol 0 is everything that is not in the vocabulary.
     """
 
     name: str
     size: int
     separator: int | None
+    has_unknown: bool = False
 
     @abstractmethod
     def encode(self, text: str) -> Symbols:
@@ -62,6 +63,10 @@ class Tokenizer(ABC):
     def decode(self, symbols: Sequence[int] | Symbols) -> str:
         """Return the text of symbols. What is not UTF-8, as a model may well generate, becomes �."""
         return self.decode_bytes(symbols).decode("utf-8", "replace")
+
+    def unknown(self, text: str) -> list[str]:
+        """Return what of a text has no symbol of its own and becomes symbol 0, each once, in order."""
+        return []
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.to_dict() == other.to_dict()
@@ -105,7 +110,7 @@ class Char(Tokenizer):
         ([0, 2, 1, 1, 0], '�ell')
     """
 
-    name = "char"
+    name, has_unknown = "char", True
 
     def __init__(self, characters: str) -> None:
         self.characters = characters
@@ -119,6 +124,10 @@ class Char(Tokenizer):
     def encode(self, text: str) -> Symbols:
         # The last place of the table is no character's: it stays 0, for all beyond it.
         return self._symbols[np.minimum(_codes(text), len(self._symbols) - 1)]
+
+    def unknown(self, text: str) -> list[str]:
+        # �, which symbol 0 is shown as, means it.
+        return [character for character in dict.fromkeys(text) if character not in "�" + self.characters]
 
     def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
         codes = self._codes[np.asarray(symbols, dtype=np.int64)]
@@ -146,7 +155,7 @@ class Word(Tokenizer):
         ([2, 0, 1], 'the <unk> cat\\nthe')
     """
 
-    name, separator = "word", 1
+    name, separator, has_unknown = "word", 1, True
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = [UNKNOWN, END_OF_LINE, *words]
@@ -158,6 +167,9 @@ class Word(Tokenizer):
     def encode(self, text: str) -> Symbols:
         words, symbols = split_words(text), self._symbols
         return np.fromiter((symbols.get(word, 0) for word in words), symbol_dtype(self.size), len(words))
+
+    def unknown(self, text: str) -> list[str]:
+        return [word for word in dict.fromkeys(split_words(text)) if word not in self._symbols]
 
     def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
         return b"".join([self._texts[symbol] for symbol in np.asarray(symbols).tolist()])
