@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from reroll.bench import claims, demo, estimator, memory, timing, zeroth
+from reroll.bench import claims, demo, estimator, memory, rollouts, timing, zeroth
 from reroll.cli.bench import BENCHES
 from reroll.data.text import Text
 from reroll.grad.probes import expected_relative_error
@@ -336,3 +336,37 @@ def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path):
     assert "run folder: demo " in found.out
     assert (tmp_path / "demo" / "journal").is_file()
     assert (tmp_path / "demo-backprop" / "config.toml").is_file()
+
+
+# ---- rollouts
+
+
+def test_ways_along_time_are_compared_at_a_small_size(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(rollouts, "CASES", ((3, 2),))
+    weighed = []
+    monkeypatch.setattr(
+        rollouts, "measure", lambda call: weighed.append(call) or Measurement(0.1, 4 * 32 * 16 * 300, 1)
+    )
+    found = rollouts.run(1, tmp_path / "out" / "rollouts.json", steps=300)
+    assert json.loads((tmp_path / "out" / "rollouts.json").read_text())["rows"] == found["rows"]
+    assert [row["cell"] for row in found["rows"]] == ["user", "GRUCell", "LSTMCell", "not writable"]
+    for row in found["rows"]:
+        assert max(row["deviation"].values()) < 1e-3
+        assert row["deviation"]["loop"] == 0
+        assert set(rollouts.METHODS) <= set(row["seconds"])
+        assert row["best"] in row["seconds"]
+    assert "library" not in found["rows"][3]["seconds"]
+    assert set(found["memory_floats"].values()) == {1.0}
+    assert len(weighed) == 2
+    said = capsys.readouterr().out
+    assert "auto ÷ best: at most" in said
+    assert "D = 3, B = 2, T = 300: LSTMCell" in said
+
+
+def test_the_case_for_a_card_measures_gradients_that_agree():
+    found = rollouts.gpu_case(3, 2, 300, 1, device="cpu")
+    assert set(found["seconds"]) == {"library", "quasi_deer", "deer", "loop"}
+    assert max(found["deviation_of_gradient"].values()) < 1e-4
+    table = {"rows": [], "steps": 300, "auto_over_best": {"largest": 1, "geometric_mean": 1}, "memory_floats": {}}
+    told = rollouts.report({**table, "gpu": [found], "hardware": "none", "torch": "2", "commit": "0"})
+    assert "GPU, D = 3, B = 2, T = 300, forward and backward: library" in told

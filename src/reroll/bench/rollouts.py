@@ -3,7 +3,7 @@
     loop            the step in a Python loop (`Sequential(kernel="reference")`)
     library         torch's fused kernel for the same cell (oneDNN, cuDNN)
     compiled        the step written as a program, and looped over in compiled code (`Sequential(kernel="compiled")`)
-    quasi_deer, deer, jacobi, elk, quasi_elk        parallel in time
+    quasi_deer, deer, jacobi, picard, elk, quasi_elk        parallel in time
     auto            what `reroll.auto()` chooses
 
 Cells: a GRU written by a user in plain torch operations, torch's own `GRUCell` and `LSTMCell`, and a user's cell that
@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from reroll.bench.timing import in_turn, ratio
 from reroll.cells import GRU, Cell, cell_from
-from reroll.rollout import Rollout, Sequential, auto, deer, elk, jacobi, quasi_deer, quasi_elk
+from reroll.rollout import Rollout, Sequential, auto, deer, elk, jacobi, picard, quasi_deer, quasi_elk
 from reroll.train.measure import measure
 from reroll.train.run import commit, hardware
 
@@ -42,6 +42,7 @@ METHODS: dict[str, Callable[[], Rollout]] = {
     "quasi_deer": quasi_deer,
     "deer": deer,
     "jacobi": jacobi,
+    "picard": picard,
     "quasi_elk": quasi_elk,
     "elk": elk,
     "auto": auto,
@@ -179,38 +180,36 @@ def memory(rollout: Rollout, steps: int, size: int = 32, batch: int = 16) -> flo
 # ---- on a GPU, forward and backward
 
 
-def gpu_case(size: int, batch: int, steps: int, rounds: int) -> dict[str, Any]:
+def gpu_case(size: int, batch: int, steps: int, rounds: int, device: str = "cuda") -> dict[str, Any]:
     """Return seconds and deviations of the gradient of a GRU's states on a card; those of the loop are extrapolated."""
     torch.manual_seed(0)
-    library = nn.GRU(size, size, batch_first=True).cuda()
-    cell = cell_from(like(library, nn.GRUCell(size, size).cuda()), size)
-    inputs = torch.randn(batch, steps, size, device="cuda")
-    short = inputs[:, : steps // LOOPED_SHARE]
+    library = nn.GRU(size, size, batch_first=True).to(device)
+    cell = cell_from(like(library, nn.GRUCell(size, size).to(device)), size)
+    inputs = torch.randn(batch, steps, size, device=device)
 
     def through(states: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]) -> Callable[[], Tensor]:
         def call() -> Tensor:
             leaf = x.detach().requires_grad_()
             gradients = torch.autograd.grad(states(leaf).square().mean(), [leaf, *parameters])
-            torch.cuda.synchronize()
-            return gradients[0]
+            return gradients[0].cpu()  # waits for the card
 
         return call
 
-    def by(rollout: Rollout) -> Callable[[], Tensor]:
-        return through(lambda x: rollout(cell, x).states, inputs, list(cell.parameters()))
+    def by(rollout: Rollout, x: Tensor) -> Callable[[], Tensor]:
+        return through(lambda x: rollout(cell, x).states, x, list(cell.parameters()))
 
     runs: Runs = {
         "library": through(lambda x: library(x)[0], inputs, list(library.parameters())),
-        "quasi_deer": by(quasi_deer()),
+        "quasi_deer": by(quasi_deer(), inputs),
     }
     if size <= 32:
-        runs["deer"] = by(deer())
-    looped = through(lambda x: Sequential(kernel="reference")(cell, x).states, short, list(cell.parameters()))
+        runs["deer"] = by(deer(), inputs)
     exact = runs["library"]()
     deviation = {name: float((call() - exact).abs().max() / exact.abs().max()) for name, call in runs.items()}
     seconds = in_turn(runs, rounds)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    median["loop"] = LOOPED_SHARE * statistics.median(in_turn({"loop": looped}, 1)["loop"])
+    looped = in_turn({"loop": by(Sequential(kernel="reference"), inputs[:, : steps // LOOPED_SHARE])}, 1)
+    median["loop"] = LOOPED_SHARE * statistics.median(looped["loop"])
     return {
         "D": size, "B": batch, "T": steps, "seconds": median, "deviation_of_gradient": deviation,
         "quasi_deer_over_library": ratio(seconds, "quasi_deer", "library"),
