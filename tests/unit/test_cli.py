@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -92,7 +93,7 @@ def test_output_that_cannot_be_written_is_an_error():
 
 def test_a_terminal_that_lacks_characters_is_no_reason_to_fail(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "reroll", "show", "smoke", "--path", b"na\xefve"]
+    command = [sys.executable, "-m", "reroll", "show", "text", "--path", b"na\xefve"]
     done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2
     assert b"holds a character that no file can hold" in done.stderr
@@ -190,13 +191,75 @@ def test_text_is_sampled_scored_and_resumed(cli, tmp_path):
     assert (found.code, len(found.out)) == (0, len("the c") + 11 + 1)
     own, other = cli("eval", "run"), cli("eval", "run", "--path", "more.txt")
     assert own.code == other.code == 0
-    assert own.out != other.out
+    assert own.out.startswith("valid, after 4 steps: loss")
+    assert other.out.startswith("more.txt (all of it), after 4 steps: loss")
+    # "d", "g", "r", "u" and "." of "a dog ran. ": the first four are not in what was learned.
+    unknown = sum(character not in Path("my.txt").read_text() for character in Path("more.txt").read_text())
+    assert f"{unknown} of 990 symbols ({unknown / 990:.2%}) were not in the vocabulary" in other.out
+    assert "vocabulary" not in own.out
+    Path("nine.txt").write_text("the cat s")
+    assert cli("eval", "run", "--path", "nine.txt").code == 0
+    refused = cli("sample", "run", "--prompt", "the €uro")
+    assert refused.code == 2
+    assert "--prompt: '€', 'u', 'r' are not among the" in refused.error
     (tmp_path / "my.txt").write_text("something else, and more of it. " * 60)
     before = contents(tmp_path / "run")
     changed = cli("train", "--run-dir", "run", "--resume", "--steps", 6)
     assert changed.code == 1
     assert "data have changed" in changed.error
     assert contents(tmp_path / "run") == before
+
+
+def test_a_terminal_is_told_nothing_but_text(cli, tmp_path):
+    Path("my.txt").write_bytes(bytes(range(128)) * 9)
+    flags = (*TINY[2:], "--length", 8)
+    assert cli("train", "text", "--path", "my.txt", *flags, "--run-dir", "run").code == 0
+    found = cli("sample", "run", "--prompt", "a\tb\n\x1b[2J\x9b", "--length", 500)
+    assert found.out.startswith("a\tb\n␛[2J�")
+    assert all(character.isprintable() or character in "\n\t" for character in found.out)
+
+
+def test_series_are_scored_whole_and_in_the_units_of_the_run(cli, tmp_path):
+    rows = np.random.default_rng(0).normal(5, 3, (300, 2))
+
+    def write(name, header, values):
+        Path(name).write_text(header + "\n" + "\n".join(",".join(map(str, row)) for row in values))
+
+    write("my.csv", "t,h", rows)
+    write("moved.csv", "t,h", rows[:80] + 100)
+    write("wide.csv", "t,h,p", np.ones((300, 3)))
+    flags = (*TINY[2:], "--length", 8)
+    trained = cli("train", "arrays", "--path", "my.csv", *flags, "--run-dir", "run")
+    assert "my.csv: 1 series × 300 steps × 2 features (t, h); to say the next row, 8 % held out." in trained.out
+    found = cli("eval", "run", "--path", "moved.csv")
+    assert found.out.startswith("moved.csv (all of it), after 4 steps: loss ")
+    # In its own units it would be like the training part; in those of the run it is a hundred away.
+    assert float(found.out.split()[-1]) > 100
+    assert cli("export", "run", "--to", "m.safetensors").code == 0
+    assert cli("eval", "m.safetensors", "--path", "moved.csv").out == found.out
+    assert cli("eval", "m.safetensors").out == cli("eval", "run").out
+    refused = cli("eval", "run", "--path", "wide.csv")
+    assert refused.code == 2
+    assert "--path=wide.csv has 3 features (t, h, p), but 2 are wanted" in refused.error
+    about = json.loads(Path("run/environment.json").read_text())
+    Path("run/environment.json").write_text(json.dumps({k: v for k, v in about.items() if k != "units"}))
+    assert "in units of its own" in cli("eval", "run", "--path", "moved.csv").out  # a run of an older version
+    assert "has 3 columns of numbers, but run reads 2" in cli("eval", "run", "--path", "wide.csv").error
+    Path("run/environment.json").write_text(json.dumps(about | {"units": [[1.0], [0.0]]}))
+    assert "units=" in cli("eval", "run").error
+
+
+def test_a_classifier_is_scored_on_files_of_its_classes(cli, tmp_path):
+    inputs = np.random.default_rng(0).normal(size=(30, 9, 2))
+    np.savez("my.npz", inputs=inputs, targets=np.arange(30) % 3)
+    np.savez("two.npz", inputs=inputs[:5], targets=np.arange(5) % 2)
+    np.savez("many.npz", inputs=inputs, targets=np.arange(30) % 7)
+    np.savez("none.npz", inputs=inputs)
+    flags = (*TINY[2:], "--length", 9)
+    assert cli("train", "arrays", "--path", "my.npz", *flags, "--run-dir", "run").code == 0
+    assert cli("eval", "run", "--path", "two.npz").code == 0
+    assert "7 outputs (for every series), but run gives 3" in cli("eval", "run", "--path", "many.npz").error
+    assert "2 outputs (at every step), but run gives 3" in cli("eval", "run", "--path", "none.npz").error
 
 
 # Configs: recipe < files < --set < flags
@@ -314,6 +377,14 @@ def test_runs_shows_what_it_can_of_damaged_records(cli, run):
         table, listed = cli("runs", "."), cli("runs", ".", "--json")
         assert (table.code, table.err) == (listed.code, listed.err) == (0, "")
         assert json.loads(listed.out)[0]["loss"] == 2.0
+
+
+def test_a_resumed_run_takes_no_step_back(cli, run):
+    before = contents(run)
+    found = cli("train", "--run-dir", "run", "--resume", "--steps", 2)
+    assert found.code == 2
+    assert "--steps 2: run has taken 4 steps already" in found.error
+    assert contents(run) == before
 
 
 def test_resume(cli, tmp_path):

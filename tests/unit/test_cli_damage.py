@@ -88,6 +88,8 @@ def test_damaged_checkpoints_are_said_and_left(cli, run, caplog, how):
         assert found.code == 1
         assert "checkpoint" in found.error
         assert contents(run) == before
+    for arguments in (("eval", "run"), ("sample", "run"), ("train", "--run-dir", "run", "--resume", "--steps", 7)):
+        assert "reroll replay run --to STEP --out model.safetensors" in cli(*arguments).error
     assert cli("replay", "run", "--checksum").code == 0  # the journal still has every step
 
 
@@ -304,4 +306,7 @@ def test_a_diverged_run_ends_with_1(cli, tmp_path):
     found = cli(*TRAIN, "--run-dir", "run", "--steps", 300, "--lr", 30, "--set", "run.eval_every=300")
     assert found.code == 1
     assert "diverged: the loss" in found.out
-    assert "Lower --lr" in found.out
+    assert "Lower --lr or --epsilon, or raise" in found.out
+    backprop = ("--gradient", "backprop", "--run-dir", "other")
+    found = cli(*TRAIN, *backprop, "--steps", 300, "--lr", 300, "--set", "run.eval_every=300")
+    assert "Lower --lr, or raise run.diverged" in found.out

@@ -194,3 +194,17 @@ def test_byte_pairs_without_a_network(tiktoken):
     tiktoken.get_encoding = unreachable
     with pytest.raises(UsageError, match=r"could not fetch its table \(ConnectionError\).*TIKTOKEN_CACHE_DIR.*'byte'"):
         fit("gpt2")
+
+
+def test_what_a_tokenizer_does_not_know_becomes_symbol_0():
+    known = "the cat sat\n"
+    for name, text, unknown in (
+        ("char", "a cat, €5 �", [",", "€", "5"]),  # � is what symbol 0 is shown as
+        ("word", "the dog sat <unk> dog ran\n", ["dog", "ran"]),
+        ("byte", "€", []),
+    ):
+        tokenizer = fit(name, [known])
+        assert tokenizer.unknown(text) == unknown
+        assert tokenizer.unknown(known) == []
+        assert all((tokenizer.encode(part) == 0).all() for part in unknown)
+        assert tokenizer.has_unknown == (name != "byte")

@@ -127,7 +127,8 @@ def model(tiny, little_room):
 
 
 @given(
-    st.data(), st.sampled_from([("eval",), ("sample", "--length", "2"), ("export", "--to", "x"), (*TRAIN, "--init")])
+    st.data(),
+    st.sampled_from([("eval",), ("sample", "--length", "2"), ("export", "--to", "x.safetensors"), (*TRAIN, "--init")]),
 )
 @examples(400)
 def test_any_model_file_is_read_or_refused(model, data, use):

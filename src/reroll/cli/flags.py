@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, TypeVar
 
-from reroll.errors import UsageError
+from reroll.errors import UsageError, nearest
 from reroll.train.config import SECTIONS, Config
 
 T = TypeVar("T")
@@ -51,7 +53,8 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, description: str, 
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise UsageError(f"{prog}: {one_line(errors.getvalue())}") from None
+        known = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        raise UsageError(f"{prog}: {one_line(errors.getvalue(), known)}") from None
     finally:
         for name, value in before.items():
             if value is None:
@@ -103,21 +106,64 @@ def together(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
     return rest
 
 
-def one_line(box: str) -> str:
-    """Return the text of one of tyro's boxes in a line.
+def one_line(box: str, known: Sequence[str]) -> str:
+    """Return what one of tyro's boxes says in a line, and the remedy.
+
+    Args:
+        box: what tyro printed.
+        known: the flags there are.
 
     Example:
-        >>> one_line("╭─ Unrecognized ─╮\\n│ Unrecognized options: --stpes │\\n│ ──── │\\n│ For full helptext │")
-        'Unrecognized options: --stpes.'
+        >>> box = "╭─ Unrecognized ─╮\\n│ Unrecognized options: --stpes, 3 │\\n│ ──── │\\n│ Perhaps you meant: │"
+        >>> one_line(box, ["--steps"])
+        '--stpes is unknown. Did you mean --steps?'
     """
     lines = []
     for raw in box.splitlines():
         line = re.sub(r"\x1b\[[0-9;]*m", "", raw).strip().strip("│").strip()
-        if not line or set(line) <= set("─╭╮╰╯") or line.startswith(("╭", "╰", "For full helptext")):
+        if not line or set(line) <= set("─╭╮╰╯-") or line.startswith(("╭", "╰", "For full helptext")):
             continue
         lines.append(line)
+    if "╭" not in box:  # where there is no UTF-8, tyro draws no box, and the title is a line of its own
+        lines = lines[1:]
     text = " ".join(" ".join(lines).split())
+    choice = re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", text)
+    if choice:
+        value, flag, choices = choice.groups()
+        known = re.findall("'([^']*)'", choices)
+        return f"{flag} {value!r} is unknown.{nearest(value, known)}"
+    if text.startswith("Unrecognized options: "):
+        return _unknown(lines[0].removeprefix("Unrecognized options: ").split(", "), known)
+    if text.startswith("Missing from "):
+        return _missing(lines[1:])
     return text.rstrip(".") + "."
+
+
+def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
+    """What is said of words that are no options; what follows an unknown flag is its value."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    close = [match for flag in flags for match in difflib.get_close_matches(flag, known, n=1)]
+    named = ", ".join(flags or words)
+    remedy = f"Did you mean {', '.join(close)}?" if close else "Leave it out; --help lists the options."
+    return f"{named} {'are' if len(flags or words) > 1 else 'is'} unknown. {remedy}"
+
+
+def _missing(lines: Sequence[str]) -> str:
+    """What is said of a required argument: tyro gives its name, for a flag, and then what it is."""
+    names = [line.split()[0] for line in lines if line.startswith("--")] or ["an argument"]
+    what = next((line.partition(" (required)")[0] for line in lines if "(required)" in line), "see --help")
+    return f"{', '.join(names)} is missing. Give {what}."
+
+
+def as_flags(message: str, names: Collection[str]) -> str:
+    """Return a message that begins with an argument of one of these names with the flag of this name instead.
+
+    Example:
+        >>> as_flags("batch=-3 must be greater than zero.", {"batch"})
+        '--batch=-3 must be greater than zero.'
+    """
+    name = message.partition("=")[0]
+    return f"--{name.replace('_', '-')}{message[len(name) :]}" if name in names else message
 
 
 def flag_fields() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
@@ -160,6 +206,8 @@ def given(config: Config, flags: Any) -> dict[str, dict[str, Any]]:
     before, tables = values_of(config), {}
     for attribute, (section, f, _) in flag_fields().items():
         value = getattr(flags, attribute)
+        if isinstance(value, float) and math.isnan(value):
+            raise UsageError(f"--{attribute.replace('_', '-')}=nan must be a number.")
         if value != before[attribute]:
             tables.setdefault(section, {})[f.name] = value
     return tables

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from reroll.cli.flags import parse
+from reroll.cli.flags import as_flags, parse
 from reroll.errors import UsageError
+
+if TYPE_CHECKING:
+    from reroll.train.load import Loaded
 
 Positional = tyro.conf.Positional
 
@@ -20,7 +24,7 @@ class Eval:
     model: Annotated[str, Positional]
     """a run folder, the name of one under runs/, or a file of `reroll export`"""
     path: str | None = None
-    """data to score instead of the run's own held-out part: all of the file's validation part"""
+    """data to score instead of the run's own held-out part: all of it; of files named train and valid, the latter"""
     split: str | None = None
     """valid, test or longer; none: the first there is"""
 
@@ -76,25 +80,69 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _eval(request: Eval) -> int:
-    from dataclasses import replace
-
-    from reroll.train.build import build_task
     from reroll.train.evaluate import evaluate
     from reroll.train.load import open_model
 
     loaded = open_model(request.model)
-    config = loaded.config.task
-    if request.path is not None:
-        if config.path is None:
-            raise UsageError(f"--path {request.path}: {request.model} was trained on generated sequences; drop --path.")
-        config = replace(config, path=request.path)
-    task = build_task(replace(config, eval_batches=0), loaded.config.run.seed, loaded.tokenizer)
+    task = _task(loaded, request)
     split = request.split or task.splits[0]
     if split not in task.splits:
         raise UsageError(f'split="{split}" is not there; this task has {", ".join(task.splits)}.')
     found = evaluate(loaded.model, task, split)
-    print(f"{split}, after {loaded.step} steps: " + "  ".join(f"{name} {value:.6g}" for name, value in found.items()))
+    what = split if request.path is None else f"{request.path} ({'all of it' if task.splits == ('valid',) else split})"
+    print(f"{what}, after {loaded.step} steps: " + "  ".join(f"{name} {value:.6g}" for name, value in found.items()))
+    for note in _notes(loaded, task, split, request):
+        print(note)
     return 0
+
+
+def _task(loaded: Any, request: Eval) -> Any:
+    """What to score: the run's own task, or the whole of another file, which must be of the same kind."""
+    from dataclasses import replace
+
+    from reroll.train.build import Sizes, build_task
+
+    config = replace(loaded.config.task, eval_batches=0)
+    if request.path is None:
+        return build_task(config, loaded.config.run.seed, loaded.tokenizer, units=loaded.units)
+    if config.path is None:
+        raise UsageError(f"--path {request.path}: {request.model} was trained on generated sequences; drop --path.")
+    config = replace(config, path=request.path)
+    try:
+        task = build_task(config, loaded.config.run.seed, loaded.tokenizer, units=loaded.units, whole=True)
+    except UsageError as error:
+        raise UsageError(as_flags(str(error), {"path", "length"})) from None
+    found, wanted = Sizes.of(task), Sizes.of(loaded.model)
+    if found.inputs != wanted.inputs:
+        raise UsageError(
+            f"--path {request.path} has {found.inputs} columns of numbers, but {request.model} reads {wanted.inputs}; "
+            f"give a file with {wanted.inputs}."
+        )
+    fewer = task.categorical and found.outputs <= wanted.outputs  # not every class need be in the file
+    if found.readout != wanted.readout or not (fewer or found.outputs == wanted.outputs):
+        raise UsageError(
+            f"--path {request.path} asks for {found.outputs} outputs ({_place(found)}), but {request.model} gives "
+            f"{wanted.outputs} ({_place(wanted)}); give a file whose targets are those of the training."
+        )
+    return task
+
+
+def _place(sizes: Any) -> str:
+    return "at every step" if sizes.readout == "every" else "for every series"
+
+
+def _notes(loaded: Any, task: Any, split: str, request: Eval) -> list[str]:
+    """What of the data the model cannot know."""
+    notes = []
+    if loaded.tokenizer is not None and loaded.tokenizer.has_unknown:
+        tokens = task.tokens[split]
+        count = int((tokens == 0).sum())
+        if count:
+            share = f"{count:,} of {len(tokens):,} symbols ({count / len(tokens):.2%})"
+            notes.append(f"{share} were not in the vocabulary of the training; all of them count as one symbol.")
+    if request.path is not None and task.inputs is not None and loaded.units is None:
+        notes.append("The run does not say in what units it was trained: the file was read in units of its own.")
+    return notes
 
 
 def _sample(request: Sample) -> int:
@@ -102,10 +150,35 @@ def _sample(request: Sample) -> int:
 
     loaded = open_model(request.model)
     encode, decode, start = _symbols(loaded)
+    _refuse_unknown(loaded, request.prompt)
     prompt = encode(request.prompt) if request.prompt else start
     new = loaded.model.generate(prompt, request.length, request.temperature, request.top_k, request.seed)
-    print(request.prompt + decode(new.tolist()))
+    print(visible(request.prompt + decode(new.tolist())))
     return 0
+
+
+def _refuse_unknown(loaded: Loaded, prompt: str) -> None:
+    if loaded.tokenizer is None:
+        return
+    unknown = loaded.tokenizer.unknown(prompt)
+    if unknown and loaded.tokenizer.name == "char":
+        raise UsageError(
+            f"--prompt: {', '.join(map(repr, unknown))} {'is' if len(unknown) == 1 else 'are'} not among the "
+            f"{loaded.tokenizer.size - 1} characters the model was trained with; leave out what it cannot know."
+        )
+    if unknown:
+        print(f"--prompt: read as <unk>, since the model does not know them: {', '.join(unknown)}", file=sys.stderr)
+
+
+def visible(text: str) -> str:
+    r"""Return a text with a symbol for every control character but newline and tab: a terminal would obey them.
+
+    Example:
+        >>> visible("a\x1b[2J\r\n\x7f\x9b")
+        'a␛[2J␍\n␡�'
+    """
+    symbols = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡"}
+    return text.translate(symbols | dict.fromkeys(range(0x80, 0xA0), "�"))
 
 
 def _symbols(loaded: Any) -> tuple[Any, Any, list[int]]:
@@ -131,19 +204,24 @@ def _export(request: Export) -> int:
 
 def _replay(request: Replay) -> int:
     from reroll.train import checkpoint
-    from reroll.train.load import Loaded, export
+    from reroll.train.load import Loaded, export, refuse_unwritable
     from reroll.train.replay import replay
     from reroll.train.run import find_run, read_config
 
     path = find_run(request.run)
+    if request.out is not None:
+        refuse_unwritable(request.out)
     model, steps = replay(path, request.to)
     print(f"replayed {steps} steps of {path}")
     if request.out is not None:
         from reroll.data.tokenizers import from_dict
+        from reroll.train.load import read_units
         from reroll.train.run import read_json
 
-        saved = read_json(path / "environment.json").get("tokenizer")
-        loaded = Loaded(model, read_config(path), from_dict(saved) if saved else None, steps)
+        about = read_json(path / "environment.json")
+        saved = about.get("tokenizer")
+        tokenizer = from_dict(saved) if saved else None
+        loaded = Loaded(model, read_config(path), tokenizer, steps, read_units(about.get("units")))
         print(f"written: {', '.join(map(str, export(loaded, request.out)))}")
     if request.checksum:
         print(checkpoint.checksum(checkpoint.weights_of(model)))

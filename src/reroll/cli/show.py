@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from reroll.cli.flags import parse
-from reroll.cli.train import Request, read
+from reroll.cli.train import Request, read, resolved
 from reroll.errors import UsageError
 from reroll.recipes import RECIPES
 from reroll.train import toml
-from reroll.train.config import Config, fields_of, resolve
+from reroll.train.config import Config, fields_of
 from reroll.train.run import ROOT, read_config, read_json
 
 
@@ -40,7 +41,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         print(f"# made by reroll {about.get('reroll')} ({about.get('commit')}) on {about.get('hardware')}")
         return 0
     request = read("show", arguments)
-    config = resolve(request.config)
+    config = resolved(request)
     print(toml.dumps(config, _origins(request, config)), end="")
     print("\n" + _computing(config))
     return 0
@@ -53,6 +54,10 @@ def _run_folder(arguments: Sequence[str]) -> Path | None:
     for path in (Path(arguments[0]), ROOT / arguments[0]):
         if (path / "config.toml").is_file():
             return path
+    if os.sep in arguments[0] or "/" in arguments[0] or (ROOT / arguments[0]).exists():
+        raise UsageError(
+            f"{arguments[0]!r} is no run: it holds no config.toml. See `reroll runs`, or `reroll recipes`."
+        )
     return None
 
 

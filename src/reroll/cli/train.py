@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from reroll.cli.flags import config_flags, given, parse, together, values_of
+from reroll.cli.flags import as_flags, config_flags, given, parse, together, values_of
 from reroll.errors import UsageError, nearest
 from reroll.recipes import RECIPES
 from reroll.train import toml
 from reroll.train.config import Config, fields_of, resolve
 from reroll.train.run import new_folder, read_config
 
+ENDINGS = (".csv", ".npy", ".npz")
+"""Of files with numbers; those of `reroll.data.series`, whose import takes a second."""
 EXTRA = [
     ("run_dir", Path | None, None, "the run folder itself; none: a new name under runs/"),
     ("resume", bool, False, "go on with the run in --run-dir; begin one if there is none"),
@@ -35,7 +38,9 @@ class Request:
 
 def run(command: str, arguments: Sequence[str]) -> int:
     request = read(command, arguments)
-    flags, config = request.flags, resolve(request.config)
+    flags, config = request.flags, resolved(request)
+    if flags.resume and flags.run_dir is None:
+        raise UsageError("--resume goes on with a run; name it: --run-dir runs/NAME (`reroll runs` lists them).")
     from reroll.cli.console import Console
     from reroll.train.loop import train
 
@@ -52,12 +57,48 @@ def run(command: str, arguments: Sequence[str]) -> int:
     return 0 if summary["state"] == "done" else 1
 
 
+def resolved(request: Request) -> Config:
+    """Return the resolved config; what is wrong with it is said in the words of the command line.
+
+    Raises:
+        UsageError: if it cannot be carried out, or a flag would have no effect.
+    """
+    by_flag = {name.partition(".")[2] for name, source in request.origin.items() if source == "flag"}
+    refuse_without_effect(request.config, by_flag)
+    try:
+        return resolve(request.config)
+    except UsageError as error:
+        raise UsageError(as_flags(str(error), by_flag)) from None
+
+
+def refuse_without_effect(config: Config, given: Collection[str]) -> None:
+    """Raise `UsageError` for a flag, of those that are given, that the task has no use for."""
+    task = config.task
+    if "path" in given and task.name not in ("text", "arrays"):
+        raise UsageError(
+            f"--path {task.path} has no effect: {task.name} makes its own sequences. Drop it, or train on the file: "
+            f"{_suggestion(str(task.path))}"
+        )
+    if "tokenizer" in given and task.name != "text":
+        raise UsageError(f"--tokenizer {task.tokenizer} has no effect: {task.name} has no text to cut. Drop it.")
+    if "path" in given and task.name == "text" and Path(str(task.path)).suffix.lower() in ENDINGS:
+        raise UsageError(
+            f"--path {task.path} holds numbers, not text: {_suggestion(str(task.path))} (to read it as text "
+            "nevertheless, rename it to .txt)."
+        )
+
+
+def _suggestion(path: str) -> str:
+    return f"reroll train {'arrays' if Path(path).suffix.lower() in ENDINGS else 'text'} --path {path}"
+
+
 def read(command: str, arguments: Sequence[str]) -> Request:
     """Put a command line together: recipe < files < --set < flags."""
     arguments = list(arguments)
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     if name is not None and name not in RECIPES:
-        raise UsageError(f'recipe "{name}" is unknown.{nearest(name, RECIPES)}')
+        hint = f" To train on the file: {_suggestion(name)}" if os.path.exists(name) else nearest(name, RECIPES)
+        raise UsageError(f'recipe "{name}" is unknown.{hint}')
     prog = f"reroll {command}{' ' + name if name else ''}"
     kind = config_flags("train", EXTRA)
     # The word of config files for "no value", as tyro knows it.

@@ -24,6 +24,8 @@ from reroll.optim import Plateau, Schedule, build_optimizer
 from reroll.rollout import Rollout, Sequential, auto, deer, elk, jacobi, picard, quasi_deer, quasi_elk
 from reroll.train.config import Config, ModelConfig, TaskConfig
 
+Units = tuple[list[float], list[float]]
+"""The mean and std of every feature of series: what a model was trained to read them in."""
 TASKS = (*SYNTHETIC, "text", "arrays")
 """Every task a config can name."""
 
@@ -54,13 +56,22 @@ class Sizes:
         return sizes
 
 
-def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None) -> Task:
+def build_task(
+    config: TaskConfig,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    *,
+    units: Units | None = None,
+    whole: bool = False,
+) -> Task:
     """Return the task a config names.
 
     Args:
         config: the section [task].
         seed: names the batches.
         tokenizer: of a text, where it is known already (a resumed run must not make another vocabulary).
+        units: mean and std of series, where they are known already (a model reads another file in its own units).
+        whole: all of a text or of series is "valid", none of it for training.
 
     Raises:
         UsageError: for an unknown task, or data that cannot be used.
@@ -70,15 +81,21 @@ def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None
         options: dict[str, Any] = {"max_vocab": config.max_vocab} if tokenizer is None else {}
         return Text(
             _path(config), tokenizer or config.tokenizer, config.length, config.batch, seed, carry=config.carry,
-            field=config.field, eval_batches=eval_batches, **options,
+            field=config.field, eval_batches=eval_batches, whole=whole, **options,
         )  # fmt: skip
     if config.name == "arrays":
         return Arrays(
-            _path(config), config.length, config.batch, seed, readout=config.readout, eval_batches=eval_batches
-        )
+            _path(config), config.length, config.batch, seed, readout=config.readout, eval_batches=eval_batches,
+            whole=whole, units=units,
+        )  # fmt: skip
     if config.name not in SYNTHETIC:
         raise UsageError(f'task.name="{config.name}" is no task.{nearest(config.name, TASKS)}')
     return SYNTHETIC[config.name](config.length, config.batch, seed, symbols=config.symbols)
+
+
+def units_of(task: Task) -> Units | None:
+    """Return the units a task standardises by, as JSON can keep them; None if it does not."""
+    return (task.mean.tolist(), task.std.tolist()) if isinstance(task, Arrays) else None
 
 
 def _path(config: TaskConfig) -> str:

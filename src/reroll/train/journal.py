@@ -29,6 +29,7 @@ from reroll.errors import RunError
 from reroll.keys import Key
 
 MAGIC = b"reroll.journal.1\n"
+REMEDY = "A journal cannot be mended; bring back a copy. Its checkpoints do without: reroll eval, sample and export."
 _LENGTH, _CRC = struct.Struct("<I"), struct.Struct("<I")
 _RECORD = struct.Struct("<Q8sdddI")
 
@@ -125,12 +126,13 @@ def read(path: Path) -> Journal:
         raise RunError(f"{path} is no journal of this version of reroll.")
     blocks = list(_blocks(data, len(MAGIC)))
     if not blocks or blocks[0].bytes is None:
-        raise RunError(f"{path} is damaged: its header does not check.")
+        raise RunError(f"{path} is damaged: its header does not check. {REMEDY}")
     contents = []
     for position, block in enumerate(blocks[1:], 1):
         if block.bytes is None:
             if position != len(blocks) - 1:
-                raise RunError(f"{path} is damaged: record {position - 1} of {len(blocks) - 1} does not check.")
+                which = f"record {position - 1} of {len(blocks) - 1}"
+                raise RunError(f"{path} is damaged: {which} does not check. {REMEDY}")
             break
         contents.append(block.bytes)
     try:

@@ -8,6 +8,7 @@ export(run, "model.safetensors")                 weights, and beside them what t
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Loaded:
     config: Config
     tokenizer: Tokenizer | None
     step: int
+    units: build.Units | None = None
 
 
 def load(path: str | Path) -> Recurrent:
@@ -58,8 +60,10 @@ def open_model(path: str | Path) -> Loaded:
     run = find_run(str(path))
     config, extra = read_config(run), read_json(run / "environment.json")
     saved = checkpoint.newest(run / "checkpoints")
+    if saved is None and checkpoint.all_of(run / "checkpoints"):
+        raise RunError(f"{run} has damaged checkpoints only. {rescue(run, config)}")
     if saved is None:
-        raise RunError(f"{run} has no whole checkpoint yet; wait for its first, or resume it.")
+        raise RunError(f"{run} has no checkpoint yet; wait for its first, or resume it.")
     try:
         average = saved.state.get("average")
         weights = saved.weights | (average["tensors"] if average else {})
@@ -75,16 +79,15 @@ def export(loaded: Loaded, path: Path) -> list[Path]:
         The files written: PATH and PATH with the ending .toml.
 
     Raises:
-        UsageError: if PATH cannot be that of a file beside which another one, ending in .toml, is written.
+        UsageError: if PATH cannot be that of a file that ends in .safetensors.
         RunError: if they cannot be written.
     """
-    if not path.name or path.suffix == ".toml" or (path.exists() and not path.is_file()):
-        raise UsageError(f"the weights cannot be written to {str(path)!r}; name a file, such as model.safetensors.")
+    refuse_unwritable(path)
     model, config = loaded.model, loaded.config
     sizes = {"vocab": model.vocab, "inputs": model.inputs, "outputs": model.outputs, "readout": model.readout}
     about = {
         "format": checkpoint.FORMAT, "config": toml.dumps(config), "sizes": sizes, "step": loaded.step,
-        "tokenizer": loaded.tokenizer and loaded.tokenizer.to_dict(),
+        "tokenizer": loaded.tokenizer and loaded.tokenizer.to_dict(), "units": loaded.units,
     }  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +97,24 @@ def export(loaded: Loaded, path: Path) -> list[Path]:
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be written ({error}).") from None
     return [path, beside]
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise `UsageError` if `export` could not write there, which is better known before there is work done."""
+    if not path.name or (path.exists() and not path.is_file()):
+        raise UsageError(f"the weights cannot be written to {str(path)!r}; name a file, such as model.safetensors.")
+    if path.suffix != ".safetensors":
+        raise UsageError(
+            f"the weights cannot be written to {str(path)!r}: what is written is safetensors, so name it "
+            f"{path.stem}.safetensors."
+        )
+
+
+def rescue(run: Path, config: Config) -> str:
+    """Return what can be done where no checkpoint of a run is whole."""
+    if config.gradient.method != "probes":
+        return "A run by backprop keeps no journal to make its weights again from: train it again in another folder."
+    return f"Its journal has every step: reroll replay {run} --to STEP --out model.safetensors makes the weights again."
 
 
 def _from_file(path: Path) -> Loaded:
@@ -126,6 +147,7 @@ def _assemble(
     try:
         sizes = build.Sizes.read(about.get("sizes"))
         tokenizer = from_dict(about["tokenizer"]) if about.get("tokenizer") else None
+        units = read_units(about.get("units"))
     except UsageError as error:
         raise UsageError(f"{described}: {error}") from None
     except UNREADABLE as error:
@@ -134,7 +156,20 @@ def _assemble(
         raise RunError(f"{described} is damaged: its model has {sizes.vocab} symbols, its tokenizer {tokenizer.size}.")
     model = build.build_model(config.model, sizes, seed=0)
     checkpoint.put_weights(model, weights, source)
-    return Loaded(model.eval(), config, tokenizer, step)
+    return Loaded(model.eval(), config, tokenizer, step, units)
+
+
+def read_units(saved: Any) -> build.Units | None:
+    """Return the units that a file keeps, None if it keeps none; raise `UsageError` if they are no units."""
+    if saved is None:
+        return None
+    try:
+        mean, std = ([float(value) for value in values] for values in saved)
+    except UNREADABLE:
+        mean, std = [], [0.0]
+    if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or not all(value > 0 for value in std):
+        raise UsageError(f"units={str(saved)[:100]} are those of no series.")
+    return mean, std
 
 
 def _foreign(source: str, error: Exception) -> RunError:

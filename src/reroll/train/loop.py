@@ -94,6 +94,8 @@ def train(
         report.note(line)
 
     say(note)
+    if session.task.describe():
+        say(session.task.describe())
     with _torch_threads(session.config), _signals() as stop:
         try:
             if session.progress.step == 0:
@@ -246,10 +248,11 @@ def _ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, 
     run, progress, loss = session.config.run, session.progress, row["loss"]
     if not math.isfinite(loss):
         return "diverged", str(row.get("reason"))
+    knobs = "--lr or --epsilon" if session.config.gradient.method == "probes" else "--lr"
     if progress.fast > run.diverged * max(progress.first_loss, 1e-12):
         return "diverged", (
             f"the loss (average {progress.fast:.4g}) is more than {run.diverged:g} times the first "
-            f"({progress.first_loss:.4g}). Lower --lr or --epsilon, or raise run.diverged."
+            f"({progress.first_loss:.4g}). Lower {knobs}, or raise run.diverged."
         )
     if run.target_loss is not None and loss < run.target_loss:
         return "done", f"the loss is below the target {run.target_loss:g} after {progress.step} steps."

@@ -28,6 +28,7 @@ from reroll.models import Recurrent
 from reroll.optim import Average, Plateau, Schedule
 from reroll.train import build, checkpoint, journal
 from reroll.train.config import Config, fields_of
+from reroll.train.load import rescue
 from reroll.train.run import RunFolder, read_config, read_json
 
 log = logging.getLogger(__name__)
@@ -192,7 +193,13 @@ def open_session(
         return _begin(config, folder, init), f"{path} has no checkpoint yet: it begins again, at step 0."
     if saved is None or "sizes" not in extra:
         what = "none of its checkpoints is whole" if saved is None else "environment.json is missing or damaged"
-        raise RunError(f"{path} cannot be resumed: {what}. It is left as it is; begin another run in another folder.")
+        remedy = rescue(path, config) if saved is None else "Begin another run in another folder."
+        raise RunError(f"{path} cannot be resumed: {what}. It is left as it is. {remedy}")
+    if config.run.steps < saved.step:
+        raise UsageError(
+            f"--steps {config.run.steps}: {path} has taken {saved.step} steps already, and none is taken back. "
+            "Give more to go on."
+        )
     session = _build(config, folder, extra)
     session.restore(saved)
     note = f"Resuming {path} at step {saved.step}."
@@ -299,7 +306,7 @@ def start_record(session: Session) -> None:
     tokenizer = task.tokenizer.to_dict() if isinstance(task, Text) else None
     folder.write_config(config)
     folder.write_environment(
-        fingerprint=task.fingerprint, sizes=sizes, tokenizer=tokenizer,
+        fingerprint=task.fingerprint, sizes=sizes, tokenizer=tokenizer, units=build.units_of(task),
         parameters=sum(p.numel() for p in model.parameters()), device=str(session.device),
     )  # fmt: skip
     if isinstance(session.estimator, CentralDifference):
