@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import reroll
 from reroll.cli import COMMANDS
+from reroll.cli.runs import DISPENSABLE
 from reroll.errors import UsageError
 from reroll.recipes import RECIPES
 from reroll.train import checkpoint, toml
@@ -377,6 +378,31 @@ def test_runs_shows_what_it_can_of_damaged_records(cli, run):
         table, listed = cli("runs", "."), cli("runs", ".", "--json")
         assert (table.code, table.err) == (listed.code, listed.err) == (0, "")
         assert json.loads(listed.out)[0]["loss"] == 2.0
+
+
+def test_runs_never_wraps_a_name(cli, run, tmp_path, monkeypatch):
+    name = tmp_path / "a-run-whose-name-says-what-it-is-1a2b"
+    run.rename(name)
+    left_out = []
+    for width in (120, 80, 70, 60, 20):
+        monkeypatch.setenv("COLUMNS", str(width))
+        header, line = cli("runs", ".").out.splitlines()
+        missing = [column for column in DISPENSABLE if column not in header]
+        assert missing == list(DISPENSABLE[: len(missing)])
+        assert line.split()[:3] == [name.name, "done", "4/4"]
+        assert width == 20 or len(line) <= width
+        left_out.append(len(missing))
+    assert left_out[0] == 0 < left_out[2] < left_out[-1] == len(DISPENSABLE)
+    assert left_out == sorted(left_out)
+
+
+def test_the_line_of_a_step_shows_the_rollouts(cli):
+    trained = cli("train", "parallel", "--length", 20, "--hidden", 4, "--batch", 2, "--steps", 1, "--run-dir", "run")
+    assert re.search(r"^step 1/1 .*  \d+ iterations  ", trained.out, re.MULTILINE)
+    assert "fell back" not in trained.out
+    least = ("--set", "model.rollout_iterations=1")
+    again = cli("train", "--config", "run/config.toml", *least, "--run-dir", "other")
+    assert re.search(r"1 iterations  2 sequences fell back to the loop  ", again.out)
 
 
 def test_a_resumed_run_takes_no_step_back(cli, run):

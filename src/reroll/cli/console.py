@@ -80,6 +80,10 @@ class Console:
             parts.append(f"held-out accuracy {self.valid['valid_accuracy']:.3f}")
         elif "valid_loss" in self.valid:
             parts.append(f"held-out loss {self.valid['valid_loss']:.3f}")
+        if row.get("rollout_iterations"):
+            parts.append(f"{row['rollout_iterations']} iterations")
+            if row.get("rollout_fell_back"):
+                parts.append(f"{row['rollout_fell_back']} sequences fell back to the loop")
         if "seconds" in row:
             parts.append(f"{row['seconds']:.3g} s/step")
         return "  ".join(parts)

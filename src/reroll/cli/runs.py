@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +48,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
         return 0
     if request.follow:
         return _follow(request.folder)
-    _console().print(table(find(request.folder)))
+    rows, width = find(request.folder), _console().width
+    # A name that is wider than the line is printed all the same: it is there to be copied.
+    _console(fitting(rows, width)[1]).print(table(rows, width))
     return 0
 
 
@@ -94,41 +96,69 @@ def _last(values: list[Any]) -> Any:
     return values[-1] if values else None
 
 
-def table(rows: list[dict[str, Any]]) -> Any:
-    """Return the rows as a table."""
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "run": lambda row: row["name"],
+    "state": lambda row: row["state"],
+    "step": lambda row: f"{row['step']}/{row['steps'] or '?'}",
+    "loss": lambda row: _number(row["loss"]),
+    "best": lambda row: _number(row["best"]),
+    "held-out": lambda row: _number(row["valid_loss"]),
+    "time": lambda row: _time(row["seconds"]),
+    "memory": lambda row: _memory(row["peak_bytes"]),
+    "to go": lambda row: _time(row["seconds_left"]),
+}
+"""Columns of the table, and what is in them."""
+DISPENSABLE = ("memory", "best", "time", "to go", "held-out", "loss")
+"""Columns that make room where a line is too narrow for all of them, the first of them first."""
+COLOURS = {"running": "green", "done": "default", "dead": "red", "diverged": "red", "failed": "red"}
+
+
+def fitting(rows: list[dict[str, Any]], width: int) -> tuple[list[str], int]:
+    """Return the columns that fit into a line of some width, and how wide they are; what tells runs apart stays."""
+    from rich.cells import cell_len
+
+    wide = {name: max(map(cell_len, [name, *map(content, rows)])) for name, content in COLUMNS.items()}
+    for name in DISPENSABLE:
+        if sum(wide.values()) + len(wide) - 1 > width:
+            del wide[name]
+    return list(wide), sum(wide.values()) + len(wide) - 1
+
+
+def table(rows: list[dict[str, Any]], width: int) -> Any:
+    """Return the rows as a table for lines of some width."""
     from rich.table import Table
     from rich.text import Text
 
-    found = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "state", "step", "loss", "best", "held-out", "time", "memory", "to go"):
-        found.add_column(name, justify="left" if name in ("run", "state") else "right", overflow="fold")
-    colours = {"running": "green", "done": "default", "dead": "red", "diverged": "red", "failed": "red"}
+    found = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    names = fitting(rows, width)[0] if rows else list(COLUMNS)
+    for name in names:
+        found.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=bool(rows))
     for row in rows:
         # As Text: in a plain string, brackets in the name of a folder would be markup.
-        name, state = Text(row["name"]), Text(row["state"], colours.get(row["state"], "yellow"))
-        found.add_row(
-            name, state, f"{row['step']}/{row['steps'] or '?'}", _number(row["loss"]), _number(row["best"]),
-            _number(row["valid_loss"]), _time(row["seconds"]), _memory(row["peak_bytes"]), _time(row["seconds_left"]),
-        )  # fmt: skip
+        colours = {"state": COLOURS.get(row["state"], "yellow")}
+        found.add_row(*(Text(COLUMNS[name](row), colours.get(name, "")) for name in names))
     if not rows:
         found.add_row("no runs here yet: reroll train")
     return found
 
 
-def _console() -> Any:
+def _console(least: int = 0) -> Any:
     from rich.console import Console
 
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    console.width = max(console.width, least)
+    return console
 
 
 def _follow(folder: Path) -> int:
     from rich.live import Live
 
     try:
-        with Live(table(find(folder)), console=_console(), auto_refresh=False) as live:
+        console = _console()
+        with Live(table(find(folder), console.width), console=console, auto_refresh=False) as live:
             while True:
                 time.sleep(2)
-                live.update(table(find(folder)), refresh=True)
+                live.update(table(find(folder), console.width), refresh=True)
     except KeyboardInterrupt:
         return 0
 
