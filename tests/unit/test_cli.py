@@ -200,6 +200,10 @@ def test_text_is_sampled_scored_and_resumed(cli, tmp_path):
     assert "vocabulary" not in own.out
     Path("nine.txt").write_text("the cat s")
     assert cli("eval", "run", "--path", "nine.txt").code == 0
+    Path("parts").mkdir()
+    for name in ("train", "valid"):
+        Path("parts", f"my.{name}.txt").write_text("the cat sat on the mat. " * 9)
+    assert cli("eval", "run", "--path", "parts").out.startswith("parts (valid), after 4 steps")
     refused = cli("sample", "run", "--prompt", "the €uro")
     assert refused.code == 2
     assert "--prompt: '€', 'u', 'r' are not among the" in refused.error

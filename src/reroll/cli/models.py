@@ -89,7 +89,8 @@ def _eval(request: Eval) -> int:
     if split not in task.splits:
         raise UsageError(f'split="{split}" is not there; this task has {", ".join(task.splits)}.')
     found = evaluate(loaded.model, task, split)
-    what = split if request.path is None else f"{request.path} ({'all of it' if task.splits == ('valid',) else split})"
+    part = split if "train" in getattr(task, "tokens", {}) else "all of it"  # files named after splits keep them
+    what = split if request.path is None else f"{request.path} ({part})"
     print(f"{what}, after {loaded.step} steps: " + "  ".join(f"{name} {value:.6g}" for name, value in found.items()))
     for note in _notes(loaded, task, split, request):
         print(note)
