@@ -196,7 +196,7 @@ def test_text_is_sampled_scored_and_resumed(cli, tmp_path):
     assert other.out.startswith("more.txt (all of it), after 4 steps: loss")
     # "d", "g", "r", "u" and "." of "a dog ran. ": the first four are not in what was learned.
     unknown = sum(character not in Path("my.txt").read_text() for character in Path("more.txt").read_text())
-    assert f"{unknown} of 990 symbols ({unknown / 990:.2%}) were not in the vocabulary" in other.out
+    assert f"{unknown} of 990 symbols ({100 * unknown / 990:.2f} %) were not in the vocabulary" in other.out
     assert "vocabulary" not in own.out
     Path("nine.txt").write_text("the cat s")
     assert cli("eval", "run", "--path", "nine.txt").code == 0

@@ -112,7 +112,7 @@ def _task(loaded: Any, request: Eval) -> Any:
     try:
         task = build_task(config, loaded.config.run.seed, loaded.tokenizer, units=loaded.units, whole=True)
     except UsageError as error:
-        raise UsageError(as_flags(str(error), {"path", "length"})) from None
+        raise UsageError(as_flags(str(error), {"path"})) from None
     found, wanted = Sizes.of(task), Sizes.of(loaded.model)
     if found.inputs != wanted.inputs:
         raise UsageError(
@@ -139,7 +139,7 @@ def _notes(loaded: Any, task: Any, split: str, request: Eval) -> list[str]:
         tokens = task.tokens[split]
         count = int((tokens == 0).sum())
         if count:
-            share = f"{count:,} of {len(tokens):,} symbols ({count / len(tokens):.2%})"
+            share = f"{count:,} of {len(tokens):,} symbols ({100 * count / len(tokens):.2f} %)"
             notes.append(f"{share} were not in the vocabulary of the training; all of them count as one symbol.")
     if request.path is not None and task.inputs is not None and loaded.units is None:
         notes.append("The run does not say in what units it was trained: the file was read in units of its own.")

@@ -52,7 +52,8 @@ class Text(Task):
         max_vocab: the largest vocabulary of `char` (None: 1024) and `word` (None: 10,000).
         field: the field of a JSON line that holds the text.
         eval_batches: the most batches an evaluation takes; None is the whole of the held-out part.
-        whole: all of the text is "valid", none of it for training: to score a model on it.
+        whole: all of the text is "valid", none of it for training: to score a model on it. One that is shorter than
+            `length` is one window.
 
     Attributes: `tokenizer`; `tokens`, the symbols by split, memory-mapped; `fingerprint`, SHA-256 of all of them.
 
@@ -92,6 +93,8 @@ class Text(Task):
         streams = load(all_held_out(corpus) if whole else corpus, tokenizer, max_vocab)
         self.tokenizer, self.fingerprint = streams.tokenizer, streams.fingerprint
         self.vocab = self.outputs = streams.tokenizer.size
+        if whole:  # a text that is shorter than a window is one window
+            self.length = length = max(min(length, len(streams.tokens.get("valid", ())) - 1), 1)
         self.tokens = _windows(streams, self.path, length, whole)
         self.splits = tuple(split for split in self.tokens if split != "train")
         if carry and not whole and len(self.tokens["train"]) <= batch:
