@@ -22,6 +22,7 @@ def test_kernels_are_kept_there_and_the_setting_is_put_back(monkeypatch):
     assert cpu.execute.stats.cache_path.startswith(jit.folder())
     before = numba.config.CACHE_DIR
     monkeypatch.setattr(numba.config, "CACHE_DIR", "/somewhere")
+    assert jit.folder.__wrapped__().startswith("/somewhere/numba-")
     jit.jit(lambda: None)
     assert numba.config.CACHE_DIR == "/somewhere"
     monkeypatch.undo()

@@ -80,6 +80,11 @@ class Symbol:
     __rtruediv__ = lambda self, other: _written("div", torch.div, (other, self), {})
     __neg__ = lambda self: _written("mul", torch.mul, (self, -1.0), {})
 
+    def __iadd__(self, other: Any) -> Any:
+        raise Unwritable("an operation in place")
+
+    __isub__ = __imul__ = __itruediv__ = __ipow__ = __iadd__
+
     def expand(self, *sizes: int) -> Symbol:
         return self.at(self.index.expand(1, *sizes[1:]))
 
@@ -130,7 +135,7 @@ def _binary(operation: str, a: Any, b: Any) -> Symbol:
     a_index, b_index = _index(symbol, a), _index(symbol, b)
     shape = torch.broadcast_shapes(
         *(x.shape for x in (a_index, b_index) if isinstance(x, Tensor)),
-        *((1, *x.shape) for x in (a, b) if isinstance(x, Tensor) and not _by_row(symbol, x)),
+        *(_with_rows(symbol, x).shape for x in (a, b) if isinstance(x, Tensor) and not _by_row(symbol, x)),
     )
     features = shape[1:].numel()
     constant = next((x for x, i in ((a, a_index), (b, b_index)) if i is None), None)
@@ -143,7 +148,7 @@ def _binary(operation: str, a: Any, b: Any) -> Symbol:
     else:
         mine = a_index if a_index is not None else b_index
         assert mine is not None
-        values = torch.as_tensor(constant, dtype=torch.float32).expand(shape[1:])
+        values = _with_rows(symbol, torch.as_tensor(constant, dtype=torch.float32)).expand(1, *shape[1:])[0]
         kind = operation
         if operation == "sub":
             kind, values = ("rsub", values) if a_index is None else ("add", -values)
@@ -151,6 +156,11 @@ def _binary(operation: str, a: Any, b: Any) -> Symbol:
             kind, values = ("rdiv", values) if a_index is None else ("mul", 1 / values)
         first = builder.emit(f"{kind}_c", features, _range(symbol, mine.expand(shape)), builder.constant(values))
     return symbol.at(torch.arange(first, first + features).view(shape))
+
+
+def _with_rows(symbol: Symbol, constant: Tensor) -> Tensor:
+    """Return a constant with an axis for rows, of length 1."""
+    return constant if constant.dim() == symbol.index.dim() else constant.unsqueeze(0)
 
 
 def _by_row(symbol: Symbol, x: Tensor) -> bool:
@@ -204,9 +214,9 @@ def _silu(x: Symbol, inplace: bool = False) -> Symbol:
 
 def _softplus(x: Symbol, beta: float = 1.0, threshold: float = 20.0) -> Symbol:
     """log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|), which cannot overflow."""
-    if beta != 1:
-        raise Unwritable(f"softplus with beta = {beta}")
-    return _unary("relu")(x) + _unary("log")(_unary("exp")(_absolute(x) * -1.0) + 1.0)
+    if (beta, threshold) != (1, 20):
+        raise Unwritable(f"softplus with beta = {beta}, threshold = {threshold}")
+    return _unary("relu")(x) + _unary("log1p")(_unary("exp")(_absolute(x) * -1.0))
 
 
 def _addcmul(a: Any, b: Any, c: Any) -> Symbol:
@@ -286,6 +296,8 @@ def compile_step(
         state = Tracked(value, (), moves=True) if structure is None else Tracked.state(value)  # type: ignore[arg-type]
         parts = layout.parts(cell.step(Tracked(inputs, ()), layout.unpack(state)))  # type: ignore[arg-type]
         following = [_output(builder, part) for part in parts]
+        if sum(features for _, features in following) != size:
+            return None
         jacobian = [] if structure is None else _jacobian(builder, parts, layout, structure)
     except (*MISSES, Unwritable, UsageError, AssertionError):
         return None

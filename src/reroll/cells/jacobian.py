@@ -113,7 +113,7 @@ def _joined(parts: tuple[Any, ...]) -> Tensor:
     return values[0] if len(values) == 1 else torch.cat([value.T for value in values]).T
 
 
-MISSES = (tracked.Untrackable, AttributeError, TypeError, NotImplementedError, RuntimeError)
+MISSES = (tracked.Untrackable, AttributeError, TypeError, NotImplementedError, RuntimeError, IndexError)
 """What a step may raise on tracked values. A mistake in the cell itself comes up again on plain tensors."""
 
 

@@ -185,6 +185,12 @@ class Tracked:
     __truediv__ = lambda self, other: call("div", torch.div, (self, other), {})
     __rtruediv__ = lambda self, other: call("div", torch.div, (other, self), {})
     __neg__ = lambda self: call("neg", torch.neg, (self,), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        # Without this, Python would bind the name anew, and other names for the value would keep the old one.
+        raise Untrackable("an operation in place")
+
+    __isub__ = __imul__ = __itruediv__ = __ipow__ = __iadd__
     __pow__ = lambda self, power: call("pow", torch.pow, (self, power), {})
     __matmul__ = lambda self, other: call("matmul", torch.matmul, (self, other), {})
     __rmatmul__ = lambda self, other: call("matmul", torch.matmul, (other, self), {})

@@ -24,14 +24,15 @@ def folder() -> str:
     digest = hashlib.sha256()
     for path in sorted(KERNELS.rglob("*.py")):
         digest.update(path.read_bytes())
-    return str(KERNELS / "__pycache__" / f"numba-{digest.hexdigest()[:16]}")
+    parent = Path(numba.config.CACHE_DIR or KERNELS / "__pycache__")  # NUMBA_CACHE_DIR, if it is set
+    return str(parent / f"numba-{digest.hexdigest()[:16]}")
 
 
 def jit(function: Callable[..., Any]) -> Any:
     """Compile a function that needs no interpreter and holds no lock, with IEEE division."""
     # The setting is read when a function is decorated; it is the process's, so others' functions must not see it.
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = before or folder()
+    numba.config.CACHE_DIR = folder()
     try:
         return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     finally:

@@ -44,12 +44,14 @@ def attach(problem: Any, states: Tensor, method: Method) -> Tensor:
     known = states.detach()
     before = problem.before(known)
     u = problem.u
-    following = jacobian.step(problem.cell, problem.layout, u.flatten(0, 1), before.flatten(0, 1))
+    with torch.autocast(u.device.type, enabled=False):
+        following = jacobian.step(problem.cell, problem.layout, u.flatten(0, 1), before.flatten(0, 1))
     if not following.requires_grad:
         return states
 
     def solve(cotangent: Tensor) -> Tensor:
-        return adjoint(problem, known, cotangent, method)
+        with torch.autocast(u.device.type, enabled=False):
+            return adjoint(problem, known, cotangent, method)
 
     return _Attach.apply(following.view_as(states), known, solve)  # type: ignore[no-any-return]
 

@@ -33,7 +33,7 @@ ADJOINT = 1 << 16
 ADJOINT_FUSED = 1 << 13
 """The same against a library's kernel for whole sequences."""
 TINY = 16
-"""Numbers of inputs of one step up to which Newton's method in torch operations is faster than a loop of them."""
+"""Numbers of state of all sequences up to which Newton's method in torch operations is faster than a loop of them."""
 FUSED = 64
 """Features of the state up to which a compiled loop is faster than a library's kernel for whole sequences."""
 
@@ -82,15 +82,17 @@ def _candidates(cell: Cell, inputs: Tensor, fused: bool) -> tuple[Candidate, ...
     batch, time = inputs.shape[:2]
     if time < SHORT:
         return (Candidate("sequential", True, f"{time} steps are too few to share out"),)
-    if inputs.device.type != "cpu":
+    if inputs.device.type != "cpu" and not dispatch.is_mapped():
         return (Candidate("quasi_deer", True, f"{time} steps of {batch} sequences at once"),)
-    if fused and cell.has_kernel:
-        return (Candidate("sequential", True, "this cell has a kernel of its own for whole sequences"),)
-    size = native.size_if_writable(cell, inputs)
-    if size is None:
-        few = inputs.is_floating_point() and batch * inputs.shape[-1] <= TINY
+    if dispatch.is_mapped() or (fused and cell.has_kernel):
+        return (Candidate("sequential", True, "a kernel for this cell's whole sequences, or a loop under vmap"),)
+    found = native.examine(cell, inputs)
+    if found is None:
+        return (Candidate("sequential", True, "the step is random, mixes sequences or has no Jacobian"),)
+    size = found.size
+    if not found.writable:
         return (
-            Candidate("deer", few, "few numbers of state, a step that is no program: Jacobians cost little"),
+            Candidate("deer", batch * size <= TINY, "few numbers of state, a step that is no program"),
             Candidate("sequential", True, "the step cannot be written as a program"),
         )
     if torch.is_grad_enabled() and _any_gradient(cell, inputs):

@@ -165,3 +165,7 @@ class Zero:
 
     def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
         return jacobian.advance(cell, layout, u, state), None
+
+
+WRITTEN = (Dense, Block, Diagonal, Identity, Zero)
+"""Those that compiled code knows; a subclass may do something else."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from reroll.cells.base import Cell
 from reroll.cells.compiled import compile_step
+from reroll.cells.layout import Layout
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
 from reroll.kernels.program import Program
@@ -27,6 +28,7 @@ from reroll.kernels.recurrence import Found, Rows, loop
 from reroll.kernels.recurrence import newton as solve
 from reroll.kernels.simd import LANES
 from reroll.rollout.problem import Problem, make_problem
+from reroll.rollout.purity import require_pure
 
 FEWEST_FLOATS = 1 << 10
 """Numbers of state, over all steps, from which writing a program pays."""
@@ -41,8 +43,8 @@ WINDOW_STEPS = 4
 MOST_FLOATS = 1 << 26
 """Numbers that a window given by the caller may take."""
 
-_sizes: weakref.WeakKeyDictionary[Cell, int | None] = weakref.WeakKeyDictionary()
-"""Numbers of state of the cells that can be written as a program; None for those that cannot."""
+_written: weakref.WeakKeyDictionary[Cell, Layout] = weakref.WeakKeyDictionary()
+"""Cells that could be written as a program, so that it is not tried again; a failure may be that of one call only."""
 
 
 class Prepared(NamedTuple):
@@ -66,15 +68,13 @@ def prepare(problem: Problem, fewest: int, structure: str | None, blocks: int = 
     batch, time, _ = problem.u.shape
     u = problem.u.detach()
     floats = batch * time * problem.layout.size
-    if not _plain(problem) or floats < FEWEST_FLOATS or _sizes.get(problem.cell, 0) is None:
+    if not _plain(problem) or floats < FEWEST_FLOATS:
         return None
     groups = max(1, min(batch // fewest, torch.get_num_threads(), floats // THREAD_FLOATS))
     rows = Rows(tuple(batch * (g + 1) // groups - batch * g // groups for g in range(groups)), time)
     turned = rows.turned(u)
     programs = compile_step(problem.cell, problem.layout, turned.T, structure, blocks)
     if programs is None:
-        if structure is None:
-            _sizes[problem.cell] = None
         return None
     reset = np.empty(0, np.bool_)
     start, fresh = (t.detach().T.contiguous() for t in (problem.start, problem.start))
@@ -89,20 +89,30 @@ def _plain(problem: Problem) -> bool:
     return u.device.type == "cpu" and u.dtype == torch.float32 == state.dtype and not dispatch.is_mapped()
 
 
+class Examined(NamedTuple):
+    """What a cell is like: D, and whether its step is pure and can be written as a program."""
+
+    size: int
+    writable: bool
+
+
 @torch.no_grad()
-def size_if_writable(cell: Cell, inputs: Tensor) -> int | None:
-    """Return D, the numbers of state, if the cell's step can be written as a program for such inputs; else None."""
+def examine(cell: Cell, inputs: Tensor) -> Examined | None:
+    """Look at a cell on two steps of two sequences; None where only a loop will do."""
     try:
-        problem = make_problem(cell, inputs[:2, :2], None, None)
-    except UsageError:  # such as a state of integers, of which there are no programs
+        with torch.random.fork_rng([]):  # a projection may draw random numbers, as dropout does
+            problem = make_problem(cell, inputs[:2, :2], None, None)
+        require_pure(cell, problem)
+    except UsageError:  # such as a state of integers, or a step that is random
         return None
     if not _plain(problem):
-        return None
-    if cell not in _sizes:
+        return Examined(problem.layout.size, False)
+    if _written.get(cell) != problem.layout:
         u = problem.u.flatten(0, 1).T.contiguous().T
-        written = compile_step(cell, problem.layout, u, None) is not None
-        _sizes[cell] = problem.layout.size if written else None
-    return _sizes[cell]
+        if compile_step(cell, problem.layout, u, None) is None:
+            return Examined(problem.layout.size, False)
+        _written[cell] = problem.layout
+    return Examined(problem.layout.size, True)
 
 
 def step_by_step(problem: Problem) -> Tensor | None:

@@ -31,7 +31,7 @@ from reroll.rollout import adjoint, native
 from reroll.rollout.base import Trajectory
 from reroll.rollout.damping import Damping, Undamped
 from reroll.rollout.iterate import Iterate, largest
-from reroll.rollout.linearise import WINDOW_FLOATS, Diagonal, Linearisation, Zero
+from reroll.rollout.linearise import WINDOW_FLOATS, WRITTEN, Diagonal, Linearisation, Zero
 from reroll.rollout.problem import Field, Problem, make_problem, rows
 from reroll.rollout.purity import require_pure
 from reroll.rollout.watch import current
@@ -157,7 +157,7 @@ class Newton:
         """Solve as many steps as compiled code can; often all of them or none."""
         undamped = self.damping is None or isinstance(self.damping, Undamped)
         observed = (watch := current()) is not None and watch.observed
-        written = undamped and not observed and hasattr(self.linearise, "structure")
+        written = undamped and not observed and type(self.linearise) in WRITTEN
         if not written or (isinstance(guess, str) and guess != "f0"):
             return []
         blocks = getattr(self.linearise, "count", None) or len(problem.layout.sizes)
@@ -175,7 +175,7 @@ class Newton:
     def _window_by_window(self, field: Field, guess: str | Tensor, done: int, first: list[Tensor]) -> list[Solution]:
         """Solve the steps from `done` on in torch operations; `first` holds the state before, if not the start."""
         time = field.shape[1]
-        if hasattr(self.linearise, "structure"):
+        if type(self.linearise) in WRITTEN:
             blocks = getattr(self.linearise, "count", None) or len(field.layout.sizes)
             field = field.compiled(self.linearise.structure, blocks)  # type: ignore[attr-defined]
         width = self._width(field)

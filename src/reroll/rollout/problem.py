@@ -17,6 +17,7 @@ from reroll.cells.base import Cell, State
 from reroll.cells.compiled import compile_step
 from reroll.cells.layout import Layout
 from reroll.cells.tracked import Tracked
+from reroll.data.batch import map_state
 from reroll.errors import UsageError
 from reroll.kernels.program import Program
 from reroll.rollout.base import start
@@ -152,15 +153,21 @@ def rows(field: Tensor) -> Tensor:
     return field.flatten(1).T
 
 
-def _check_dtypes(cell: Cell, inputs: Tensor) -> None:
-    """Weights of one dtype and inputs of another would fail somewhere in the step, in torch's words."""
+def _in_one_dtype(cell: Cell, inputs: Tensor, state: State | None) -> tuple[Tensor, State | None]:
+    """Return inputs and state in the dtype of the weights, as autocast leaves to be done, or raise without it.
+
+    A solver works in the precision of the weights: what autocast would round on the way it would not converge to.
+    """
     known = next((p.dtype for p in cell.parameters() if p.is_floating_point()), inputs.dtype)
-    if inputs.is_floating_point() and inputs.dtype != known and not torch.is_autocast_enabled(inputs.device.type):
-        names = [str(dtype).removeprefix("torch.") for dtype in (inputs.dtype, known)]
-        raise UsageError(
-            f"inputs has dtype {names[0]} and the weights of {type(cell).__name__} have {names[1]}; convert one: "
-            f"inputs.to(torch.{names[1]}), or cell.to(torch.{names[0]})."
-        )
+    if not inputs.is_floating_point() or inputs.dtype == known:
+        return inputs, state
+    if torch.is_autocast_enabled(inputs.device.type):
+        return inputs.to(known), None if state is None else map_state(state, lambda t: t.to(known))
+    names = [str(dtype).removeprefix("torch.") for dtype in (inputs.dtype, known)]
+    raise UsageError(
+        f"inputs has dtype {names[0]} and the weights of {type(cell).__name__} have {names[1]}; convert one: "
+        f"inputs.to(torch.{names[1]}), or cell.to(torch.{names[0]})."
+    )
 
 
 def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Problem:
@@ -169,8 +176,13 @@ def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor 
     Raises:
         UsageError: if shapes do not fit, or the state is not floating point.
     """
+    inputs, state = _in_one_dtype(cell, inputs, state)
+    with torch.autocast(inputs.device.type, enabled=False):
+        return _problem(cell, inputs, state, reset)
+
+
+def _problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Problem:
     initial = start(cell, inputs, state)
-    _check_dtypes(cell, inputs)
     layout = Layout.of(initial)
     first = layout.pack(initial)
     if reset is None:

@@ -36,7 +36,14 @@ def require_pure(cell: Cell, problem: Any) -> None:
     devices = [u.device] if u.device.type == "cuda" else []
     name = type(cell).__name__
     with torch.random.fork_rng(devices):
-        _require_same_kind(cell.step(u, problem.layout.unpack(state)), problem, name)
+        try:
+            after = cell.step(u, problem.layout.unpack(state))
+        except (RuntimeError, IndexError) as error:
+            raise UsageError(
+                f"{name}.step fails on {ROWS} rows, [{ROWS}, {u.shape[1]}] and [{ROWS}, {state.shape[1]}]: {error}. A "
+                "rollout along time evaluates many steps side by side as rows; use rollout=Sequential() otherwise."
+            ) from error
+        _require_same_kind(after, problem, name)
         first = step(cell, problem.layout, u, state)
         second = step(cell, problem.layout, given_u.clone(), given_state.clone())
         alone = torch.cat([step(cell, problem.layout, u[i : i + 1], state[i : i + 1]) for i in range(len(u))])

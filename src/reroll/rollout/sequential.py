@@ -81,7 +81,7 @@ class Sequential:
             return None
         problem = make_problem(cell, inputs, state, reset)
         require_pure(cell, problem)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = native.step_by_step(problem)
         if states is None:
             return None

@@ -35,6 +35,7 @@ MINIMUM = 1 << 12
 OPERATIONS = (
     "load", "copy", "add", "sub", "mul", "div", "add_c", "mul_c", "rsub_c", "rdiv_c", "sigmoid", "tanh", "relu", "step",
     "addcmul", "addcmul_c", "linear", "fill", "gather", "store", "exp", "log", "sqrt", "sin", "cos",
+    "log1p",
 )  # fmt: skip
 CODE = {name: number for number, name in enumerate(OPERATIONS)}
 
@@ -204,7 +205,7 @@ _ONE = {
     CODE[name]
     for name in (
         "copy", "add_c", "mul_c", "rsub_c", "rdiv_c", "sigmoid", "tanh", "relu", "step", "store", "linear", "exp",
-        "log", "sqrt", "sin", "cos",
+        "log", "sqrt", "sin", "cos", "log1p",
     )
 }  # fmt: skip
 

@@ -52,8 +52,9 @@ from reroll.kernels.simd import (
     SQRT,
     SIN,
     COS,
-) = range(25)
-assert (CODE["store"], CODE["cos"]) == (STORE, COS)
+    LOG1P,
+) = range(26)
+assert (CODE["store"], CODE["log1p"]) == (STORE, LOG1P)
 
 
 @intrinsic
@@ -207,6 +208,9 @@ def _function(file, code, dst, a, size):
     elif code == SIN:
         for i in range(size):
             file[dst + i] = np.sin(file[a + i])
+    elif code == LOG1P:
+        for i in range(size):
+            file[dst + i] = np.log1p(file[a + i])
     else:
         for i in range(size):
             file[dst + i] = np.cos(file[a + i])

@@ -104,8 +104,7 @@ def newton(step, whole, group, how, within, start, fresh, reset, guess, out, ite
                 _begin_afresh(ahead, states, reset, fresh, row, column, sizes)
             if kind == BLOCKS and (iteration == 0 or iteration % every == 1 % every):
                 _evaluate(whole_code, whole_inputs, file, row, rows, following, most)
-                if resets:
-                    _cut(following, reset, row, outputs, sizes)
+                _cut(following, reset, row, outputs, sizes)
             else:
                 _evaluate(step_code, step_inputs, file, row, rows, following, most)
             if not _residuals(states, following, sums, errors, scales, sizes):
@@ -155,9 +154,11 @@ def _begin_afresh(ahead, states, reset, fresh, row, column, sizes):
 
 @jit
 def _cut(following, reset, row, outputs, sizes):
-    """Let nothing flow over a reset."""
-    size, _, rows, _, most = sizes
-    for i in range(rows):
+    """Let nothing flow into the first step, where even an infinite Jacobian has nothing to act on, or over a reset."""
+    size, count, rows, _, most = sizes
+    for m in range(size, outputs):
+        following[m * most : m * most + count] = 0
+    for i in range(rows if len(reset) else 0):
         if reset[row + i]:
             for m in range(size, outputs):
                 following[m * most + i] = 0
