@@ -76,7 +76,8 @@ class CDRGE(torch.optim.Optimizer):
         if isinstance(params, torch.nn.Module):
             raise UsageError(f"params is a {type(params).__name__}; pass its weights: model.named_parameters().")
         require_positive(probes=probes, epsilon=epsilon, epsilon_min=epsilon_min)
-        CentralDifference(probes, 1.0, noise, evaluate=evaluate)  # says what is wrong with them now, not at a step
+        # Says what is wrong with these now, not at the first step.
+        CentralDifference(probes, 1.0, noise, evaluate=evaluate)  # type: ignore[arg-type]
         defaults = {"lr": lr, "epsilon": epsilon, "momentum": momentum, "weight_decay": weight_decay}
         self.probes, self.epsilon_min, self.noise, self.evaluate = probes, epsilon_min, noise, evaluate
         self.key = Key(seed)

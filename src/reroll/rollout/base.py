@@ -81,7 +81,7 @@ def start(cell: Cell, inputs: Tensor, state: State | None) -> State:
     Raises:
         UsageError: if the cell is none, the inputs are not [batch, time, features], or the state does not fit.
     """
-    _check(cell, inputs)
+    check(cell, inputs)
     if state is not None:
         _check_state(cell, inputs, state)
         return state
@@ -90,7 +90,8 @@ def start(cell: Cell, inputs: Tensor, state: State | None) -> State:
     return initial if like is None else map_state(initial, lambda tensor: tensor.to(like.device, like.dtype))
 
 
-def _check(cell: Any, inputs: Any) -> None:
+def check(cell: Any, inputs: Any) -> None:
+    """Raise if these are not a cell and inputs that it takes."""
     if not isinstance(cell, Cell):
         remedy = "call it as rollout(cell, inputs)" if isinstance(cell, Tensor) or hasattr(cell, "read") else (
             "wrap it: reroll.cell_from(step, state_size)"
