@@ -1,6 +1,7 @@
 """The benchmarks at tiny sizes: what they time is what they say, and what they write has the names others rely on."""
 
 import dataclasses
+import gc
 import json
 import math
 
@@ -370,3 +371,10 @@ def test_the_case_for_a_card_measures_gradients_that_agree():
     table = {"rows": [], "steps": 300, "auto_over_best": {"largest": 1, "geometric_mean": 1}, "memory_floats": {}}
     told = rollouts.report({**table, "gpu": [found], "hardware": "none", "torch": "2", "commit": "0"})
     assert "GPU, D = 3, B = 2, T = 300, forward and backward: library" in told
+
+
+def test_nothing_is_collected_while_it_is_timed():
+    seen = []
+    timing.in_turn({"a": lambda: seen.append(gc.isenabled())}, rounds=2)
+    assert seen == [False] * 3
+    assert gc.isenabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
@@ -19,14 +20,32 @@ def in_turn(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
         (3, True)
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    with without_collections():
+        _fill(seconds, functions, rounds)
+    return seconds
+
+
+def _fill(seconds: dict[str, list[float]], functions: Mapping[str, Callable[[], Any]], rounds: int) -> None:
     for round_ in range(rounds + 1):
+        gc.collect()
         # Shuffled, so that nothing always runs after the one that leaves the memory in pieces.
         for name, function in random.Random(round_).sample(list(functions.items()), len(functions)):
             began = time.perf_counter()
             function()
             if round_:
                 seconds[name].append(time.perf_counter() - began)
-    return seconds
+
+
+@contextmanager
+def without_collections() -> Any:
+    """Run without collections of garbage: a full one takes longer than what is timed, and falls on any call."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def ratio(seconds: Mapping[str, list[float]], above: str, below: str) -> float:
