@@ -26,6 +26,8 @@ __all__ = ["lstm_scan"]
 
 CPU_WIDTH = 128
 """Widest single head given to the Numba kernel; above, torch's kernel is faster."""
+CPU_WIDTH_FEW = 16
+"""The same for fewer than eight sequences, which leave most lanes empty."""
 CPU_BATCH = 4
 """Smallest batch given to the Numba kernel, which always computes sixteen sequences; below, torch operations win."""
 
@@ -99,7 +101,8 @@ def _candidates(arguments: tuple[Tensor, ...]) -> tuple[dispatch.Candidate, ...]
     mapped = dispatch.is_mapped()
     fills_lanes = batch >= CPU_BATCH or mapped
     several = fills_lanes and (heads > 1 or mapped)
-    single = fills_lanes and heads == 1 and width <= CPU_WIDTH and dtype == torch.float32
+    widest = CPU_WIDTH if mapped or batch >= 2 * CPU_BATCH else CPU_WIDTH_FEW
+    single = fills_lanes and heads == 1 and width <= widest and dtype == torch.float32
     library = heads == 1 and device in ("cpu", "cuda") and time > 0 and not mapped
     what = f"{heads} {'heads' if heads > 1 else 'head'} of width {width}, batch {batch}, on {device}"
     return (
