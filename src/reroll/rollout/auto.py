@@ -1,7 +1,8 @@
 """The rollout that is likely the fastest, by static rules on the cell, the sizes and the device.
 
 The rules come from `reroll bench rollouts` (figures in docs/results.md), the limits for wider states and for gradients
-from timings by hand on two cores. They never look at a clock, so the same call always takes the same way; what was taken last, and why, is in `reroll.kernels.dispatch.report()["rollout"]`.
+from timings by hand on two cores. They never look at a clock, so the same call always takes the same way; what was
+taken last, and why, is in `reroll.kernels.dispatch.report()["rollout"]`.
 """
 
 from __future__ import annotations
