@@ -89,7 +89,7 @@ def test_every_implementation_equals_the_loop(implementation, structure, time):
 
 
 @pytest.mark.parametrize("time", [*TIMES[:-1], pytest.param(1000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("structure", ["diagonal", "block"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_triton_kernel_equals_the_loop(structure, time):
     # Triton's interpreter takes about half a millisecond per number.
     check("triton", structure, *((1, time, 1) if time > 3 else (2, time, 3)))
@@ -118,6 +118,30 @@ def test_cpu_kernel_at_every_size_of_matrix(size):
 def test_triton_kernel_over_several_blocks_of_channels():
     check("triton", "diagonal", 1, 5, 9)
     check("triton", "block", 1, 3, 5, dtype=torch.float32, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 16, 17, 33, 64])
+def test_triton_kernel_at_every_size_of_matrix(size):
+    check("triton", "dense", 2, 3, size)
+    check("triton", "dense", 1, 19, size, dtype=torch.float32, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, 3, 4])
+def test_triton_kernel_takes_larger_blocks_as_matrices(order):
+    check("triton", "block", 2, 12, 3, order)
+
+
+def test_triton_kernel_leaves_what_is_too_large_to_the_reference():
+    for structure, sizes in [("dense", (1, 2, 65)), ("block", (1, 2, 2, 65))]:
+        A, b, _ = problem(structure, *sizes)
+        with using("triton"), pytest.raises(UsageError, match="matrices up to 64×64"):
+            linear_scan(A, b, structure=structure)
+    given = kalman_problem(True, 1, 2, 33)
+    with using("triton", "kalman_scan"), pytest.raises(UsageError, match="states up to 32"):
+        kalman_scan(*given)
+    from reroll.kernels.linear_scan.triton import dense, dense_kalman
+
+    assert (dense.SIZE, dense_kalman.SIZE) == (64, 32)
 
 
 def test_blocks_of_any_order_in_the_reference():
@@ -190,8 +214,6 @@ def strided(tensor):
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_strides_do_not_matter(implementation, structure):
-    if implementation == "triton" and structure == "dense":
-        pytest.skip("dense A has no Triton kernel")
     A, b, initial = problem(structure, 2, 4, 2)
     with using(implementation):
         for reverse in (False, True):
@@ -222,8 +244,8 @@ def test_what_is_equal_everywhere_can_be_expanded(implementation, structure):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("channels", [3, 20])
 def test_states_can_be_written_over_b(implementation, structure, channels):
-    if implementation == "triton" and (structure == "dense" or channels > 3):
-        pytest.skip("dense A has no Triton kernel" if structure == "dense" else "slow in the interpreter")
+    if implementation == "triton" and channels > 3:
+        pytest.skip("slow in the interpreter")
     A, b, initial = problem(structure, 2, 7, channels)
     for reverse in (False, True):
         for start in (None, initial):
@@ -288,8 +310,6 @@ def test_gradients_and_their_gradients(structure, reverse, with_initial):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_gradients_equal_those_of_the_loop(structure, implementation):
-    if implementation == "triton" and structure == "dense":
-        pytest.skip("dense A has no Triton kernel")
     for reverse in (False, True):
         arguments = [tensor.requires_grad_() for tensor in problem(structure, 2, 9, 3)]
         weights = random(*arguments[1].shape)
@@ -449,15 +469,29 @@ def test_filters_equal_the_textbook(implementation, time):
             assert torch.equal(alone.mean, got.mean)
 
 
-@pytest.mark.parametrize("batch, time, size", [(2, 1, 1), (2, 2, 3), (1, 33, 3), (1, 100, 1), (1, 4, 9)])
-def test_triton_filter_equals_the_textbook(batch, time, size):
-    A, b, observed, variance, initial = kalman_problem(False, batch, time, size)
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("batch, time, size", [(2, 1, 1), (2, 2, 3), (1, 33, 3), (1, 100, 1), (1, 4, 9), (1, 5, 17)])
+def test_triton_filter_equals_the_textbook(batch, time, size, dense):
+    A, b, observed, variance, initial = kalman_problem(dense, batch, time, size)
     for start in (None, initial):
         mean, covariance = filter_by_hand(A, b, observed, variance, start)
         with using("triton", "kalman_scan"):
             got = kalman_scan(A, b, observed, variance, start, keep_variance=True)
+            alone = kalman_scan(A, b, observed, variance, start)
         close(got.mean, mean)
-        close(torch.diag_embed(got.variance), covariance)
+        close(got.variance if dense else torch.diag_embed(got.variance), covariance)
+        assert torch.equal(alone.mean, got.mean)
+
+
+@pytest.mark.parametrize("variance", [1e-6, 1e8])
+def test_triton_filter_of_a_whole_state_in_float32(variance):
+    A, b, observed, _, initial = kalman_problem(True, 2, 40, 5)
+    mean, covariance = filter_by_hand(A, b, observed, variance, initial)
+    with using("triton", "kalman_scan"):
+        given = (tensor.float() for tensor in (A, b, observed))
+        got = kalman_scan(*given, variance, initial.float(), keep_variance=True)
+    close(got.mean.double(), mean, 1e-5)
+    close(got.variance.double() / variance, covariance / variance, 1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "odd_even"])
@@ -482,8 +516,6 @@ def test_cpu_filters_at_every_width_in_float32(size):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_strides_do_not_matter_to_a_filter(implementation, dense):
-    if implementation == "triton" and dense:
-        pytest.skip("dense A has no Triton kernel")
     A, b, observed, variance, initial = kalman_problem(dense, 2, 5, 3)
     mean, _ = filter_by_hand(A, b, observed, variance, initial)
     with using(implementation, "kalman_scan"):
@@ -546,8 +578,8 @@ def test_the_choice_is_reported_with_its_reason():
     assert "diagonal A, float64 on cpu" in choice.reason
     kalman_scan(*problem("diagonal", 1, 3, 2)[:2], random(1, 3, 2), 1.0)
     assert "scalar Kalman filter" in dispatch.report()["kalman_scan"].reason
-    with pytest.raises(UsageError, match="for diagonal A and 2×2 blocks: dense A"), using("triton"):
-        linear_scan(*problem("dense", 1, 3, 2)[:2])
+    with pytest.raises(UsageError, match="matrices up to 64×64: dense A"), using("triton"):
+        linear_scan(*problem("dense", 1, 3, 65)[:2])
 
 
 def test_it_is_public():
@@ -648,14 +680,17 @@ import itertools
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from reroll.kernels.linear_scan import triton as module
+from reroll.kernels.linear_scan.triton import affine, dense, dense_kalman, scalar_kalman
 tile = dict(BLOCK_T=32, BLOCK_C=32)
 flags = [(False, True, False), (True, False, True), (False, False, False)]
-kernels = [(module._affine, dict(K=k, REDUCE=reduce)) for k, reduce in itertools.product((1, 2), (True, False))]
-kernels += [(module._kalman, dict(ELEMENTS=e, REDUCE=r, KEEP=k)) for e, r, k in flags]
-pointers = "A b y eta J precision starts means variances out mean variance whole whole_A whole_b".split()
+both = (True, False)
+kernels = [(affine._affine, dict(K=k, REDUCE=r, **tile)) for k, r in itertools.product((1, 2), both)]
+kernels += [(scalar_kalman._kalman, dict(ELEMENTS=e, REDUCE=r, KEEP=k, **tile)) for e, r, k in flags]
+kernels += [(dense._dense, dict(REDUCE=r, D=d, N=n)) for r in both for d, n in ((1, 1), (8, 8), (32, 32), (64, 16))]
+kernels += [(dense_kalman._filter, dict(REDUCE=r, KEEP=not r, D=d)) for r in both for d in (1, 8, 32)]
+pointers = "A b y eta J precision starts means variances covariances out mean variance covariance".split()
+pointers += "whole whole_A whole_b whole_C whole_eta whole_J".split()
 for function, constants in kernels:
-    constants |= tile
     signature = {{name: "{real}" if name in pointers else "i32" for name in function.arg_names}}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=function, signature=signature, constexprs=constants)

@@ -31,7 +31,7 @@ class Finding(NamedTuple):
 EXTRAS = {
     "tiktoken": ("data", "GPT-2's tokenizer"),
     "matplotlib": ("plot", "figures"),
-    "triton": ("gpu", "noise on a CUDA card"),
+    "triton": ("gpu", "noise and linear recurrences on a CUDA card"),
 }
 
 

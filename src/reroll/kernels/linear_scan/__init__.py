@@ -198,7 +198,7 @@ def _parts(reverse: bool) -> tuple[slice, slice, slice]:
 
 
 def _implementation(operator: Affine, out: Tensor) -> Callable[..., None]:
-    order = out.shape[2] if operator.name == "block" else 1
+    order = {"diagonal": 1, "block": out.shape[2], "dense": out.shape[-1]}[operator.name]
     choice = dispatch.choose("linear_scan", _candidates(operator.name, order, out.device.type, out.dtype))
     return importlib.import_module(f"{__name__}.{choice.name}").scan
 
@@ -206,14 +206,14 @@ def _implementation(operator: Affine, out: Tensor) -> Callable[..., None]:
 @functools.cache
 def _candidates(structure: str, order: int, device: str, dtype: torch.dtype) -> tuple[dispatch.Candidate, ...]:
     compiled = dtype in (torch.float32, torch.float64)
-    small = structure == "diagonal" or (structure == "block" and order == 2)
+    fits = structure == "diagonal" or order <= 64  # `triton.dense.SIZE`; not imported where Triton may be missing
     what = f"{structure} A, {str(dtype).removeprefix('torch.')} on {device}"
     return (
         dispatch.Candidate("cpu", device == "cpu" and compiled, f"Numba kernel, step by step: {what}"),
         dispatch.Candidate(
             "triton",
-            compiled and small and dispatch.triton_runs_on(device),
-            f"Triton kernel, for diagonal A and 2×2 blocks: {what}",
+            compiled and fits and dispatch.triton_runs_on(device),
+            f"Triton kernel, for diagonal A and matrices up to 64×64: {what}",
         ),
         dispatch.Candidate("reference", True, f"torch operations, parallel in time: {what}"),
     )

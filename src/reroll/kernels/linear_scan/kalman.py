@@ -167,21 +167,22 @@ def _first(operator: Operator, b: Tensor, observed: Tensor, precision: Tensor) -
 
 
 def _implementation(operator: Operator, b: Tensor) -> Callable[..., None]:
-    choice = dispatch.choose("kalman_scan", _candidates(operator.name, b.device.type, b.dtype))
+    order = 1 if operator is SCALAR_KALMAN else b.shape[-1]
+    choice = dispatch.choose("kalman_scan", _candidates(operator.name, order, b.device.type, b.dtype))
     return importlib.import_module(f"reroll.kernels.linear_scan.{choice.name}").kalman
 
 
 @functools.cache
-def _candidates(name: str, device: str, dtype: torch.dtype) -> tuple[dispatch.Candidate, ...]:
+def _candidates(name: str, order: int, device: str, dtype: torch.dtype) -> tuple[dispatch.Candidate, ...]:
     compiled = dtype in (torch.float32, torch.float64)
-    scalar = name == SCALAR_KALMAN.name
+    fits = order <= 32  # `triton.dense_kalman.SIZE`
     what = f"{name} filter, {str(dtype).removeprefix('torch.')} on {device}"
     return (
         dispatch.Candidate("cpu", device == "cpu" and compiled, f"Numba kernel, step by step: {what}"),
         dispatch.Candidate(
             "triton",
-            compiled and scalar and dispatch.triton_runs_on(device),
-            f"Triton kernel, for scalar filters: {what}",
+            compiled and fits and dispatch.triton_runs_on(device),
+            f"Triton kernel, for scalar filters and states up to 32: {what}",
         ),
         dispatch.Candidate("reference", True, f"torch operations, parallel in time: {what}"),
     )

@@ -1,0 +1,126 @@
+"""The scalar Kalman filter: parallel over sequences, channels and chunks of time, as `affine.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reroll.kernels.linear_scan.operators import State
+from reroll.kernels.linear_scan.triton.chunks import TILE, Plan, last, place, plan_of
+
+
+def kalman(given: tuple[Tensor, Tensor, Tensor], precision: Tensor, state: State, into: Any) -> None:
+    """Write mean and (unless None) variance after every step `into` memory; see `kalman_scan`."""
+    batch, time, channels = given[1].shape
+    mean, variance = into
+    plan = plan_of(batch, time, channels, TILE // 2)
+    starts = [part.unsqueeze(1) for part in state]
+    if plan.chunks > 1:
+        whole = mean.new_empty(5, batch, plan.chunks, channels)
+        _launch_kalman(plan, given, precision, starts, None, None, whole)
+        starts = [mean.new_empty(batch, plan.chunks, channels) for _ in state]
+        for start, part in zip(starts, state):
+            start[:, 0] = part
+        ends = plan_of(batch, plan.chunks - 1, channels, TILE // 2, one_chunk=True)
+        _launch_kalman(
+            ends, tuple(whole[:, :, :-1]), precision, [part.unsqueeze(1) for part in state],
+            starts[0][:, 1:], starts[1][:, 1:], None,
+        )  # fmt: skip
+    _launch_kalman(plan, given, precision, starts, mean, variance, None)
+
+
+def _launch_kalman(
+    plan: Plan, given: tuple[Tensor, ...], precision: Tensor, starts: list[Tensor], mean: Tensor | None,
+    variance: Tensor | None, whole: Tensor | None,
+) -> None:  # fmt: skip
+    """Filter all chunks from `starts`, given (A, b, y) or elements; or compose each into `whole` [5, B, chunks, C]."""
+    elements = len(given) == 5
+    inputs = [*given, *given[:2]][:5]  # what is not there is not read
+    out = inputs[0] if mean is None else mean
+    spread = out if variance is None else variance
+    _kalman[(plan.programs,)](
+        *inputs, precision.contiguous(), *starts, out, spread, out if whole is None else whole,
+        given[1].shape[1], given[1].shape[2], given[1].shape[0], plan.chunks, plan.tiles,
+        *given[0].stride(), *given[1].stride(), *given[2].stride(), *starts[0].stride(), *starts[1].stride(),
+        *out.stride(), *spread.stride(),
+        ELEMENTS=elements, REDUCE=whole is not None, KEEP=variance is not None,
+        BLOCK_T=plan.block_t, BLOCK_C=plan.block_c, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _compose_filters(a1, b1, C1, e1, J1, a2, b2, C2, e2, J2):
+    shrunk1 = a1 / (1.0 + C1 * J2)
+    shrunk2 = a2 / (1.0 + C1 * J2)
+    return (
+        a2 * shrunk1,
+        shrunk2 * (b1 + C1 * e2) + b2,
+        shrunk2 * C1 * a2 + C2,
+        shrunk1 * (e2 - J2 * b1) + e1,
+        shrunk1 * J2 * a1 + J1,
+    )
+
+
+@triton.jit
+def _kalman(
+    A, b, y, eta, J, precision, means, variances, mean, variance, whole, time, channels, batch, chunks, tiles,
+    A_row, A_time, A_c, b_row, b_time, b_c, y_row, y_time, y_c, m_row, m_chunk, m_c, v_row, v_chunk, v_c,
+    o_row, o_time, o_c, w_row, w_time, w_c,
+    ELEMENTS: tl.constexpr, REDUCE: tl.constexpr, KEEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Elements, where they are given, lie as A does; y is then their C. Their gain is that of `elements`."""
+    row, chunk, first, c = place(channels, chunks, tiles, BLOCK_T, BLOCK_C)
+    real: tl.constexpr = b.dtype.element_ty
+    k = tl.load(precision + row)
+    keep = 1.0 / (1.0 + k)
+    gain = k / (1.0 + k)
+    m = tl.zeros((BLOCK_C,), real)
+    v = m
+    ta, tb, tC, te, tJ = m + 1.0, m, m, m, m
+    if not REDUCE:
+        m = tl.load(means + row * m_row + chunk * m_chunk + c * m_c, mask=c < channels, other=0.0)
+        v = tl.load(variances + row * v_row + chunk * v_chunk + c * v_c, mask=c < channels, other=0.0)
+    for tile in range(tiles):
+        t = first + tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = (t < time)[:, None] & (c < channels)[None, :]
+        at = row * A_row + t[:, None] * A_time + c[None, :] * A_c
+        ea = tl.load(A + at, mask=inside, other=1.0)
+        if ELEMENTS:
+            eb = tl.load(b + at, mask=inside, other=0.0)
+            eC = tl.load(y + at, mask=inside, other=0.0)
+            ee = tl.load(eta + at, mask=inside, other=0.0)
+            eJ = tl.load(J + at, mask=inside, other=0.0)
+        else:
+            transition = ea
+            given = tl.load(b + row * b_row + t[:, None] * b_time + c[None, :] * b_c, mask=inside, other=0.0)
+            seen = tl.load(y + row * y_row + t[:, None] * y_time + c[None, :] * y_c, mask=inside, other=0.0)
+            gap = gain * (seen - given)
+            ea = tl.where(inside, keep * transition, 1.0)
+            eb = given + gap
+            eC = tl.where(inside, keep, 0.0)
+            ee = transition * gap
+            eJ = tl.where(inside, gain * transition * transition, 0.0)
+        ea, eb, eC, ee, eJ = tl.associative_scan((ea, eb, eC, ee, eJ), 0, _compose_filters)
+        if REDUCE:
+            la, lb, lC = last(ea, BLOCK_T), last(eb, BLOCK_T), last(eC, BLOCK_T)
+            le, lJ = last(ee, BLOCK_T), last(eJ, BLOCK_T)
+            ta, tb, tC, te, tJ = _compose_filters(ta, tb, tC, te, tJ, la, lb, lC, le, lJ)
+        else:
+            shrunk = ea / (1.0 + v[None, :] * eJ)
+            eb = shrunk * (m[None, :] + v[None, :] * ee) + eb
+            eC = shrunk * v[None, :] * ea + eC
+            tl.store(mean + row * o_row + t[:, None] * o_time + c[None, :] * o_c, eb, mask=inside)
+            if KEEP:
+                tl.store(variance + row * w_row + t[:, None] * w_time + c[None, :] * w_c, eC, mask=inside)
+            m, v = last(eb, BLOCK_T), last(eC, BLOCK_T)
+    if REDUCE:
+        at = (row * chunks + chunk) * channels + c
+        part = batch.to(tl.int64) * chunks * channels
+        tl.store(whole + at, ta, mask=c < channels)
+        tl.store(whole + part + at, tb, mask=c < channels)
+        tl.store(whole + 2 * part + at, tC, mask=c < channels)
+        tl.store(whole + 3 * part + at, te, mask=c < channels)
+        tl.store(whole + 4 * part + at, tJ, mask=c < channels)
