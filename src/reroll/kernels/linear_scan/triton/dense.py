@@ -18,7 +18,7 @@ from reroll.kernels.linear_scan.triton.chunks import INTERPRETED, strides_from
 SIZE = 64
 """The largest matrix: a program keeps one and columns of another in its registers. (Beyond, compilers spill them.)"""
 
-_PROGRAMS = 6 if INTERPRETED else 4096  # programs of few threads that run at once
+_PROGRAMS = 12 if INTERPRETED else 4096  # programs of few threads that run at once
 _FEWEST = 3  # chunks from which the steps of the three phases, one after another, are fewer than those of one chunk
 
 
