@@ -306,7 +306,10 @@ def test_auto_goes_by_the_sizes(cell, shape, expected):
 
 def test_auto_goes_by_the_gradient_and_by_kernels_for_whole_sequences():
     x, wide = torch.zeros(16, 1000, 8), RNN(8, 128)
-    assert auto().choose(wide, x) == Sequential()  # Jacobians of 16 × 128² numbers a step
+    assert auto().choose(wide, x) == COMPILED
+    assert auto().choose(wide, x, fused=True) == COMPILED
+    assert auto().choose(wide, x.expand(2, 16, 1000, 8).flatten(0, 1)) == Sequential()  # 32 × 128 numbers of state
+    assert auto().choose(GRU(8, 8), x[:1]) == COMPILED  # not in windows
     with torch.no_grad():
         assert auto().choose(wide, x) == COMPILED
         assert auto().choose(wide, x, fused=True) == Sequential()

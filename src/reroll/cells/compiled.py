@@ -23,6 +23,7 @@ from reroll.cells.layout import Layout
 from reroll.cells.tracked import Tracked, band
 from reroll.errors import UsageError
 from reroll.kernels.program import Builder, Program
+from reroll.kernels.program.reverse import reverse
 
 DENSE_OUTPUTS = 1100
 """Numbers of a Jacobian per row up to which a program writes whole ones."""
@@ -121,12 +122,7 @@ def _written(name: str, function: Any, args: Any, kwargs: dict[str, Any]) -> Any
 
 def _range(symbol: Symbol, index: Tensor) -> int:
     """Return the first of adjacent registers that hold these features, copied there if they are not adjacent."""
-    flat = index.reshape(-1)
-    first = int(flat[0])
-    adjacent = bool((flat == torch.arange(first, first + flat.numel())).all())
-    if adjacent and symbol.builder.writer(first) == symbol.builder.writer(first + flat.numel() - 1):
-        return first
-    return symbol.builder.gather(flat.tolist())
+    return symbol.builder.adjacent(index.reshape(-1).tolist())
 
 
 def _binary(operation: str, a: Any, b: Any) -> Symbol:
@@ -213,10 +209,9 @@ def _silu(x: Symbol, inplace: bool = False) -> Symbol:
 
 
 def _softplus(x: Symbol, beta: float = 1.0, threshold: float = 20.0) -> Symbol:
-    """log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|), which cannot overflow."""
     if (beta, threshold) != (1, 20):
         raise Unwritable(f"softplus with beta = {beta}, threshold = {threshold}")
-    return _unary("relu")(x) + _unary("log1p")(_unary("exp")(_absolute(x) * -1.0))
+    return _unary("softplus")(x)
 
 
 def _addcmul(a: Any, b: Any, c: Any) -> Symbol:
@@ -258,10 +253,9 @@ def _ones_like(x: Symbol) -> Symbol:
 
 RULES: dict[str, Callable[..., Any]] = {
     "add": _add, "sub": lambda a, b: _binary("sub", a, b), "mul": lambda a, b: _binary("mul", a, b),
-    "div": lambda a, b: _binary("div", a, b), "square": lambda x: x * x, "sigmoid": _unary("sigmoid"),
-    "tanh": _unary("tanh"), "relu": _unary("relu"), "exp": _unary("exp"), "log": _unary("log"),
-    "sqrt": _unary("sqrt"), "sin": _unary("sin"), "cos": _unary("cos"), "abs": _absolute, "silu": _silu,
-    "softplus": _softplus, "reciprocal": lambda x: _binary("div", 1.0, x), "addcmul": _addcmul, "linear": _linear,
+    "div": lambda a, b: _binary("div", a, b), "reciprocal": lambda x: _binary("div", 1.0, x), "addcmul": _addcmul,
+    "square": lambda x: x * x, "abs": _absolute, "silu": _silu, "softplus": _softplus, "linear": _linear,
+    **{name: _unary(name) for name in ("sigmoid", "tanh", "relu", "exp", "log", "log1p", "sqrt", "sin", "cos")},
     "ones_like": _ones_like, "zeros_like": lambda x: x * 0.0, "cat": _cat, "pad": _pad, "contiguous": lambda x: x,
     "clone": lambda x: x, "expand_as": lambda x, like: x.expand(*like.shape),
 }  # fmt: skip
@@ -303,6 +297,34 @@ def compile_step(
         return None
     step = builder.finish(following)
     return step, builder.finish(following + jacobian) if jacobian else step
+
+
+def compile_adjoint(cell: Cell, layout: Layout, inputs: Tensor, states: Tensor, cotangent: Tensor) -> Program | None:
+    """Return g ← Aᵀ g + c as a program whose first input is g, [D, rows]; or None if it cannot be written as one.
+
+    Args:
+        cell: the recurrence; A is the Jacobian of its step.
+        layout: of its state.
+        inputs: projected inputs of all steps, [rows, U], feature-major, float32 on a CPU.
+        states: the states that A is taken at, [D, rows].
+        cotangent: c, [D, rows].
+    """
+    size, rows = states.shape
+    builder = Builder()
+    first = builder.input(torch.empty(size, rows, device="meta"))
+    before, given = builder.input(states), builder.input(cotangent)
+    value = Symbol(builder, torch.arange(before, before + size).view(1, size), rows)
+    try:
+        state = Tracked(value, (), moves=True)  # type: ignore[arg-type]
+        parts = layout.parts(cell.step(Tracked(inputs, ()), layout.unpack(state)))  # type: ignore[arg-type]
+        following = [_output(builder, part) for part in parts]
+        if [features for _, features in following] != list(layout.sizes):
+            return None
+        begins = [first + sum(layout.sizes[:i]) for i in range(len(layout.sizes))]
+        back = reverse(builder, following, begins, (before, size))
+    except (*MISSES, Unwritable, UsageError, AssertionError):
+        return None
+    return builder.finish([(given if back is None else builder.emit("add", size, given, back), size)])
 
 
 def _output(builder: Builder, part: Any) -> tuple[int, int]:

@@ -7,7 +7,7 @@ time, not an approximation; the iterations that found it are not stored. Ways to
 
     dense           the recurrence with whole Jacobians, in windows of bounded memory
     splitting       g ← diagonal recurrence applied to (∂ℓ/∂s + (A − Ã)ᵀ g), to rounding error: memory B·T·D
-    sequential      one derivative after another
+    sequential      one derivative after another, where possible in compiled code (`reroll.rollout.native`)
 
 Second derivatives are not available.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reroll.cells import jacobian
 from reroll.kernels.linear_scan import linear_scan
+from reroll.rollout import native
 
 METHODS = ("auto", "dense", "splitting", "sequential")
 DENSE_FLOATS = 1 << 26
@@ -74,6 +75,10 @@ class _Attach(torch.autograd.Function):
 def adjoint(problem: Any, states: Tensor, cotangent: Tensor, method: Method = "auto") -> Tensor:
     """Return g, [B, T, D], for ∂ℓ/∂s = `cotangent`."""
     batch, time, size = states.shape
+    if method in ("auto", "sequential"):
+        found = native.adjoint(problem, states, cotangent)
+        if found is not None:
+            return found
     if method == "auto":
         method = "dense" if batch * time * size * size <= DENSE_FLOATS else "splitting"
     if method == "dense":

@@ -1,8 +1,7 @@
 """The rollout that is likely the fastest, by static rules on the cell, the sizes and the device.
 
-The rules come from `reroll bench rollouts` (figures in docs/results.md), the limits for wider states and for gradients
-from timings by hand on two cores. They never look at a clock, so the same call always takes the same way; what was
-taken last, and why, is in `reroll.kernels.dispatch.report()["rollout"]`.
+The rules come from `reroll bench rollouts` (figures in docs/results.md). They never look at a clock, so the same call
+always takes the same way; what was taken last, and why, is in `reroll.kernels.dispatch.report()["rollout"]`.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from reroll.rollout.sequential import Sequential
 
 SHORT = 256
 """Steps below which a loop is taken: there is not enough along time to share out, or to pay for compiling."""
-WIDE, WIDE_ALONE = 256, 128
-"""Features of the state above which torch's products are faster than those of a program; with few sequences."""
-FEW = 4
-"""Sequences that are few."""
+LIMITS = {
+    "forward": (1 << 12, 256),
+    "forward against a kernel": (1 << 11, 64),
+    "gradient": (1 << 11, 512),
+    "gradient against a kernel": (1 << 11, 128),
+}
+"""Numbers of state of all sequences, and features of one, up to which a program is faster than torch's operations, or
+than a library's kernel for whole sequences."""
+FEW, WIDE_FEW = 4, 128
+"""With fewer sequences than this, vectors are not full: features up to which a program is faster, forward."""
 ALONE = 64
-"""Features up to which a single sequence is faster in windows of steps than step by step."""
-ADJOINT = 1 << 16
-"""Numbers of Jacobians of one step of all sequences up to which the adjoint is faster than going back step by step."""
-ADJOINT_FUSED = 1 << 13
-"""The same against a library's kernel for whole sequences."""
+"""Features up to which a single sequence is faster in windows of steps than step by step, forward."""
 TINY = 16
 """Numbers of state of all sequences up to which Newton's method in torch operations is faster than a loop of them."""
-FUSED = 64
-"""Features of the state up to which a compiled loop is faster than a library's kernel for whole sequences."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,14 @@ def _candidates(cell: Cell, inputs: Tensor, fused: bool) -> tuple[Candidate, ...
             Candidate("deer", batch * size <= TINY, "few numbers of state, a step that is no program"),
             Candidate("sequential", True, "the step cannot be written as a program"),
         )
-    if torch.is_grad_enabled() and _any_gradient(cell, inputs):
-        pays = batch * size * size <= (ADJOINT_FUSED if fused else ADJOINT)
-    else:
-        pays = size <= (FUSED if fused else WIDE if batch >= FEW else WIDE_ALONE)
+    gradient = torch.is_grad_enabled() and _any_gradient(cell, inputs)
+    numbers, features = LIMITS[("gradient" if gradient else "forward") + (" against a kernel" if fused else "")]
+    if batch < FEW and not gradient:
+        features = min(features, WIDE_FEW)
+    pays = batch * size <= numbers and size <= features
+    windows = pays and batch == 1 and size <= ALONE and not gradient
     return (
-        Candidate("quasi_deer", pays and batch == 1 and size <= ALONE, "one sequence alone: windows of steps at once"),
+        Candidate("quasi_deer", windows, "one sequence alone: windows of steps at once"),
         Candidate("compiled", pays, "the step as a program, in compiled code"),
         Candidate("sequential", True, f"for {batch} × {size} numbers of state, torch's products are faster"),
     )

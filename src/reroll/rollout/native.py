@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from reroll.cells.base import Cell
-from reroll.cells.compiled import compile_step
+from reroll.cells.compiled import compile_adjoint, compile_step
 from reroll.cells.layout import Layout
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
@@ -40,6 +40,8 @@ WINDOW_ROWS = 256
 """Rows of a window, steps times sequences: more take more iterations, fewer leave lanes empty."""
 WINDOW_STEPS = 4
 """Fewest steps of a window."""
+ADJOINT_FLOATS = 1 << 22
+"""Numbers of inputs, states and cotangents that an adjoint brings into order at a time: 16 MB."""
 MOST_FLOATS = 1 << 26
 """Numbers that a window given by the caller may take."""
 
@@ -70,8 +72,7 @@ def prepare(problem: Problem, fewest: int, structure: str | None, blocks: int = 
     floats = batch * time * problem.layout.size
     if not _plain(problem) or floats < FEWEST_FLOATS:
         return None
-    groups = max(1, min(batch // fewest, torch.get_num_threads(), floats // THREAD_FLOATS))
-    rows = Rows(tuple(batch * (g + 1) // groups - batch * g // groups for g in range(groups)), time)
+    rows = Rows(_groups(batch, fewest, floats), time)
     turned = rows.turned(u)
     programs = compile_step(problem.cell, problem.layout, turned.T, structure, blocks)
     if programs is None:
@@ -81,6 +82,12 @@ def prepare(problem: Problem, fewest: int, structure: str | None, blocks: int = 
     if problem.reset is not None and problem.fresh is not None:
         fresh, reset = problem.fresh.detach().T.contiguous(), rows.turned(problem.reset.unsqueeze(-1))[0].numpy()
     return Prepared(rows, *programs, (start, fresh, reset))
+
+
+def _groups(batch: int, fewest: int, floats: int) -> tuple[int, ...]:
+    """Share sequences out over threads: how many each takes."""
+    groups = max(1, min(batch // fewest, torch.get_num_threads(), floats // THREAD_FLOATS))
+    return tuple(batch * (g + 1) // groups - batch * g // groups for g in range(groups))
 
 
 def _plain(problem: Problem) -> bool:
@@ -124,6 +131,39 @@ def step_by_step(problem: Problem) -> Tensor | None:
     out = torch.empty(problem.layout.size, sum(rows.counts) * rows.time)
     loop(prepared.step, rows, *prepared.given, out)
     return rows.back(out, 0, rows.time)
+
+
+def adjoint(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor | None:
+    """Return g_t = c_t + A_{t+1}ᵀ g_{t+1} for cotangents c [B, T, D], one step after another from the last.
+
+    That is a recurrence of a program backwards in time: of the step and, behind it, its derivative. The whole Jacobians
+    are never formed, and nothing is kept from the forward pass but the states.
+    """
+    batch, time, size = states.shape
+    if not _plain(problem) or states.numel() < FEWEST_FLOATS:
+        return None
+    found = torch.empty_like(states)
+    g = found[:, -1] = cotangent[:, -1]
+    nothing = torch.zeros(size, batch)
+    width = max(1, ADJOINT_FLOATS // (batch * (problem.u.shape[-1] + 3 * size)))
+    counts = _groups(batch, LANES, states.numel())
+    for end in range(time - 1, 0, -width):
+        begin = max(0, end - width)
+        rows = Rows(counts, end - begin)
+        # The transition out of steps begin … end − 1 is the Jacobian of steps begin + 1 … end.
+        u = problem.u[:, begin + 1 : end + 1].detach()
+        u, s, c = (rows.turned(t.flip(1)) for t in (u, states[:, begin:end], cotangent[:, begin:end]))
+        program = compile_adjoint(problem.cell, problem.layout, u.T, s, c)
+        if program is None:
+            return None
+        cut = np.empty(0, np.bool_)
+        if problem.reset is not None:
+            cut = rows.turned(problem.reset[:, begin + 1 : end + 1].flip(1).unsqueeze(-1))[0].numpy()
+        out = torch.empty(size, batch * (end - begin))
+        loop(program, rows, g.T.contiguous(), nothing, cut, out)
+        found[:, begin:end] = rows.back(out, 0, end - begin).flip(1)
+        g = found[:, begin]
+    return found
 
 
 class Method(NamedTuple):

@@ -35,7 +35,7 @@ MINIMUM = 1 << 12
 OPERATIONS = (
     "load", "copy", "add", "sub", "mul", "div", "add_c", "mul_c", "rsub_c", "rdiv_c", "sigmoid", "tanh", "relu", "step",
     "addcmul", "addcmul_c", "linear", "fill", "gather", "store", "exp", "log", "sqrt", "sin", "cos",
-    "log1p",
+    "log1p", "softplus",
 )  # fmt: skip
 CODE = {name: number for number, name in enumerate(OPERATIONS)}
 
@@ -70,6 +70,13 @@ class Builder:
         begin = len(self.gathered)
         self.gathered += registers
         return self.emit("gather", len(registers), begin)
+
+    def adjacent(self, registers: list[int]) -> int:
+        """Return the first of adjacent registers with these values: those that one instruction wrote."""
+        first, last = registers[0], registers[-1]
+        if registers == list(range(first, first + len(registers))) and self.writer(first) == self.writer(last):
+            return first
+        return self.gather(registers)
 
     def constant(self, values: Tensor) -> int:
         """Keep numbers and return where they begin."""
@@ -147,11 +154,11 @@ def _needed(
     instructions: list[tuple[int, ...]], stores: list[tuple[int, ...]], gathered: np.ndarray
 ) -> list[tuple[int, ...]]:
     """Return the instructions whose results are stored in the end, and the stores."""
-    wanted: set[int] = {register for row in stores for register in _reads(row, gathered)}
+    wanted: set[int] = {register for row in stores for register in reads(row, gathered)}
     kept = []
     for row in reversed(instructions):
         if not wanted.isdisjoint(range(row[1], row[1] + row[5])):
-            wanted.update(_reads(row, gathered))
+            wanted.update(reads(row, gathered))
             kept.append(row)
     return kept[::-1] + stores
 
@@ -168,9 +175,9 @@ def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.nda
         for number, written in enumerate(writes) if written is not None
         for register in range(written[0], written[0] + written[1])
     }  # fmt: skip
-    reads = [_reads(row, gathered) for row in table.tolist()]
+    read = [reads(row, gathered) for row in table.tolist()]
     last = dict(enumerate(range(len(table))))
-    for number, registers in enumerate(reads):
+    for number, registers in enumerate(read):
         for register in registers:
             last[owner[register]] = number
     table, gathered, place, top = table.copy(), gathered.copy(), {}, 0
@@ -194,7 +201,7 @@ def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.nda
             else:
                 place[number], top = top, top + written[1]
             row[1] = place[number]
-        for writer in {owner[register] for register in reads[number]} | ({number} if written else set()):
+        for writer in {owner[register] for register in read[number]} | ({number} if written else set()):
             if last[writer] == number:
                 free.setdefault(writes[writer][1], []).append(place[writer])  # type: ignore[index]
     return table, gathered, top
@@ -205,7 +212,7 @@ _ONE = {
     CODE[name]
     for name in (
         "copy", "add_c", "mul_c", "rsub_c", "rdiv_c", "sigmoid", "tanh", "relu", "step", "store", "linear", "exp",
-        "log", "sqrt", "sin", "cos", "log1p",
+        "log", "sqrt", "sin", "cos", "log1p", "softplus",
     )
 }  # fmt: skip
 
@@ -217,7 +224,7 @@ def _columns(code: int) -> tuple[int, ...]:
     return (2, 3) if code in _TWO else (2,) if code in _ONE else ()
 
 
-def _reads(row: Sequence[int], gathered: np.ndarray) -> list[int]:
+def reads(row: Sequence[int], gathered: np.ndarray) -> list[int]:
     """The registers that an instruction reads."""
     code, *_, features = row
     if code == CODE["gather"]:

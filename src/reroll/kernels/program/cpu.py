@@ -53,8 +53,9 @@ from reroll.kernels.simd import (
     SIN,
     COS,
     LOG1P,
-) = range(26)
-assert (CODE["store"], CODE["log1p"]) == (STORE, LOG1P)
+    SOFTPLUS,
+) = range(27)
+assert (CODE["store"], CODE["softplus"]) == (STORE, SOFTPLUS)
 
 
 @intrinsic
@@ -211,6 +212,10 @@ def _function(file, code, dst, a, size):
     elif code == LOG1P:
         for i in range(size):
             file[dst + i] = np.log1p(file[a + i])
+    elif code == SOFTPLUS:
+        for i in range(size):  # log(1 + eˣ), which cannot overflow so
+            x = file[a + i]
+            file[dst + i] = max(x, np.float32(0)) + np.log1p(np.exp(-abs(x)))
     else:
         for i in range(size):
             file[dst + i] = np.cos(file[a + i])
