@@ -343,34 +343,57 @@ def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path):
 
 
 def test_ways_along_time_are_compared_at_a_small_size(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(rollouts, "CASES", ((3, 2),))
+    cpu = rollouts.cpu
+    small = [cpu.Case(3, 2, 300, methods=tuple(cpu.METHODS)), cpu.Case(4, 2, 300, gradient=True)]
+    monkeypatch.setattr(cpu, "cases", lambda steps: small)
+    monkeypatch.setattr(cpu, "LEAST_SECONDS", 0.0)
     weighed = []
-    monkeypatch.setattr(
-        rollouts, "measure", lambda call: weighed.append(call) or Measurement(0.1, 4 * 32 * 16 * 300, 1)
-    )
+    monkeypatch.setattr(cpu, "measure", lambda call: weighed.append(call) or Measurement(0.1, 4 * 32 * 16 * 300, 1))
     found = rollouts.run(1, tmp_path / "out" / "rollouts.json", steps=300)
     assert json.loads((tmp_path / "out" / "rollouts.json").read_text())["rows"] == found["rows"]
-    assert [row["cell"] for row in found["rows"]] == ["user", "GRUCell", "LSTMCell", "not writable"]
-    for row in found["rows"]:
-        assert max(row["deviation"].values()) < 1e-3
+    assert [row["cell"] for row in found["rows"]] == 2 * ["user", "GRUCell", "LSTMCell", "not writable"]
+    for row, case in zip(found["rows"], [small[0]] * 4 + [small[1]] * 4):
+        assert row["gradient"] == case.gradient
+        assert set(case.methods) == set(row["seconds"]) - {"library"}
+        assert 0 < max(row["deviation"].values()) < 1e-3
         assert row["deviation"]["loop"] == 0
-        assert set(rollouts.METHODS) <= set(row["seconds"])
         assert row["best"] in row["seconds"]
-    assert "library" not in found["rows"][3]["seconds"]
+        assert ("library" in row["seconds"]) == (row["cell"] != "not writable")
     assert set(found["memory_floats"].values()) == {1.0}
     assert len(weighed) == 2
     said = capsys.readouterr().out
     assert "auto ÷ best: at most" in said
-    assert "D = 3, B = 2, T = 300: LSTMCell" in said
+    assert "D = 3, B = 2, T = 300, forward: LSTMCell" in said
+    assert "D = 4, B = 2, T = 300, forward and backward: user" in said
+
+
+def test_the_cases_hold_the_sizes_that_bars_are_about():
+    every = rollouts.cpu.cases(10_000)
+    forward = {(case.size, case.batch) for case in every if not case.gradient and case.steps == 10_000}
+    assert {(8, 16), (32, 4), (32, 16)} <= forward
+    assert {case.methods for case in every if case.steps == 10_000} == {tuple(rollouts.cpu.METHODS)}
+    assert any(case.gradient for case in every)
 
 
 def test_the_case_for_a_card_measures_gradients_that_agree():
-    found = rollouts.gpu_case(3, 2, 300, 1, device="cpu")
+    found = rollouts.card.gpu_case(3, 2, 300, 1, device="cpu")
     assert set(found["seconds"]) == {"library", "quasi_deer", "deer", "loop"}
     assert max(found["deviation_of_gradient"].values()) < 1e-4
     table = {"rows": [], "steps": 300, "auto_over_best": {"largest": 1, "geometric_mean": 1}, "memory_floats": {}}
     told = rollouts.report({**table, "gpu": [found], "hardware": "none", "torch": "2", "commit": "0"})
     assert "GPU, D = 3, B = 2, T = 300, forward and backward: library" in told
+
+
+def test_what_is_short_is_called_several_times(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def take():
+        calls.append(clock[0])
+        clock[0] += 2
+
+    assert timing.in_turn({"a": take}, rounds=2, least=5) == {"a": [2, 2]}
+    assert len(calls) == 2 + 2 * 3
 
 
 def test_nothing_is_collected_while_it_is_timed():

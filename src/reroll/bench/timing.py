@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -11,8 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def in_turn(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def in_turn(functions: Mapping[str, Callable[[], Any]], rounds: int, least: float = 0.0) -> dict[str, list[float]]:
     """Call all functions in turns, a round to warm up and then `rounds` that count; return their seconds.
+
+    Args:
+        functions: what is timed, by name.
+        rounds: how often.
+        least: seconds that a turn should take; what is shorter is called several times in a row, and the mean counts.
 
     Example:
         >>> times = in_turn({"a": lambda: None, "b": lambda: sum(range(1000))}, rounds=3)
@@ -21,19 +27,27 @@ def in_turn(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     with without_collections():
-        _fill(seconds, functions, rounds)
+        calls = {name: _calls(function, least) for name, function in functions.items()}
+        for round_ in range(rounds):
+            gc.collect()
+            # Shuffled, so that nothing always runs after the one that leaves the memory in pieces.
+            for name, function in random.Random(round_).sample(list(functions.items()), len(functions)):
+                seconds[name].append(_mean(function, calls[name]))
     return seconds
 
 
-def _fill(seconds: dict[str, list[float]], functions: Mapping[str, Callable[[], Any]], rounds: int) -> None:
-    for round_ in range(rounds + 1):
-        gc.collect()
-        # Shuffled, so that nothing always runs after the one that leaves the memory in pieces.
-        for name, function in random.Random(round_).sample(list(functions.items()), len(functions)):
-            began = time.perf_counter()
-            function()
-            if round_:
-                seconds[name].append(time.perf_counter() - began)
+def _calls(function: Callable[[], Any], least: float) -> int:
+    """Warm a function up, and return how many calls take `least` seconds."""
+    function()
+    return math.ceil(least / _mean(function, 1)) if least else 1
+
+
+def _mean(function: Callable[[], Any], calls: int) -> float:
+    """Return the seconds of a call, over several."""
+    began = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - began) / calls
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+"""`reroll bench rollouts`: ways to evaluate a recurrence along time, side by side: speed and deviation in one table.
+
+    loop            the step in a Python loop (`Sequential(kernel="reference")`)
+    library         torch's fused kernel for the same cell (oneDNN, cuDNN)
+    compiled        the step written as a program, and looped over in compiled code (`Sequential(kernel="compiled")`)
+    quasi_deer, deer, jacobi, picard, elk, quasi_elk        parallel in time
+    auto            what `reroll.auto()` chooses
+
+Cells: a GRU written by a user in plain torch operations, torch's own `GRUCell` and `LSTMCell`, and a user's cell that
+cannot be written as a program. On a CPU in float32: the readouts of all steps, with and without a gradient. On a GPU:
+forward and backward, T = 100,000. Every figure is a median over interleaved rounds; deviations are from the loop.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reroll.bench.rollouts import card, cpu
+from reroll.rollout import quasi_deer
+from reroll.train.run import commit, hardware
+
+
+def run(rounds: int = 7, path: Path | None = None, steps: int = 10_000) -> dict[str, Any]:
+    """Measure all cases, print a table, and write it as JSON if a path is given."""
+    rows = [row for case in cpu.cases(steps) for row in cpu.rows_of(case, rounds)]
+    found: dict[str, Any] = {"steps": steps, "rows": rows, "auto_over_best": cpu.auto_over_best(rows)}
+    found["memory_floats"] = {
+        "quasi_deer()": cpu.memory(quasi_deer(), steps),
+        "quasi_deer(window=None)": cpu.memory(quasi_deer(window=None), steps),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = [card.gpu_case(size, batch, card.STEPS, rounds) for size, batch in card.SIZES]
+    found |= {"hardware": hardware(), "commit": commit(), "torch": torch.__version__}
+    print(report(found))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def report(found: dict[str, Any]) -> str:
+    """Return the table."""
+    lines = []
+    for row in found["rows"]:
+        what = "forward and backward" if row["gradient"] else "forward"
+        lines.append(f"D = {row['D']}, B = {row['B']}, T = {row['T']:,}, {what}: {row['cell']}")
+        for name, value in row["seconds"].items():
+            lines.append(f"    {name:<12}{1e3 * value:>10.1f} ms   deviation {row['deviation'][name]:.1e}")
+        said = [f"loop ÷ quasi-DEER {row['loop_over_quasi_deer']:.2f}"]
+        for name, title in (("quasi_deer", "quasi-DEER"), ("deer", "DEER"), ("auto", "auto")):
+            if f"{name}_over_library" in row:
+                said.append(f"{title} ÷ library {row[f'{name}_over_library']:.2f}")
+        lines.append(f"    {', '.join(said)}; auto ÷ best ({row['best']}) {row['auto_over_best']:.2f}")
+    auto = found["auto_over_best"]
+    lines.append(f"auto ÷ best: at most {auto['largest']:.2f}, geometric mean {auto['geometric_mean']:.2f}")
+    lines += [
+        f"memory of {name}: {value:.1f} numbers per number of state" for name, value in found["memory_floats"].items()
+    ]
+    for row in found.get("gpu", ()):
+        times = ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in row["seconds"].items())
+        lines.append(f"GPU, D = {row['D']}, B = {row['B']}, T = {row['T']:,}, forward and backward: {times}")
+    return "\n".join([*lines, f"{found['hardware']}, torch {found['torch']}, commit {found['commit']}"])

@@ -1,0 +1,135 @@
+"""Rollouts on the CPU, in float32: the readouts of all steps without a gradient, or with the gradient of a loss."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reroll.bench.rollouts.cells import Compared, compared
+from reroll.bench.timing import in_turn, ratio
+from reroll.cells import GRU
+from reroll.rollout import Rollout, Sequential, auto, deer, elk, jacobi, picard, quasi_deer, quasi_elk
+from reroll.train.measure import measure
+
+METHODS: dict[str, Callable[[], Rollout]] = {
+    "loop": lambda: Sequential(kernel="reference"),
+    "compiled": lambda: Sequential(kernel="compiled"),
+    "quasi_deer": quasi_deer,
+    "deer": deer,
+    "jacobi": jacobi,
+    "picard": picard,
+    "quasi_elk": quasi_elk,
+    "elk": elk,
+    "auto": auto,
+}
+LIKELY = ("loop", "compiled", "quasi_deer", "auto")
+"""Those that can be the fastest at other sizes, and with a gradient."""
+WHOLE_JACOBIANS = 2_000
+"""Numbers in the whole Jacobians of one step up to which they are damped; more take minutes on a CPU."""
+LEAST_SECONDS = 0.05
+"""What is shorter is called several times in a row and averaged: a single call measures the machine's other work."""
+
+Runs = dict[str, Callable[[], Tensor]]
+
+
+class Case(NamedTuple):
+    """A size: D features, B sequences, T steps; with a gradient or not, and by which methods."""
+
+    size: int
+    batch: int
+    steps: int
+    gradient: bool = False
+    methods: tuple[str, ...] = LIKELY
+    cells: tuple[str, ...] = ("user", "GRUCell", "LSTMCell", "not writable")
+
+
+def cases(steps: int) -> list[Case]:
+    """Return all cases: `steps` forward by every method; a tenth of them at other sizes, and with a gradient."""
+    short = steps // 10
+    return [
+        *(Case(size, batch, steps, methods=tuple(METHODS)) for size, batch in ((8, 16), (32, 4), (32, 16), (8, 1))),
+        *(
+            Case(size, batch, short, cells=("user", "GRUCell", "LSTMCell"))
+            for size, batch in ((64, 4), (128, 1), (256, 4), (16, 64), (64, 64))
+        ),
+        *(
+            Case(size, batch, short, gradient=True)
+            for size, batch in ((8, 1), (8, 16), (32, 16), (64, 16), (16, 64), (64, 64), (128, 4), (256, 4))
+        ),
+    ]
+
+
+def rows_of(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """Return, for every cell, seconds and deviations from the loop of every method."""
+    torch.manual_seed(0)
+    inputs = torch.randn(case.batch, case.steps, case.size)
+    every = compared(case.size)
+    runs = {name: _runs(case, every[name], inputs) for name in case.cells}
+    # All in one round, so that whatever else the machine does falls on all of them.
+    together = {f"{cell}: {method}": call for cell, methods in runs.items() for method, call in methods.items()}
+    with torch.set_grad_enabled(case.gradient):
+        exact = {cell: methods["loop"]() for cell, methods in runs.items()}
+        deviation = {name: float((call() - exact[name.split(":")[0]]).abs().max()) for name, call in together.items()}
+        seconds = in_turn(together, rounds, LEAST_SECONDS)
+    return [_row(case, cell, list(methods), seconds, deviation) for cell, methods in runs.items()]
+
+
+def _runs(case: Case, given: Compared, inputs: Tensor) -> Runs:
+    cell, library = given
+
+    def through(rollout: Rollout) -> Callable[[], Tensor]:
+        return _call(case, lambda x: rollout.read(cell, x)[0], inputs, cell)
+
+    small = case.batch * case.size**2 <= WHOLE_JACOBIANS
+    runs = {name: through(METHODS[name]()) for name in case.methods if name != "elk" or small}
+    if library is not None:
+        runs["library"] = _call(case, lambda x: library(x)[0], inputs, library)
+    return runs
+
+
+def _call(case: Case, readouts: Callable[[Tensor], Tensor], inputs: Tensor, module: nn.Module) -> Callable[[], Tensor]:
+    """Return the readouts of one call, or the gradient of their mean square in the inputs (and in all weights)."""
+    if not case.gradient:
+        return lambda: readouts(inputs)
+
+    def gradient() -> Tensor:
+        leaf = inputs.detach().requires_grad_()
+        loss = readouts(leaf).square().sum() / case.batch
+        return torch.autograd.grad(loss, [leaf, *module.parameters()], allow_unused=True)[0]
+
+    return gradient
+
+
+def _row(
+    case: Case, cell: str, methods: list[str], seconds: Mapping[str, list[float]], deviation: Mapping[str, float]
+) -> dict[str, Any]:
+    mine = {method: seconds[f"{cell}: {method}"] for method in methods}
+    median = {method: statistics.median(times) for method, times in mine.items()}
+    # torch's kernel is no choice for a user's own code.
+    best = min((m for m in methods if m != "auto" and not (m == "library" and cell == "user")), key=median.__getitem__)
+    row: dict[str, Any] = {
+        "D": case.size, "B": case.batch, "T": case.steps, "gradient": case.gradient, "cell": cell, "seconds": median,
+        "deviation": {method: deviation[f"{cell}: {method}"] for method in methods},
+        "best": best, "auto_over_best": ratio(mine, "auto", best),
+        "loop_over_quasi_deer": ratio(mine, "loop", "quasi_deer"),
+    }  # fmt: skip
+    if "library" in methods:
+        row |= {f"{m}_over_library": ratio(mine, m, "library") for m in ("quasi_deer", "deer", "auto") if m in methods}
+    return row
+
+
+def auto_over_best(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the largest ratio of all rows and their geometric mean."""
+    ratios = [row["auto_over_best"] for row in rows]
+    return {"largest": max(ratios), "geometric_mean": math.exp(statistics.fmean(map(math.log, ratios)))}
+
+
+def memory(rollout: Rollout, steps: int, size: int = 32, batch: int = 16) -> float:
+    """Return the peak of a forward pass above the inputs, in numbers per number of state; in a fresh process."""
+    cell, inputs = GRU(size, size), torch.randn(batch, steps, size)
+    return measure(torch.no_grad()(lambda: rollout(cell, inputs))).peak_bytes / (4 * size * batch * steps)
