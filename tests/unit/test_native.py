@@ -185,6 +185,23 @@ def test_what_is_not_finite_is_handed_over_with_the_steps_before_it(natively):
 
 
 @torch.no_grad()
+def test_what_another_thread_solved_beyond_a_hand_over_is_not_counted(monkeypatch):
+    monkeypatch.setattr(native, "THREAD_FLOATS", 1 << 10)
+    monkeypatch.setattr(native, "FEWEST_FLOATS", 1)
+    torch.set_num_threads(2)
+    cell, x = Exploding(), torch.zeros(2, 600, 4)
+    x[0, 100:] = 3.0
+    x[1, 400:] = 0.5  # takes more iterations here, long after the other sequence has ended
+    method = native.Method("diagonal", "diagonal", 1, 50, (1e-6, 1e-6), lambda window: 100, 1)
+    _, found = native.newton(make_problem(cell, x, None, None), method, None)
+    assert 100 <= found.steps < 200
+    alone = native.newton(make_problem(cell, x[1:, : found.steps], None, None), method, None)[1]
+    far = native.newton(make_problem(cell, x[1:], None, None), method, None)[1]
+    assert far.iterations[0] > alone.iterations[0] == found.iterations[1]
+    assert found.residual[1] == alone.residual[0]
+
+
+@torch.no_grad()
 def test_too_few_iterations_fall_back_to_the_loop():
     cell, x = case(GRU, 3, 500)
     found = quasi_deer(max_iterations=2)(cell, x)

@@ -130,7 +130,8 @@ def newton(
     starts, freshes, states = start.contiguous().numpy(), fresh.contiguous().numpy(), out.numpy()
     guesses = np.empty((0, 0), np.float32) if guess is None else guess.contiguous().numpy()
     batch = int(columns[-1])
-    iterations, residual = np.zeros(batch, np.int64), np.zeros(batch, np.float32)
+    windows = -(-rows.time // window)
+    iterations, residual = np.zeros((windows, batch), np.int64), np.zeros((windows, batch), np.float32)
     solved = np.zeros(len(firsts), np.int64)
     how = (KINDS[kind], order, window, limit, every)
     within = tuple(np.float32(t) for t in tolerance)
@@ -145,7 +146,9 @@ def newton(
             )
 
     split(work, len(firsts), 1)
-    return Found(int(solved.min()), iterations, residual)
+    steps = int(solved.min())
+    whole_windows = -(-steps // window)  # some groups may have gone on
+    return Found(steps, *(each[:whole_windows].max(0, initial=0) for each in (iterations, residual)))
 
 
 def _addresses(program: Program) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -156,5 +159,5 @@ def _addresses(program: Program) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return addresses, strides, np.zeros(len(addresses), np.int64)
 
 
-def _given(program: Program, inputs: tuple[np.ndarray, np.ndarray, np.ndarray]):  # type: ignore[no-untyped-def]
+def _given(program: Program, inputs: tuple[np.ndarray, np.ndarray, np.ndarray]):
     return program.code, program.registers, program.outputs, inputs

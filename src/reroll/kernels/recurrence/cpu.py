@@ -64,10 +64,10 @@ def loop(code, registers, inputs, features, group, start, fresh, reset, out):
 def newton(step, whole, group, how, within, start, fresh, reset, guess, out, iterations, residual):
     """Solve the windows of one group, and return how many steps are solved."""
     first, column, count, time = group
-    kind, order, window, limit, every = how
+    window = how[2]
     size, resets = start.shape[0], len(reset) > 0
     step_code, step_registers, _, step_inputs = step
-    whole_code, whole_registers, outputs, whole_inputs = whole
+    _, whole_registers, outputs, whole_inputs = whole
     most = min(window, time) * count
     held = count + most  # the state before the window, then those of the window: the states before, one step early
     file = np.zeros(max(step_registers, whole_registers) * ROWS, np.float32)
@@ -77,11 +77,13 @@ def newton(step, whole, group, how, within, start, fresh, reset, guess, out, ite
     for inputs in (step_inputs, whole_inputs):
         inputs[0][0] = ahead.ctypes.data if resets else states.ctypes.data
         inputs[1][0] = most if resets else held
+    memory = (file, states, following, correction, ahead)
     errors, scales = np.zeros((size, count), np.float32), np.zeros((size, count), np.float32)
     changes = np.zeros((size, count), np.float32)
     lanes = count * LANES // np.gcd(count, LANES)  # after which rows of vectors and of sequences begin together
     sums, moving = np.zeros((2, lanes), np.float32), np.zeros(lanes, np.float32)
     done, used = np.zeros(count, np.bool_), np.zeros(count, np.int64)
+    found = (errors, scales, changes, sums, moving, done, used)
     flat, stride = out.reshape(-1), out.shape[1]
     for d in range(size):
         states[d * held : d * held + count] = start[d, column : column + count]
@@ -98,36 +100,48 @@ def newton(step, whole, group, how, within, start, fresh, reset, guess, out, ite
             for d in range(size):
                 at = d * held + count
                 states[at : at + rows] = following[d * most : d * most + rows]
-        done[:], used[:], moving[:] = False, 0, 1
-        for iteration in range(limit + 1):
-            if resets:
-                _begin_afresh(ahead, states, reset, fresh, row, column, sizes)
-            if kind == BLOCKS and (iteration == 0 or iteration % every == 1 % every):
-                _evaluate(whole_code, whole_inputs, file, row, rows, following, most)
-                _cut(following, reset, row, outputs, sizes)
-            else:
-                _evaluate(step_code, step_inputs, file, row, rows, following, most)
-            if not _residuals(states, following, sums, errors, scales, sizes):
-                return begin
-            left = _unfinished(iteration, within, errors, scales, changes, done)
-            if left == 0:
-                break
-            if iteration == limit:
-                return begin
-            for b in range(count):
-                used[b] += not done[b]
-            for lane in range(lanes):
-                moving[lane] = not done[lane % count]
-            _correct(kind, order, following, correction, sizes)
-            _move(states, correction, moving, sums, changes, sizes)
+        if not _solve(step, whole, how, within, memory, found, reset, fresh, row, column, sizes):
+            return begin
         for d in range(size):
             at = d * held + count
             flat[d * stride + row : d * stride + row + rows] = states[at : at + rows]
             states[d * held : d * held + count] = states[d * held + rows : d * held + rows + count]
         for b in range(count):
-            iterations[column + b] = max(iterations[column + b], used[b])
-            residual[column + b] = max(residual[column + b], errors[:, b].max())
+            iterations[begin // window, column + b] = used[b]
+            residual[begin // window, column + b] = errors[:, b].max()
     return time
+
+
+@jit
+def _solve(step, whole, how, within, memory, found, reset, fresh, row, column, sizes):
+    """Iterate on one window until it is within tolerance; return whether it got there."""
+    kind, order, _, limit, every = how
+    _, count, rows, _, most = sizes
+    step_code, _, _, step_inputs = step
+    whole_code, _, outputs, whole_inputs = whole
+    file, states, following, correction, ahead = memory
+    errors, scales, changes, sums, moving, done, used = found
+    done[:], used[:], moving[:] = False, 0, 1
+    for iteration in range(limit + 1):
+        if len(reset) > 0:
+            _begin_afresh(ahead, states, reset, fresh, row, column, sizes)
+        if kind == BLOCKS and (iteration == 0 or iteration % every == 1 % every):
+            _evaluate(whole_code, whole_inputs, file, row, rows, following, most)
+            _cut(following, reset, row, outputs, sizes)
+        else:
+            _evaluate(step_code, step_inputs, file, row, rows, following, most)
+        if not _residuals(states, following, sums, errors, scales, sizes):
+            return False
+        if _unfinished(iteration, within, errors, scales, changes, done) == 0:
+            return True
+        for b in range(count):
+            used[b] += not done[b]
+        for lane in range(len(moving)):
+            moving[lane] = not done[lane % count]
+        if iteration < limit:
+            _correct(kind, order, following, correction, sizes)
+            _move(states, correction, moving, sums, changes, sizes)
+    return False
 
 
 @jit
