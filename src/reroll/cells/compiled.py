@@ -20,7 +20,8 @@ from torch import Tensor
 from reroll.cells.base import Cell
 from reroll.cells.jacobian import MISSES
 from reroll.cells.layout import Layout
-from reroll.cells.tracked import Tracked, band
+from reroll.cells.pieces import band
+from reroll.cells.tracked import Tracked
 from reroll.errors import UsageError
 from reroll.kernels.program import Builder, Program
 from reroll.kernels.program.reverse import reverse
@@ -100,7 +101,7 @@ class Symbol:
         raise Unwritable("a branch on a value")
 
     __hash__ = object.__hash__
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = lambda self, other: self.__bool__()  # type: ignore
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = lambda self, other: self.__bool__()
 
 
 _SHAPES = {
@@ -285,10 +286,10 @@ def compile_step(
     builder = Builder()
     rows = inputs.shape[0]
     first = builder.input(torch.empty(size, rows, device="meta"))
-    value = Symbol(builder, torch.arange(first, first + size).view(1, size), rows)
+    value: Any = Symbol(builder, torch.arange(first, first + size).view(1, size), rows)
     try:
-        state = Tracked(value, (), moves=True) if structure is None else Tracked.state(value)  # type: ignore[arg-type]
-        parts = layout.parts(cell.step(Tracked(inputs, ()), layout.unpack(state)))  # type: ignore[arg-type]
+        state = Tracked(value, (), moves=True) if structure is None else Tracked.state(value)
+        parts = _stepped(cell, layout, inputs, state)
         following = [_output(builder, part) for part in parts]
         if sum(features for _, features in following) != size:
             return None
@@ -313,10 +314,9 @@ def compile_adjoint(cell: Cell, layout: Layout, inputs: Tensor, states: Tensor, 
     builder = Builder()
     first = builder.input(torch.empty(size, rows, device="meta"))
     before, given = builder.input(states), builder.input(cotangent)
-    value = Symbol(builder, torch.arange(before, before + size).view(1, size), rows)
+    value: Any = Symbol(builder, torch.arange(before, before + size).view(1, size), rows)
     try:
-        state = Tracked(value, (), moves=True)  # type: ignore[arg-type]
-        parts = layout.parts(cell.step(Tracked(inputs, ()), layout.unpack(state)))  # type: ignore[arg-type]
+        parts = _stepped(cell, layout, inputs, Tracked(value, (), moves=True))
         following = [_output(builder, part) for part in parts]
         if [features for _, features in following] != list(layout.sizes):
             return None
@@ -325,6 +325,12 @@ def compile_adjoint(cell: Cell, layout: Layout, inputs: Tensor, states: Tensor, 
     except (*MISSES, Unwritable, UsageError, AssertionError):
         return None
     return builder.finish([(given if back is None else builder.emit("add", size, given, back), size)])
+
+
+def _stepped(cell: Cell, layout: Layout, inputs: Any, state: Any) -> Any:
+    """Return the parts of the state after a step from a tracked one."""
+    fixed: Any = Tracked(inputs, ())
+    return layout.parts(cell.step(fixed, layout.unpack(state)))
 
 
 def _output(builder: Builder, part: Any) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reroll.cells import tracked
+from reroll.cells import pieces, tracked
 from reroll.cells.base import Cell
 from reroll.cells.layout import Layout
 from reroll.errors import UsageError
@@ -41,7 +41,7 @@ def advance(cell: Cell, layout: Layout, u: Tensor | tracked.Tracked, state: Tens
     """Return what `step` returns, without a graph, feature-major where the step can be followed."""
     if cell not in _untrackable:
         try:
-            after = cell.step(_inputs(u), layout.unpack(tracked.Tracked(state, (), moves=True)))  # type: ignore[arg-type]
+            after = cell.step(_inputs(u), layout.unpack(tracked.Tracked(state, (), moves=True)))
             return _joined(layout.parts(after))
         except MISSES as error:
             _give_up(cell, error)
@@ -83,19 +83,19 @@ def linearise(
 def _by_structure(
     cell: Cell, layout: Layout, u: Tensor | tracked.Tracked, state: Tensor, structure: Structure, blocks: int
 ) -> tuple[Tensor, Tensor]:
-    after = cell.step(_inputs(u), layout.unpack(tracked.Tracked.state(state)))  # type: ignore[arg-type]
+    after = cell.step(_inputs(u), layout.unpack(tracked.Tracked.state(state)))
     parts = layout.parts(after)
     if structure == "diagonal":
-        found = tracked.diagonal_of(parts, layout.sizes)
+        found = pieces.diagonal_of(parts, layout.sizes)
     elif structure == "dense":
-        found = tracked.dense_of(parts, layout.size)
+        found = pieces.dense_of(parts, layout.size)
     elif len(parts) == blocks and len(set(layout.sizes)) == 1:
-        found = tracked.blocks_of(parts, blocks)
+        found = pieces.blocks_of(parts, blocks)
     elif len(parts) == 1:
-        found = tracked.blocks_of(parts[0].chunk(blocks, -1), blocks)
+        found = pieces.blocks_of(parts[0].chunk(blocks, -1), blocks)
     else:
         width = layout.size // blocks
-        dense = tracked.dense_of(parts, layout.size).unflatten(1, (blocks, width)).unflatten(0, (blocks, width))
+        dense = pieces.dense_of(parts, layout.size).unflatten(1, (blocks, width)).unflatten(0, (blocks, width))
         found = dense.diagonal(dim1=1, dim2=3).movedim(-1, 2)
     return _joined(parts), found.movedim(-1, 0)
 
