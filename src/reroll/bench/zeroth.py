@@ -23,7 +23,7 @@ from reroll.bench.timing import in_turn, ratio, spread, torch_threads
 from reroll.cells import LSTM
 from reroll.data.batch import Batch
 from reroll.data.task import sequence_losses
-from reroll.grad import CentralDifference
+from reroll.grad import CentralDifference, Seeded
 from reroll.kernels.noise_axpy import Stream, noise_axpy
 from reroll.keys import Key
 from reroll.models import Recurrent
@@ -84,7 +84,8 @@ class Case:
         """A whole step: estimate and fused update (with a rate of nothing to speak of); returns the coefficients."""
         estimate = CentralDifference(probes, epsilon, **options)(self.model, sequence_losses, self.batch, Key(0).at(0))
         apply(estimate.gradient, torch.optim.SGD(self.model.parameters(), lr=1e-12), "fused")
-        return estimate.gradient.coefficients  # type: ignore[union-attr]
+        assert isinstance(estimate.gradient, Seeded)
+        return estimate.gradient.coefficients
 
 
 def _dense(rounds: int) -> dict[str, Any]:

@@ -47,13 +47,13 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, description: str, 
         with contextlib.redirect_stderr(errors):
             options: dict[str, Any] = {} if default is None else {"default": default}
             return tyro.cli(
-                tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type]
+                tyro.conf.OmitArgPrefixes[kind],  # pyright: ignore[reportInvalidTypeForm]: tyro takes types made at run time
                 args=list(arguments), prog=prog, description=description, **options,
             )  # fmt: skip
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        known = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        known = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]: T is a dataclass
         raise UsageError(f"{prog}: {one_line(errors.getvalue(), known)}") from None
     finally:
         for name, value in before.items():

@@ -30,7 +30,7 @@ import torch
 
 from reroll.data.batch import Batch
 from reroll.data.series import Series, first_not_finite, moments, read_series
-from reroll.data.task import Task
+from reroll.data.task import Readout, Task
 from reroll.errors import UsageError, nearest, require_positive
 from reroll.kernels.philox import random_integers
 from reroll.keys import Key
@@ -83,7 +83,7 @@ class Arrays(Task):
         batch: int = 32,
         seed: int = 0,
         *,
-        readout: str = "last",
+        readout: Readout = "last",
         eval_batches: int | None = 64,
         whole: bool = False,
         units: tuple[list[float], list[float]] | None = None,
@@ -192,7 +192,7 @@ class Arrays(Task):
             raise UsageError(f"split={split!r} is unknown.{nearest(split, self._windows)}")
         return self._windows[split]
 
-    def _set_targets(self, data: Series, readout: str) -> None:
+    def _set_targets(self, data: Series, readout: Readout) -> None:
         """Decide what is predicted, "next", "every" or "sequence", and keep the targets by step or by sequence."""
         self.predicts, self._targets, self.outputs, self.readout = "next", None, data.values.shape[1], "every"
         self.categorical = False

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class Score(NamedTuple):
     exact: float = 0.0
     sequences: float = 0.0
 
-    def __add__(self, other: tuple[float, ...]) -> Score:  # type: ignore[override]
+    # Scores add up number by number; tuples would be put behind one another.
+    def __add__(self, other: tuple[float, ...]) -> Score:  # pyright: ignore[reportIncompatibleMethodOverride]
         return Score(*(a + b for a, b in zip(self, other)))
 
     def summary(self, categorical: bool) -> dict[str, float]:
@@ -56,6 +57,10 @@ class Score(NamedTuple):
             "accuracy": self.correct / self.scored if self.scored else math.nan,
             "exact": self.exact / self.sequences if self.sequences else math.nan,
         }
+
+
+Readout = Literal["every", "last", "mean"]
+"""Where a model's outputs are read: at every step, at the last, or as the mean of all."""
 
 
 class Losses(NamedTuple):
@@ -77,7 +82,7 @@ class Task(ABC):
     vocab: int | None = None
     inputs: int | None = None
     outputs: int = 0
-    readout: str = "every"
+    readout: Readout = "every"
     splits: tuple[str, ...] = ("valid",)
     categorical: bool = True
     fingerprint: str = ""

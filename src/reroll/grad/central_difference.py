@@ -48,6 +48,9 @@ from reroll.kernels.noise_axpy import parse_kind
 from reroll.keys import Key
 from reroll.outcome import Outcome
 
+Evaluate = Literal["auto", "in_place", "tiles", "batched"]
+"""How perturbed losses are computed; see `reroll.grad.evaluate`."""
+
 
 @dataclass(frozen=True)
 class CentralDifference:
@@ -86,7 +89,7 @@ class CentralDifference:
     probes: int
     epsilon: float
     noise: str = "rademacher"
-    evaluate: Literal["auto", "in_place", "tiles", "batched"] = "auto"
+    evaluate: Evaluate = "auto"
     batch: Literal["shared", "split"] = "shared"
     dtype: torch.dtype | None = None
     shaping: Literal["raw", "zscore", "rank", "sign"] = "raw"

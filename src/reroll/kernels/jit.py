@@ -16,6 +16,7 @@ from typing import Any
 import numba
 
 KERNELS = Path(__file__).parent
+CONFIG: Any = numba.config  # its attributes are made from the environment
 
 
 @functools.cache
@@ -24,16 +25,16 @@ def folder() -> str:
     digest = hashlib.sha256()
     for path in sorted(KERNELS.rglob("*.py")):
         digest.update(path.read_bytes())
-    parent = Path(numba.config.CACHE_DIR or KERNELS / "__pycache__")  # NUMBA_CACHE_DIR, if it is set
+    parent = Path(CONFIG.CACHE_DIR or KERNELS / "__pycache__")  # NUMBA_CACHE_DIR, if it is set
     return str(parent / f"numba-{digest.hexdigest()[:16]}")
 
 
 def jit(function: Callable[..., Any]) -> Any:
     """Compile a function that needs no interpreter and holds no lock, with IEEE division."""
     # The setting is read when a function is decorated; it is the process's, so others' functions must not see it.
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = folder()
+    before = CONFIG.CACHE_DIR
+    CONFIG.CACHE_DIR = folder()
     try:
         return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     finally:
-        numba.config.CACHE_DIR = before
+        CONFIG.CACHE_DIR = before

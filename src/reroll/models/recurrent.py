@@ -170,7 +170,7 @@ class Recurrent(nn.Module):
 
     @property
     def _cells(self) -> tuple[Cell, ...]:
-        return tuple(self.cells)  # type: ignore[return-value]
+        return tuple(cell for cell in self.cells if isinstance(cell, Cell))
 
     def _features(
         self, inputs: Tensor, state: tuple[State, ...] | None, reset: Tensor | None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reroll.errors import RunError, UsageError, require_positive
 from reroll.grad.base import Estimate, Seeded, canonical_name, check_names, check_streams
-from reroll.grad.central_difference import CentralDifference
+from reroll.grad.central_difference import CentralDifference, Evaluate
 from reroll.keys import Key
 
 _EXAMPLE = (
@@ -71,15 +71,16 @@ class CDRGE(torch.optim.Optimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         noise: str = "rademacher",
-        evaluate: str = "auto",
+        evaluate: Evaluate = "auto",
     ):
         if isinstance(params, torch.nn.Module):
             raise UsageError(f"params is a {type(params).__name__}; pass its weights: model.named_parameters().")
         require_positive(probes=probes, epsilon=epsilon, epsilon_min=epsilon_min)
         # Says what is wrong with these now, not at the first step.
-        CentralDifference(probes, 1.0, noise, evaluate=evaluate)  # type: ignore[arg-type]
+        CentralDifference(probes, 1.0, noise, evaluate=evaluate)
         defaults = {"lr": lr, "epsilon": epsilon, "momentum": momentum, "weight_decay": weight_decay}
-        self.probes, self.epsilon_min, self.noise, self.evaluate = probes, epsilon_min, noise, evaluate
+        self.probes, self.epsilon_min, self.noise = probes, epsilon_min, noise
+        self.evaluate: Evaluate = evaluate
         self.key = Key(seed)
         self.last: Estimate | None = None
         super().__init__(_with_names(params), {**defaults, "step": 0})
@@ -104,7 +105,9 @@ class CDRGE(torch.optim.Optimizer):
                 raise UsageError(f"{name}={group[name]} must lie in [{low}, {high}).")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]: torch returns None without a closure, this needs one
+        self, closure: Callable[[], Any] | None = None
+    ) -> Tensor:
         """Take one step and return the loss: the mean of (L⁺ + L⁻)/2 over the probes, a 0-dimensional tensor.
 
         Args:
@@ -119,7 +122,7 @@ class CDRGE(torch.optim.Optimizer):
         named, groups = self._named(), self._group_of()
         sizes = {name: self._epsilon(groups[name]) for name in named}
         epsilon = next(iter(sizes.values()))
-        estimator = CentralDifference(self.probes, epsilon, self.noise, self.evaluate)  # type: ignore[arg-type]
+        estimator = CentralDifference(self.probes, epsilon, self.noise, self.evaluate)
         scales = {name: size / epsilon for name, size in sizes.items() if size != epsilon}
         step = self.param_groups[0]["step"]
         try:

@@ -54,7 +54,7 @@ def attach(problem: Any, states: Tensor, method: Method) -> Tensor:
         with torch.autocast(u.device.type, enabled=False):
             return adjoint(problem, known, cotangent, method)
 
-    return _Attach.apply(following.view_as(states), known, solve)  # type: ignore[no-any-return]
+    return _Attach.apply(following.view_as(states), known, solve)
 
 
 class _Attach(torch.autograd.Function):

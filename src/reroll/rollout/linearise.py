@@ -13,7 +13,7 @@ Each takes rows, steps outermost and sequences within, and returns the next stat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class Dense:
     kind: Kind = "dense"
     structure: str | None = "dense"
 
-    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+    def __call__(self, cell, layout, u, state, steps, fresh):
         return jacobian.linearise(cell, layout, u, state, "dense")
 
 
@@ -90,7 +90,7 @@ class Block:
     kind: Kind = "block"
     structure: str | None = "block"
 
-    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+    def __call__(self, cell, layout, u, state, steps, fresh):
         return jacobian.linearise(cell, layout, u, state, "block", self.count or len(layout.sizes))
 
 
@@ -110,7 +110,7 @@ class Diagonal:
     def __post_init__(self) -> None:
         require_positive(every=self.every)
 
-    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+    def __call__(self, cell, layout, u, state, steps, fresh):
         if not fresh:
             return jacobian.advance(cell, layout, u, state), None
         return jacobian.linearise(cell, layout, u, state, "diagonal")
@@ -135,7 +135,7 @@ class Hutchinson:
     def __post_init__(self) -> None:
         require_positive(products=self.products)
 
-    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+    def __call__(self, cell, layout, u, state, steps, fresh):
         signs = [
             noise(Key(self.seed).at("hutchinson"), (steps, layout.size), m, "signs", dtype=state.dtype,
                   device=str(state.device))
@@ -152,7 +152,7 @@ class Identity:
     kind: Kind = "identity"
     structure: str | None = None
 
-    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+    def __call__(self, cell, layout, u, state, steps, fresh):
         return jacobian.advance(cell, layout, u, state), None
 
 
@@ -163,9 +163,13 @@ class Zero:
     kind: Kind = "zero"
     structure: str | None = None
 
-    def __call__(self, cell, layout, u, state, steps, fresh):  # type: ignore[no-untyped-def]
+    def __call__(self, cell, layout, u, state, steps, fresh):
         return jacobian.advance(cell, layout, u, state), None
 
 
-WRITTEN = (Dense, Block, Diagonal, Identity, Zero)
-"""Those that compiled code knows; a subclass may do something else."""
+Written = Dense | Block | Diagonal | Identity | Zero
+
+
+def is_written(linearise: Linearisation) -> TypeGuard[Written]:
+    """Return whether compiled code knows this one; a subclass may do something else."""
+    return type(linearise) in get_args(Written)

@@ -31,7 +31,7 @@ from reroll.rollout import adjoint, native
 from reroll.rollout.base import Trajectory
 from reroll.rollout.damping import Damping, Undamped
 from reroll.rollout.iterate import Iterate, largest
-from reroll.rollout.linearise import WINDOW_FLOATS, WRITTEN, Diagonal, Linearisation, Zero
+from reroll.rollout.linearise import WINDOW_FLOATS, Diagonal, Linearisation, Zero, is_written
 from reroll.rollout.problem import Field, Problem, make_problem, rows
 from reroll.rollout.purity import require_pure
 from reroll.rollout.watch import current
@@ -157,13 +157,13 @@ class Newton:
         """Solve as many steps as compiled code can; often all of them or none."""
         undamped = self.damping is None or isinstance(self.damping, Undamped)
         observed = (watch := current()) is not None and watch.observed
-        written = undamped and not observed and type(self.linearise) in WRITTEN
-        if not written or (isinstance(guess, str) and guess != "f0"):
+        linearise = self.linearise
+        if not (undamped and is_written(linearise)) or observed or (isinstance(guess, str) and guess != "f0"):
             return []
-        blocks = getattr(self.linearise, "count", None) or len(problem.layout.sizes)
+        blocks = getattr(linearise, "count", None) or len(problem.layout.sizes)
         method = native.Method(
-            self.linearise.kind, self.linearise.structure, blocks, self.window,  # type: ignore[attr-defined]
-            self._tolerances(problem.start.dtype), self._limit, getattr(self.linearise, "every", 1),
+            linearise.kind, linearise.structure, blocks, self.window,
+            self._tolerances(problem.start.dtype), self._limit, getattr(linearise, "every", 1),
         )  # fmt: skip
         solved = native.newton(problem, method, guess if isinstance(guess, Tensor) else None)
         if solved is None or solved[1].steps == 0:
@@ -175,9 +175,9 @@ class Newton:
     def _window_by_window(self, field: Field, guess: str | Tensor, done: int, first: list[Tensor]) -> list[Solution]:
         """Solve the steps from `done` on in torch operations; `first` holds the state before, if not the start."""
         time = field.shape[1]
-        if type(self.linearise) in WRITTEN:
+        if is_written(self.linearise):
             blocks = getattr(self.linearise, "count", None) or len(field.layout.sizes)
-            field = field.compiled(self.linearise.structure, blocks)  # type: ignore[attr-defined]
+            field = field.compiled(self.linearise.structure, blocks)
         width = self._width(field)
         before = first[0] if first else field.start
         windows: list[Solution] = []

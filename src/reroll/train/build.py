@@ -12,7 +12,7 @@ from torch import nn
 from reroll.cells import DNC, GRU, LEM, LSTM, RNN, Cell, MinGRU, MinRNN, ParaGRU, ParaLSTM
 from reroll.data.arrays import READOUTS, Arrays
 from reroll.data.synthetic import SYNTHETIC
-from reroll.data.task import Task
+from reroll.data.task import Readout, Task
 from reroll.data.text import Text
 from reroll.data.tokenizers import Tokenizer
 from reroll.errors import UsageError, nearest
@@ -37,7 +37,7 @@ class Sizes:
     vocab: int | None
     inputs: int | None
     outputs: int
-    readout: str
+    readout: Readout
 
     @classmethod
     def of(cls, task: Task) -> Sizes:
@@ -117,7 +117,7 @@ def build_model(config: ModelConfig, sizes: Sizes, seed: int) -> Recurrent:
             vocab=sizes.vocab,
             inputs=sizes.inputs,
             outputs=sizes.outputs,
-            readout=sizes.readout,  # type: ignore[arg-type]
+            readout=sizes.readout,
             rollout=build_rollout(config),
         )
     model.window_floats = config.window_floats

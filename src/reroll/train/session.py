@@ -232,7 +232,7 @@ def agree(saved: Config, given: Config) -> Config:
     Raises:
         UsageError: if another field was given with another value.
     """
-    changed: dict[str, dict[str, Any]] = {}
+    changed: dict[str, Any] = {}
     old = {f"{section}.{f.name}": value for section, f, value in fields_of(saved)}
     for section, f, value in fields_of(given):
         name = f"{section}.{f.name}"
@@ -243,7 +243,7 @@ def agree(saved: Config, given: Config) -> Config:
                 f"{name}={value!r}, but the run to resume has {old[name]!r}. Leave it as it was, or begin another run."
             )
         changed.setdefault(section, {})[f.name] = value
-    return saved.replace(**changed)  # type: ignore[arg-type]
+    return saved.replace(**changed)
 
 
 def _begin(config: Config, folder: RunFolder, init: dict[str, torch.Tensor] | None) -> Session:

@@ -1,4 +1,4 @@
-"""The cells that rollouts are compared on, at one size, each with torch's kernel for whole sequences if there is one."""
+"""The cells that rollouts are compared on, at one size, and torch's kernels for whole sequences of the same."""
 
 from __future__ import annotations
 

@@ -232,7 +232,8 @@ class Perturbed:
             piece_hh = self._piece(weight_hh, rows, first)
             piece_ih = self._piece(weight_ih, rows)
             parts.append(lstm_scan(inputs, piece_ih, piece_hh, bias[rows], h[:, lanes], c[:, lanes]))
-        return tuple(torch.cat(tensors, -1) for tensors in zip(*parts))  # type: ignore[return-value]
+        outputs, last_h, last_c = (torch.cat(tensors, -1) for tensors in zip(*parts))
+        return outputs, last_h, last_c
 
     def _piece(self, matrix: Tensor, rows: slice, first: int = 0) -> Tensor:
         """Rows of a matrix, perturbed if it is a weight; cut from a whole copy if it is one row of the noise stream."""

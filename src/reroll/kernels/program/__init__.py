@@ -169,12 +169,8 @@ def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.nda
     Instructions read ranges of registers that others wrote, whole or in part; memory is given and taken by the range in
     which it was written.
     """
-    writes = [(int(row[1]), int(row[5])) if row[0] != CODE["store"] else None for row in table]
-    owner = {
-        register: number
-        for number, written in enumerate(writes) if written is not None
-        for register in range(written[0], written[0] + written[1])
-    }  # fmt: skip
+    writes = {number: (int(row[1]), int(row[5])) for number, row in enumerate(table) if row[0] != CODE["store"]}
+    owner = {register: number for number, (first, count) in writes.items() for register in range(first, first + count)}
     read = [reads(row, gathered) for row in table.tolist()]
     last = dict(enumerate(range(len(table))))
     for number, registers in enumerate(read):
@@ -185,7 +181,7 @@ def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.nda
 
     def moved(register: int) -> int:
         writer = owner[register]
-        return place[writer] + register - writes[writer][0]  # type: ignore[index]
+        return place[writer] + register - writes[writer][0]
 
     for number, row in enumerate(table):
         if row[0] == CODE["gather"]:
@@ -193,7 +189,7 @@ def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.nda
             gathered[at] = [moved(int(register)) for register in gathered[at]]
         for column in _columns(row[0]):
             row[column] = moved(int(row[column]))
-        written = writes[number]
+        written = writes.get(number)
         if written is not None:
             stock = free.get(written[1])
             if stock:
@@ -203,7 +199,7 @@ def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.nda
             row[1] = place[number]
         for writer in {owner[register] for register in read[number]} | ({number} if written else set()):
             if last[writer] == number:
-                free.setdefault(writes[writer][1], []).append(place[writer])  # type: ignore[index]
+                free.setdefault(writes[writer][1], []).append(place[writer])
     return table, gathered, top
 
 
