@@ -126,6 +126,28 @@ def test_triton_kernel_at_every_size_of_matrix(size):
     check("triton", "dense", 1, 19, size, dtype=torch.float32, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("batch, time, groups, size", [(2, 19, 2, 3), (1, 23, 4, 3), (2, 19, 1, 5)])
+def test_triton_kernel_over_chunks_of_several_sequences_and_groups(batch, time, groups, size):
+    from reroll.kernels.linear_scan.triton.dense import cut
+
+    assert cut(batch * groups, time, size, triton_width(size)).chunks > 2
+    A, b = random(batch, time, groups, size, size) * 0.5, random(batch, time, groups, size)
+    initial = random(batch, groups, size)
+    for reverse in (False, True):
+        expected = by_hand(A, b, initial, reverse, "dense")
+        with using("triton"):
+            close(linear_scan(A, b, initial, reverse, structure="dense"), expected)
+            out = b.clone()
+            scan_into(A, out, out, initial, reverse, structure="dense")
+            close(out, expected)
+            alike = A[:, :1].expand_as(A)
+            close(linear_scan(alike, b, initial, reverse), by_hand(alike, b, initial, reverse, "dense"))
+
+
+def triton_width(size):
+    return 1 << (size - 1).bit_length()
+
+
 @pytest.mark.parametrize("order", [1, 3, 4])
 def test_triton_kernel_takes_larger_blocks_as_matrices(order):
     check("triton", "block", 2, 12, 3, order)
@@ -684,18 +706,28 @@ from reroll.kernels.linear_scan.triton import affine, dense, dense_kalman, scala
 tile = dict(BLOCK_T=32, BLOCK_C=32)
 flags = [(False, True, False), (True, False, True), (False, False, False)]
 both = (True, False)
-kernels = [(affine._affine, dict(K=k, REDUCE=r, **tile)) for k, r in itertools.product((1, 2), both)]
-kernels += [(scalar_kalman._kalman, dict(ELEMENTS=e, REDUCE=r, KEEP=k, **tile)) for e, r, k in flags]
-kernels += [(dense._dense, dict(REDUCE=r, D=d, N=n)) for r in both for d, n in ((1, 1), (8, 8), (32, 32), (64, 16))]
-kernels += [(dense_kalman._filter, dict(REDUCE=r, KEEP=not r, D=d)) for r in both for d in (1, 8, 32)]
+kernels = [(affine._affine, dict(K=k, REDUCE=r, **tile), 4) for k, r in itertools.product((1, 2), both)]
+kernels += [(scalar_kalman._kalman, dict(ELEMENTS=e, REDUCE=r, KEEP=k, **tile), 4) for e, r, k in flags]
+sizes = ((1, 1), (8, 8), (32, 32), (64, 16))
+kernels += [(dense._dense, dict(REDUCE=r, D=d, N=n), dense.warps(d)) for r in both for d, n in sizes]
+kernels += [
+    (dense_kalman._filter, dict(REDUCE=r, KEEP=not r, D=d), dense_kalman.warps(d)) for r in both for d in (1, 8, 32)
+]
 pointers = "A b y eta J precision starts means variances covariances out mean variance covariance".split()
 pointers += "whole whole_A whole_b whole_C whole_eta whole_J".split()
-for function, constants in kernels:
+counts = ("time", "channels", "batch", "chunks", "tiles", "groups", "size", "length", "blocks")
+for (function, constants, warps), ones in itertools.product(kernels, both):
+    # An argument that is 1 becomes a constant, without a type.
+    constants = constants | (dict.fromkeys([n for n in counts if n in function.arg_names], 1) if ones else {{}})
     signature = {{name: "{real}" if name in pointers else "i32" for name in function.arg_names}}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(enable_fp_fusion=True))
+    options = dict(enable_fp_fusion=True, num_warps=warps)
+    if function is dense._dense:
+        options["num_stages"] = dense.stages(constants["D"], {4 if real == "*fp32" else 8})
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert kernel.asm["cubin"]
+    assert kernel.metadata.shared <= 1 << 16, (function, constants, kernel.metadata.shared)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)

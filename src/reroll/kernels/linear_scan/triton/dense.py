@@ -16,7 +16,7 @@ from torch import Tensor
 from reroll.kernels.linear_scan.triton.chunks import INTERPRETED, strides_from
 
 SIZE = 64
-"""The largest matrix: a program keeps one and columns of another in its registers. (Beyond, compilers spill them.)"""
+"""The largest matrix: a program keeps one and columns of another in its registers. Most of larger ones would spill."""
 
 _PROGRAMS = 12 if INTERPRETED else 4096  # programs of few threads that run at once
 _FEWEST = 3  # chunks from which the steps of the three phases, one after another, are fewer than those of one chunk
@@ -57,9 +57,19 @@ def scan(A: Tensor, b: Tensor, initial: Tensor, out: Tensor, reverse: bool) -> N
         _launch(plan, A, b, starts, out, reverse, (whole_A, whole_b))
         starts = b.new_empty(batch, plan.chunks, groups, size)
         starts[:, 0] = initial
-        ends = Cut(1, plan.chunks - 1, 1, 1)
+        ends = plan._replace(chunks=1, length=plan.chunks - 1)
         _launch(ends, whole_A[:, :-1], whole_b[:, :-1], initial.unsqueeze(1), starts[:, 1:], False, None)
     _launch(plan, A, b, starts, out, reverse, None)
+
+
+def warps(width: int) -> int:
+    """Return the warps of a program: 16 numbers of a matrix per thread, and at least one."""
+    return max(1, width * width // 512)
+
+
+def stages(width: int, size: int) -> int:
+    """Return how many steps' matrices are loaded ahead: shared memory, of which older cards have 64 KB, holds them."""
+    return 3 if width * width * size <= 1 << 14 else 1
 
 
 def _launch(
@@ -75,7 +85,7 @@ def _launch(
         A, b, starts, out, whole_A, whole_b, time, groups, size, plan.chunks, plan.length, blocks,
         *strides_from(A, reverse), *strides_from(b, reverse), *starts.stride(), *strides_from(out, reverse),
         REDUCE=whole is not None, D=width, N=plan.columns, enable_fp_fusion=True,
-        num_warps=max(1, width * width // 512),
+        num_warps=warps(width), num_stages=stages(width, b.element_size()),
     )  # fmt: skip
 
 
@@ -106,9 +116,9 @@ def _dense(
     chunk = (program // blocks % chunks).to(tl.int64)
     row = (program // blocks // chunks).to(tl.int64)
     sequence, group = row // groups, row % groups
-    i = tl.arange(0, D)
+    i = tl.arange(0, D).to(tl.int64)
     inside = (i[:, None] < size) & (i[None, :] < size)
-    A += A_first + sequence * A_row + group * A_group + i[:, None].to(tl.int64) * A_i + i[None, :].to(tl.int64) * A_j
+    A += A_first + sequence * A_row + group * A_group + i[:, None] * A_i + i[None, :] * A_j
     b += b_first + sequence * b_row + group * b_group + i * b_i
     out += o_first + sequence * o_row + group * o_group + i * o_i
     columns = block * N + tl.arange(0, N)

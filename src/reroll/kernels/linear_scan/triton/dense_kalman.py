@@ -60,8 +60,13 @@ def _launch(
         *given[0].stride(), *given[1].stride(), *given[2].stride(), *starts[0].stride(), *starts[1].stride(),
         *mean.stride(), *spread.stride(),
         REDUCE=whole is not None, KEEP=covariance is not None, D=width, enable_fp_fusion=True,
-        num_warps=max(1, width * width // 128),
+        num_warps=warps(width),
     )  # fmt: skip
+
+
+def warps(width: int) -> int:
+    """Return the warps of a program: four numbers of a matrix per thread, as it holds several, and at least one."""
+    return max(1, width * width // 128)
 
 
 @triton.jit
@@ -87,7 +92,7 @@ def _filter(
 ):  # fmt: skip
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = (tl.program_id(0) % chunks).to(tl.int64)
-    i = tl.arange(0, D)
+    i = tl.arange(0, D).to(tl.int64)
     inside = (i[:, None] < size) & (i[None, :] < size)
     A += row * A_row + i[:, None] * A_i + i[None, :] * A_j
     covariance += row * w_row + i[:, None] * w_i + i[None, :] * w_j

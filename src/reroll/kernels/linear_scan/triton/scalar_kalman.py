@@ -118,7 +118,7 @@ def _kalman(
             m, v = last(eb, BLOCK_T), last(eC, BLOCK_T)
     if REDUCE:
         at = (row * chunks + chunk) * channels + c
-        part = batch.to(tl.int64) * chunks * channels
+        part = (row * 0 + batch) * chunks * channels  # row, because a batch of 1 is a constant here, of no type
         tl.store(whole + at, ta, mask=c < channels)
         tl.store(whole + part + at, tb, mask=c < channels)
         tl.store(whole + 2 * part + at, tC, mask=c < channels)
