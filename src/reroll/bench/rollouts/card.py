@@ -32,7 +32,9 @@ def gpu_case(size: int, batch: int, steps: int, rounds: int, device: str = "cuda
         def call() -> Tensor:
             leaf = x.detach().requires_grad_()
             gradients = torch.autograd.grad(states(leaf).square().mean(), [leaf, *parameters])
-            return gradients[0].cpu()  # waits for the card
+            if leaf.is_cuda:
+                torch.cuda.synchronize()
+            return gradients[0]
 
         return call
 

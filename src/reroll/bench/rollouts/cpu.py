@@ -34,7 +34,7 @@ WHOLE_JACOBIANS = 2_000
 LEAST_SECONDS = 0.05
 """What is shorter is called several times in a row and averaged: a single call measures the machine's other work."""
 
-Runs = dict[str, Callable[[], Tensor]]
+Runs = dict[str, Callable[[], list[Tensor]]]
 
 
 class Case(NamedTuple):
@@ -65,7 +65,10 @@ def cases(steps: int) -> list[Case]:
 
 
 def rows_of(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """Return, for every cell, seconds and deviations from the loop of every method."""
+    """Return, for every cell, seconds of every method and how far it is from the loop.
+
+    The deviation of readouts is absolute, that of gradients relative to the largest entry; of all tensors the largest.
+    """
     torch.manual_seed(0)
     inputs = torch.randn(case.batch, case.steps, case.size)
     every = compared(case.size)
@@ -74,7 +77,7 @@ def rows_of(case: Case, rounds: int) -> list[dict[str, Any]]:
     together = {f"{cell}: {method}": call for cell, methods in runs.items() for method, call in methods.items()}
     with torch.set_grad_enabled(case.gradient):
         exact = {cell: methods["loop"]() for cell, methods in runs.items()}
-        deviation = {name: float((call() - exact[name.split(":")[0]]).abs().max()) for name, call in together.items()}
+        deviation = {name: _deviation(case, call(), exact[name.split(":")[0]]) for name, call in together.items()}
         seconds = in_turn(together, rounds, LEAST_SECONDS)
     return [_row(case, cell, list(methods), seconds, deviation) for cell, methods in runs.items()]
 
@@ -82,7 +85,7 @@ def rows_of(case: Case, rounds: int) -> list[dict[str, Any]]:
 def _runs(case: Case, given: Compared, inputs: Tensor) -> Runs:
     cell, library = given
 
-    def through(rollout: Rollout) -> Callable[[], Tensor]:
+    def through(rollout: Rollout) -> Callable[[], list[Tensor]]:
         return _call(case, lambda x: rollout.read(cell, x)[0], inputs, cell)
 
     small = case.batch * case.size**2 <= WHOLE_JACOBIANS
@@ -92,17 +95,25 @@ def _runs(case: Case, given: Compared, inputs: Tensor) -> Runs:
     return runs
 
 
-def _call(case: Case, readouts: Callable[[Tensor], Tensor], inputs: Tensor, module: nn.Module) -> Callable[[], Tensor]:
-    """Return the readouts of one call, or the gradient of their mean square in the inputs (and in all weights)."""
+def _call(
+    case: Case, readouts: Callable[[Tensor], Tensor], inputs: Tensor, module: nn.Module
+) -> Callable[[], list[Tensor]]:
+    """Return a call for the readouts, or for the gradients of their squares' sum in the inputs and all weights."""
     if not case.gradient:
-        return lambda: readouts(inputs)
+        return lambda: [readouts(inputs)]
 
-    def gradient() -> Tensor:
+    def gradients() -> list[Tensor]:
         leaf = inputs.detach().requires_grad_()
-        loss = readouts(leaf).square().sum() / case.batch
-        return torch.autograd.grad(loss, [leaf, *module.parameters()], allow_unused=True)[0]
+        weights = [p for p in module.parameters() if p.requires_grad]
+        found = torch.autograd.grad(readouts(leaf).square().sum(), [leaf, *weights], allow_unused=True)
+        return [gradient for gradient in found if gradient is not None]
 
-    return gradient
+    return gradients
+
+
+def _deviation(case: Case, found: list[Tensor], exact: list[Tensor]) -> float:
+    scales = [float(b.abs().max()) if case.gradient else 1.0 for b in exact]
+    return max(float((a - b).abs().max()) / scale for a, b, scale in zip(found, exact, scales, strict=True))
 
 
 def _row(
