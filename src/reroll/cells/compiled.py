@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reroll.cells.base import Cell
-from reroll.cells.jacobian import MISSES
+from reroll.cells.jacobian import MISSES, has_own_derivative, require_memory
 from reroll.cells.layout import Layout
 from reroll.cells.pieces import band
 from reroll.cells.tracked import Tracked
@@ -279,6 +279,8 @@ def compile_step(
         the entries of the Jacobian, [D], [K·K·C] or [D·D]. Without a structure they are the same.
     """
     size = layout.size
+    if structure is not None and has_own_derivative(cell):
+        return None
     if structure == "dense" and size * size > DENSE_OUTPUTS:
         return None
     if structure == "block" and (len(layout.sizes) != blocks or len(set(layout.sizes)) > 1):
@@ -294,7 +296,8 @@ def compile_step(
         if sum(features for _, features in following) != size:
             return None
         jacobian = [] if structure is None else _jacobian(builder, parts, layout, structure)
-    except (*MISSES, Unwritable, UsageError, AssertionError):
+    except (*MISSES, Unwritable, UsageError, AssertionError) as error:
+        require_memory(error)
         return None
     step = builder.finish(following)
     return step, builder.finish(following + jacobian) if jacobian else step
@@ -310,6 +313,8 @@ def compile_adjoint(cell: Cell, layout: Layout, inputs: Tensor, states: Tensor, 
         states: the states that A is taken at, [D, rows].
         cotangent: c, [D, rows].
     """
+    if has_own_derivative(cell):
+        return None
     size, rows = states.shape
     builder = Builder()
     first = builder.input(torch.empty(size, rows, device="meta"))
@@ -320,10 +325,11 @@ def compile_adjoint(cell: Cell, layout: Layout, inputs: Tensor, states: Tensor, 
         following = [_output(builder, part) for part in parts]
         if [features for _, features in following] != list(layout.sizes):
             return None
-        begins = [first + sum(layout.sizes[:i]) for i in range(len(layout.sizes))]
-        back = reverse(builder, following, begins, (before, size))
-    except (*MISSES, Unwritable, UsageError, AssertionError):
+    except (*MISSES, Unwritable, UsageError, AssertionError) as error:
+        require_memory(error)
         return None
+    begins = [first + sum(layout.sizes[:i]) for i in range(len(layout.sizes))]
+    back = reverse(builder, following, begins, (before, size))
     return builder.finish([(given if back is None else builder.emit("add", size, given, back), size)])
 
 

@@ -24,6 +24,7 @@ Structure = Literal["diagonal", "block", "dense"]
 
 _untrackable: weakref.WeakKeyDictionary[Cell, str] = weakref.WeakKeyDictionary()
 """Cells whose step could not be followed, and why: found out once."""
+OWN_DERIVATIVE = "its derivative is not that of its operations"
 
 
 def step(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> Tensor:
@@ -46,6 +47,29 @@ def advance(cell: Cell, layout: Layout, u: Tensor | tracked.Tracked, state: Tens
         except MISSES as error:
             _give_up(cell, error)
     return step(cell, layout, u.value if isinstance(u, tracked.Tracked) else u, state)
+
+
+def leave_to_autograd(cell: Cell) -> None:
+    """Say that the derivative of a cell's step is not that of its operations, but one of its own."""
+    _untrackable[cell] = OWN_DERIVATIVE
+
+
+def has_own_derivative(cell: Cell) -> bool:
+    """Return whether that was said."""
+    return _untrackable.get(cell) == OWN_DERIVATIVE
+
+
+@torch.no_grad()
+def followed_vjp(cell: Cell, layout: Layout, u: Tensor, state: Tensor, cotangent: Tensor) -> Tensor | None:
+    """Return Aᵀ · cotangent for every row as the structure of the step gives it; None if it cannot be followed."""
+    if cell in _untrackable:
+        return None
+    try:
+        parts = layout.parts(cell.step(_inputs(u), layout.unpack(tracked.Tracked.state(state))))
+        return pieces.times_transposed(parts, cotangent.split(layout.sizes, -1))
+    except MISSES as error:
+        _give_up(cell, error)
+        return None
 
 
 def why_untrackable(cell: Cell) -> str | None:
@@ -117,9 +141,14 @@ MISSES = (tracked.Untrackable, AttributeError, TypeError, NotImplementedError, R
 """What a step may raise on tracked values. A mistake in the cell itself comes up again on plain tensors."""
 
 
-def _give_up(cell: Cell, error: Exception) -> None:
-    if "out of memory" in str(error) or "allocate" in str(error):
+def require_memory(error: Exception) -> None:
+    """Raise an error again that is one of memory."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate" in str(error):
         raise error
+
+
+def _give_up(cell: Cell, error: Exception) -> None:
+    require_memory(error)
     _untrackable[cell] = str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

@@ -53,6 +53,20 @@ def _accumulate(total: Any, alpha: Any, factor: Tensor, like: Any) -> Any:
     return alpha * factor if total is None else torch.addcmul(total, alpha, factor)
 
 
+def times_transposed(parts: Sequence[Any], cotangents: Sequence[Tensor]) -> Tensor:
+    """Return Aᵀ · cotangent for every row, [rows, D], of cotangents given by parts [rows, size] as the state is."""
+    total: Tensor | None = None
+    for part, v in zip(parts, cotangents):
+        for t in part.terms if isinstance(part, Tracked) else ():
+            found = (v if t.alpha is None else v * t.alpha) @ t.weight.T
+            total = found if total is None else total + found
+        for c in part.chains if isinstance(part, Tracked) else ():
+            assert c.inner.alpha is not None
+            found = (((v if c.beta is None else v * c.beta) @ c.outer.T) * c.inner.alpha) @ c.inner.weight.T
+            total = found if total is None else total + found
+    return torch.zeros_like(torch.cat(list(cotangents), -1)) if total is None else total
+
+
 def dense_of(parts: Sequence[Any], size: int) -> Tensor:
     """Return the Jacobian, [D, D, rows]: entry [i, j] is the derivative of s_i by the old s_j."""
     return torch.cat([_dense(part, size) for part in parts])

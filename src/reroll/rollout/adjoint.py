@@ -15,12 +15,15 @@ Second derivatives are not available.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from reroll.cells import jacobian
+from reroll.errors import UsageError
+from reroll.kernels import dispatch
+from reroll.kernels.dispatch import Candidate
 from reroll.kernels.linear_scan import linear_scan
 from reroll.rollout import native
 
@@ -30,6 +33,8 @@ DENSE_FLOATS = 1 << 26
 WINDOW_FLOATS = 1 << 24
 """Numbers of Jacobians held at a time when they are whole."""
 SPLITTING_ITERATIONS = 200
+NARROW = 1 << 12
+"""Numbers of state of all sequences up to which one derivative after another is faster in compiled code."""
 
 Method = Literal["auto", "dense", "splitting", "sequential"]
 
@@ -54,33 +59,49 @@ def attach(problem: Any, states: Tensor, method: Method) -> Tensor:
         with torch.autocast(u.device.type, enabled=False):
             return adjoint(problem, known, cotangent, method)
 
-    return _Attach.apply(following.view_as(states), known, solve)
+    used = (u, problem.start, *problem.cell.parameters(), *problem.cell.buffers())
+    return _Attach.apply(following.view_as(states), known, solve, *used)
 
 
 class _Attach(torch.autograd.Function):
     """Takes the value from the solution, and sends the adjoint of what comes back to one evaluation of f."""
 
     @staticmethod
-    def forward(ctx: Any, following: Tensor, states: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, following: Tensor, states: Tensor, solve: Callable[[Tensor], Tensor], *used: Tensor
+    ) -> Tensor:
         ctx.solve = solve
+        ctx.save_for_backward(*used)  # so that torch notices if one is changed before the way back
         return states.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]: decorated
-        return ctx.solve(grad_outputs[0]), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        if torch.is_grad_enabled():  # as it is in here with create_graph=True only
+            raise UsageError(
+                "A second derivative was asked for (create_graph=True); a rollout that solves for its gradient has the "
+                'first only. Use rollout=Sequential(kernel="reference").'
+            )
+        _ = ctx.saved_tensors
+        return ctx.solve(grad_outputs[0]), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 @torch.no_grad()
 def adjoint(problem: Any, states: Tensor, cotangent: Tensor, method: Method = "auto") -> Tensor:
     """Return g, [B, T, D], for ∂ℓ/∂s = `cotangent`."""
     batch, time, size = states.shape
-    if method in ("auto", "sequential"):
+    if method == "auto" or (method == "sequential" and batch * size <= NARROW):
         found = native.adjoint(problem, states, cotangent)
         if found is not None:
+            dispatch.choose("adjoint", (Candidate("compiled", True, "the derivative of the step as a program"),))
             return found
     if method == "auto":
-        method = "dense" if batch * time * size * size <= DENSE_FLOATS else "splitting"
+        small = batch * time * size * size <= DENSE_FLOATS
+        reasons = (
+            "no program for the way back; whole Jacobians fit",
+            "whole Jacobians take more than 256 MB in float32",
+        )
+        candidates = Candidate("dense", small, reasons[0]), Candidate("splitting", True, reasons[1])
+        method = cast(Method, dispatch.choose("adjoint", candidates).name)
     if method == "dense":
         return _dense(problem, states, cotangent)
     if method == "splitting":
@@ -158,13 +179,13 @@ def _diagonal(problem: Any, u: Tensor, rows: Tensor, size: int) -> Tensor:
 
 
 def _sequential(problem: Any, states: Tensor, cotangent: Tensor) -> Tensor:
-    found = cotangent.clone()
+    found, before = cotangent.clone(), problem.before(states)
     for t in range(states.shape[1] - 2, -1, -1):
         with torch.enable_grad():
-            leaf = states[:, t].detach().requires_grad_()
+            leaf = before[:, t + 1].detach().requires_grad_()
             following = jacobian.step(problem.cell, problem.layout, problem.u[:, t + 1].detach(), leaf)
         back = jacobian.vjp(following, leaf, found[:, t + 1], retain=False)
         if problem.reset is not None:
-            back = back * ~problem.reset[:, t + 1 : t + 2]
+            back = back.masked_fill(problem.reset[:, t + 1 : t + 2], 0.0)
         found[:, t] += back
     return found

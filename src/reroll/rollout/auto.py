@@ -16,7 +16,7 @@ from reroll.cells.base import Cell, State
 from reroll.kernels import dispatch
 from reroll.kernels.dispatch import Candidate
 from reroll.rollout import native
-from reroll.rollout.base import Rollout, Trajectory
+from reroll.rollout.base import Rollout, Trajectory, has_tangent
 from reroll.rollout.presets import deer, quasi_deer
 from reroll.rollout.sequential import Sequential
 
@@ -55,33 +55,35 @@ class Auto:
         self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> Trajectory:
         """Return all states; see `Rollout`."""
-        return self.choose(cell, inputs)(cell, inputs, state, reset)
+        return self.choose(cell, inputs, state)(cell, inputs, state, reset)
 
     def read(
         self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Return the readouts and the final state; see `Rollout`."""
         fused = reset is None and type(cell).fused is not Cell.fused
-        return self.choose(cell, inputs, fused=fused).read(cell, inputs, state, reset)
+        return self.choose(cell, inputs, state, fused=fused).read(cell, inputs, state, reset)
 
-    def choose(self, cell: Cell, inputs: Tensor, *, fused: bool = False) -> Rollout:
+    def choose(self, cell: Cell, inputs: Tensor, state: State | None = None, *, fused: bool = False) -> Rollout:
         """Return the rollout for a cell and inputs of this shape on this device.
 
         Args:
-            cell, inputs: of the call.
+            cell, inputs, state: of the call.
             fused: whether a library's kernel for whole sequences would be used by `Sequential`.
         """
         rollouts: dict[str, Rollout] = {
             "sequential": Sequential(), "compiled": Sequential(kernel="compiled"),
             "quasi_deer": quasi_deer(**dict(self.options)), "deer": deer(**dict(self.options)),
         }  # fmt: skip
-        return rollouts[dispatch.choose("rollout", _candidates(cell, inputs, fused)).name]
+        return rollouts[dispatch.choose("rollout", _candidates(cell, inputs, state, fused)).name]
 
 
-def _candidates(cell: Cell, inputs: Tensor, fused: bool) -> tuple[Candidate, ...]:
+def _candidates(cell: Cell, inputs: Tensor, state: State | None, fused: bool) -> tuple[Candidate, ...]:
     batch, time = inputs.shape[:2]
-    if time < SHORT:
-        return (Candidate("sequential", True, f"{time} steps are too few to share out"),)
+    if time < SHORT or batch == 0:
+        return (Candidate("sequential", True, f"{time} steps of {batch} sequences are too few to share out"),)
+    if has_tangent(inputs):
+        return (Candidate("sequential", True, "forward-mode derivatives go through a loop only"),)
     if inputs.device.type != "cpu" and not dispatch.is_mapped():
         return (Candidate("quasi_deer", True, f"{time} steps of {batch} sequences at once"),)
     if dispatch.is_mapped() or (fused and cell.has_kernel):
@@ -95,7 +97,7 @@ def _candidates(cell: Cell, inputs: Tensor, fused: bool) -> tuple[Candidate, ...
             Candidate("deer", batch * size <= TINY, "few numbers of state, a step that is no program"),
             Candidate("sequential", True, "the step cannot be written as a program"),
         )
-    gradient = torch.is_grad_enabled() and _any_gradient(cell, inputs)
+    gradient = torch.is_grad_enabled() and _any_gradient(cell, inputs, state)
     numbers, features = LIMITS[("gradient" if gradient else "forward") + (" against a kernel" if fused else "")]
     if batch < FEW and not gradient:
         features = min(features, WIDE_FEW)
@@ -108,8 +110,9 @@ def _candidates(cell: Cell, inputs: Tensor, fused: bool) -> tuple[Candidate, ...
     )
 
 
-def _any_gradient(cell: Cell, inputs: Tensor) -> bool:
-    return inputs.requires_grad or any(p.requires_grad for p in cell.parameters())
+def _any_gradient(cell: Cell, inputs: Tensor, state: State | None) -> bool:
+    given = (state,) if isinstance(state, Tensor) else state or ()
+    return any(tensor.requires_grad for tensor in (inputs, *given, *cell.parameters()))
 
 
 def auto(**options: Any) -> Auto:

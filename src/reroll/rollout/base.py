@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from reroll.cells.base import Cell, FunctionCell, State
 from reroll.data.batch import map_state
@@ -88,6 +89,11 @@ def start(cell: Cell, inputs: Tensor, state: State | None) -> State:
     like = inputs if inputs.is_floating_point() else None
     initial = cell.init_state(inputs.shape[:1])
     return initial if like is None else map_state(initial, lambda tensor: tensor.to(like.device, like.dtype))
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Return whether a forward-mode derivative goes along with a tensor (`torch.autograd.forward_ad`)."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def check(cell: Any, inputs: Any) -> None:

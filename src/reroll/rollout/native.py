@@ -41,7 +41,7 @@ WINDOW_ROWS = 256
 WINDOW_STEPS = 4
 """Fewest steps of a window."""
 ADJOINT_FLOATS = 1 << 22
-"""Numbers of inputs, states and cotangents that an adjoint brings into order at a time: 16 MB."""
+"""Numbers of inputs, states and cotangents that an adjoint brings into order at a time, unless one step has more."""
 MOST_FLOATS = 1 << 26
 """Numbers that a window given by the caller may take."""
 
@@ -151,8 +151,10 @@ def adjoint(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor | Non
         begin = max(0, end - width)
         rows = Rows(counts, end - begin)
         # The transition out of steps begin … end − 1 is the Jacobian of steps begin + 1 … end.
-        u = problem.u[:, begin + 1 : end + 1].detach()
-        u, s, c = (rows.turned(t.flip(1)) for t in (u, states[:, begin:end], cotangent[:, begin:end]))
+        u, s = problem.u[:, begin + 1 : end + 1].detach(), states[:, begin:end]
+        if problem.reset is not None and problem.fresh is not None:
+            s = torch.where(problem.reset[:, begin + 1 : end + 1, None], problem.fresh.detach().unsqueeze(1), s)
+        u, s, c = (rows.turned(t.flip(1)) for t in (u, s, cotangent[:, begin:end]))
         program = compile_adjoint(problem.cell, problem.layout, u.T, s, c)
         if program is None:
             return None

@@ -20,7 +20,7 @@ from reroll.cells.tracked import Tracked
 from reroll.data.batch import map_state
 from reroll.errors import UsageError
 from reroll.kernels.program import Program
-from reroll.rollout.base import check, start
+from reroll.rollout.base import check, has_tangent, start
 
 PROGRAM_FLOATS = 1 << 12
 """Numbers of state from which writing a program pays."""
@@ -177,6 +177,11 @@ def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor 
         UsageError: if shapes do not fit, or the state is not floating point.
     """
     check(cell, inputs)
+    if has_tangent(inputs):
+        raise UsageError(
+            "inputs carries a forward-mode derivative, which only a loop over the steps hands on; use "
+            "rollout=Sequential()."
+        )
     inputs, state = _in_one_dtype(cell, inputs, state)
     with torch.autocast(inputs.device.type, enabled=False):
         return _problem(cell, inputs, state, reset)

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from reroll.cells.base import Cell
-from reroll.cells.jacobian import step
+from reroll.cells.compiled import compile_adjoint
+from reroll.cells.jacobian import feature_major, followed_vjp, leave_to_autograd, step, vjp
+from reroll.cells.layout import Layout
 from reroll.errors import UsageError
+from reroll.kernels import dispatch
 
 _known: weakref.WeakKeyDictionary[Cell, set[tuple[bool, ...]]] = weakref.WeakKeyDictionary()
 """Cells that were tried, and in which modes (training or not): dropout acts in one of them."""
@@ -65,7 +68,49 @@ def require_pure(cell: Cell, problem: Any) -> None:
             "mean over the batch). A rollout along time evaluates many steps side by side as rows; compute every row "
             "by itself, or use rollout=Sequential()."
         )
+    with torch.inference_mode(False), torch.autocast(u.device.type, enabled=False):
+        _follow_derivatives(cell, problem.layout, u.clone(), state.clone())
     _known[cell].add(mode)
+
+
+def _follow_derivatives(cell: Cell, layout: Layout, u: torch.Tensor, state: torch.Tensor) -> None:
+    """Leave a step to automatic differentiation whose derivative, by its operations, is another than torch's.
+
+    A solver runs the code of a step on values that follow it. They see neither `no_grad` nor a backward of one's own.
+    """
+    if dispatch.is_mapped():
+        return
+    cotangent = torch.linspace(-1, 1, state.numel(), device=state.device).to(state.dtype).view(state.shape)
+    try:
+        with torch.enable_grad():
+            leaf = state.clone().requires_grad_()
+            expected = vjp(step(cell, layout, u, leaf), leaf, cotangent, retain=False)
+    except RuntimeError:  # it has none, as a step through NumPy; torch says so where one is asked for
+        return
+    for way in (followed_vjp, _written_vjp):
+        found = way(cell, layout, u, state, cotangent)
+        if found is None:
+            continue
+        known = found.isfinite() & expected.isfinite()  # an infinite slope spoils a row's sum in its own way
+        found, given = found[known], expected[known]
+        atol = LOOSE * max(1.0, float(given.abs().max())) if given.numel() else 0.0
+        if not torch.allclose(found, given, rtol=LOOSE, atol=atol):
+            leave_to_autograd(cell)
+
+
+def _written_vjp(
+    cell: Cell, layout: Layout, u: torch.Tensor, state: torch.Tensor, cotangent: torch.Tensor
+) -> torch.Tensor | None:
+    """Return Aᵀ · cotangent as the step's program gives it; None if it has none."""
+    if u.device.type != "cpu" or not u.dtype == state.dtype == torch.float32:
+        return None
+    columns, nothing = state.T.contiguous(), torch.zeros(layout.size, len(state))
+    program = compile_adjoint(cell, layout, feature_major(u), columns, nothing)
+    if program is None:
+        return None
+    out = torch.empty_like(nothing)
+    program.run(out, 0, cotangent.T.contiguous())
+    return out.T
 
 
 def _tried(problem: Any) -> tuple[torch.Tensor, torch.Tensor]:
