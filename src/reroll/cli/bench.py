@@ -22,8 +22,8 @@ class Bench:
     """zeroth (speed and memory of CD-RGE), estimator (its gradient) or rollouts (ways along time)"""
     json: Path | None = None
     """write the result to this file"""
-    rounds: int = 5
-    """times everything is measured; the median counts"""
+    rounds: int | None = None
+    """times everything is measured, of which the median counts; none: 5, and 7 for rollouts"""
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,18 @@ def _bench(arguments: Sequence[str]) -> int:
     request = parse(Bench, arguments, "reroll bench", "Measure speed and memory, as ratios, in one run.")
     if request.name not in BENCHES:
         raise UsageError(f'bench "{request.name}" is unknown.{nearest(request.name, BENCHES)}')
-    if request.rounds < 1:
+    if request.rounds is not None and request.rounds < 1:
         raise UsageError(f"rounds={request.rounds} must be greater than zero.")
     _make_room(request.json)
     if request.name == "zeroth":
         from reroll.bench import zeroth
 
-        zeroth.run(request.rounds, request.json)
+        zeroth.run(request.rounds or 5, request.json)
         return 0
     if request.name == "rollouts":
         from reroll.bench import rollouts
 
-        rollouts.run(request.rounds, request.json)
+        rollouts.run(request.rounds or 7, request.json)
         return 0
     from reroll.bench import estimator
 

@@ -117,11 +117,20 @@ def report(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], figure: Any) -> None:
     """Draw deviation against iteration for the first initial condition."""
-    axes = figure.add_subplot(xlabel="iteration", ylabel="mean absolute deviation", yscale="log", title="Lorenz-96")
-    for name, method in found["methods"].items():
-        axes.plot(range(1, len(method["curve"]) + 1), method["curve"], label=name)
+    axes = figure.add_subplot(
+        xlabel="iteration", ylabel="mean absolute deviation", yscale="log",
+        title="Lorenz-96: iterations to the trajectory of the loop\n(mean over the initial conditions; published)",
+    )  # fmt: skip
+    # What jumps between overflow and a new start at every iteration is drawn first and thin, the slowest at the back.
+    by_length = sorted(found["methods"].items(), key=lambda item: -len(item[1]["curve"]))
+    for name, method in by_length:
+        mean, before = ("never" if x is None else f"{x:.0f}" for x in (method["mean"], PUBLISHED[name]))
+        width = 0.4 if any(value > 1e3 for value in method["curve"]) else 1.5
+        steps = range(1, len(method["curve"]) + 1)
+        axes.plot(steps, method["curve"], label=f"{name}: {mean} ({before})", linewidth=width)
+    axes.set_ylim(bottom=1e-9)
     axes.axhline(REACHED, color="grey", linewidth=0.8, linestyle="--")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
 
 
 def measure_sweep(
@@ -159,8 +168,16 @@ def report_sweep(found: dict[str, Any]) -> str:
 
 def draw_sweep(found: dict[str, Any], figure: Any) -> None:
     """Draw iterations against variance."""
-    axes = figure.add_subplot(xlabel="variance σ²", ylabel="iterations", xscale="log", title="Lorenz-96")
+    axes = figure.add_subplot(
+        xlabel="variance σ²", ylabel=f"iterations to a deviation of {REACHED:g}", xscale="log",
+        title="Lorenz-96: iterations against the variance of the damping",
+    )  # fmt: skip
+    top = 1.08 * max((c for counts in found["counts"].values() for c in counts if c is not None), default=1.0)
     for name, counts in found["counts"].items():
         there = [(v, c) for v, c in zip(found["variances"], counts) if c is not None]
-        axes.plot([v for v, _ in there], [c for _, c in there], "o-", label=name)
+        missing = [v for v, c in zip(found["variances"], counts) if c is None]
+        (line,) = axes.plot([v for v, _ in there], [c for _, c in there], "o-", label=name)
+        label = f"{name}, not reached"
+        axes.plot(missing, [top] * len(missing), "x", color=line.get_color(), label=label if missing else None)
+    axes.set_ylim(bottom=0)
     axes.legend()

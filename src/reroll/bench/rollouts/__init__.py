@@ -27,7 +27,7 @@ from reroll.train.run import commit, hardware
 def run(rounds: int = 7, path: Path | None = None, steps: int = 10_000) -> dict[str, Any]:
     """Measure all cases, print a table, and write it as JSON if a path is given."""
     rows = [row for case in cpu.cases(steps) for row in cpu.rows_of(case, rounds)]
-    found: dict[str, Any] = {"steps": steps, "rows": rows, "auto_over_best": cpu.auto_over_best(rows)}
+    found: dict[str, Any] = {"steps": steps, "rounds": rounds, "rows": rows, "auto_over_best": cpu.auto_over_best(rows)}
     found["memory_floats"] = {
         "quasi_deer()": cpu.memory(quasi_deer(), steps),
         "quasi_deer(window=None)": cpu.memory(quasi_deer(window=None), steps),
