@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from reroll.bench import claims, demo, estimator, memory, rollouts, timing, zeroth
+from reroll.bench import claims, demo, estimator, grid, memory, rollouts, timing, zeroth
 from reroll.cli.bench import BENCHES
 from reroll.data.text import Text
 from reroll.grad.probes import expected_relative_error
@@ -382,6 +382,28 @@ def test_the_case_for_a_card_measures_gradients_that_agree():
     table = {"rows": [], "steps": 300, "auto_over_best": {"largest": 1, "geometric_mean": 1}, "memory_floats": {}}
     told = rollouts.report({**table, "gpu": [found], "hardware": "none", "torch": "2", "commit": "0"})
     assert "GPU, D = 3, B = 2, T = 300, forward and backward: library" in told
+
+
+def test_the_grid_of_deer_has_the_published_times_beside_ours(capsys, tmp_path):
+    found = grid.run(1, tmp_path / "grid.json", sizes=((1, 3), (300,)))
+    assert json.loads((tmp_path / "grid.json").read_text())["rows"] == found["rows"]
+    assert [(row["D"], row["gradient"]) for row in found["rows"]] == [(1, False), (3, False), (1, True), (3, True)]
+    for row in found["rows"]:
+        assert set(row["seconds"]) == {"loop", "library", "deer", "quasi_deer", "auto"}
+        assert max(row["deviation"].values()) < 1e-4
+    found["rows"][0]["T"] = 1000
+    assert "9.96, 0.557" in grid.report(found)
+    assert "milliseconds, batch 16" in capsys.readouterr().out
+
+
+def test_what_the_grid_leaves_out_and_extrapolates(monkeypatch):
+    monkeypatch.setattr(grid, "JACOBIANS", 1)
+    monkeypatch.setattr(grid, "LOOPED", 100)
+    monkeypatch.setattr(grid, "in_turn", lambda calls, rounds: {name: [len(call()[0])] for name, call in calls.items()})
+    row = grid.point(2, 400, False, 1, "cpu")
+    # A second per step: the loop runs 100 of them, and its time is multiplied.
+    assert row["seconds"] == dict.fromkeys(("library", "quasi_deer", "auto", "loop"), 400)
+    assert "–" in grid.report({"rows": [row], "hardware": "none", "torch": "2", "commit": "0"})
 
 
 def test_what_is_short_is_called_several_times(monkeypatch):

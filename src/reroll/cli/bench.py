@@ -13,13 +13,13 @@ import tyro
 from reroll.cli.flags import parse
 from reroll.errors import UsageError, nearest
 
-BENCHES = ("zeroth", "estimator", "rollouts")
+BENCHES = ("zeroth", "estimator", "rollouts", "grid")
 
 
 @dataclass(frozen=True)
 class Bench:
     name: Annotated[str, tyro.conf.Positional]
-    """zeroth (speed and memory of CD-RGE), estimator (its gradient) or rollouts (ways along time)"""
+    """zeroth (speed and memory of CD-RGE), estimator (its gradient), rollouts (ways along time) or grid (DEER's)"""
     json: Path | None = None
     """write the result to this file"""
     rounds: int | None = None
@@ -60,6 +60,11 @@ def _bench(arguments: Sequence[str]) -> int:
         from reroll.bench import rollouts
 
         rollouts.run(request.rounds or 7, request.json)
+        return 0
+    if request.name == "grid":
+        from reroll.bench import grid
+
+        grid.run(request.rounds or 5, request.json)
         return 0
     from reroll.bench import estimator
 

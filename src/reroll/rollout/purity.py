@@ -20,6 +20,8 @@ _known: weakref.WeakKeyDictionary[Cell, set[tuple[bool, ...]]] = weakref.WeakKey
 
 ROWS = 8
 """Rows on which a step is tried."""
+WIDEST = 1 << 12
+"""Numbers of state up to which its derivative is tried: to follow it takes their square."""
 LOOSE = 1e-2
 """Difference between a row alone and among others that is rounding; a branch makes one of order 1."""
 
@@ -68,8 +70,9 @@ def require_pure(cell: Cell, problem: Any) -> None:
             "mean over the batch). A rollout along time evaluates many steps side by side as rows; compute every row "
             "by itself, or use rollout=Sequential()."
         )
-    with torch.inference_mode(False), torch.autocast(u.device.type, enabled=False):
-        _follow_derivatives(cell, problem.layout, u.clone(), state.clone())
+    if state.shape[1] <= WIDEST and not dispatch.is_mapped():
+        with torch.inference_mode(False), torch.autocast(u.device.type, enabled=False):
+            _follow_derivatives(cell, problem.layout, u.clone(), state.clone())
     _known[cell].add(mode)
 
 
@@ -78,8 +81,6 @@ def _follow_derivatives(cell: Cell, layout: Layout, u: torch.Tensor, state: torc
 
     A solver runs the code of a step on values that follow it. They see neither `no_grad` nor a backward of one's own.
     """
-    if dispatch.is_mapped():
-        return
     cotangent = torch.linspace(-1, 1, state.numel(), device=state.device).to(state.dtype).view(state.shape)
     try:
         with torch.enable_grad():
