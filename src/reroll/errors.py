@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 
 class RerollError(Exception):
@@ -56,5 +57,22 @@ def require_positive(**arguments: float | None) -> None:
         reroll.errors.UsageError: probes=0 must be greater than zero.
     """
     for name, value in arguments.items():
-        if value is not None and not 0 < value < float("inf"):
+        if value is None:
+            continue
+        if not isinstance(value, Real):
+            raise UsageError(f"{name}={value!r} must be a number.")
+        if not 0 < value < float("inf"):
             raise UsageError(f"{name}={value} must be {'finite' if value == float('inf') else 'greater than zero'}.")
+
+
+def require_count(**arguments: int | None) -> None:
+    """Raise `UsageError` naming the first argument that is not a whole number above zero (`None` is let through).
+
+    Example:
+        >>> require_count(window=2.5)
+        Traceback (most recent call last):
+        reroll.errors.UsageError: window=2.5 must be a whole number, 1 or more.
+    """
+    for name, value in arguments.items():
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
+            raise UsageError(f"{name}={value!r} must be a whole number, 1 or more.")

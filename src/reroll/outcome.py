@@ -27,8 +27,9 @@ class Outcome(Enum):
         "reroll.predictability for which of them can work."
     )
     solver_too_loose = (
-        "What the rollout's solver leaves over moves the loss nearly as much as a probe does, so the gradient is "
-        "mostly its error. Lower the rollout's tolerance (model.rollout_rtol), or raise --epsilon."
+        "What the rollout's solver leaves over moves a probe's loss difference by more than a tenth of what probes do, "
+        "so the gradient is partly its error. Lower the rollout's tolerance (--model.rollout_rtol, or rtol and atol of "
+        "the rollout), or raise --epsilon."
     )
     not_finite = "The loss is not finite. Lower --lr, or clip the gradient with --clip."
 

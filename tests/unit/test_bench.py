@@ -358,6 +358,7 @@ def test_ways_along_time_are_compared_at_a_small_size(monkeypatch, capsys, tmp_p
         assert 0 < max(row["deviation"].values()) < 1e-3
         assert row["deviation"]["loop"] == 0
         assert row["best"] in row["seconds"]
+        assert set(row["fell_back"]) <= {"picard", "jacobi", "quasi_elk", "elk"}
         assert ("library" in row["seconds"]) == (row["cell"] != "not writable")
     assert set(found["memory_floats"].values()) == {1.0}
     assert len(weighed) == 2

@@ -407,6 +407,18 @@ def test_the_line_of_a_step_shows_the_rollouts(cli):
     least = ("--set", "model.rollout_iterations=1")
     again = cli("train", "--config", "run/config.toml", *least, "--run-dir", "other")
     assert re.search(r"1 iterations  2 sequences fell back to the loop  ", again.out)
+    assert again.out.count("step 1: Some sequences did not converge") == 1
+    scored = cli("eval", "other")
+    assert scored.code == 0
+    assert re.search(r"^\d+ evaluations of a sequence: Some sequences did not converge", scored.out, re.MULTILINE)
+    assert "did not converge" not in cli("eval", "run").out
+
+
+def test_a_tolerance_too_loose_for_the_probes_is_said_once(cli):
+    loose = ("--set", "model.rollout_rtol=0.9", "--set", "gradient.epsilon=0.001", "--lr", "0.001")
+    trained = cli("train", "parallel_probes", "--length", 40, "--batch", 2, "--probes", 4, "--steps", 3, *loose)
+    assert trained.code == 0
+    assert trained.out.count("What the rollout's solver leaves over") == 1
 
 
 def test_a_resumed_run_takes_no_step_back(cli, run):

@@ -5,16 +5,11 @@ import math
 import pytest
 import torch
 
-from reroll import Recurrent
-from reroll.cells import ARGRU, GRU, LSTM, Cell, Lorenz96, MeanField, ParaGRU, cell_from
+from reroll.cells import ARGRU, GRU, Lorenz96, MeanField, cell_from
 from reroll.errors import UsageError
 from reroll.outcome import Outcome
 from reroll.rollout import (
-    Dense,
-    Diagonal,
-    Hutchinson,
     Kalman,
-    Newton,
     Sequential,
     auto,
     deer,
@@ -29,77 +24,6 @@ from reroll.rollout import (
 from reroll.rollout.damping import Undamped
 from reroll.rollout.linearise import Transition
 from reroll.rollout.watch import watching
-
-
-@pytest.fixture(scope="module")
-def gru():
-    """A GRU as torch initialises it, D = 4, and 10,000 steps of input, float64."""
-    torch.manual_seed(0)
-    cell = cell_from(torch.nn.GRUCell(4, 4), 4).double()
-    return cell, torch.randn(1, 10_000, 4, dtype=torch.float64)
-
-
-@torch.no_grad()
-def test_counts_and_errors_in_float64(gru):
-    cell, x = gru
-    expected = Sequential()(cell, x).states
-    for rollout, most, error in ((deer(), 6, 1e-12), (quasi_deer(), 20, 1e-8), (jacobi(max_iterations=200), 65, 1e-8)):
-        found = rollout(cell, x)
-        assert bool(found.converged.all())
-        assert int(found.iterations) <= most
-        assert (found.states - expected).abs().max() < error
-
-
-@torch.no_grad()
-def test_counts_in_float32(gru):
-    cell, x = gru
-    single = cell_from(torch.nn.GRUCell(4, 4), 4)
-    single.load_state_dict(cell.state_dict())
-    expected = Sequential()(cell, x).states
-    for rollout, most in ((deer(rtol=1e-4, atol=1e-4), 5), (quasi_deer(rtol=1e-4, atol=1e-4), 10)):
-        found = rollout(single, x.float())
-        assert int(found.iterations) <= most
-        assert (found.states - expected).abs().max() < 3e-4
-
-
-@torch.no_grad()
-def test_a_linear_recurrence_takes_one_iteration():
-    matrix = torch.randn(5, 5, dtype=torch.float64) * 0.3
-    cell = cell_from(lambda u, s: s @ matrix.T + u, 5)
-    x = torch.randn(2, 50, 5, dtype=torch.float64)
-    assert deer()(cell, x).iterations.tolist() == [1, 1]
-
-
-@torch.no_grad()
-def test_the_word_problem_of_five_letters_is_exact():
-    """Products of random permutations of five: a linear recurrence that forgets nothing."""
-    swaps = torch.stack([torch.eye(5)[torch.randperm(5)] for _ in range(300)]).double()
-    cell = cell_from(lambda u, s: (u.unflatten(-1, (5, 5)) @ s.unsqueeze(-1)).squeeze(-1), 5)
-    first = torch.arange(5.0, dtype=torch.float64).unsqueeze(0)
-    found = deer()(cell, swaps.flatten(1).unsqueeze(0), first)
-    assert int(found.iterations) == 1
-    expected = first[0]
-    for t, swap in enumerate(swaps):
-        expected = swap @ expected
-        assert torch.equal(found.states[0, t], expected)
-
-
-@torch.no_grad()
-def test_a_mean_field_network_needs_more_the_less_it_forgets():
-    counts, exponents = [], []
-    for gain in (0.5, 0.8, 1.0, 1.5, 2.0):
-        torch.manual_seed(0)
-        cell = MeanField(32, gain).double()
-        x = torch.randn(1, 300, 32, dtype=torch.float64) * 0.5
-        counts.append(int(Newton(Dense(), max_iterations=301)(cell, x).iterations))
-        exponents.append(float(lyapunov(cell, x)))
-        if gain <= 1.0:  # its diagonal is zero, so quasi-DEER is Jacobi
-            quasi = Newton(Diagonal(), max_iterations=301)(cell, x)
-            assert torch.equal(quasi.iterations, jacobi(max_iterations=301)(cell, x).iterations)
-    assert counts == sorted(counts)
-    assert exponents == sorted(exponents)
-    assert counts[2] <= 8
-    assert exponents[0] < -0.5
 
 
 @torch.no_grad()
@@ -129,47 +53,6 @@ def test_without_distrust_the_filter_is_newton(kind):
         found = Kalman(1e12, smoother=smoother).correct(Transition(kind, a), r, None)
         torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-9)
     assert torch.equal(Kalman(math.inf).correct(Transition(kind, a), r, None), plain)
-
-
-@torch.no_grad()
-def test_huge_weights_blow_up_on_the_way_and_not_in_the_end():
-    torch.manual_seed(0)
-    cell = GRU(2, 2)
-    for p in cell.parameters():
-        p.mul_(100)
-    x = torch.randn(2, 100, 2)
-    found = deer(max_iterations=101, guess="zeros")(cell, x)
-    expected = Sequential(kernel="reference")(cell, x)
-    torch.testing.assert_close(found.states, expected.states, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_numbers_that_are_not_finite_on_the_way_are_counted():
-    cell = cell_from(lambda u, s: torch.exp(0.5 * s * s) * 0.1 + u, 2)
-    x = torch.randn(3, 80, 2, dtype=torch.float64) * 0.1
-    guess = torch.full((3, 80, 2), 60.0, dtype=torch.float64)
-    found = quasi_deer(guess=guess, max_iterations=90)(cell, x)
-    assert bool((found.resets > 0).all())
-    assert bool(found.converged.all())
-    torch.testing.assert_close(found.states, Sequential()(cell, x).states, rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("time", [256, 2048, 16_384])
-@torch.no_grad()
-def test_a_diagonal_cell_converges_in_four_whatever_the_length(time):
-    torch.manual_seed(0)
-    cell, x = ParaGRU(8, 16), torch.randn(1, time, 8)
-    found = Newton(Diagonal(), max_iterations=4, rtol=1e-6, atol=1e-6)(cell, x)
-    assert bool(found.converged.all()), found.residual
-
-
-@torch.no_grad()
-def test_an_estimated_diagonal_converges_where_the_exact_one_does():
-    torch.manual_seed(0)
-    cell, x = GRU(8, 32).double(), torch.randn(1, 400, 8, dtype=torch.float64)
-    exact, estimated = (Newton(kind)(cell, x) for kind in (Diagonal(), Hutchinson(4)))
-    assert bool(estimated.converged.all())
-    assert int(estimated.iterations) < 2 * int(exact.iterations)
 
 
 @torch.no_grad()
@@ -334,56 +217,6 @@ def test_dropout_that_begins_later_is_noticed():
     cell.train()
     with pytest.raises(UsageError, match="different results"):
         quasi_deer()(cell, torch.randn(2, 30, 4))
-
-
-class Mixing(Cell):
-    input_size = output_size = 4
-
-    def init_state(self, batch_shape):
-        return torch.zeros(*batch_shape, 4)
-
-    def step(self, u, state):
-        return torch.tanh(state + u) if float(state.sum()) > 0 else torch.tanh(u - state)
-
-
-class Averaging(Mixing):
-    def step(self, u, state):
-        return torch.tanh(state + u - state.mean(0, keepdim=True))
-
-
-class Forgetful(Mixing):
-    def step(self, u, state):
-        return torch.tanh(u), state
-
-
-X = torch.zeros(2, 9, 3)
-MISTAKES = {
-    "a torch module": (lambda: quasi_deer()(torch.nn.GRUCell(3, 5), torch.zeros(2, 9, 3)), "GRUCell.*cell_from"),
-    "arguments swapped": (lambda: quasi_deer()(torch.zeros(2, 9, 3), GRU(3, 5)), "rollout\\(cell, inputs\\)"),
-    "rollout for cell": (lambda: Sequential()(quasi_deer(), torch.zeros(2, 9, 3)), "Newton.*rollout\\(cell, inputs\\)"),
-    "a list": (lambda: quasi_deer()(GRU(3, 5), [[1.0]]), "type list"),
-    "features": (lambda: quasi_deer()(GRU(3, 5), torch.zeros(2, 9, 4)), r"\(2, 9, 4\); GRU takes \[batch, time, 3\]"),
-    "features of a loop": (lambda: Sequential()(GRU(3, 5), torch.zeros(2, 9, 4)), "GRU takes"),
-    "dtype": (lambda: quasi_deer()(GRU(3, 5), torch.zeros(2, 9, 3).double()), "float64.*float32.*convert"),
-    "state": (lambda: quasi_deer()(GRU(3, 5), X, torch.zeros(2, 6)), r"state is \[2, 6\]; GRU takes \[2, 5\]"),
-    "state of a loop": (lambda: Sequential()(LSTM(3, 5), X, torch.zeros(2, 5)), r"LSTM takes \(\[2, 5\], \[2, 5\]\)"),
-    "a branch on the batch": (lambda: quasi_deer()(Mixing(), torch.zeros(3, 300, 4)), "mixes sequences"),
-    "a mean over the batch": (lambda: quasi_deer()(Averaging(), torch.zeros(3, 300, 4)), "mixes sequences"),
-    "another kind of state": (lambda: quasi_deer()(Forgetful(), torch.zeros(3, 300, 4)), "returns a tuple.*Tensor"),
-    "nothing but nan": (lambda: predictability(GRU(3, 5), torch.full((1, 9, 3), torch.nan)), "not finite"),
-    "a name for a rollout": (lambda: Recurrent(GRU(3, 5), inputs=3, rollout="quasi_deer"), r"reroll.quasi_deer\(\)"),
-    "a preset not called": (lambda: Recurrent(GRU(3, 5), inputs=3, rollout=quasi_deer), r"reroll.quasi_deer\(\)"),
-    "features of a model": (lambda: Recurrent(GRU(3, 5), inputs=3)(torch.zeros(2, 6, 4)), r"expected .*, time, 3\]"),
-    "a symbol too many": (lambda: Recurrent(GRU(3, 5), vocab=10)(torch.tensor([[3, 11]])), "symbols 3 … 11.*0 … 9"),
-    "a symbol that is none": (lambda: Recurrent(GRU(3, 5), vocab=10)(torch.zeros(1, 2)), "whole numbers"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named(name):
-    call, message = MISTAKES[name]
-    with pytest.raises(UsageError, match=message):
-        call()
 
 
 def test_a_trajectory_prints_as_a_line():

@@ -14,6 +14,7 @@ Your own cell is a subclass with `step` and `init_state`, or a plain function th
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reroll.errors import UsageError, require_positive
+from reroll.errors import UsageError, require_count
 
 State = Any
 """A tensor, or a (named) tuple of tensors."""
@@ -96,14 +97,17 @@ class FunctionCell(Cell):
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], state_size: int, module: nn.Module | None):
         super().__init__()
-        self.function, self.module = function, module
+        self.function = None if function is module else function  # a module twice would be saved twice
+        self.module = module
         self.input_size = self.output_size = self.state_size = state_size
 
     def init_state(self, batch_shape: Sequence[int]) -> Tensor:
         return torch.zeros(*batch_shape, self.state_size)
 
     def step(self, u: Tensor, state: Tensor) -> Tensor:
-        return self.function(u, state)
+        step = self.module if self.function is None else self.function
+        assert step is not None
+        return step(u, state)
 
 
 def cell_from(step: Callable[..., Any], state_size: int, *, module: nn.Module | None = None) -> Cell:
@@ -125,14 +129,30 @@ def cell_from(step: Callable[..., Any], state_size: int, *, module: nn.Module | 
     """
     if not callable(step):
         raise UsageError(f"step={step!r} must be a function step(input_t, state) → state.")
-    require_positive(state_size=state_size)
+    require_count(state_size=state_size)
     if isinstance(step, nn.RNNCell | nn.GRUCell | nn.LSTMCell):
         from reroll.cells.wrapped import Wrapped
 
         if step.hidden_size != state_size:
             raise UsageError(f"state_size={state_size} does not fit {step}, whose hidden_size is {step.hidden_size}.")
         return Wrapped(step)
+    if isinstance(step, nn.RNNBase):
+        kind = type(step).__name__
+        raise UsageError(f"step is an nn.{kind}, which runs whole sequences; give an nn.{kind}Cell, a single step.")
+    _require_two_arguments(step)
     owner = step if isinstance(step, nn.Module) else getattr(step, "__self__", None)
     if module is None and isinstance(owner, nn.Module):
         module = owner
     return FunctionCell(step, state_size, module)
+
+
+def _require_two_arguments(step: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(step.forward if isinstance(step, nn.Module) else step)
+    except (TypeError, ValueError):  # a function written in C may have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(step, "__name__", type(step).__name__)
+        raise UsageError(f"step={name} must take (input_t, state): {error}.") from error

@@ -80,6 +80,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _eval(request: Eval) -> int:
+    from reroll.outcome import Outcome
+    from reroll.rollout.watch import watching
     from reroll.train.evaluate import evaluate
     from reroll.train.load import open_model
 
@@ -88,12 +90,15 @@ def _eval(request: Eval) -> int:
     split = request.split or task.splits[0]
     if split not in task.splits:
         raise UsageError(f'split="{split}" is not there; this task has {", ".join(task.splits)}.')
-    found = evaluate(loaded.model, task, split)
+    with watching() as rollouts:
+        found = evaluate(loaded.model, task, split)
     part = split if "train" in getattr(task, "tokens", {}) else "all of it"  # files named after splits keep them
     what = split if request.path is None else f"{request.path} ({part})"
     print(f"{what}, after {loaded.step} steps: " + "  ".join(f"{name} {value:.6g}" for name, value in found.items()))
     for note in _notes(loaded, task, split, request):
         print(note)
+    if rollouts.fell_back:
+        print(f"{rollouts.fell_back} evaluations of a sequence: {Outcome.fell_back.value}")
     return 0
 
 
@@ -147,13 +152,15 @@ def _notes(loaded: Any, task: Any, split: str, request: Eval) -> list[str]:
 
 
 def _sample(request: Sample) -> int:
+    from reroll.rollout.watch import watching
     from reroll.train.load import open_model
 
     loaded = open_model(request.model)
     encode, decode, start = _symbols(loaded)
     _refuse_unknown(loaded, request.prompt)
     prompt = encode(request.prompt) if request.prompt else start
-    new = loaded.model.generate(prompt, request.length, request.temperature, request.top_k, request.seed)
+    with watching():  # a text needs no word on how the model came by it
+        new = loaded.model.generate(prompt, request.length, request.temperature, request.top_k, request.seed)
     print(visible(request.prompt + decode(new.tolist())))
     return 0
 

@@ -47,6 +47,7 @@ from reroll.grad.probes import SHAPINGS, coefficients
 from reroll.kernels.noise_axpy import parse_kind
 from reroll.keys import Key
 from reroll.outcome import Outcome
+from reroll.rollout.watch import watching
 
 Evaluate = Literal["auto", "in_place", "tiles", "batched"]
 """How perturbed losses are computed; see `reroll.grad.evaluate`."""
@@ -183,7 +184,8 @@ class CentralDifference:
             raise UsageError(f"key={key!r} must be a Key, such as reroll.Key(seed).at(step).")
         plan = self.plan(model, parameters, batch)
         epsilon = self._usable_epsilon(parameters, plan, scales or {})
-        warm = WarmStarts(loss_fn) if model is not None and iterates(model) else None
+        # Without a module to look at, whether something iterates inside the loss shows when it is called.
+        warm = WarmStarts(loss_fn) if model is None or iterates(model) else None
         probing = Probing(
             parameters=parameters, call=warm or loss_fn, key=key, epsilon=epsilon, noise=self.kind,
             sides=(1, -1) if self.difference == "central" else (1,), dtype=self.dtype, scales=scales or {}, model=model,
@@ -195,8 +197,11 @@ class CentralDifference:
                 rewind()
                 warm.prepare(model, [with_state(unit.batch, unit.states and unit.states[0]) for unit in units])
         before = bit_sums(parameters)
-        with _evaluator(plan, probing, self.restore) as evaluator:
+        with _evaluator(plan, probing, self.restore) as evaluator, watching() as seen:
             results = _run(evaluator, units, plan)
+            error = None
+            if warm is not None and seen.calls:
+                error = warm.error(units, results, lambda some: _run(evaluator, some, plan))
         after_probing = bit_sums(parameters)
         losses, states = self._gather(units, results)
         clean, after, passes = None, None, 0
@@ -217,7 +222,8 @@ class CentralDifference:
         outcome = Outcome.ok if not found.lost else Outcome.some_probes_lost
         if warm is not None:
             stats["forward_passes"] += warm.passes
-            stats["solver_error"] = warm.error / max(found.spread, 1e-300)
+        if error is not None:
+            stats["solver_error"] = error / max(found.spread, 1e-300)
             outcome = Outcome.solver_too_loose if stats["solver_error"] > TOO_LOOSE else outcome
         if found.lost == self.probes:
             outcome = Outcome.all_probes_lost

@@ -20,7 +20,7 @@ from reroll.cells.base import Cell, State
 from reroll.errors import UsageError, require_positive
 from reroll.models import convert
 from reroll.models.generate import generate
-from reroll.rollout.base import Rollout, start
+from reroll.rollout.base import Rollout, require_rollout, start
 from reroll.rollout.sequential import Sequential
 
 WINDOW_FLOATS = 1 << 22
@@ -68,7 +68,8 @@ class Recurrent(nn.Module):
         self.vocab, self.inputs, self.readout = vocab, inputs, readout
         self.outputs = outputs or vocab or cells[-1].output_size
         self.window_floats = WINDOW_FLOATS
-        self.rollout: Rollout = _rollout(rollout)
+        self.rollout: Rollout = Sequential() if rollout is None else rollout
+        require_rollout(self.rollout)
         self.embed = nn.Embedding(vocab, cells[0].input_size) if vocab is not None else None
         self.cells = nn.ModuleList(cells)
         has_head = vocab is not None or outputs is not None
@@ -224,15 +225,6 @@ class Recurrent(nn.Module):
             total = part if total is None else total + part
         assert total is not None
         return total / present.sum(1, keepdim=True).clamp(min=1) if self.readout == "mean" else total
-
-
-def _rollout(rollout: Any) -> Rollout:
-    if rollout is None:
-        return Sequential()
-    if not isinstance(rollout, type) and hasattr(rollout, "read"):
-        return rollout
-    name = rollout if isinstance(rollout, str) else getattr(rollout, "__name__", type(rollout).__name__)
-    raise UsageError(f"rollout={rollout!r} is no rollout; give the object: reroll.{name}().")
 
 
 def _check_sizes(

@@ -10,6 +10,7 @@ steps an optimizer with a closure. Learning-rate schedulers and `state_dict` wor
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from reroll.errors import RunError, UsageError, require_positive
 from reroll.grad.base import Estimate, Seeded, canonical_name, check_names, check_streams
 from reroll.grad.central_difference import CentralDifference, Evaluate
 from reroll.keys import Key
+from reroll.outcome import Outcome
 
 _EXAMPLE = (
     "CDRGE.step needs a closure that returns the loss and does not call backward():\n"
@@ -133,6 +135,8 @@ class CDRGE(torch.optim.Optimizer):
             raise
         if not estimate.outcome:
             raise RunError(estimate.outcome.value)
+        if estimate.outcome is Outcome.solver_too_loose:
+            warnings.warn(f"solver_error={estimate.stats['solver_error']:.2g}. {estimate.outcome.value}", stacklevel=2)
         assert isinstance(estimate.gradient, Seeded)
         for name, p in named.items():
             self._update(estimate.gradient, name, p, groups[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from reroll.cells.base import Cell, State
 from reroll.cells.layout import Layout
-from reroll.rollout.base import Rollout, Trajectory
+from reroll.rollout.base import Rollout, Trajectory, require_rollout
 from reroll.rollout.sequential import Sequential
 
 
@@ -19,7 +20,8 @@ class Agreement:
 
     Args:
         states: largest deviation of a state, relative to the largest state.
-        gradients: the same for the gradient by every parameter and the inputs, by name.
+        gradients: the same for the gradient by every parameter and the inputs, by name; infinite where one of the two
+            has a number that is not finite and the other has not.
         tolerance: what `ok` allows.
         trajectory: what the rollout returned.
     """
@@ -32,13 +34,15 @@ class Agreement:
     @property
     def ok(self) -> bool:
         """Whether everything is within the tolerance."""
-        return max(self.states, *self.gradients.values()) <= self.tolerance
+        return all(apart <= self.tolerance for apart in (self.states, *self.gradients.values()))
 
     def __str__(self) -> str:
-        worst = max(self.gradients, key=lambda name: self.gradients[name])
+        worst = max(self.gradients, key=lambda name: self.gradients[name], default=None)
+        gradients = "none to compare" if worst is None else f"{self.gradients[worst]:.1e} (worst: {worst})"
+        iterations = self.trajectory.iterations
         return (
             f"{'agrees' if self.ok else 'DOES NOT AGREE'} to {self.tolerance:.1e}: states {self.states:.1e}, gradients "
-            f"{self.gradients[worst]:.1e} (worst: {worst}); {int(self.trajectory.iterations.max())} iterations, "
+            f"{gradients}; {int(iterations.max()) if iterations.numel() else 0} iterations, "
             f"outcome {self.trajectory.outcome.name}"
         )
 
@@ -61,6 +65,7 @@ def verify_agreement(
         >>> verify_agreement(quasi_deer(), GRU(3, 5), torch.randn(2, 50, 3)).ok
         True
     """
+    require_rollout(rollout)
     if tolerance is None:
         tolerance = 1e-6 if inputs.dtype == torch.float64 else 1e-3
     expected, reference = _run(Sequential(kernel="reference"), cell, inputs, state, reset, seed)
@@ -79,13 +84,18 @@ def _run(
     rollout: Rollout, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, seed: int
 ) -> tuple[Trajectory, dict[str, Tensor]]:
     with torch.enable_grad():
-        leaf = inputs.detach().requires_grad_()
+        leaf = inputs.detach()
+        if leaf.is_floating_point():  # symbols have no gradient
+            leaf.requires_grad_()
         trajectory = rollout(cell, leaf, state, reset)
         flat = _flat(trajectory)
         generator = torch.Generator().manual_seed(seed)
         weights = torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat)
-        sources = {"inputs": leaf} | {name: p for name, p in cell.named_parameters() if p.requires_grad}
-        gradients = torch.autograd.grad((flat * weights).sum(), list(sources.values()), allow_unused=True)
+        sources = {"inputs": leaf} | dict(cell.named_parameters())
+        sources = {name: source for name, source in sources.items() if source.requires_grad}
+        gradients: tuple[Tensor | None, ...] = (None,) * len(sources)
+        if sources and flat.requires_grad:
+            gradients = torch.autograd.grad((flat * weights).sum(), list(sources.values()), allow_unused=True)
     zeros = {name: torch.zeros_like(source) for name, source in sources.items()}
     return trajectory, {name: zeros[name] if g is None else g for name, g in zip(sources, gradients)}
 
@@ -98,5 +108,10 @@ def _flat(trajectory: Trajectory) -> Tensor:
 def _apart(a: Tensor, b: Tensor, floor: float = 1e-30) -> float:
     if not b.numel():
         return 0.0
-    scale = max(float(b.detach().abs().max()), floor, 1e-30)
-    return float((a.detach() - b.detach()).abs().max()) / scale
+    a, b = a.detach(), b.detach()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if bool(same.all()):
+        return 0.0
+    scale = max(float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()), floor, 1e-30)
+    apart = float(torch.where(same, 0.0, a - b).abs().max()) / scale
+    return apart if math.isfinite(apart) else math.inf

@@ -117,4 +117,5 @@ def _any_gradient(cell: Cell, inputs: Tensor, state: State | None) -> bool:
 
 def auto(**options: Any) -> Auto:
     """Return a rollout that chooses; keyword arguments are those of `Newton`."""
+    quasi_deer(**options)  # a mistake is better said here than at the first long sequence
     return Auto(tuple(options.items()))

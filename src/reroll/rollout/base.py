@@ -9,6 +9,8 @@ non-convergence is a value, never silent.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -83,17 +85,83 @@ def start(cell: Cell, inputs: Tensor, state: State | None) -> State:
         UsageError: if the cell is none, the inputs are not [batch, time, features], or the state does not fit.
     """
     check(cell, inputs)
-    if state is not None:
-        _check_state(cell, inputs, state)
-        return state
-    like = inputs if inputs.is_floating_point() else None
     initial = cell.init_state(inputs.shape[:1])
-    return initial if like is None else map_state(initial, lambda tensor: tensor.to(like.device, like.dtype))
+    if state is not None:
+        if (found := _shapes(state)) != (expected := _shapes(initial)):
+            raise UsageError(
+                f"state is {found}; {type(cell).__name__} takes {expected} for inputs {tuple(inputs.shape)}."
+            )
+        return _like(state, initial)
+    if not inputs.is_floating_point():
+        return initial
+    return map_state(initial, lambda tensor: tensor.to(inputs.device, inputs.dtype))
+
+
+def check_reset(reset: Any, inputs: Tensor) -> None:
+    """Raise if this is neither None nor a mask of the inputs' batch and time."""
+    if reset is None:
+        return
+    expected = f"expected a mask (dtype bool) of shape {tuple(inputs.shape[:2])}"
+    if not isinstance(reset, Tensor):
+        raise UsageError(f"reset is a {type(reset).__name__}; {expected}.")
+    if reset.shape != inputs.shape[:2] or reset.dtype != torch.bool:
+        raise UsageError(f"reset has shape {tuple(reset.shape)} and dtype {dtype_name(reset)}; {expected}.")
+
+
+def weights_dtype(cell: Cell, inputs: Tensor) -> torch.dtype:
+    """Return the dtype of a cell's weights; that of the inputs if it has none."""
+    return next((p.dtype for p in cell.parameters() if p.is_floating_point()), inputs.dtype)
+
+
+def dtype_name(tensor: Tensor | torch.dtype) -> str:
+    """Return "float32" for `torch.float32`."""
+    return str(tensor.dtype if isinstance(tensor, Tensor) else tensor).removeprefix("torch.")
+
+
+@contextmanager
+def explaining_dtypes(cell: Cell, inputs: Tensor, state: State | None) -> Iterator[None]:
+    """Say of an error inside the block that inputs, weights and state differ in dtype, if they do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, UsageError) or "dtype" not in str(error):
+            raise
+        require_one_dtype(cell, inputs, state)
+        raise
+
+
+def require_one_dtype(cell: Cell, inputs: Tensor, state: State | None) -> None:
+    """Raise if inputs or state have another dtype than the weights."""
+    known = weights_dtype(cell, inputs)
+    parts = () if state is None else (state,) if isinstance(state, Tensor) else tuple(state)
+    for name, tensor in (("inputs", inputs), *(("state", part) for part in parts)):
+        if tensor.dtype != known:
+            change = f", or cell.to({tensor.dtype})" if tensor.is_floating_point() and known != inputs.dtype else ""
+            raise UsageError(
+                f"{name} has dtype {dtype_name(tensor)} and the weights of {type(cell).__name__} have "
+                f"{dtype_name(known)}; convert one: {name}.to({known}){change}."
+            )
 
 
 def has_tangent(tensor: Tensor) -> bool:
     """Return whether a forward-mode derivative goes along with a tensor (`torch.autograd.forward_ad`)."""
     return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def require_rollout(rollout: Any) -> None:
+    """Raise if this is no rollout: a name, or a preset that was not called."""
+    if isinstance(rollout, type) or not hasattr(rollout, "read"):
+        name = rollout if isinstance(rollout, str) else getattr(rollout, "__name__", type(rollout).__name__)
+        raise UsageError(f"rollout={rollout!r} is no rollout; give the object: reroll.{name}().")
+
+
+def require_same_shapes(cell: Cell, state: State, following: State) -> None:
+    """Raise if a step returns a state of another kind or shape than the one it was given."""
+    if _shapes(following) != _shapes(state):
+        raise UsageError(
+            f"{type(cell).__name__}.step returns a state {_shapes(following)} for a state {_shapes(state)}; a step "
+            "must keep the kind and the shape of its state."
+        )
 
 
 def check(cell: Any, inputs: Any) -> None:
@@ -106,6 +174,8 @@ def check(cell: Any, inputs: Any) -> None:
     if not isinstance(inputs, Tensor) or inputs.dim() != 3:
         what = f"shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else f"type {type(inputs).__name__}"
         raise UsageError(f"inputs has {what}; expected a tensor [batch, time, features].")
+    if getattr(cell, "input_size", None) is None:
+        raise UsageError(f"{type(cell).__name__} sets no input_size; a cell says how many features it takes.")
     # A plain function may take any number of features.
     if not isinstance(cell, FunctionCell) and inputs.shape[-1] != cell.input_size:
         raise UsageError(
@@ -113,11 +183,11 @@ def check(cell: Any, inputs: Any) -> None:
         )
 
 
-def _check_state(cell: Cell, inputs: Tensor, state: State) -> None:
-    expected = _shapes(cell.init_state(inputs.shape[:1]))
-    found = _shapes(state)
-    if found != expected:
-        raise UsageError(f"state is {found}; {type(cell).__name__} takes {expected} for inputs {tuple(inputs.shape)}.")
+def _like(state: State, kind: State) -> State:
+    """Return a state as the cell names its parts: a plain tuple will do for a named one."""
+    if isinstance(kind, Tensor) or type(state) is type(kind):
+        return state
+    return type(kind)(*state) if hasattr(kind, "_fields") else tuple(state)
 
 
 def _shapes(state: State) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -134,13 +135,16 @@ class Kalman:
     damped: bool = True
 
     def __post_init__(self) -> None:
-        if math.isnan(self.variance) or self.variance <= 0:
-            raise UsageError(f"variance={self.variance} must be greater than zero; infinity is undamped.")
+        if not isinstance(self.variance, Real) or math.isnan(self.variance) or self.variance <= 0:
+            raise UsageError(f"variance={self.variance!r} must be greater than zero; infinity is undamped.")
 
     def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
         if math.isinf(self.variance):
             return solve(transition, residual)
         kind, a = transition
+        if residual.element_size() < 4 and a is not None:  # a gain is a quotient of variances
+            trust = None if trust is None else trust.float()
+            return self.correct(Transition(kind, a.float()), residual.float(), trust).to(residual.dtype)
         if kind not in ("diagonal", "dense") or a is None:
             raise UsageError(f"Kalman works with Dense or Diagonal, not a transition of kind {kind}.")
         if kind == "diagonal" and trust is None:

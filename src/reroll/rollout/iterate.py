@@ -86,7 +86,9 @@ class Iterate(NamedTuple):
 
     def exact_steps(self) -> Tensor:
         """Return how many leading steps satisfy the recurrence to rounding, [B]."""
-        precision = 8 * torch.finfo(self.states.dtype).eps
+        epsilon = torch.finfo(self.states.dtype).eps
+        # What is a rounding error in half precision moves what follows as much as a mistake would.
+        precision = 8 * epsilon if epsilon < 1e-5 else 0.0
         # Against f and not s: where everything before is exact, f is the truth, and s may be anything.
         exact = (
             self.residual.abs() <= precision * (self.states + self.residual).abs() + torch.finfo(self.states.dtype).tiny
@@ -107,7 +109,8 @@ class Iterate(NamedTuple):
         # One number that is not finite makes the sum so; so may many large ones, which are clipped.
         if not bool(torch.isfinite(states.sum())):
             states, resets = self._rescued(damping, trust, guess)
-        states.clamp_(-CLIP, CLIP)
+        limit = min(CLIP, torch.finfo(states.dtype).max)
+        states.clamp_(-limit, limit)
         if bool(frozen.any()):
             states = torch.where(frozen, self.states, states)
         return states, resets

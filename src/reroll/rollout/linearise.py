@@ -22,7 +22,7 @@ from reroll.cells import jacobian
 from reroll.cells.base import Cell
 from reroll.cells.layout import Layout
 from reroll.cells.tracked import Tracked
-from reroll.errors import require_positive
+from reroll.errors import require_count
 from reroll.kernels.noise_axpy import noise
 from reroll.keys import Key
 
@@ -108,7 +108,7 @@ class Diagonal:
     structure: str | None = "diagonal"
 
     def __post_init__(self) -> None:
-        require_positive(every=self.every)
+        require_count(every=self.every)
 
     def __call__(self, cell, layout, u, state, steps, fresh):
         if not fresh:
@@ -133,7 +133,7 @@ class Hutchinson:
     kind: Kind = "diagonal"
 
     def __post_init__(self) -> None:
-        require_positive(products=self.products)
+        require_count(products=self.products)
 
     def __call__(self, cell, layout, u, state, steps, fresh):
         signs = [

@@ -17,7 +17,8 @@ Lim et al., arXiv:2309.12252 (DEER); Gonzalez et al., arXiv:2407.19115 (quasi-DE
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from reroll.cells import jacobian
 from reroll.cells.base import Cell, State
-from reroll.errors import RunError, UsageError, require_positive
+from reroll.errors import RunError, UsageError, require_count
 from reroll.outcome import Outcome
 from reroll.rollout import adjoint, native
 from reroll.rollout.base import Trajectory
@@ -56,7 +57,7 @@ class Solution(NamedTuple):
     resets: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Newton:
     """Evaluate a cell for all steps at once.
 
@@ -91,16 +92,26 @@ class Newton:
     on_failure: Literal["sequential", "raise", "warn"] = "sequential"
 
     def __post_init__(self) -> None:
-        require_positive(max_iterations=self.max_iterations, window=None if self.window == "auto" else self.window)
+        require_count(max_iterations=self.max_iterations, window=None if self.window == "auto" else self.window)
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if value is not None and not 0 <= value < float("inf"):
-                raise UsageError(f"{name}={value} must be zero or a positive number.")
+            if value is not None and not (isinstance(value, Real) and 0 <= value < float("inf")):
+                raise UsageError(f"{name}={value!r} must be zero or a positive number.")
         if self.on_failure not in ("sequential", "raise", "warn"):
             raise UsageError(f'on_failure="{self.on_failure}" must be "sequential", "raise" or "warn".')
         if isinstance(self.guess, str) and self.guess not in ("f0", "s0", "zeros"):
             raise UsageError(f'guess="{self.guess}" must be "f0", "s0", "zeros" or a tensor of states.')
         if self.adjoint not in adjoint.METHODS:
             raise UsageError(f'adjoint="{self.adjoint}" must be {", ".join(adjoint.METHODS)}.')
+
+    def __repr__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        usual = {f.name: f.default for f in fields(self)}
+        shown = (
+            f"{name}={list(value.shape) if isinstance(value, Tensor) else repr(value)}"
+            for name, value in given.items()
+            if name == "linearise" or isinstance(value, Tensor) or value != usual[name]
+        )
+        return f"Newton({', '.join(shown)})"
 
     def __call__(
         self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
@@ -133,6 +144,9 @@ class Newton:
     ) -> tuple[Tensor, State]:
         """Return the readouts and the final state; see `Rollout`."""
         trajectory = self(cell, inputs, state, reset)
+        if trajectory.outcome is Outcome.fell_back and self.on_failure == "sequential" and current() is None:
+            # Who reads sees no outcome, and nobody watches for him.
+            warnings.warn(f"{type(cell).__name__}: {trajectory.outcome.value}", stacklevel=2)
         return cell.readout(trajectory.states), trajectory.final
 
     # ---- solving
@@ -270,7 +284,7 @@ class Newton:
 
     def _tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         usual = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
-        factor = 1.0 if (watch := current()) is None else watch.tolerance
+        factor = 1.0 if (watch := current()) is None else watch.factor
         floor = 8 * torch.finfo(dtype).eps
         atol, rtol = (usual if given is None else given for given in (self.atol, self.rtol))
         if factor == 1.0:

@@ -17,18 +17,23 @@ from torch import Tensor
 
 from reroll.cells import jacobian
 from reroll.cells.base import Cell, State
+from reroll.data.batch import map_state
 from reroll.errors import UsageError, require_positive
-from reroll.rollout.base import Rollout, Trajectory
+from reroll.rollout.auto import auto
+from reroll.rollout.base import Rollout
 from reroll.rollout.linearise import Dense, Diagonal
 from reroll.rollout.newton import Newton
-from reroll.rollout.presets import elk
+from reroll.rollout.presets import deer, elk, quasi_deer
 from reroll.rollout.problem import make_problem
+from reroll.rollout.purity import require_pure
 from reroll.rollout.sequential import Sequential
 
 JACOBIAN_FLOATS = 1 << 22
 """Numbers of Jacobians held at a time."""
 SHORT = 500
 """Steps below which there is not enough work along time to share out."""
+FEW = 0.05
+"""Iterations per step up to which sharing out the steps can pay."""
 PROBED = 512
 """Steps of the beginning on which iterations are counted."""
 
@@ -64,6 +69,9 @@ def _growth(cell: Cell, inputs: Tensor, state: State | None, starts: int, seed: 
     """Return λ and the overshoot log a = max_t Σ_{k ≤ t} (log growth_k − λ), [batch] each."""
     require_positive(starts=starts)
     problem = make_problem(cell, inputs, state, None)
+    if 0 in inputs.shape[:2]:
+        raise UsageError(f"inputs has shape {tuple(inputs.shape)}; give a typical batch of sequences with steps.")
+    require_pure(cell, problem)
     if not bool(torch.isfinite(inputs).all()):
         raise UsageError("inputs has numbers that are not finite; nothing can be said about such a trajectory.")
     batch, time, size = *inputs.shape[:2], problem.layout.size
@@ -85,9 +93,6 @@ def _growth(cell: Cell, inputs: Tensor, state: State | None, starts: int, seed: 
             growth = v.norm(dim=1, keepdim=True)
             logs.append(growth.log().squeeze(1))
             v = torch.where(growth > 0, v / growth, v)
-    if not logs:
-        zeros = problem.start.new_zeros(batch)
-        return zeros, zeros
     stacked = torch.stack(logs, 1)
     exponent = stacked.mean(1)
     overshoot = (stacked.cumsum(1) - exponent.unsqueeze(1) * torch.arange(1, time + 1).view(1, -1, 1).to(v)).amax(1)
@@ -137,8 +142,6 @@ def predictability(cell: Cell, inputs: Tensor, state: State | None = None) -> Pr
         >>> predictability(GRU(4, 4), torch.randn(1, 600, 4)).exponent < 0
         True
     """
-    if inputs.shape[1] == 0:
-        raise UsageError("inputs has no steps; give a typical batch.")
     growth, peak = _growth(cell, inputs, state, 3, 0)
     exponent, overshoot = float(growth.max()), math.exp(min(float(peak.nan_to_num(0.0).max()), 700.0))
     time = inputs.shape[1]
@@ -147,7 +150,7 @@ def predictability(cell: Cell, inputs: Tensor, state: State | None = None) -> Pr
     counts = {}
     for name, kept in (("DEER", Dense()), ("quasi-DEER", Diagonal())):
         trajectory = Newton(kept, max_iterations=probed, window=None, on_failure="sequential")(
-            cell, inputs[:1, :probed], None if state is None else _first(state)
+            cell, inputs[:1, :probed], None if state is None else map_state(state, lambda s: s[:1])
         )
         count = int(trajectory.iterations.max())
         counts[name] = count if forgets or probed == time else math.ceil(count * time / max(probed, 1))
@@ -156,21 +159,17 @@ def predictability(cell: Cell, inputs: Tensor, state: State | None = None) -> Pr
 
 
 def _advise(exponent: float, time: int, counts: dict[str, int]) -> tuple[Rollout, str]:
+    fewest = min(counts, key=lambda name: (counts[name], name == "DEER"))  # at as many, the cheaper one
+    few = counts[fewest] <= time * FEW
     if time < SHORT:
         return Sequential(), f"{time} steps are too few to share out"
     if exponent * time > 10:
         return Sequential(), "the recurrence is chaotic: iterations grow in proportion to the number of steps"
-    if exponent * time > -10:
-        return elk(adaptive=True), "the recurrence neither forgets nor explodes; undamped iterations are fragile"
-    from reroll.rollout.auto import auto
-
-    return auto(), f"the recurrence forgets: {min(counts.values())} iterations, whatever the length"
-
-
-def _first(state: State) -> State:
-    from reroll.data.batch import map_state
-
-    return map_state(state, lambda s: s[:1])
-
-
-__all__ = ["Predictability", "Trajectory", "lyapunov", "predictability"]
+    if exponent * time < -10 and few:
+        return auto(), f"the recurrence forgets: {counts[fewest]} iterations, whatever the length"
+    if exponent * time < -10:
+        return Sequential(), f"the recurrence forgets, but too slowly: {counts[fewest]} iterations for {time} steps"
+    if few:
+        rollout = deer() if fewest == "DEER" else quasi_deer()
+        return rollout, f"the recurrence neither forgets nor explodes, but {fewest} converged where it was tried"
+    return elk(adaptive=True), "the recurrence neither forgets nor explodes, and undamped iterations do not converge"

@@ -20,7 +20,15 @@ from reroll.cells.tracked import Tracked
 from reroll.data.batch import map_state
 from reroll.errors import UsageError
 from reroll.kernels.program import Program
-from reroll.rollout.base import check, has_tangent, start
+from reroll.rollout.base import (
+    check,
+    check_reset,
+    explaining_dtypes,
+    has_tangent,
+    require_one_dtype,
+    start,
+    weights_dtype,
+)  # fmt: skip
 
 PROGRAM_FLOATS = 1 << 12
 """Numbers of state from which writing a program pays."""
@@ -158,16 +166,14 @@ def _in_one_dtype(cell: Cell, inputs: Tensor, state: State | None) -> tuple[Tens
 
     A solver works in the precision of the weights: what autocast would round on the way it would not converge to.
     """
-    known = next((p.dtype for p in cell.parameters() if p.is_floating_point()), inputs.dtype)
-    if not inputs.is_floating_point() or inputs.dtype == known:
-        return inputs, state
+    known = weights_dtype(cell, inputs)
     if torch.is_autocast_enabled(inputs.device.type):
-        return inputs.to(known), None if state is None else map_state(state, lambda t: t.to(known))
-    names = [str(dtype).removeprefix("torch.") for dtype in (inputs.dtype, known)]
-    raise UsageError(
-        f"inputs has dtype {names[0]} and the weights of {type(cell).__name__} have {names[1]}; convert one: "
-        f"inputs.to(torch.{names[1]}), or cell.to(torch.{names[0]})."
-    )
+        state = None if state is None else map_state(state, lambda t: t.to(known) if t.is_floating_point() else t)
+        return (inputs.to(known) if inputs.is_floating_point() else inputs), state
+    if inputs.is_floating_point():
+        floating = None if state is None else map_state(state, lambda t: t if t.is_floating_point() else t.to(known))
+        require_one_dtype(cell, inputs, floating)
+    return inputs, state
 
 
 def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Problem:
@@ -189,13 +195,10 @@ def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor 
 
 def _problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Problem:
     initial = start(cell, inputs, state)
+    check_reset(reset, inputs)
     layout = Layout.of(initial)
     first = layout.pack(initial)
-    if reset is None:
-        return Problem(cell, layout, cell.project(inputs), first)
-    if reset.shape != inputs.shape[:2] or reset.dtype != torch.bool:
-        raise UsageError(
-            f"reset has shape {tuple(reset.shape)} and dtype {reset.dtype}; expected a mask {tuple(inputs.shape[:2])}."
-        )
-    fresh = layout.pack(start(cell, inputs, None))
-    return Problem(cell, layout, cell.project(inputs), first, fresh, reset)
+    with explaining_dtypes(cell, inputs, initial):
+        u = cell.project(inputs)
+    fresh = None if reset is None else layout.pack(start(cell, inputs, None))
+    return Problem(cell, layout, u, first, fresh, reset)

@@ -11,7 +11,7 @@ from reroll.cells.base import Cell
 from reroll.cells.compiled import compile_adjoint
 from reroll.cells.jacobian import feature_major, followed_vjp, leave_to_autograd, step, vjp
 from reroll.cells.layout import Layout
-from reroll.errors import UsageError
+from reroll.errors import RerollError, UsageError
 from reroll.kernels import dispatch
 
 _known: weakref.WeakKeyDictionary[Cell, set[tuple[bool, ...]]] = weakref.WeakKeyDictionary()
@@ -22,6 +22,8 @@ ROWS = 8
 """Rows on which a step is tried."""
 WIDEST = 1 << 12
 """Numbers of state up to which its derivative is tried: to follow it takes their square."""
+BAD = (RuntimeError, IndexError, TypeError, ValueError, AttributeError)
+"""What a step may raise that does not fit its arguments."""
 LOOSE = 1e-2
 """Difference between a row alone and among others that is rounding; a branch makes one of order 1."""
 
@@ -38,12 +40,15 @@ def require_pure(cell: Cell, problem: Any) -> None:
         return
     u, state = _tried(problem)
     given_u, given_state = u.clone(), state.clone()
+    held = {name: buffer.clone() for name, buffer in cell.named_buffers()}
     devices = [u.device] if u.device.type == "cuda" else []
     name = type(cell).__name__
     with torch.random.fork_rng(devices):
         try:
             after = cell.step(u, problem.layout.unpack(state))
-        except (RuntimeError, IndexError) as error:
+        except BAD as error:
+            if isinstance(error, RerollError):
+                raise
             raise UsageError(
                 f"{name}.step fails on {ROWS} rows, [{ROWS}, {u.shape[1]}] and [{ROWS}, {state.shape[1]}]: {error}. A "
                 "rollout along time evaluates many steps side by side as rows; use rollout=Sequential() otherwise."
@@ -59,6 +64,12 @@ def require_pure(cell: Cell, problem: Any) -> None:
         )
     if not (_same(u, given_u) and _same(state, given_state)):
         raise UsageError(f"{name}.step changes its arguments in place; let it return new tensors.")
+    for name_of, buffer in cell.named_buffers():
+        if not _same(buffer, held[name_of]):
+            buffer.copy_(held[name_of])
+            raise UsageError(
+                f"{name}.step changes the buffer {name_of}; what one step hands to the next belongs into the state."
+            )
     if not _same(first, second):
         raise UsageError(
             f"{name}.step gives different results for the same arguments (dropout, or random numbers drawn inside). "

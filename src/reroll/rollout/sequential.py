@@ -20,7 +20,14 @@ from reroll.cells.base import Cell, State
 from reroll.errors import UsageError
 from reroll.outcome import Outcome
 from reroll.rollout import adjoint, native
-from reroll.rollout.base import Trajectory, start, where_reset
+from reroll.rollout.base import (
+    Trajectory,
+    check_reset,
+    explaining_dtypes,
+    require_same_shapes,
+    start,
+    where_reset,
+)  # fmt: skip
 from reroll.rollout.problem import make_problem
 from reroll.rollout.purity import require_pure
 
@@ -53,6 +60,7 @@ class Sequential:
         if found is not None:
             return found
         initial = start(cell, inputs, state)
+        check_reset(reset, inputs)
         states, final = [], initial
         for final in _steps(cell, inputs, initial, reset):
             states.append(final)
@@ -66,8 +74,10 @@ class Sequential:
         if found is not None:
             return cell.readout(found.states), found.final
         initial = start(cell, inputs, state)
+        check_reset(reset, inputs)
         if self.kernel == "auto" and reset is None:
-            result = cell.fused(inputs, initial)
+            with explaining_dtypes(cell, inputs, initial):
+                result = cell.fused(inputs, initial)
             if result is not None:
                 return result
         outputs, final = [], initial
@@ -105,11 +115,14 @@ def _trajectory(states: State, final: State, inputs: Tensor) -> Trajectory:
 def _steps(cell: Cell, inputs: Tensor, state: State, reset: Tensor | None) -> Any:
     """Yield the state after every step."""
     fresh = start(cell, inputs, None) if reset is not None else None
-    for t, u in enumerate(cell.project(inputs).unbind(1)):
-        if reset is not None:
-            state = where_reset(reset[:, t], fresh, state)
-        state = cell.step(u, state)
-        yield state
+    with explaining_dtypes(cell, inputs, state):
+        for t, u in enumerate(cell.project(inputs).unbind(1)):
+            if reset is not None:
+                state = where_reset(reset[:, t], fresh, state)
+            before, state = state, cell.step(u, state)
+            if t == 0:
+                require_same_shapes(cell, before, state)
+            yield state
 
 
 def _stack(states: list[State], like: State) -> State:

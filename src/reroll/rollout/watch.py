@@ -8,7 +8,7 @@
     with watching(guesses=clean.kept): …         and begin the next ones there: a warm start
     with watching(observe=look): …               look(states) at every iterate, [D, steps of the window, batch]
 
-Rollouts that do not iterate take no part.
+Blocks can be nested; an outer one goes on seeing, guessing and tightening. Rollouts that do not iterate take no part.
 """
 
 from __future__ import annotations
@@ -50,9 +50,16 @@ class Watch:
 
     def guess(self, shape: tuple[int, ...]) -> Tensor | None:
         """Return the trajectory for the call that comes, if there is one that fits."""
+        if not self.guesses and self.outer is not None:
+            return self.outer.guess(shape)
         if self.calls < len(self.guesses) and tuple(self.guesses[self.calls].shape) == shape:
             return self.guesses[self.calls]
         return None
+
+    @property
+    def factor(self) -> float:
+        """What `rtol` and `atol` are multiplied by, all blocks around this one included."""
+        return self.tolerance * (1.0 if self.outer is None else self.outer.factor)
 
     @property
     def observed(self) -> bool:

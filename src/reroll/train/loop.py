@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +21,10 @@ import torch
 
 from reroll.errors import EpsilonTooSmall, RunError
 from reroll.grad.base import Gradient, Seeded, trainable
+from reroll.grad.evaluate.warm import TOO_LOOSE
 from reroll.keys import Key
 from reroll.optim import apply, clip_norm
+from reroll.outcome import Outcome
 from reroll.rollout.watch import watching
 from reroll.train import build
 from reroll.train.config import Config, resolve
@@ -96,11 +98,11 @@ def train(
     say(note)
     if session.task.describe():
         say(session.task.describe())
-    with _torch_threads(session.config), _signals() as stop:
+    with _torch_threads(session.config), _signals() as stop, watching():
         try:
             if session.progress.step == 0:
                 _prepare(session, say)
-            return _run(session, report, stop)
+            return _run(session, report, stop, say)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             session.folder.write_status("failed", step=session.progress.step, reason=reason)
@@ -134,7 +136,17 @@ def _prepare(session: Session, say: Callable[[str], None]) -> None:
     start_record(session)
 
 
-def _run(session: Session, report: Reporter, stop: list[str]) -> dict[str, Any]:
+def _warnings(row: dict[str, Any]) -> set[Outcome]:
+    """Return what a step has to say beyond its numbers."""
+    signs = {
+        Outcome.some_probes_lost: row.get("lost_probes", 0) > 0,
+        Outcome.solver_too_loose: row.get("solver_error", 0.0) > TOO_LOOSE,
+        Outcome.fell_back: row.get("rollout_fell_back", 0) + row.get("valid_fell_back", 0) > 0,
+    }
+    return {outcome for outcome, shown in signs.items() if shown}
+
+
+def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Take steps until something ends the run."""
     config, progress = session.config, session.progress
     eval_every, checkpoint_every = config.run.eval_every or 1, config.run.checkpoint_every or 1
@@ -144,6 +156,7 @@ def _run(session: Session, report: Reporter, stop: list[str]) -> dict[str, Any]:
         row = session.folder.last_row() or row
     # A run that was killed after its last step, and before it said so, has nothing left to do.
     ended = _ends(session, row, stop) if isinstance(row.get("loss"), float) else None
+    said: set[Outcome] = set()
     while ended is None and progress.step < config.run.steps:
         row = take_step(session)
         ended = _ends(session, row, stop)
@@ -151,6 +164,9 @@ def _run(session: Session, report: Reporter, stop: list[str]) -> dict[str, Any]:
         stopped = ended is not None and ended[0] == "stopped"
         if progress.step % eval_every == 0 or (last and not stopped):
             row |= _validate(session)
+        for outcome in _warnings(row) - said:
+            said.add(outcome)
+            say(f"step {row['step'] + 1}: {outcome.value} (Said once.)")
         session.folder.record(row)
         report.step(row, config)
         if progress.step % checkpoint_every == 0 or last:
@@ -267,13 +283,11 @@ def _ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, 
 def _validate(session: Session) -> dict[str, float]:
     """Score the (averaged) weights on held-out data."""
     model, task = session.model, session.task
-    if session.average is None:
+    averaged = nullcontext() if session.average is None else session.average.swapped_in(trainable(model))
+    with averaged, watching() as rollouts:
         found = evaluate(model, task, task.splits[0], session.device)
-    else:
-        with session.average.swapped_in(trainable(model)):
-            found = evaluate(model, task, task.splits[0], session.device)
     session.progress.valid = {f"valid_{name}": value for name, value in found.items()}
-    return session.progress.valid
+    return session.progress.valid | ({"valid_fell_back": rollouts.fell_back} if rollouts.fell_back else {})
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -50,6 +50,8 @@ def report(found: dict[str, Any]) -> str:
         lines.append(f"D = {row['D']}, B = {row['B']}, T = {row['T']:,}, {what}: {row['cell']}")
         for name, value in row["seconds"].items():
             lines.append(f"    {name:<12}{1e3 * value:>10.1f} ms   deviation {row['deviation'][name]:.1e}")
+            if count := row["fell_back"].get(name):
+                lines[-1] += f"   {count} of {row['B']} sequences did not converge, and were looped over"
         said = [f"loop ÷ quasi-DEER {row['loop_over_quasi_deer']:.2f}"]
         for name, title in (("quasi_deer", "quasi-DEER"), ("deer", "DEER"), ("auto", "auto")):
             if f"{name}_over_library" in row:

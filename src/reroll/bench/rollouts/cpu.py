@@ -14,6 +14,7 @@ from reroll.bench.rollouts.cells import Compared, compared
 from reroll.bench.timing import in_turn, ratio
 from reroll.cells import GRU
 from reroll.rollout import Rollout, Sequential, auto, deer, elk, jacobi, picard, quasi_deer, quasi_elk
+from reroll.rollout.watch import watching
 from reroll.train.measure import measure
 
 METHODS: dict[str, Callable[[], Rollout]] = {
@@ -75,11 +76,16 @@ def rows_of(case: Case, rounds: int) -> list[dict[str, Any]]:
     runs = {name: _runs(case, every[name], inputs) for name in case.cells}
     # All in one round, so that whatever else the machine does falls on all of them.
     together = {f"{cell}: {method}": call for cell, methods in runs.items() for method, call in methods.items()}
+    deviation, fell_back = {}, {}
     with torch.set_grad_enabled(case.gradient):
         exact = {cell: methods["loop"]() for cell, methods in runs.items()}
-        deviation = {name: _deviation(case, call(), exact[name.split(":")[0]]) for name, call in together.items()}
-        seconds = in_turn(together, rounds, LEAST_SECONDS)
-    return [_row(case, cell, list(methods), seconds, deviation) for cell, methods in runs.items()]
+        for name, call in together.items():
+            with watching() as seen:
+                deviation[name] = _deviation(case, call(), exact[name.split(":")[0]])
+            fell_back[name] = seen.fell_back
+        with watching():  # what falls back is in the row; no need to say so at every call
+            seconds = in_turn(together, rounds, LEAST_SECONDS)
+    return [_row(case, cell, list(methods), seconds, deviation, fell_back) for cell, methods in runs.items()]
 
 
 def _runs(case: Case, given: Compared, inputs: Tensor) -> Runs:
@@ -117,8 +123,9 @@ def _deviation(case: Case, found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def _row(
-    case: Case, cell: str, methods: list[str], seconds: Mapping[str, list[float]], deviation: Mapping[str, float]
-) -> dict[str, Any]:
+    case: Case, cell: str, methods: list[str], seconds: Mapping[str, list[float]],
+    deviation: Mapping[str, float], fell_back: Mapping[str, int],
+) -> dict[str, Any]:  # fmt: skip
     mine = {method: seconds[f"{cell}: {method}"] for method in methods}
     median = {method: statistics.median(times) for method, times in mine.items()}
     # torch's kernel is no choice for a user's own code.
@@ -126,6 +133,7 @@ def _row(
     row: dict[str, Any] = {
         "D": case.size, "B": case.batch, "T": case.steps, "gradient": case.gradient, "cell": cell, "seconds": median,
         "deviation": {method: deviation[f"{cell}: {method}"] for method in methods},
+        "fell_back": {method: n for method in methods if (n := fell_back[f"{cell}: {method}"])},
         "best": best, "auto_over_best": ratio(mine, "auto", best),
         "loop_over_quasi_deer": ratio(mine, "loop", "quasi_deer"),
     }  # fmt: skip
