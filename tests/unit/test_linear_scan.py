@@ -475,7 +475,7 @@ def kalman_problem(dense, batch, time, size):
     return A, b, random(batch, time, size), torch.rand(batch, dtype=torch.float64) * 5 + 0.1, initial
 
 
-@pytest.mark.parametrize("time", [1, 2, 3, 31, 32, 33, 300])
+@pytest.mark.parametrize("time", [1, 2, 3, 31, 32, 33, 1000])
 @pytest.mark.parametrize("implementation", ["cpu", "odd_even", "chunked"])
 def test_filters_equal_the_textbook(implementation, time):
     for dense in (False, True):
