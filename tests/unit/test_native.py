@@ -1,5 +1,8 @@
 """Recurrences in compiled code: the loop and Newton's windows give what `Sequential` gives, or hand over and say so."""
 
+import gc
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +11,20 @@ from torch.nn import functional
 from reroll import Outcome
 from reroll.cells import CELLS, DNC, GRU, LSTM, RNN, Cell, MeanField, cell_from
 from reroll.errors import UsageError
-from reroll.rollout import Block, Diagonal, Newton, Sequential, auto, deer, jacobi, native, picard, quasi_deer
+from reroll.rollout import (
+    Block,
+    Dense,
+    Diagonal,
+    Newton,
+    Sequential,
+    auto,
+    deer,
+    jacobi,
+    native,
+    picard,
+    problem,
+    quasi_deer,
+)
 from reroll.rollout.problem import make_problem
 from reroll.rollout.watch import watching
 
@@ -28,14 +44,14 @@ def natively(monkeypatch):
     solved = []
     newton, step_by_step = native.newton, native.step_by_step
 
-    def counted(problem, *others):
-        found = newton(problem, *others)
-        solved.append((problem.u.shape[1], 0 if found is None else found[0].shape[1]))
+    def counted(given, *others):
+        found = newton(given, *others)
+        solved.append((given.shape[1], 0 if found is None else found[0].shape[1]))
         return found
 
-    def looped(problem):
-        found = step_by_step(problem)
-        solved.append((problem.u.shape[1], 0 if found is None else found.shape[1]))
+    def looped(given):
+        found = step_by_step(given)
+        solved.append((given.shape[1], 0 if found is None else found.shape[1]))
         return found
 
     monkeypatch.setattr(native, "newton", counted)
@@ -193,10 +209,10 @@ def test_what_another_thread_solved_beyond_a_hand_over_is_not_counted(monkeypatc
     x[0, 100:] = 3.0
     x[1, 400:] = 0.5  # takes more iterations here, long after the other sequence has ended
     method = native.Method("diagonal", "diagonal", 1, 50, (1e-6, 1e-6), lambda window: 100, 1)
-    _, found = native.newton(make_problem(cell, x, None, None), method, None)
+    _, found = native.newton(make_problem(cell, x, None, None).piece(), method, None)
     assert 100 <= found.steps < 200
-    alone = native.newton(make_problem(cell, x[1:, : found.steps], None, None), method, None)[1]
-    far = native.newton(make_problem(cell, x[1:], None, None), method, None)[1]
+    alone = native.newton(make_problem(cell, x[1:, : found.steps], None, None).piece(), method, None)[1]
+    far = native.newton(make_problem(cell, x[1:], None, None).piece(), method, None)[1]
     assert far.iterations[0] > alone.iterations[0] == found.iterations[1]
     assert found.residual[1] == alone.residual[0]
 
@@ -339,7 +355,7 @@ def test_auto_goes_by_the_gradient_and_by_kernels_for_whole_sequences():
 @torch.no_grad()
 def test_programs_read_the_inputs_of_a_problem():
     cell, x = case(GRU, 5, 300)
-    prepared = native.prepare(make_problem(cell, x, None, None), 1, "diagonal")
+    prepared = native.prepare(make_problem(cell, x, None, None).piece(), 1, "diagonal")
     assert sum(prepared.rows.counts) == 5
     assert prepared.step.inputs[1].data_ptr() == prepared.whole.inputs[1].data_ptr()
 
@@ -464,3 +480,61 @@ def test_a_linearisation_of_ones_own_is_called():
     cell, x = case(GRU, 3, 300)
     torch.testing.assert_close(Newton(Own())(cell, x).states, LOOP(cell, x).states, rtol=1e-4, atol=1e-4)
     assert called
+
+
+@pytest.mark.parametrize("rollout", [quasi_deer(), Newton(Dense(), window=16), Sequential(kernel="compiled")])
+def test_nothing_is_kept_after_a_call(rollout):
+    cell, x = GRU(3, 4), torch.randn(2, 500, 3)
+    rollout(cell, x)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+        with torch.no_grad():
+            rollout(cell, x)
+        assert sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()) == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("rollout", [quasi_deer(window=7, rtol=1e-6, atol=1e-6), Sequential(kernel="compiled")])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_pieces_of_a_long_sequence_are_those_of_the_whole(rollout, gradient, monkeypatch):
+    cell, x = LSTM(3, 4), torch.randn(3, 331, 3)
+    reset = torch.rand(3, 331) < 0.02
+    guess = torch.randn(3, 331, 8)
+    with torch.set_grad_enabled(gradient):
+        for options in ({}, {"guess": guess}):
+            if options and not isinstance(rollout, Newton):
+                continue
+            way = replace(rollout, **options)
+            whole = way(cell, x, reset=reset)
+            monkeypatch.setattr(problem, "PIECE_FLOATS", 3 * 35 * 60)
+            found = way(cell, x, reset=reset)
+            monkeypatch.undo()
+            assert torch.equal(found.states.h, whole.states.h)
+            assert torch.equal(found.final.c, whole.final.c)
+            assert torch.equal(found.iterations, whole.iterations)
+            assert torch.equal(found.residual, whole.residual)
+
+
+def test_a_failure_in_one_piece_is_one_of_the_whole(monkeypatch):
+    monkeypatch.setattr(problem, "PIECE_FLOATS", 2 * 19 * 50)
+    cell, x = GRU(3, 4), torch.randn(2, 300, 3)
+    x[1, 200, 0] = torch.nan
+    found = quasi_deer()(cell, x)
+    assert found.converged.tolist() == [True, False]
+    expected = Sequential(kernel="reference")(cell, x).states
+    torch.testing.assert_close(found.states, expected, rtol=0, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_the_window_and_sixteen_numbers_a_state():
+    from reroll.bench.rollouts import cpu
+
+    whole, windowed = (cpu.memory(quasi_deer(window=window), 5000) for window in (None, "auto"))
+    assert whole <= 16
+    assert windowed <= 16
+    # Above the states themselves it does not grow with the length.
+    above = [(cpu.memory(quasi_deer(), steps) - 1) * steps for steps in (20_000, 60_000)]
+    assert above[1] < 1.3 * above[0]

@@ -182,8 +182,8 @@ def loaded(builder: Builder, tensor: Tensor) -> Symbol:
         memory = tensor.movedim(0, -1).flatten(0, -2).to(torch.float32).contiguous()
         first = builder.input(memory)
         index = torch.arange(first, first + memory.shape[0]).view(1, *tensor.shape[1:])
-        known = builder.known[id(tensor)] = (Symbol(builder, index, tensor.shape[0]), tensor)
-    return known[0]
+        known = builder.known[id(tensor)] = (index, tensor)  # a symbol would hold the builder that holds it
+    return Symbol(builder, known[0], tensor.shape[0])
 
 
 def _add(a: Any, b: Any, *, alpha: float = 1) -> Symbol:

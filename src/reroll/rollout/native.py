@@ -108,7 +108,7 @@ def examine(cell: Cell, inputs: Tensor) -> Examined | None:
     """Look at a cell on two steps of two sequences; None where only a loop will do."""
     try:
         with torch.random.fork_rng([]):  # a projection may draw random numbers, as dropout does
-            problem = make_problem(cell, inputs[:2, :2], None, None)
+            problem = make_problem(cell, inputs[:2, :2], None, None).piece()
         require_pure(cell, problem)
     except UsageError:  # such as a state of integers, or a step that is random
         return None
@@ -124,6 +124,17 @@ def examine(cell: Cell, inputs: Tensor) -> Examined | None:
 
 def step_by_step(problem: Problem) -> Tensor | None:
     """Return the states of all steps, [B, T, D]."""
+    out, start = problem.start.new_empty(problem.shape), problem.start
+    for begin, end in problem.pieces():
+        states = _step_by_step(problem.piece(begin, end, start))
+        if states is None:
+            return None
+        out[:, begin:end] = states
+        start = states[:, -1].clone()  # a view would keep the piece
+    return out
+
+
+def _step_by_step(problem: Problem) -> Tensor | None:
     prepared = prepare(problem, LANES, None)  # fewer sequences leave lanes empty
     if prepared is None:
         return None

@@ -153,7 +153,7 @@ class Newton:
 
     def _solve(self, problem: Problem) -> Solution:
         """Solve window after window; what does not converge is evaluated step by step before the next one begins."""
-        batch, time, size = problem.u.shape[0], problem.u.shape[1], problem.layout.size
+        batch, time, size = problem.shape
         watch = current()
         warm = None if watch is None else watch.guess((batch, time, size))
         given = self.guess if warm is None else warm
@@ -161,6 +161,21 @@ class Newton:
             raise UsageError(
                 f"guess has shape {tuple(given.shape)}; expected states [batch, time, D] = ({batch}, ≥ {time}, {size})."
             )
+        # Windows that end with a piece are the same windows; without windows, nothing can be cut.
+        windowed = isinstance(self.window, int) or (self.window == "auto" and problem.start.device.type == "cpu")
+        pieces = problem.pieces(self.window if isinstance(self.window, int) else 1) if windowed else [(0, time)]
+        if len(pieces) == 1:
+            return self._solve_piece(problem.piece(), given)
+        found, start, states = [], problem.start, problem.start.new_empty(batch, time, size)
+        for begin, end in pieces:
+            guess = given[:, begin:end] if isinstance(given, Tensor) else given
+            part = self._solve_piece(problem.piece(begin, end, start), guess)
+            states[:, begin:end], start = part.states, part.states[:, -1].clone()
+            found.append(part._replace(states=start.unsqueeze(1)))  # a view would keep the piece
+        return _joined(found)._replace(states=states)
+
+    def _solve_piece(self, problem: Problem, given: str | Tensor) -> Solution:
+        time = problem.shape[1]
         windows = self._in_compiled_code(problem, given)
         done = sum(w.states.shape[1] for w in windows)
         if done < time:

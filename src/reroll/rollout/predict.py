@@ -68,7 +68,7 @@ def lyapunov(cell: Cell, inputs: Tensor, state: State | None = None, *, starts: 
 def _growth(cell: Cell, inputs: Tensor, state: State | None, starts: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return λ and the overshoot log a = max_t Σ_{k ≤ t} (log growth_k − λ), [batch] each."""
     require_positive(starts=starts)
-    problem = make_problem(cell, inputs, state, None)
+    problem = make_problem(cell, inputs, state, None).piece()
     if 0 in inputs.shape[:2]:
         raise UsageError(f"inputs has shape {tuple(inputs.shape)}; give a typical batch of sequences with steps.")
     require_pure(cell, problem)

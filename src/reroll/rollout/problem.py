@@ -30,6 +30,9 @@ from reroll.rollout.base import (
     weights_dtype,
 )  # fmt: skip
 
+PIECE_FLOATS = 1 << 23
+"""Numbers of inputs and states that are brought into order at a time: 32 MB of float32, whatever the length. Each piece
+costs the compiling of a step, some milliseconds."""
 PROGRAM_FLOATS = 1 << 12
 """Numbers of state from which writing a program pays."""
 
@@ -39,18 +42,59 @@ class Problem(NamedTuple):
 
     Args:
         cell, layout: the recurrence, and how its state becomes a vector.
-        u: projected inputs, [B, T, U].
+        inputs: [B, T, features].
         start: the state before the first step, [B, D].
         fresh: the state after a reset, [B, D].
         reset: [B, T] or None.
+        projected: the inputs as a step takes them, [B, T, U]; None: every piece projects its own.
     """
 
     cell: Cell
     layout: Layout
-    u: Tensor
+    inputs: Tensor
     start: Tensor
     fresh: Tensor | None = None
     reset: Tensor | None = None
+    projected: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, T, D)."""
+        return self.inputs.shape[0], self.inputs.shape[1], self.layout.size
+
+    @property
+    def u(self) -> Tensor:
+        """Projected inputs, [B, T, U], of a problem that has them all (see `piece`)."""
+        assert self.projected is not None
+        return self.projected
+
+    def piece(self, begin: int = 0, end: int | None = None, start: Tensor | None = None) -> Problem:
+        """Return some of the steps, with their inputs projected.
+
+        Args:
+            begin, end: which; None is the last one.
+            start: the state before them, [B, D]; None is that before all.
+        """
+        inputs = self.inputs[:, begin:end]
+        if self.projected is not None:
+            u = self.projected[:, begin:end]
+        else:
+            with explaining_dtypes(self.cell, inputs, None), torch.autocast(inputs.device.type, enabled=False):
+                u = self.cell.project(inputs)
+        reset = None if self.reset is None else self.reset[:, begin:end]
+        return self._replace(inputs=inputs, start=self.start if start is None else start, reset=reset, projected=u)
+
+    def pieces(self, multiple: int = 1) -> list[tuple[int, int]]:
+        """Return where pieces of bounded memory begin and end.
+
+        Args:
+            multiple: of what number their steps must be.
+        """
+        batch, time, size = self.shape
+        per_step = batch * (self.inputs.shape[-1] + 4 * size)
+        count = max(1, -(-time * per_step // PIECE_FLOATS))
+        width = -(-time // (count * multiple)) * multiple  # of about equal length
+        return [(begin, min(begin + width, time)) for begin in range(0, time, width)]
 
     def before(self, states: Tensor) -> Tensor:
         """Return the state before every step, [B, T, D]."""
@@ -198,7 +242,7 @@ def _problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | No
     check_reset(reset, inputs)
     layout = Layout.of(initial)
     first = layout.pack(initial)
-    with explaining_dtypes(cell, inputs, initial):
-        u = cell.project(inputs)
     fresh = None if reset is None else layout.pack(start(cell, inputs, None))
-    return Problem(cell, layout, u, first, fresh, reset)
+    problem = Problem(cell, layout, inputs, first, fresh, reset)
+    # A gradient needs the graph of all steps at once; without one, pieces of them are projected where they are solved.
+    return problem.piece() if torch.is_grad_enabled() else problem

@@ -128,8 +128,8 @@ def _written_vjp(
 def _tried(problem: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return some rows: the first step's inputs, with states around the first one, so that they differ in sign."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.arange(ROWS) % len(problem.u)
-    u, state = problem.u[rows, 0].detach(), problem.start[rows].detach()
+    rows = torch.arange(ROWS) % len(problem.start)
+    u, state = problem.piece(0, 1).u[rows, 0].detach(), problem.start[rows].detach()
     around = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state)
     around[0] = 0
     return u.clone(), state + around
