@@ -16,6 +16,7 @@ from reroll.rollout import (
     elk,
     jacobi,
     lyapunov,
+    memory,
     predictability,
     quasi_deer,
     quasi_elk,
@@ -203,10 +204,17 @@ def test_no_sequences_and_other_defaults():
 
 
 @torch.no_grad()
-def test_jacobians_beyond_memory_are_refused_with_their_size():
-    cell = cell_from(lambda u, s: 0.5 * s + u, 4096)
-    with pytest.raises(UsageError, match=r"4096² numbers are [\d,]+ bytes .*Use quasi_deer"):
-        deer()(cell, torch.zeros(4, 100, 4096))
+def test_jacobians_beyond_memory_are_refused_with_their_size(monkeypatch):
+    assert 1 << 20 < memory.memory_left(torch.device("cpu")) < 1 << 50
+    monkeypatch.setattr(memory, "memory_left", lambda device: 10**9)
+    cell, x = cell_from(lambda u, s: 0.5 * s + u, 512), torch.zeros(4, 400, 512)
+    needed = r"4 sequences × 400 steps × 512² numbers.* 5,033,164,800 bytes; 1,000,000,000 are left"
+    with pytest.raises(UsageError, match=needed + r". Use quasi_deer\(\), or a shorter window \(window=79\)"):
+        deer(window=None)(cell, x)
+    with pytest.raises(UsageError, match=r"10,066,329,600 bytes.* Use quasi_elk\(\), .*window=39"):
+        elk(window=None)(cell, x)
+    assert bool(deer(window=79)(cell, x).converged.all())
+    assert bool(quasi_deer(window=None)(cell, x).converged.all())
 
 
 @torch.no_grad()

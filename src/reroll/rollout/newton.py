@@ -33,14 +33,13 @@ from reroll.rollout.base import Trajectory
 from reroll.rollout.damping import Damping, Undamped
 from reroll.rollout.iterate import Iterate, largest
 from reroll.rollout.linearise import WINDOW_FLOATS, Diagonal, Linearisation, Zero, is_written
+from reroll.rollout.memory import require_memory_for_jacobians
 from reroll.rollout.problem import Field, Problem, make_problem, rows
 from reroll.rollout.purity import require_pure
 from reroll.rollout.watch import current
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Default `rtol` and `atol`."""
-JACOBIAN_BYTES = 1 << 33
-"""Most memory for whole Jacobians at a time."""
 ADVICE = (
     "Raise max_iterations, damp the iteration (elk, quasi_elk with a smaller variance), or use Sequential; "
     "reroll.predictability says which of them can work."
@@ -228,11 +227,9 @@ class Newton:
             width = max(64, WINDOW_FLOATS // (batch * size * (size if self.linearise.kind == "dense" else 1)))
         else:
             width = self.window if isinstance(self.window, int) else time
-        needed = batch * min(width, time) * size * size * field.u.element_size()
-        if self.linearise.kind == "dense" and needed > JACOBIAN_BYTES:
-            raise UsageError(
-                f"Whole Jacobians of {batch} sequences × {min(width, time)} steps × {size}² numbers are {needed:,} "
-                f"bytes (at most {JACOBIAN_BYTES:,}). Use quasi_deer(), or a shorter window (window={width // 8 or 1})."
+        if self.linearise.kind == "dense":
+            require_memory_for_jacobians(
+                batch, min(width, time), size, field.u.dtype, field.u.device, damped=self.damping is not None
             )
         return width
 

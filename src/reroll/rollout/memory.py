@@ -1,0 +1,49 @@
+"""Whether whole Jacobians fit: they are the one thing here that grows with the square of the state."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from reroll.errors import UsageError
+
+COPIES = 3
+"""Jacobians held at a time by an undamped step: themselves, in the order of the scan, and its products."""
+DAMPED_COPIES = 6
+"""The same for a filter, which carries two matrices more per step."""
+
+
+def require_memory_for_jacobians(
+    batch: int, steps: int, size: int, dtype: torch.dtype, device: torch.device, *, damped: bool
+) -> None:
+    """Raise if the whole Jacobians of these sequences and steps are more than the memory that is left.
+
+    Raises:
+        UsageError: with their bytes, and what to use in their place.
+    """
+    per_step = batch * size * size * dtype.itemsize * (DAMPED_COPIES if damped else COPIES)
+    left = memory_left(device)
+    if steps * per_step <= left:
+        return
+    alternative = f", or a shorter window (window={left // per_step})" if per_step <= left else ""
+    raise UsageError(
+        f"Whole Jacobians of {batch} sequences × {steps} steps × {size}² numbers, and what solving takes, are "
+        f"{steps * per_step:,} bytes; {left:,} are left. Use {'quasi_elk' if damped else 'quasi_deer'}(){alternative}."
+    )
+
+
+def memory_left(device: torch.device) -> int:
+    """Return the bytes that can still be had on a device, as the system says."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        except (AttributeError, ValueError, OSError):  # Windows
+            return 1 << 33
