@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reroll.bench import claims
-from reroll.bench.experiments import agreement, generator, lorenz, predictable, scaling, worms
+from reroll.bench.experiments import agreement, generator, lorenz, predictable, scaling, sweep, worms
 from reroll.cells.dynamics import ARState, Lorenz96
 from reroll.rollout import Newton, Sequential
 from reroll.rollout.watch import watching
@@ -20,7 +20,7 @@ FOUND = {
     "elk-fig3": lambda: worms.measure(False, WORMS, updates=2),
     "elk-fig4": lambda: generator.measure(False, updates=1, steps=8, limit=9),
     "elk-fig5": lambda: agreement.measure(False, steps=20),
-    "elk-fig7": lambda: lorenz.measure_sweep(False, steps=5, variances=(1.0, 30.0), limits=(9, 9)),
+    "elk-fig7": lambda: sweep.measure(False, steps=(5, 7), updates=1, limits=(9, 9)),
     "elk-fig8": lambda: lorenz.measure(False, steps=5, count=1),
     "predictability": lambda: predictable.measure(False, size=4, steps=9, seeds=1, lengths=(5,)),
 }
@@ -82,12 +82,24 @@ def test_lorenz_holds_only_within_its_bounds(elk, scale, expected):
     assert lorenz.holds({"elk": elk, "scale": scale}) is expected
 
 
-def test_sweep_tells_the_best_variance_and_where_none_arrives():
-    found = lorenz.measure_sweep(False, steps=40, variances=(1e-3, 30.0), limits=(30, 30))
-    assert found["counts"]["ELK"][0] is None
-    assert found["best_elk"] == 30.0
-    assert "–" in lorenz.report_sweep(found)
-    assert not lorenz.sweep_holds(found)  # the best lies on the edge of this grid
+def test_sweep_tells_the_best_variance_and_where_none_arrives(monkeypatch):
+    monkeypatch.setattr(sweep, "LORENZ", (1e-3, 30.0))
+    monkeypatch.setattr(sweep, "GENERATOR", (1e-6, 1e5))
+    found = sweep.measure(False, steps=(40, 30), updates=5, limits=(30, 30))
+    for swept in found["swept"].values():
+        assert swept["counts"]["ELK"][0] is None
+        assert swept["counts"]["ELK"][1] <= 30
+    assert (found["best_elk"], found["best_elk_generator"]) == (30.0, 1e5)
+    assert "–" in sweep.report(found)
+    assert not sweep.holds(found)  # the best lies on the edge of these grids
+
+
+def test_a_sweep_holds_where_the_best_lies_inside():
+    grid = {"variances": [1.0, 300.0, 1e6], "best": {"ELK": 300.0, "quasi-ELK": 300.0}}
+    found = {"best_elk": 300.0, "swept": {"Lorenz-96": grid, "generator": grid | {"best": {"ELK": 300.0}}}}
+    assert sweep.holds(found)
+    assert not sweep.holds(found | {"best_elk": 1e4})
+    assert not sweep.holds(found | {"swept": {"Lorenz-96": grid, "generator": grid | {"best": {"ELK": 1.0}}}})
 
 
 def test_parallel_trajectories_agree_with_the_sequential_one():

@@ -23,7 +23,6 @@ SPIN_UP, APART = 10_000, 1000
 """Steps of the long run before the first initial condition, and between two."""
 REACHED = 1e-3
 """Mean absolute deviation that counts as arrived."""
-VARIANCES = (0.3, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5, 1e6)
 PUBLISHED = {"ELK(300)": 152, "Scale(0.2)": 249, "DEER": None, "quasi-DEER": 931, "quasi-ELK(10)": 467}
 """Counts by an independent implementation of the published formulas on one initial condition."""
 METHODS: dict[str, tuple[Any, Any, int]] = {
@@ -131,53 +130,3 @@ def draw(found: dict[str, Any], figure: Any) -> None:
     axes.set_ylim(bottom=1e-9)
     axes.axhline(REACHED, color="grey", linewidth=0.8, linestyle="--")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-
-
-def measure_sweep(
-    full: bool, steps: int = 1000, variances: tuple[float, ...] = VARIANCES, limits: tuple[int, int] = (500, 1000)
-) -> dict[str, Any]:
-    """Return the counts of ELK and quasi-ELK for every variance, on one initial condition (`full`: ten)."""
-    states = initial_conditions(10 if full else 1)
-    counts: dict[str, list[float | None]] = {}
-    for name, kept, limit in (("ELK", Dense(), limits[0]), ("quasi-ELK", Diagonal(), limits[1])):
-        runs = [run_method(kept, Kalman(variance), limit, states, steps) for variance in variances]
-        counts[name] = [run["mean"] for run in runs]
-    best = {name: _best(variances, row) for name, row in counts.items()}
-    return {"variances": list(variances), "counts": counts, "best": best, "best_elk": best["ELK"]}
-
-
-def _best(variances: tuple[float, ...], counts: list[float | None]) -> float:
-    """The variance with the fewest iterations; not a number if none arrived."""
-    arrived = [(count, variance) for count, variance in zip(counts, variances) if count is not None]
-    return min(arrived)[1] if arrived else float("nan")
-
-
-def sweep_holds(found: dict[str, Any]) -> bool:
-    """Whether the best variance of both lies strictly inside the grid, ELK's within a decade of 300."""
-    lowest, highest = found["variances"][0], found["variances"][-1]
-    return all(lowest < best < highest for best in found["best"].values()) and 30 <= found["best_elk"] <= 3000
-
-
-def report_sweep(found: dict[str, Any]) -> str:
-    """Return a row for every variance."""
-    rows = [["variance", *found["counts"]]]
-    rows += [[f"{v:g}", *(c[i] for c in found["counts"].values())] for i, v in enumerate(found["variances"])]
-    best = ", ".join(f"{name} {variance:g}" for name, variance in found["best"].items())
-    return f"iterations to a mean absolute deviation of {REACHED:g} (–: not reached)\n{columns(rows)}\nbest: {best}"
-
-
-def draw_sweep(found: dict[str, Any], figure: Any) -> None:
-    """Draw iterations against variance."""
-    axes = figure.add_subplot(
-        xlabel="variance σ²", ylabel=f"iterations to a deviation of {REACHED:g}", xscale="log",
-        title="Lorenz-96: iterations against the variance of the damping",
-    )  # fmt: skip
-    top = 1.08 * max((c for counts in found["counts"].values() for c in counts if c is not None), default=1.0)
-    for name, counts in found["counts"].items():
-        there = [(v, c) for v, c in zip(found["variances"], counts) if c is not None]
-        missing = [v for v, c in zip(found["variances"], counts) if c is None]
-        (line,) = axes.plot([v for v, _ in there], [c for _, c in there], "o-", label=name)
-        label = f"{name}, not reached"
-        axes.plot(missing, [top] * len(missing), "x", color=line.get_color(), label=label if missing else None)
-    axes.set_ylim(bottom=0)
-    axes.legend()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def figure(path: Path, draw: Callable[[dict[str, Any], Any], None], found: dict[str, Any]) -> str:
+def figure(path: Path, draw: Callable[[dict[str, Any], Any], None], found: dict[str, Any], published: str) -> str:
     """Write a figure.
 
     Args:
         path: the file, a .png.
         draw: called with the result and an empty matplotlib figure.
         found: the result.
+        published: what was published, for a line below.
 
     Returns:
         Where it is, or what is missing, in a sentence.
@@ -49,5 +51,6 @@ def figure(path: Path, draw: Callable[[dict[str, Any], Any], None], found: dict[
         return "no figure: matplotlib is not installed (pip install 'reroll[plot]')."
     canvas = FigureCanvasAgg(Figure(figsize=(7, 4.5), layout="constrained"))
     draw(found, canvas.figure)
+    canvas.figure.supxlabel("\n".join(textwrap.wrap(f"published: {published}", 125)), fontsize=7, color="0.35")
     canvas.figure.savefig(path, dpi=150)
     return f"figure: {path}"

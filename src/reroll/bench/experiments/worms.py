@@ -20,6 +20,7 @@ from torch.nn import functional
 from reroll.bench.experiments.show import columns
 from reroll.cells import GRU
 from reroll.data.cache import cache_folder
+from reroll.errors import UsageError
 from reroll.models import Recurrent
 from reroll.rollout import Dense, Diagonal, Newton, Rollout, Sequential
 from reroll.rollout.watch import watching
@@ -47,11 +48,13 @@ def generated(count: int, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def series(stride: int) -> tuple[Tensor, Tensor, str]:
-    """Return standardised series, their classes, and where they are from."""
+    """Return standardised series of the full length, their classes, and where they are from."""
     path = cache_folder() / "eigenworms.npz"
     if not path.exists():
         return *generated(40, STEPS // stride), "generated"
     with np.load(path) as arrays:
+        if "mask" in arrays and not arrays["mask"].all():
+            raise UsageError(f"{path} holds series of several lengths; those of EigenWorms all have {STEPS:,} steps.")
         inputs, classes = torch.from_numpy(arrays["inputs"])[:, ::stride], torch.from_numpy(arrays["targets"])
     inputs = (inputs - inputs.mean((0, 1))) / inputs.std((0, 1)).clamp(min=1e-12)
     return inputs.float(), classes, str(path)
