@@ -1,7 +1,9 @@
 """Mistakes in the call of a rollout: each is named, with its value and the remedy."""
 
+import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,13 @@ class Nameless(Mixing):
         return torch.tanh(u + 0.5 * state)
 
 
+class Shared(Nameless):
+    input_size = 4
+
+    def init_state(self, batch_shape):
+        return torch.zeros(1, 4)
+
+
 class Counting(Mixing):
     def __init__(self):
         super().__init__()
@@ -83,6 +92,7 @@ MISTAKES = {
     "half a feature": (lambda: cell_from(lambda u, s: s, 2.5), "state_size=2.5 must be a whole number"),
     "no input size": (lambda: quasi_deer()(Nameless(), LONG), "Nameless sets no input_size"),
     "a buffer": (lambda: quasi_deer()(Counting(), LONG), "Counting.step changes the buffer seen"),
+    "a state for one": (lambda: Sequential()(Shared(), LONG), r"init_state\(\(2,\)\) returns \[1, 4\]; .*leading axes"),
     "a state that grows": (lambda: Sequential()(GROWS, LONG), r"returns a state \[2, 4\] for a state \[2, 1\]"),
     "a state that grows, auto": (lambda: auto()(GROWS, LONG[:, :20]), "must keep the kind and the shape"),
     "a step that fails": (lambda: quasi_deer()(cell_from(lambda u, s: s.chunk(2, -1)[2], 3), X), "fails on 8 rows"),
@@ -188,3 +198,35 @@ def test_advice_is_sound():
     marginal = predictability(MeanField(32, 1.35), torch.randn(1, 600, 32) * 0.02)
     assert marginal.rollout in (elk(adaptive=True), Sequential())
     assert "whatever the length" not in marginal.reason
+
+
+class Caching(Nameless):
+    """A buffer that is the same after every step is no state; one that is made at the first is none either."""
+
+    input_size = 4
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("kept", torch.zeros(()))
+
+    def step(self, u, state):
+        self.kept = self.weight.detach().clone()
+        if not hasattr(self, "late"):
+            self.register_buffer("late", torch.ones(()))
+        return torch.tanh(u + self.weight * state)
+
+
+@torch.no_grad()
+def test_steps_that_are_no_mistakes():
+    x = torch.randn(2, 40, 4)
+    assert verify_agreement(quasi_deer(), Caching(), x).ok
+    scaled = functools.wraps(nn.Linear.forward)(lambda u, s: torch.tanh(0.5 * s + u))
+    assert verify_agreement(quasi_deer(), cell_from(scaled, 4), x).ok
+    wide = cell_from(lambda u, s: torch.tanh(u.to(s.dtype) + 0.5 * s), 4)
+    found = quasi_deer()(wide, x, torch.zeros(2, 4, dtype=torch.float64))
+    expected = Sequential()(wide, x, torch.zeros(2, 4, dtype=torch.float64))
+    torch.testing.assert_close(found.states, expected.states, rtol=0, atol=1e-8)
+    numpy_window = quasi_deer(window=np.int64(10))
+    assert numpy_window.window == 10
+    assert type(numpy_window.window) is int

@@ -50,8 +50,7 @@ def test_a_warm_start_saves_iterations():
         squared(model, batch)
     with watching() as seen:
         CentralDifference(probes=1, epsilon=EPSILON)(model, squared, batch, Key(0))
-    # The unperturbed weights, both sides, and both once more to measure the solver's error.
-    assert seen.calls == 5
+    assert seen.calls == 3  # the unperturbed weights and both sides; what is tried again is not seen
     looked = []
     original = type(model.rollout).read
 
@@ -120,3 +119,39 @@ def test_a_model_that_falls_back_says_so_unless_it_is_watched():
         warnings.simplefilter("error")
         model(x)
     assert seen.fell_back == 2
+
+
+def test_the_error_is_not_said_of_lost_probes_and_not_of_one_probe():
+    model, batch = problem(quasi_deer())
+    calls = []
+
+    def sometimes_lost(model, batch):
+        calls.append(1)
+        loss = squared(model, batch)
+        return loss * torch.inf if len(calls) == 2 else loss  # of probe 0, which is one of those tried again
+
+    found = CentralDifference(probes=4, epsilon=EPSILON)(model, sometimes_lost, batch, Key(0))
+    assert found.outcome is Outcome.some_probes_lost
+    assert "solver_error" not in found.stats
+    assert 0 <= estimate(quasi_deer(), probes=1).stats["solver_error"] < 1e-3
+
+
+def test_the_error_is_that_of_the_whole_batch_when_that_is_cut():
+    for seed in range(3):
+        whole = estimate(quasi_deer(rtol=1e-2, atol=1e-2), seed, 32)
+        cut = estimate(quasi_deer(rtol=1e-2, atol=1e-2), seed, 32, micro_batch=1)
+        assert cut.stats["solver_error"] == pytest.approx(whole.stats["solver_error"], rel=0.2)
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "warn", "sequential"])
+def test_what_is_tried_again_more_exactly_fails_no_step(on_failure):
+    """It converges with so many iterations, and would not at a hundredth of the tolerance."""
+    model, batch = problem(jacobi())
+    with watching() as seen:
+        squared(model, batch)
+    model.rollout = jacobi(on_failure=on_failure, max_iterations=seen.iterations + 1)
+    with warnings.catch_warnings(), watching() as seen:
+        warnings.simplefilter("error")
+        found = CentralDifference(probes=3, epsilon=EPSILON)(model, squared, batch, Key(0))
+    assert found.outcome is Outcome.ok
+    assert seen.fell_back == 0

@@ -49,6 +49,9 @@ class Cell(nn.Module, ABC):
     output_size: int
     has_kernel = False
     """Whether `fused` runs a kernel of this project, written for this cell."""
+    stepwise = True
+    """Whether `project`, of the class that defines both, takes every step by itself and draws no random numbers: then a
+    long sequence may be projected in pieces. A class that defines `project` alone is taken at no such word."""
 
     @abstractmethod
     def init_state(self, batch_shape: Sequence[int]) -> State:
@@ -85,6 +88,12 @@ class Cell(nn.Module, ABC):
             (readouts [batch, time, output_size], the state after the last step); or None: loop over `step`.
         """
         return None
+
+    @property
+    def projects_stepwise(self) -> bool:
+        """Whether `stepwise` was said by the class whose `project` this is."""
+        owner = next(kind for kind in type(self).__mro__ if "project" in vars(kind))
+        return "project" not in vars(self) and bool(vars(owner).get("stepwise", False))
 
     @property
     def step_floats(self) -> int:
@@ -148,7 +157,7 @@ def cell_from(step: Callable[..., Any], state_size: int, *, module: nn.Module | 
 
 def _require_two_arguments(step: Callable[..., Any]) -> None:
     try:
-        signature = inspect.signature(step.forward if isinstance(step, nn.Module) else step)
+        signature = inspect.signature(step.forward if isinstance(step, nn.Module) else step, follow_wrapped=False)
     except (TypeError, ValueError):  # a function written in C may have none
         return
     try:

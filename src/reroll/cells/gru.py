@@ -30,6 +30,8 @@ class GRU(Cell):
         150
     """
 
+    stepwise = True
+
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()
         require_positive(input_size=input_size, hidden_size=hidden_size)

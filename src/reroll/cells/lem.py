@@ -38,6 +38,8 @@ class LEM(Cell):
         torch.Size([2, 5])
     """
 
+    stepwise = True
+
     def __init__(self, input_size: int, hidden_size: int, dt: float = 1.0):
         super().__init__()
         require_positive(input_size=input_size, hidden_size=hidden_size, dt=dt)

@@ -51,6 +51,8 @@ class LSTM(Cell):
 
     has_kernel = True
 
+    stepwise = True
+
     def __init__(self, input_size: int, hidden_size: int, heads: int = 1):
         super().__init__()
         require_positive(input_size=input_size, hidden_size=hidden_size, heads=heads)

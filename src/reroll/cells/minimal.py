@@ -28,6 +28,8 @@ class MinGRU(Cell):
         40
     """
 
+    stepwise = True
+
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()
         require_positive(input_size=input_size, hidden_size=hidden_size)
@@ -66,6 +68,8 @@ class MinRNN(Cell):
         >>> sum(p.numel() for p in MinRNN(3, 5).parameters())
         75
     """
+
+    stepwise = True
 
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()

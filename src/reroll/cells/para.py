@@ -34,6 +34,8 @@ class ParaGRU(Cell):
         75
     """
 
+    stepwise = True
+
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()
         require_positive(input_size=input_size, hidden_size=hidden_size)
@@ -74,6 +76,8 @@ class ParaLSTM(Cell):
         >>> sum(p.numel() for p in ParaLSTM(3, 5).parameters())
         85
     """
+
+    stepwise = True
 
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()

@@ -25,6 +25,8 @@ class RNN(Cell):
         45
     """
 
+    stepwise = True
+
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()
         require_positive(input_size=input_size, hidden_size=hidden_size)

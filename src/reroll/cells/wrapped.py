@@ -29,6 +29,8 @@ class Wrapped(Cell):
         True
     """
 
+    stepwise = True
+
     def __init__(self, module: nn.RNNCellBase):
         super().__init__()
         self.module = module

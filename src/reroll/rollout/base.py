@@ -86,6 +86,12 @@ def start(cell: Cell, inputs: Tensor, state: State | None) -> State:
     """
     check(cell, inputs)
     initial = cell.init_state(inputs.shape[:1])
+    for part in (initial,) if isinstance(initial, Tensor) else initial if isinstance(initial, tuple) else ():
+        if isinstance(part, Tensor) and part.shape[:1] != inputs.shape[:1]:
+            raise UsageError(
+                f"{type(cell).__name__}.init_state({tuple(inputs.shape[:1])}) returns {_shapes(initial)}; it must "
+                "return a state with these leading axes (expand what all sequences share)."
+            )
     if state is not None:
         if (found := _shapes(state)) != (expected := _shapes(initial)):
             raise UsageError(
@@ -119,7 +125,7 @@ def dtype_name(tensor: Tensor | torch.dtype) -> str:
 
 
 @contextmanager
-def explaining_dtypes(cell: Cell, inputs: Tensor, state: State | None) -> Iterator[None]:
+def explaining_dtypes(cell: Cell, inputs: Tensor, state: State | None = None) -> Iterator[None]:
     """Say of an error inside the block that inputs, weights and state differ in dtype, if they do."""
     try:
         yield

@@ -11,26 +11,27 @@ from reroll.errors import UsageError
 
 COPIES = 3
 """Jacobians held at a time by an undamped step: themselves, in the order of the scan, and its products."""
-DAMPED_COPIES = 6
+FILTER_COPIES = 6
 """The same for a filter, which carries two matrices more per step."""
 
 
 def require_memory_for_jacobians(
-    batch: int, steps: int, size: int, dtype: torch.dtype, device: torch.device, *, damped: bool
+    batch: int, steps: int, size: int, dtype: torch.dtype, device: torch.device, *, filters: bool
 ) -> None:
     """Raise if the whole Jacobians of these sequences and steps are more than the memory that is left.
 
     Raises:
         UsageError: with their bytes, and what to use in their place.
     """
-    per_step = batch * size * size * dtype.itemsize * (DAMPED_COPIES if damped else COPIES)
+    itemsize = max(4, dtype.itemsize) if filters else dtype.itemsize
+    per_step = batch * size * size * itemsize * (FILTER_COPIES if filters else COPIES)
     left = memory_left(device)
     if steps * per_step <= left:
         return
     alternative = f", or a shorter window (window={left // per_step})" if per_step <= left else ""
     raise UsageError(
         f"Whole Jacobians of {batch} sequences × {steps} steps × {size}² numbers, and what solving takes, are "
-        f"{steps * per_step:,} bytes; {left:,} are left. Use {'quasi_elk' if damped else 'quasi_deer'}(){alternative}."
+        f"{steps * per_step:,} bytes; {left:,} are left. Use {'quasi_elk' if filters else 'quasi_deer'}(){alternative}."
     )
 
 
@@ -41,9 +42,19 @@ def memory_left(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+        left = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+        return min(left, _left_in_container())
     except (OSError, StopIteration):  # not Linux
         try:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
         except (AttributeError, ValueError, OSError):  # Windows
             return 1 << 33
+
+
+def _left_in_container() -> int:
+    """Return what the limit of a container (control group, version 2) leaves of the machine's memory."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such limit: the file says "max"
+        return 1 << 60

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from reroll.errors import RunError, UsageError, require_count
 from reroll.outcome import Outcome
 from reroll.rollout import adjoint, native
 from reroll.rollout.base import Trajectory
-from reroll.rollout.damping import Damping, Undamped
+from reroll.rollout.damping import Damping, Kalman, Undamped
 from reroll.rollout.iterate import Iterate, largest
 from reroll.rollout.linearise import WINDOW_FLOATS, Diagonal, Linearisation, Zero, is_written
 from reroll.rollout.memory import require_memory_for_jacobians
@@ -92,6 +92,8 @@ class Newton:
 
     def __post_init__(self) -> None:
         require_count(max_iterations=self.max_iterations, window=None if self.window == "auto" else self.window)
+        if isinstance(self.window, Integral):  # such as one of numpy's
+            object.__setattr__(self, "window", int(self.window))
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if value is not None and not (isinstance(value, Real) and 0 <= value < float("inf")):
                 raise UsageError(f"{name}={value!r} must be zero or a positive number.")
@@ -160,7 +162,7 @@ class Newton:
             raise UsageError(
                 f"guess has shape {tuple(given.shape)}; expected states [batch, time, D] = ({batch}, ≥ {time}, {size})."
             )
-        # Windows that end with a piece are the same windows; without windows, nothing can be cut.
+        # A piece ends where a window would, or, of windows by static rules, begins new ones; one window is not cut.
         windowed = isinstance(self.window, int) or (self.window == "auto" and problem.start.device.type == "cpu")
         pieces = problem.pieces(self.window if isinstance(self.window, int) else 1) if windowed else [(0, time)]
         if len(pieces) == 1:
@@ -229,7 +231,7 @@ class Newton:
             width = self.window if isinstance(self.window, int) else time
         if self.linearise.kind == "dense":
             require_memory_for_jacobians(
-                batch, min(width, time), size, field.u.dtype, field.u.device, damped=self.damping is not None
+                batch, min(width, time), size, field.u.dtype, field.u.device, filters=isinstance(self.damping, Kalman)
             )
         return width
 
@@ -305,7 +307,7 @@ class Newton:
 
     def _say(self, found: Solution) -> None:
         """Raise or warn about sequences that have not converged, if that was asked for."""
-        if self.on_failure == "sequential":
+        if self.on_failure == "sequential" or ((watch := current()) is not None and watch.quiet):
             return
         message = (
             f"{int((~found.converged).sum())} of {len(found.converged)} sequences did not converge in "

@@ -79,7 +79,7 @@ class Problem(NamedTuple):
         if self.projected is not None:
             u = self.projected[:, begin:end]
         else:
-            with explaining_dtypes(self.cell, inputs, None), torch.autocast(inputs.device.type, enabled=False):
+            with explaining_dtypes(self.cell, inputs), torch.autocast(inputs.device.type, enabled=False):
                 u = self.cell.project(inputs)
         reset = None if self.reset is None else self.reset[:, begin:end]
         return self._replace(inputs=inputs, start=self.start if start is None else start, reset=reset, projected=u)
@@ -215,8 +215,7 @@ def _in_one_dtype(cell: Cell, inputs: Tensor, state: State | None) -> tuple[Tens
         state = None if state is None else map_state(state, lambda t: t.to(known) if t.is_floating_point() else t)
         return (inputs.to(known) if inputs.is_floating_point() else inputs), state
     if inputs.is_floating_point():
-        floating = None if state is None else map_state(state, lambda t: t if t.is_floating_point() else t.to(known))
-        require_one_dtype(cell, inputs, floating)
+        require_one_dtype(cell, inputs, None)  # a step may take a state of another dtype; it is tried
     return inputs, state
 
 
@@ -244,5 +243,5 @@ def _problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | No
     first = layout.pack(initial)
     fresh = None if reset is None else layout.pack(start(cell, inputs, None))
     problem = Problem(cell, layout, inputs, first, fresh, reset)
-    # A gradient needs the graph of all steps at once; without one, pieces of them are projected where they are solved.
-    return problem.piece() if torch.is_grad_enabled() else problem
+    # A gradient needs the graph of all steps at once; without one, pieces can be projected where they are solved.
+    return problem if cell.projects_stepwise and not torch.is_grad_enabled() else problem.piece()

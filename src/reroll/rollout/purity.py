@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from reroll.cells.jacobian import feature_major, followed_vjp, leave_to_autograd
 from reroll.cells.layout import Layout
 from reroll.errors import RerollError, UsageError
 from reroll.kernels import dispatch
+from reroll.rollout.base import explaining_dtypes
 
 _known: weakref.WeakKeyDictionary[Cell, set[tuple[bool, ...]]] = weakref.WeakKeyDictionary()
 """Cells that were tried, and in which modes (training or not): dropout acts in one of them."""
@@ -40,12 +43,13 @@ def require_pure(cell: Cell, problem: Any) -> None:
         return
     u, state = _tried(problem)
     given_u, given_state = u.clone(), state.clone()
-    held = {name: buffer.clone() for name, buffer in cell.named_buffers()}
+    held = _buffers(cell)
     devices = [u.device] if u.device.type == "cuda" else []
     name = type(cell).__name__
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), _restoring(cell, held):
         try:
-            after = cell.step(u, problem.layout.unpack(state))
+            with explaining_dtypes(cell, u, state):
+                after = cell.step(u, problem.layout.unpack(state))
         except BAD as error:
             if isinstance(error, RerollError):
                 raise
@@ -55,7 +59,9 @@ def require_pure(cell: Cell, problem: Any) -> None:
             ) from error
         _require_same_kind(after, problem, name)
         first = step(cell, problem.layout, u, state)
+        once = _buffers(cell)
         second = step(cell, problem.layout, given_u.clone(), given_state.clone())
+        twice = _buffers(cell)
         alone = torch.cat([step(cell, problem.layout, u[i : i + 1], state[i : i + 1]) for i in range(len(u))])
     if first.shape != given_state.shape:
         raise UsageError(
@@ -64,11 +70,10 @@ def require_pure(cell: Cell, problem: Any) -> None:
         )
     if not (_same(u, given_u) and _same(state, given_state)):
         raise UsageError(f"{name}.step changes its arguments in place; let it return new tensors.")
-    for name_of, buffer in cell.named_buffers():
-        if not _same(buffer, held[name_of]):
-            buffer.copy_(held[name_of])
+    for buffer in once:
+        if not _same(once[buffer], twice[buffer]):
             raise UsageError(
-                f"{name}.step changes the buffer {name_of}; what one step hands to the next belongs into the state."
+                f"{name}.step changes the buffer {buffer}; what one step hands to the next belongs into the state."
             )
     if not _same(first, second):
         raise UsageError(
@@ -85,6 +90,21 @@ def require_pure(cell: Cell, problem: Any) -> None:
         with torch.inference_mode(False), torch.autocast(u.device.type, enabled=False):
             _follow_derivatives(cell, problem.layout, u.clone(), state.clone())
     _known[cell].add(mode)
+
+
+def _buffers(cell: Cell) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in cell.named_buffers()}
+
+
+@contextmanager
+def _restoring(cell: Cell, held: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Put back what a trial did to buffers."""
+    try:
+        yield
+    finally:
+        for name, buffer in cell.named_buffers():
+            if name in held and held[name].shape == buffer.shape and not _same(buffer, held[name]):
+                buffer.copy_(held[name])
 
 
 def _follow_derivatives(cell: Cell, layout: Layout, u: torch.Tensor, state: torch.Tensor) -> None:

@@ -31,6 +31,7 @@ class Watch:
         guesses: trajectories to begin with, in the order of the calls; those of another shape are passed over.
         keep: keep the trajectories in `kept`.
         tolerance: factor on `rtol` and `atol`.
+        quiet: what does not converge is evaluated step by step without a word, and no block around this one sees it.
         observe: called with every iterate of every window, the guess left out; it must not change what it is given.
         kept: the trajectories [batch, time, D], in the order of the calls.
         calls: how many rollouts ran.
@@ -41,6 +42,7 @@ class Watch:
     guesses: Sequence[Tensor] = ()
     keep: bool = False
     tolerance: float = 1.0
+    quiet: bool = False
     observe: Callable[[Tensor], None] | None = None
     kept: list[Tensor] = field(default_factory=list)
     calls: int = 0
@@ -81,7 +83,7 @@ class Watch:
             self.fell_back += int((~trajectory.converged).sum())
         if self.keep:
             self.kept.append(states.detach())
-        if self.outer is not None:
+        if self.outer is not None and not self.quiet:
             self.outer.see(trajectory, states)
 
 
@@ -99,10 +101,11 @@ def watching(
     guesses: Sequence[Tensor] = (),
     keep: bool = False,
     tolerance: float = 1.0,
+    quiet: bool = False,
     observe: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Watch]:
     """Watch over the rollouts of a block; see `Watch`."""
-    watch = Watch(guesses, keep, tolerance, observe, outer=_current.get())
+    watch = Watch(guesses, keep, tolerance, quiet, observe, outer=_current.get())
     token = _current.set(watch)
     try:
         yield watch

@@ -8,6 +8,7 @@ evaluated once more, a hundred times as exactly. (What both sides share cancels:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reroll.grad.evaluate.probing import Result, Unit
+from reroll.grad.evaluate.probing import Result, Unit, batch_size
 from reroll.rollout import Newton
 from reroll.rollout.auto import Auto
 from reroll.rollout.watch import watching
@@ -76,27 +77,37 @@ class WarmStarts:
 
     def __call__(self, model: Any, batch: Any) -> Any:
         """Return the loss, begun at the trajectory of the unperturbed weights where that is known."""
-        with watching(guesses=self.kept.get(_name(batch), ()), tolerance=self.tolerance):
+        again = self.tolerance != 1.0
+        with watching(guesses=self.kept.get(_name(batch), ()), tolerance=self.tolerance, quiet=again):
             return self.loss_fn(model, batch)
 
-    def error(self, units: list[Unit], found: list[Result], run: Callable[[list[Unit]], list[Result]]) -> float:
+    def error(self, units: list[Unit], found: list[Result], run: Callable[[list[Unit]], list[Result]]) -> float | None:
         """Return how far the solver moves a loss difference: the root mean square over every `SHARE`-th probe.
 
         Args:
-            units: all of the step.
+            units: all of the step; a probe's loss is the mean of its units' by their sequences.
             found: their losses.
             run: evaluates units.
+
+        Returns:
+            The error; None if none of these probes has a finite loss.
         """
         firsts = [-unit.probes.start % SHARE for unit in units]
         some = [(unit, first, result) for unit, first, result in zip(units, firsts, found) if unit.probes[first:]]
         with self._tightly():
             exact = run([_every(unit, first) for unit, first, _ in some])
-        apart = torch.cat(
-            [(result.losses[:, first::SHARE] - e.losses).double() for (_, first, result), e in zip(some, exact)], 1
-        )
-        self.passes += apart.numel()
-        differences = apart[0] - apart[1] if len(apart) == 2 else apart[0]
-        return float(differences.square().mean().sqrt())
+        total, weight = defaultdict[int, Any](float), defaultdict[int, int](int)
+        for (unit, first, result), again in zip(some, exact):
+            apart = (result.losses[:, first::SHARE] - again.losses).double().cpu()
+            self.passes += apart.numel()
+            rows = batch_size(unit.batch) or 1
+            differences = apart[0] - apart[1] if len(apart) == 2 else apart[0]
+            for probe, difference in zip(unit.probes[first::SHARE], differences):
+                total[probe] = total[probe] + rows * difference
+                weight[probe] += rows
+        moved = torch.stack([total[probe] / weight[probe] for probe in total])
+        moved = moved[moved.isfinite()]
+        return float(moved.square().mean().sqrt()) if len(moved) else None
 
     @contextmanager
     def _tightly(self) -> Iterator[None]:
