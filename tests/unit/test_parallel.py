@@ -203,6 +203,16 @@ def test_no_sequences_and_other_defaults():
     assert bool(found.converged.all())
 
 
+def test_a_containers_limit_counts_as_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    free = memory.memory_left(torch.device("cpu"))
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.memory_left(torch.device("cpu")) > free / 2
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert memory.memory_left(torch.device("cpu")) == 4000
+
+
 @torch.no_grad()
 def test_jacobians_beyond_memory_are_refused_with_their_size(monkeypatch):
     assert 1 << 20 < memory.memory_left(torch.device("cpu")) < 1 << 50

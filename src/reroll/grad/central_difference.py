@@ -222,7 +222,7 @@ class CentralDifference:
         outcome = Outcome.ok if not found.lost else Outcome.some_probes_lost
         if warm is not None:
             stats["forward_passes"] += warm.passes
-        scale = _scale(losses, clean if self.difference == "one_sided" else None)
+        scale = found.spread or found.rms  # one probe has no spread
         if error is not None and scale > 0:
             stats["solver_error"] = error / scale
             if outcome is Outcome.ok and stats["solver_error"] > TOO_LOOSE:
@@ -345,15 +345,6 @@ def _pieces(begin: int | None, end: int | None, most: int | None) -> list[tuple[
 def _inverse(scales: Mapping[str, float] | None) -> dict[str, float]:
     # Probing a tensor with s·ε gives coefficients that estimate s times its gradient.
     return {name: 1.0 / scale for name, scale in (scales or {}).items()}
-
-
-def _scale(losses: Tensor, clean: Tensor | None) -> float:
-    """Return the spread of the loss differences, [sides, N]; of a single probe, its size."""
-    differences = losses[0].double() - (losses[1] if clean is None else clean.to(losses)).double()
-    differences = differences[differences.isfinite()]
-    if not len(differences):
-        return 0.0
-    return float(differences.std(correction=0) if len(differences) > 1 else differences.abs().max())
 
 
 def bit_sums(parameters: Mapping[str, Tensor]) -> dict[str, int]:

@@ -28,6 +28,7 @@ class Coefficients(NamedTuple):
         loss: mean of (L⁺ + L⁻)/2 over finite probes, or L_0; NaN without any.
         lost: probes with a non-finite loss.
         spread: standard deviation of L⁺ − L⁻ (of L⁺ − L_0) over finite probes.
+        rms: their root mean square.
         snr: root mean square of the differences over the rounding error of one.
     """
 
@@ -35,6 +36,7 @@ class Coefficients(NamedTuple):
     loss: Tensor
     lost: int
     spread: float
+    rms: float
     snr: float
 
 
@@ -71,7 +73,7 @@ def coefficients(losses: Tensor, epsilon: float, shaping: str = "raw", clean: Te
     values = torch.zeros_like(slopes)
     if not count:
         return Coefficients(
-            values.float(), torch.tensor(math.nan, dtype=torch.float64), len(values), math.nan, math.nan
+            values.float(), torch.tensor(math.nan, dtype=torch.float64), len(values), math.nan, math.nan, math.nan
         )
     values[finite] = _shape(slopes[finite], shaping) / count
     found, loss = differences[finite], mean[finite].mean()
@@ -82,6 +84,7 @@ def coefficients(losses: Tensor, epsilon: float, shaping: str = "raw", clean: Te
         loss=loss,
         lost=len(values) - count,
         spread=found.std(correction=0).item(),
+        rms=rms,
         snr=rms / rounding if rounding > 0 else math.inf,
     )
 

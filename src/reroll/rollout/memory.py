@@ -9,6 +9,7 @@ import torch
 
 from reroll.errors import UsageError
 
+GROUP = Path("/sys/fs/cgroup")
 COPIES = 3
 """Jacobians held at a time by an undamped step: themselves, in the order of the scan, and its products."""
 FILTER_COPIES = 6
@@ -53,8 +54,7 @@ def memory_left(device: torch.device) -> int:
 
 def _left_in_container() -> int:
     """Return what the limit of a container (control group, version 2) leaves of the machine's memory."""
-    group = Path("/sys/fs/cgroup")
     try:
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        return int((GROUP / "memory.max").read_text()) - int((GROUP / "memory.current").read_text())
     except (OSError, ValueError):  # no such limit: the file says "max"
         return 1 << 60

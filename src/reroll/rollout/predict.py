@@ -172,4 +172,5 @@ def _advise(exponent: float, time: int, counts: dict[str, int]) -> tuple[Rollout
     if few:
         rollout = deer() if fewest == "DEER" else quasi_deer()
         return rollout, f"the recurrence neither forgets nor explodes, but {fewest} converged where it was tried"
-    return elk(adaptive=True), "the recurrence neither forgets nor explodes, and undamped iterations do not converge"
+    many = f"{counts[fewest]} undamped iterations for {time} steps are too many"
+    return elk(adaptive=True), f"the recurrence neither forgets nor explodes, and {many}"

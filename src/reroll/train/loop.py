@@ -136,14 +136,14 @@ def _prepare(session: Session, say: Callable[[str], None]) -> None:
     start_record(session)
 
 
-def _warnings(row: dict[str, Any]) -> set[Outcome]:
+def _warnings(row: dict[str, Any]) -> list[Outcome]:
     """Return what a step has to say beyond its numbers."""
     signs = {
         Outcome.some_probes_lost: row.get("lost_probes", 0) > 0,
         Outcome.solver_too_loose: row.get("solver_error", 0.0) > TOO_LOOSE,
         Outcome.fell_back: row.get("rollout_fell_back", 0) + row.get("valid_fell_back", 0) > 0,
     }
-    return {outcome for outcome, shown in signs.items() if shown}
+    return [outcome for outcome, shown in signs.items() if shown]
 
 
 def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str], None]) -> dict[str, Any]:
@@ -164,9 +164,10 @@ def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str
         stopped = ended is not None and ended[0] == "stopped"
         if progress.step % eval_every == 0 or (last and not stopped):
             row |= _validate(session)
-        for outcome in _warnings(row) - said:
-            said.add(outcome)
-            say(f"step {row['step'] + 1}: {outcome.value} (Said once.)")
+        for outcome in _warnings(row):
+            if outcome not in said:
+                said.add(outcome)
+                say(f"step {row['step'] + 1}: {outcome.value} (Said once.)")
         session.folder.record(row)
         report.step(row, config)
         if progress.step % checkpoint_every == 0 or last:
