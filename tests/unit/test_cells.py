@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from reroll.cells import CELLS, DNC, GRU, LSTM, RNN, Cell, cell_from
-from reroll.data.batch import map_state
 from reroll.errors import UsageError
 from reroll.models import Recurrent
+from reroll.trees import map_state
 
 
 def build(kind, size=5, seed=0):

@@ -76,6 +76,8 @@ class Arrays(Task):
         UsageError: if the file cannot be read, its shapes do not fit together, or there is too little in it.
     """
 
+    name = "arrays"
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -113,24 +115,14 @@ class Arrays(Task):
         options = {"batch": self.batch_size, "seed": self.seed, "eval_batches": self.eval_batches}
         return partial(Arrays, **self._arguments, **options), ()
 
-    def batch(self, step: int, split: str = "train", length: int | None = None) -> Batch:
-        """Return the batch of a step, a pure function of (seed, step, split, length).
-
-        Args:
-            step: any integer ≥ 0 at training; below `batches("valid")` for the held-out part.
-            split: "train" or "valid".
-            length: a smaller T, for a curriculum: only the first steps of every window.
-
-        Raises:
-            UsageError: if there is no such batch.
-        """
+    def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
+        """Return the windows of a step; a smaller `length` is the first steps of every window."""
         steps = self.length if length is None else length
         if not 1 <= steps <= self.length:
             raise UsageError(f"length={length} must lie in [1, {self.length}], the length of the task.")
         windows = self._split(split)
         if split == "train":
-            key = Key(self.seed).at("data").at("arrays").at(split).at(step)
-            which = random_integers(key, self.batch_size, len(windows.begin))
+            which = random_integers(self.key(split, step, unit), self.batch_size, len(windows.begin))
         elif 0 <= step < self.batches(split):
             which = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(windows.begin)))
         else:
@@ -143,6 +135,9 @@ class Arrays(Task):
             return super().batches(split)
         count = -(-len(self._split(split).begin) // self.batch_size)
         return count if self.eval_batches is None else min(count, self.eval_batches)
+
+    def metadata(self) -> dict[str, Any]:
+        return super().metadata() | {"units": (self.mean.tolist(), self.std.tolist())}
 
     def standardise(self, values: Array) -> npt.NDArray[np.float32]:
         """Return values [..., F] in units of the training part: (x − mean) / std."""

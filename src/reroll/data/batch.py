@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reroll.errors import UsageError
+from reroll.trees import map_state
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -55,6 +58,17 @@ class Batch:
         share = (end - begin) / max(len(self), 1)
         return replace(part, scored=self.scored * share, state=map_state(self.state, lambda s: s[begin:end]))
 
+    def part(self, rows: range | None) -> Batch:
+        """Return the sequences of a range; None: all.
+
+        Raises:
+            UsageError: if the range is empty, has gaps or goes beyond the batch.
+        """
+        if rows is None:
+            return self
+        check_rows(rows, len(self))
+        return self.rows(rows.start, rows.stop)
+
     def steps(self, begin: int, end: int) -> Batch:
         """Return some steps of every sequence. The loss of the batch is the sum of the losses of its parts."""
         return self._map(lambda tensor: tensor[:, begin:end])
@@ -88,35 +102,7 @@ START = _Start()
 """`Batch.state` of the first of several windows."""
 
 
-def combine_states(states: list[Any], combine: Callable[[list[Tensor]], Tensor]) -> Any:
-    """Combine states of one structure tensor by tensor, with `torch.stack` or `torch.cat` say.
-
-    Example:
-        >>> combine_states([(torch.ones(1), None), (torch.zeros(1), None)], torch.cat)
-        (tensor([1., 0.]), None)
-    """
-    columns: list[list[Tensor]] = []
-    for state in states:
-        leaves: list[Tensor] = []
-        map_state(state, lambda tensor, leaves=leaves: leaves.append(tensor) or tensor)
-        columns.append(leaves)
-    combined = iter([combine(list(tensors)) for tensors in zip(*columns)])
-    return map_state(states[0], lambda tensor: next(combined))
-
-
-def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor of a state: a tensor, or (named) tuples, lists and dicts of states; None stays.
-
-    Example:
-        >>> map_state((torch.ones(2), None), lambda t: t + 1)
-        (tensor([2., 2.]), None)
-    """
-    if isinstance(state, Tensor):
-        return change(state)
-    if isinstance(state, dict):
-        return {name: map_state(value, change) for name, value in state.items()}
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*(map_state(value, change) for value in state))
-    if isinstance(state, list | tuple):
-        return type(state)(map_state(value, change) for value in state)
-    return state
+def check_rows(rows: range, count: int) -> None:
+    """Refuse a range of sequences that is not a part of a batch of `count`."""
+    if rows.step != 1 or not 0 <= rows.start < rows.stop <= count:
+        raise UsageError(f"rows={rows} must be a range with step 1 inside range(0, {count}), and not empty.")

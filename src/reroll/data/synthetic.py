@@ -96,8 +96,6 @@ class Generated(Task):
         names: one short text for every symbol of the vocabulary.
     """
 
-    name = ""
-
     def __init__(self, length: int, batch: int, seed: int, symbols: int, names: Sequence[str]) -> None:
         require_positive(length=length, batch=batch)
         if symbols < 2:
@@ -165,20 +163,11 @@ class Transduction(Generated):
         self.separator, self.end, self.pad, self.first_extra = range(symbols, symbols + 4)
         super().__init__(length, batch, seed, symbols, names)
 
-    def batch(self, step: int, split: str = "train", length: int | None = None) -> Batch:
-        """Return the batch of a step, a pure function of (seed, step, split, length).
-
-        Args:
-            step: any integer ≥ 0.
-            split: "train", "valid" (the same lengths, other sequences) or "longer" (lengths L+1 … 2L).
-            length: a smaller L, for a curriculum. The width of the tensors depends on L and the split alone.
-
-        Raises:
-            UsageError: if the split is unknown or the length outside [1, L].
-        """
+    def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
+        """Return the sequences of a step. A smaller `length` is a smaller L; L and the split alone decide the width."""
         limit = self._limit(split, length)
         low, high = (limit + 1, 2 * limit) if split == "longer" else (1, limit)
-        key = Key(self.seed).at("data").at(self.name).at(split).at(step)
+        key = self.key(split, step, unit)
         lengths = random_integers(key.at("lengths"), self.batch_size, high + 1, low)
         prompt, output = self.example(key, lengths, high)
         begin = prompt.lengths[:, None] - 1  # the output's first symbol is predicted at the prompt's last
@@ -356,8 +345,8 @@ class Memorise(Generated):
         # Here the number of rows is what there is to learn, so another batch is another task.
         self.fingerprint = hashlib.sha256(f"{self.fingerprint} batch={batch}".encode()).hexdigest()
 
-    def batch(self, step: int, split: str = "train", length: int | None = None) -> Batch:
-        """Return the one batch; `step` and `split` are not looked at beyond checking the name of the split."""
+    def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
+        """Return the one batch; `step` and `unit` do not change it, nor does the split."""
         limit = self._limit(split, length)
         key = Key(self.seed).at("data").at(self.name)
         symbols = torch.from_numpy(random_integers(key, (self.batch_size, self.length + 1), self.symbols))

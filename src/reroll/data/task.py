@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from reroll.data.batch import START, Batch
 from reroll.errors import UsageError
+from reroll.keys import Key
 from reroll.passes import one_pass
 
 
@@ -76,9 +77,12 @@ class Task(ABC):
     Attributes a subclass sets: `vocab` (number of input symbols, or None), `inputs` (features of real-valued inputs, or
     None), `outputs` (logits or values the model gives), `readout` ("every", "last" or "mean"), `splits` (names other
     than "train"), `categorical` (whether targets are symbols or classes, not numbers), `fingerprint` (SHA-256 of the
-    data, or of its definition).
+    data, or of its definition), `carries` (whether batches continue each other, so that a state is carried on), `name`
+    and `seed`, which name its random numbers. It defines `make`, and overrides `batch` where rows can be had cheaper.
     """
 
+    name: str = ""
+    seed: int = 0
     vocab: int | None = None
     inputs: int | None = None
     outputs: int = 0
@@ -86,10 +90,47 @@ class Task(ABC):
     splits: tuple[str, ...] = ("valid",)
     categorical: bool = True
     fingerprint: str = ""
+    carries: bool = False
 
     @abstractmethod
-    def batch(self, step: int, split: str = "train", length: int | None = None) -> Batch:
-        """Return the batch of a step. `length` limits the sequences, for a curriculum; None is the full length."""
+    def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
+        """Return all sequences of a batch; the arguments are those of `batch`."""
+
+    def batch(
+        self,
+        step: int,
+        split: str = "train",
+        length: int | None = None,
+        rows: range | None = None,
+        unit: int | None = None,
+    ) -> Batch:
+        """Return the batch of a step, a pure function of the seed and the arguments.
+
+        Args:
+            step: any integer ≥ 0; below `batches(split)` where an evaluation reads something held out.
+            split: "train", or one of `splits`.
+            length: limits the sequences, for a curriculum; None is the full length.
+            rows: which sequences of the batch, the same ones whatever else is asked for; None: all.
+            unit: another training batch of the same step for every integer, for probes that each see their own; None:
+                the batch they share.
+
+        Raises:
+            UsageError: if there is no such batch.
+        """
+        return self.make(step, split, length, unit).part(rows)
+
+    def key(self, split: str, step: int, unit: int | None) -> Key:
+        """Return the key of a batch's random numbers."""
+        key = Key(self.seed).at("data").at(self.name).at(split).at(step)
+        return key if unit is None else key.at("unit").at(unit)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a run keeps of its task, ready for JSON: enough to build its model and use it without the data.
+
+        `fingerprint`; `sizes`; `tokenizer`, as a dictionary, and `units`, the mean and std of every feature, or None.
+        """
+        sizes = {"vocab": self.vocab, "inputs": self.inputs, "outputs": self.outputs, "readout": self.readout}
+        return {"fingerprint": self.fingerprint, "sizes": sizes, "tokenizer": None, "units": None}
 
     def batches(self, split: str) -> int:
         """Return how many batches an evaluation of this split takes."""

@@ -69,6 +69,8 @@ class Text(Task):
         True
     """
 
+    name = "text"
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -85,7 +87,7 @@ class Text(Task):
     ) -> None:
         require_positive(length=length, batch=batch, eval_batches=eval_batches)
         self.path, self.length, self.batch_size, self.seed = os.fspath(path), length, batch, seed
-        self.carry, self.eval_batches = carry, eval_batches
+        self.carries, self.eval_batches = carry, eval_batches
         self._arguments = {
             "path": self.path, "tokenizer": tokenizer, "max_vocab": max_vocab, "field": field, "whole": whole,
         }  # fmt: skip
@@ -102,33 +104,23 @@ class Text(Task):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By its arguments, for another process to map the same files; pickled arrays would be copies of the text.
-        options = {"length": self.length, "batch": self.batch_size, "seed": self.seed, "carry": self.carry}
+        options = {"length": self.length, "batch": self.batch_size, "seed": self.seed, "carry": self.carries}
         return partial(Text, **self._arguments, **options, eval_batches=self.eval_batches), ()
 
-    def batch(self, step: int, split: str = "train", length: int | None = None) -> Batch:
-        """Return the batch of a step, a pure function of (seed, step, split, length).
-
-        Args:
-            step: any integer ≥ 0 at training; below `batches(split)` for the other splits.
-            split: "train", or one of `splits`.
-            length: a smaller T, for a curriculum; not with `carry`, where each batch begins where the last one ended.
-
-        Raises:
-            UsageError: if there is no such batch.
-        """
+    def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
+        """Return the windows of a step; with `carry` each batch begins where the last one ended, in every unit."""
         self._check(step, split, length)
         pairs = len(self._tokens(split)) - 1
         steps = self.length if length is None else length
         if split != "train":
             return self._evaluation(step, split, steps)
-        if self.carry:
+        if self.carries:
             begin = np.arange(self.batch_size) * (pairs // self.batch_size) + step * self.length
             place = (begin[:, None] + np.arange(steps)) % pairs
             reset = place == 0
             reset[:, 0] |= step == 0
             return self._gather(split, place, np.ones_like(reset), reset)
-        key = Key(self.seed).at("data").at("text").at(split).at(step)
-        begin = random_places(key, self.batch_size, pairs - steps + 1)
+        begin = random_places(self.key(split, step, unit), self.batch_size, pairs - steps + 1)
         place = begin[:, None] + np.arange(steps)
         return self._gather(split, place, np.ones(place.shape, dtype=bool))
 
@@ -137,11 +129,14 @@ class Text(Task):
         if split == "train":
             return super().batches(split)
         pairs = len(self._tokens(split)) - 1
-        if self.carry:
+        if self.carries:
             count = _ceil(_ceil(pairs, self.batch_size), self.length)
         else:
             count = _ceil(_ceil(pairs, self.length), self.batch_size)
         return count if self.eval_batches is None else min(count, self.eval_batches)
+
+    def metadata(self) -> dict[str, Any]:
+        return super().metadata() | {"tokenizer": self.tokenizer.to_dict()}
 
     def baselines(self, split: str = "valid") -> Baselines:
         """Return the bits per symbol that counting and gzip need for a split; see `measures.baselines`."""
@@ -158,7 +153,7 @@ class Text(Task):
     def _evaluation(self, step: int, split: str, steps: int) -> Batch:
         """A batch of the held-out part: B windows one after the other; when carrying, B readers of a B-th each."""
         pairs, row = len(self._tokens(split)) - 1, np.arange(self.batch_size)
-        if self.carry:
+        if self.carries:
             share = _ceil(pairs, self.batch_size)
             begin, end = row * share + step * self.length, (row + 1) * share
         else:
@@ -168,7 +163,7 @@ class Text(Task):
         place = begin[:, None] + np.arange(steps)
         mask = place < np.minimum(end, pairs)[:, None]
         reset = None
-        if self.carry:
+        if self.carries:
             reset = np.zeros_like(mask)
             reset[:, 0] = step == 0
         return self._gather(split, np.minimum(place, pairs - 1), mask, reset)
@@ -198,7 +193,7 @@ class Text(Task):
             raise UsageError(f"step={step} must be 0 or more{count}.")
         if length is not None and not 1 <= length <= self.length:
             raise UsageError(f"length={length} must lie in [1, {self.length}], the length of the task.")
-        if self.carry and length not in (None, self.length):
+        if self.carries and length not in (None, self.length):
             raise UsageError(f"length={length} cannot change with carry=True; drop the curriculum, or the carrying.")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from reroll.data.batch import START, combine_states, map_state
+from reroll.data.batch import START
 from reroll.errors import UsageError, require_positive
 from reroll.grad.base import Dense, Estimate, LossFn, trainable
 from reroll.grad.evaluate.probing import (
@@ -32,6 +32,7 @@ from reroll.grad.evaluate.probing import (
 )
 from reroll.keys import Key
 from reroll.outcome import Outcome
+from reroll.trees import combine_states, map_state
 
 
 @dataclass(frozen=True)

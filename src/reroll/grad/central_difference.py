@@ -24,7 +24,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reroll.data.batch import combine_states
 from reroll.errors import EpsilonTooSmall, UsageError, require_positive
 from reroll.grad.base import Estimate, LossFn, Seeded, trainable
 from reroll.grad.evaluate.batched import Batched
@@ -48,6 +47,7 @@ from reroll.kernels.noise_axpy import parse_kind
 from reroll.keys import Key
 from reroll.outcome import Outcome
 from reroll.rollout.watch import watching
+from reroll.trees import combine_states
 
 Evaluate = Literal["auto", "in_place", "tiles", "batched"]
 """How perturbed losses are computed; see `reroll.grad.evaluate`."""

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from reroll.cells.base import Cell, FunctionCell, State
-from reroll.data.batch import map_state
 from reroll.errors import UsageError
 from reroll.outcome import Outcome
+from reroll.trees import map_state
 
 
 class Trajectory(NamedTuple):

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from reroll.cells import jacobian
 from reroll.cells.base import Cell, State
-from reroll.data.batch import map_state
 from reroll.errors import UsageError, require_positive
 from reroll.rollout.auto import auto
 from reroll.rollout.base import Rollout
@@ -27,6 +26,7 @@ from reroll.rollout.presets import deer, elk, quasi_deer
 from reroll.rollout.problem import make_problem
 from reroll.rollout.purity import require_pure
 from reroll.rollout.sequential import Sequential
+from reroll.trees import map_state
 
 JACOBIAN_FLOATS = 1 << 22
 """Numbers of Jacobians held at a time."""

@@ -17,7 +17,6 @@ from reroll.cells.base import Cell, State
 from reroll.cells.compiled import compile_step
 from reroll.cells.layout import Layout
 from reroll.cells.tracked import Tracked
-from reroll.data.batch import map_state
 from reroll.errors import UsageError
 from reroll.kernels.program import Program
 from reroll.rollout.base import (
@@ -29,6 +28,7 @@ from reroll.rollout.base import (
     start,
     weights_dtype,
 )  # fmt: skip
+from reroll.trees import map_state
 
 PIECE_FLOATS = 1 << 23
 """Numbers of inputs and states that are brought into order at a time: 32 MB of float32, whatever the length. Each piece

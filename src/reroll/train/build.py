@@ -93,11 +93,6 @@ def build_task(
     return SYNTHETIC[config.name](config.length, config.batch, seed, symbols=config.symbols)
 
 
-def units_of(task: Task) -> Units | None:
-    """Return the units a task standardises by, as JSON can keep them; None if it does not."""
-    return (task.mean.tolist(), task.std.tolist()) if isinstance(task, Arrays) else None
-
-
 def _path(config: TaskConfig) -> str:
     if config.path is None:
         raise UsageError(f"task {config.name} needs --path.")

@@ -9,7 +9,6 @@ import torch
 
 from reroll.data.batch import START
 from reroll.data.task import Score, Task, sequence_score
-from reroll.data.text import Text
 
 
 @torch.no_grad()
@@ -31,7 +30,7 @@ def evaluate(model: Any, task: Task, split: str, device: torch.device | str = "c
     """
     training = model.training
     model.eval()
-    carry = isinstance(task, Text) and task.carry and split != "train"
+    carry = task.carries and split != "train"
     total, state = Score(), START if carry else None
     try:
         for index in range(task.batches(split)):

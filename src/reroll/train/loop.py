@@ -206,7 +206,7 @@ def take_step(session: Session) -> dict[str, Any]:
     progress.see(loss)
     session.plateau.see(loss)
     _grow(session)
-    if config.task.carry:
+    if session.task.carries:
         progress.carried = estimate.state
     progress.step += 1
     progress.tokens += len(batch) * batch.time

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from reroll.data.batch import START, Batch, map_state
+from reroll.data.batch import START, Batch
 from reroll.data.task import Task
-from reroll.data.text import Text
 from reroll.data.tokenizers import from_dict
 from reroll.errors import RunError, UsageError
 from reroll.grad.base import Estimator, LossFn, trainable
@@ -30,6 +29,7 @@ from reroll.train import build, checkpoint, journal
 from reroll.train.config import Config, fields_of
 from reroll.train.load import rescue
 from reroll.train.run import RunFolder, read_config, read_json
+from reroll.trees import map_state
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Session:
         """Return the batch of a step, on the device, with the state it carries on."""
         index = 0 if self.config.task.overfit else step
         batch = self.task.batch(index, length=self.progress.length).to(self.device)
-        if self.config.task.carry:
+        if self.task.carries:
             episode = self.config.gradient.episode
             begins = episode is not None and step % episode == 0
             batch = replace(batch, state=START if begins else self.progress.carried)
@@ -302,16 +302,14 @@ def _loss_fn(config: Config, task: Task, device: torch.device) -> LossFn:
 def start_record(session: Session) -> None:
     """Write config, environment and the journal's header; what a run does before its first step."""
     config, folder, task, model = session.config, session.folder, session.task, session.model
-    sizes = asdict(build.Sizes.of(task))
-    tokenizer = task.tokenizer.to_dict() if isinstance(task, Text) else None
+    metadata = task.metadata()
     folder.write_config(config)
     folder.write_environment(
-        fingerprint=task.fingerprint, sizes=sizes, tokenizer=tokenizer, units=build.units_of(task),
-        parameters=sum(p.numel() for p in model.parameters()), device=str(session.device),
+        **metadata, parameters=sum(p.numel() for p in model.parameters()), device=str(session.device),
     )  # fmt: skip
     if isinstance(session.estimator, CentralDifference):
         header = {
-            "sizes": sizes,
+            "sizes": metadata["sizes"],
             "initial": checkpoint.checksum(checkpoint.weights_of(model)),
             "noise": session.estimator.kind,
             "restore": config.gradient.restore if config.gradient.evaluate == "in_place" else "copy",

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reroll.data.batch import START, combine_states, map_state
+from reroll.data.batch import START
 from reroll.errors import UsageError
 from reroll.grad.evaluate.probing import Probing, Result, Unit, split_result, with_state
 from reroll.grad.evaluate.substitute import Substitute
 from reroll.kernels import dispatch
 from reroll.kernels.noise_axpy import noise_axpy_each
 from reroll.passes import add_passes
+from reroll.trees import combine_states, map_state
 
 
 class Batched:

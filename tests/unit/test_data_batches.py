@@ -1,0 +1,69 @@
+"""What holds of every task: rows are rows of the batch, units are other batches, and a run keeps what it needs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from reroll.data.arrays import Arrays
+from reroll.data.synthetic import SYNTHETIC
+from reroll.data.text import Text
+from reroll.errors import UsageError
+
+KINDS = [*SYNTHETIC, "text", "carried", "next", "classes", "steps"]
+
+
+@pytest.fixture
+def task_of(tmp_path):
+    def build(kind):
+        if kind in SYNTHETIC:
+            return SYNTHETIC[kind](length=6, batch=7, seed=3)
+        if kind in ("text", "carried"):
+            return Text("stdlib:prose", length=12, batch=7, seed=3, carry=kind == "carried")
+        draws = np.random.default_rng(1)
+        arrays = {"inputs": draws.normal(size=(80, 9, 2)), "mask": draws.random((80, 9)) < 0.7}
+        targets = {"classes": draws.integers(0, 3, 80), "steps": draws.normal(size=(80, 9, 2))}
+        np.savez(tmp_path / "a.npz", **arrays, **({"targets": targets[kind]} if kind in targets else {}))
+        return Arrays(tmp_path / "a.npz", batch=7, seed=3)
+
+    return build
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_rows_of_the_batch(task_of, kind):
+    task = task_of(kind)
+    for split, step, unit in [("train", 5, None), ("train", 5, 2), *((split, 0, None) for split in task.splits)]:
+        whole = task.batch(step, split, unit=unit)
+        assert len(whole) == 7
+        parts = [range(1), range(1, 4), range(4, len(whole))]
+        batches = [task.batch(step, split, rows=rows, unit=unit) for rows in parts]
+        for name in ("inputs", "targets", "mask", "present", "reset"):
+            value = getattr(whole, name)
+            for rows, batch in zip(parts, batches):
+                one = getattr(batch, name)
+                assert (one is None) if value is None else torch.equal(one, value[list(rows)])
+        assert sum(batch.scored for batch in batches) == pytest.approx(whole.scored)
+    for rows in (range(0), range(2, 9), range(0, 4, 2), range(3, 1)):
+        with pytest.raises(UsageError, match="rows="):
+            task.batch(0, rows=rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_unit_is_another_batch_of_the_step(task_of, kind):
+    task = task_of(kind)
+    batches = [task.batch(4, unit=unit).inputs for unit in (None, 0, 1)] + [task.batch(5).inputs]
+    assert torch.equal(task.batch(4, unit=1).inputs, batches[2])
+    if kind not in ("memorise", "carried"):  # one batch; one place in the text
+        assert not any(torch.equal(a, b) for i, a in enumerate(batches) for b in batches[:i])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_keeps_what_a_model_needs(task_of, kind):
+    task = task_of(kind)
+    saved = json.loads(json.dumps(task.metadata()))
+    assert saved["fingerprint"] == task.fingerprint
+    assert saved["sizes"]["outputs"] == task.outputs
+    assert (saved["tokenizer"] is None) == (task.vocab != 256)
+    assert (saved["units"] is None) == (task.inputs is None)
+    assert task.carries == (kind == "carried")
