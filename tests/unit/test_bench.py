@@ -55,13 +55,6 @@ def test_what_is_measured_in_turn_is_divided_round_by_round(monkeypatch):
     assert timing.spread(seconds, "b", "a") == (1 / 3, 4)
 
 
-def test_threads_are_put_back():
-    before = torch.get_num_threads()
-    with timing.torch_threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
-
-
 def test_a_step_is_held_against_as_many_forward_passes(small, monkeypatch):
     """Both sides of every ratio are 2N passes over the same batch."""
     counted = []

@@ -71,16 +71,3 @@ def spread(seconds: Mapping[str, list[float]], above: str, below: str) -> tuple[
     """Return the smallest and largest of these ratios."""
     ratios = [a / b for a, b in zip(seconds[above], seconds[below])]
     return min(ratios), max(ratios)
-
-
-@contextmanager
-def torch_threads(threads: int) -> Any:
-    """Run with a number of torch threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.bench.timing import in_turn, ratio, spread, torch_threads
+from reroll.bench.timing import in_turn, ratio, spread
 from reroll.cells import LSTM
 from reroll.data.batch import Batch
 from reroll.data.task import sequence_losses
 from reroll.grad import CentralDifference, Seeded
 from reroll.kernels.noise_axpy import Stream, noise_axpy
+from reroll.kernels.threads import torch_threads
 from reroll.keys import Key
 from reroll.models import Recurrent
 from reroll.optim import apply

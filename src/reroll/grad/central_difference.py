@@ -13,11 +13,8 @@ References: Spall, "Multivariate stochastic approximation using a simultaneous p
 from __future__ import annotations
 
 import contextvars
-import functools
 import math
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -44,6 +41,7 @@ from reroll.grad.evaluate.tiles import Tiles
 from reroll.grad.evaluate.warm import TOO_LOOSE, WarmStarts, iterates
 from reroll.grad.probes import SHAPINGS, coefficients
 from reroll.kernels.noise_axpy import parse_kind
+from reroll.kernels.threads import pool, torch_threads
 from reroll.keys import Key
 from reroll.outcome import Outcome
 from reroll.rollout.watch import watching
@@ -375,28 +373,8 @@ def _run(evaluator: Evaluator, units: list[Unit], plan: Plan) -> list[Result]:
 
     if plan.workers > 1:
         # Each unit runs in a copy of this context, so that a forced implementation holds in the workers too.
-        pool = _pool(plan.workers, plan.threads)
-        futures = [pool.submit(contextvars.copy_context().run, one, unit) for unit in units]
+        workers = pool(plan.workers, plan.threads)
+        futures = [workers.submit(contextvars.copy_context().run, one, unit) for unit in units]
         return [future.result() for future in futures]
-    with _torch_threads(plan.threads):
+    with torch_threads(plan.threads):
         return [one(unit) for unit in units]
-
-
-@functools.cache
-def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
-    """Worker threads that live as long as the process. torch's setting is per thread, and setting it empties oneDNN's
-    cache of compiled primitives, so it is done once."""
-    return ThreadPoolExecutor(workers, "reroll-unit", initializer=torch.set_num_threads, initargs=(threads,))
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads == before:
-        yield
-        return
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

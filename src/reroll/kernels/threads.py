@@ -1,4 +1,4 @@
-"""Split a compiled loop over threads, as many as torch would use for one operation in this thread.
+"""Threads: pools that live as long as the process, torch's number of them for a while, a compiled loop split over them.
 
 Numba's own parallel loops cannot be entered from two Python threads at once, which is how probes are evaluated; the
 kernels here release the GIL instead and take a range of their work each. How a loop is split never changes its result.
@@ -7,16 +7,42 @@ kernels here release the GIL instead and take a range of their work each. How a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
 
 @functools.cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    """Return the shared pool with this many threads; pools live as long as the process."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="reroll-kernel")
+def pool(workers: int, threads: int | None = None) -> ThreadPoolExecutor:
+    """Return the shared pool of so many workers, each with `threads` threads of torch; None leaves them as they are.
+
+    torch's setting is per thread, and setting it empties oneDNN's cache of compiled primitives: it is done once.
+    """
+    if threads is None:
+        return ThreadPoolExecutor(workers, "reroll-kernel")
+    return ThreadPoolExecutor(workers, "reroll-unit", initializer=torch.set_num_threads, initargs=(threads,))
+
+
+# A forked child inherits the pools but not their threads: what it submits there would wait for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.cache_clear)
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Run with this number of torch's threads in the calling thread; None leaves it as it is."""
+    before = torch.get_num_threads()
+    if threads in (None, before):
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def split(work: Callable[[int, int], object], count: int, minimum: int) -> None:

@@ -22,6 +22,7 @@ import torch
 from reroll.errors import EpsilonTooSmall, RunError
 from reroll.grad.base import Gradient, Seeded, trainable
 from reroll.grad.evaluate.warm import TOO_LOOSE
+from reroll.kernels.threads import torch_threads
 from reroll.keys import Key
 from reroll.optim import apply, clip_norm
 from reroll.outcome import Outcome
@@ -98,7 +99,7 @@ def train(
     say(note)
     if session.task.describe():
         say(session.task.describe())
-    with _torch_threads(session.config), _signals() as stop, watching():
+    with torch_threads(_threads(session.config)), _signals() as stop, watching():
         try:
             if session.progress.step == 0:
                 _prepare(session, say)
@@ -111,6 +112,11 @@ def train(
             session.folder.close()
             if session.journal is not None:
                 session.journal.close()
+
+
+def _threads(config: Config) -> int | None:
+    """Backpropagation runs with the run's number of threads, which its results depend on."""
+    return config.run.threads if config.gradient.method == "backprop" else None
 
 
 def _finished(config: Config, path: Path) -> dict[str, Any] | None:
@@ -323,15 +329,3 @@ def _signals() -> Iterator[list[str]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _torch_threads(config: Config) -> Iterator[None]:
-    """Backpropagation runs with the run's number of threads, which its results depend on."""
-    before = torch.get_num_threads()
-    if config.gradient.method == "backprop" and config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
