@@ -32,7 +32,11 @@ class Outcome(Enum):
         "the rollout), or raise --epsilon."
     )
     not_finite = "The loss is not finite. Lower --lr, or clip the gradient with --clip."
+    gradient_not_finite = (
+        "The loss is finite but its gradient is not, so the step was not taken. Lower --lr, evaluate in a wider dtype, "
+        "or shorten the sequences the gradient goes back through (--gradient.truncate)."
+    )
 
     def __bool__(self) -> bool:
         """True when a usable result was computed."""
-        return self not in (Outcome.all_probes_lost, Outcome.not_finite)
+        return self not in (Outcome.all_probes_lost, Outcome.not_finite, Outcome.gradient_not_finite)

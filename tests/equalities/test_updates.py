@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reroll import optim
 from reroll.data.batch import START
 from reroll.data.task import sequence_losses
 from reroll.errors import RunError, UsageError
 from reroll.grad import Backprop, CentralDifference, Dense
-from reroll.grad.base import row_blocks, trainable
+from reroll.grad.base import Seeded, row_blocks, trainable
 from reroll.keys import Key
-from reroll.optim import CDRGE, OPTIMIZERS, Average, apply, build_optimizer, clip_norm
+from reroll.optim import CDRGE, OPTIMIZERS, Average, StepSettings, apply, build_optimizer, clip_norm
 from reroll.outcome import Outcome
 from tests.models import a_batch, build
 
@@ -486,3 +487,65 @@ def test_the_facade_names_its_mistakes():
         CDRGE(model.parameters(), lr=0.1, probes=0)
     with pytest.raises(UsageError, match="nothing to train"):
         CDRGE([torch.zeros(2)], lr=0.1)
+
+
+# ---- one step
+
+
+UNBOUNDED = {
+    "infinite": (Backprop(), lambda m, x: m["b"].sqrt().sum() + m["a"].sum()),
+    "nan": (Backprop(), lambda m, x: (0 * m["b"].sqrt()).sum() + m["a"].sum()),
+    # Losses in fp64, whose differences no coefficient in fp32 can hold, or only ones whose sum it cannot.
+    "coefficients": (CentralDifference(4, 1e-2), lambda m, x: 1e300 * m["a"].double().sum()),
+    "sum": (CentralDifference(4, 1e-2), lambda m, x: 3e38 * m["a"].double().sum()),
+}
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("case", UNBOUNDED)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(name, case, clip):
+    estimator, loss_fn = UNBOUNDED[case]
+    model = nn.ParameterDict({"a": torch.ones(4, 40), "b": torch.zeros(3)})
+    before, recorded = copy.deepcopy(model.state_dict()), []
+    optimizer = build_optimizer(name, dict(model.named_parameters()), 1e-3)
+    result = optim.step(
+        model, loss_fn, estimator, optimizer, None, StepSettings(1e-3), KEY, clip=clip, record=recorded.append
+    )
+    assert result.outcome is Outcome.gradient_not_finite
+    assert torch.isfinite(result.loss)
+    assert not recorded
+    assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_gradient_is_finite_in_the_dtype_of_its_weights():
+    key, coefficients = Key(0), torch.full((3,), 3e4)
+    for dtype, finite in ((torch.float16, False), (torch.bfloat16, True)):
+        gradient = Seeded(key, coefficients, "rademacher", {"w": torch.zeros(64, 64, dtype=dtype)})
+        assert gradient.is_finite() is finite
+        assert bool(gradient.tensor("w").to(dtype).isfinite().all()) is finite
+
+
+def test_a_step_sets_rate_momentum_and_epsilon_and_records_before_it_moves():
+    model, batch = build("lstm"), a_batch()
+    matrix, rest = ([p for p in model.parameters() if (p.dim() > 1) is wide] for wide in (True, False))
+    groups = [{"params": matrix, "lr_scale": 0.5}, {"params": rest}]
+    optimizer = torch.optim.SGD(groups, lr=9.0, momentum=0.9)
+    start, seen = copy.deepcopy(model.state_dict()), []
+
+    def record(result):
+        seen.append(result)
+        assert all(torch.equal(p, start[n]) for n, p in model.named_parameters())
+
+    settings = StepSettings(0.1, momentum=0.8, epsilon=0.03)
+    result = optim.step(
+        model, sequence_losses, CentralDifference(3, 1.0), optimizer, batch, settings, KEY, record=record
+    )
+    assert seen == [result]
+    assert result.norm is None
+    assert [(g["lr"], g["momentum"]) for g in optimizer.param_groups] == [(0.05, 0.8), (0.1, 0.8)]
+    other = build("lstm")
+    gradient = CentralDifference(3, 0.03)(other, sequence_losses, batch, KEY).gradient
+    for name, p in other.named_parameters():
+        expected = p - (0.05 if p.dim() > 1 else 0.1) * gradient.tensor(name)
+        torch.testing.assert_close(model.get_parameter(name), expected, rtol=1e-6, atol=1e-7)

@@ -16,6 +16,7 @@ either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,6 +33,9 @@ from reroll.outcome import Outcome
 LossFn = Callable[[Any, Any], Any]
 TILE_BYTES = 8 << 20
 """A perturbed copy or a piece of a gradient is at most this large, or 1 % of the weights if that is more."""
+
+NOISE_AT_MOST = 256.0
+"""No number of the noise is larger: √(2¹⁶) of the sparsest, and less than 8 of normal noise."""
 
 NORM_BYTES = 1 << 20
 """Sums of squares are made in pieces of at most this much: a norm needs no memory to speak of."""
@@ -86,6 +90,15 @@ class Dense:
     def norm(self) -> float:
         """Return ‖g‖, over all parameters, summed in fp64."""
         return sum(square_sum(p.grad) for p in self.parameters.values() if p.grad is not None) ** 0.5
+
+    def is_finite(self, norm: float | None = None) -> bool:
+        """Whether every number is finite; with the norm, where it is known, without looking at them again."""
+        if norm is not None:
+            return math.isfinite(norm)
+        # The largest magnitude is NaN if one number is: a pass without a copy, and the host waits once.
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flags = [torch.linalg.vector_norm(g, torch.inf).isfinite() for g in grads]
+        return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
 
     def scaled(self, factor: float) -> Dense:
         """Multiply every `.grad` by a number, in place."""
@@ -148,6 +161,20 @@ class Seeded:
                 self.add_to(piece, name, first_row=first)
                 total += square_sum(piece)
         return total**0.5
+
+    def is_finite(self, norm: float | None = None) -> bool:
+        """Whether every number of ĝ is finite, in the dtype of its weights.
+
+        |ĝ| ≤ Σ_k |c_k| · max |noise|, so the coefficients nearly always say it all; else the tensors are made.
+        """
+        if not bool(self.coefficients.isfinite().all()) or (norm is not None and not math.isfinite(norm)):
+            return False
+        size = float(self.coefficients.double().abs().sum()) * NOISE_AT_MOST
+        return all(
+            size * abs(self.scales.get(name, 1.0)) < torch.finfo(p.dtype).max
+            or bool(self.tensor(name).to(p.dtype).isfinite().all())
+            for name, p in self.parameters.items()
+        )
 
     def scaled(self, factor: float) -> Seeded:
         """Return the gradient times a number: only the coefficients change."""

@@ -5,5 +5,10 @@ from reroll.optim.cdrge import CDRGE
 from reroll.optim.ema import Average
 from reroll.optim.groups import OPTIMIZERS, build_optimizer
 from reroll.optim.schedule import Plateau, Schedule
+from reroll.optim.settings import StepSettings, configure
+from reroll.optim.step import StepResult, step
 
-__all__ = ["CDRGE", "OPTIMIZERS", "Average", "Plateau", "Schedule", "apply", "build_optimizer", "clip_norm"]
+__all__ = [
+    "CDRGE", "OPTIMIZERS", "Average", "Plateau", "Schedule", "StepResult", "StepSettings", "apply", "build_optimizer",
+    "clip_norm", "configure", "step",
+]  # fmt: skip

@@ -12,6 +12,7 @@ optimizer does with its own `weight_decay`: SGD's is coupled to the momentum, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from typing import Any
 
@@ -59,7 +60,7 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write") -> None:
         )
     # What an earlier backward() left would be stepped on too: once with "write", once per tensor with "stream".
     filled = {id(p) for p in gradient.parameters.values()} if isinstance(gradient, Dense) else set()
-    _forget(optimizer, filled)
+    drop_grads(optimizer, filled)
     for group in optimizer.param_groups:
         _decay(group)
     if isinstance(gradient, Dense):
@@ -77,11 +78,11 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write") -> None:
         for name, p in gradient.parameters.items():
             lr, decay = rates[id(groups[name])]
             _fused_step(gradient, name, p, lr, decay)
-    _forget(optimizer)
+    drop_grads(optimizer)
 
 
-def _forget(optimizer: Any, but: Container[int] = ()) -> None:
-    """Drop every `.grad`, except of tensors with these `id`s."""
+def drop_grads(optimizer: Any, but: Container[int] = ()) -> None:
+    """Set every `.grad` to None, except of tensors with these `id`s."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if id(p) not in but:
@@ -128,10 +129,12 @@ def _decay(group: dict[str, Any]) -> None:
 def clip_norm(gradient: Gradient, most: float, norm: float | None = None) -> tuple[Gradient, float]:
     """Scale a gradient so that its norm over all tensors is at most `most`; return it and the norm it had.
 
+    One whose norm is not finite is returned as it is: there is no number to scale it by.
+
     Args:
         gradient: `Dense` (scaled in place) or `Seeded` (its coefficients are scaled; one pass to find the norm).
         most: the largest norm allowed.
         norm: the norm, where it is known already.
     """
     norm = gradient.norm() if norm is None else norm
-    return (gradient.scaled(most / norm) if norm > most else gradient), norm
+    return (gradient.scaled(most / norm) if most < norm < math.inf else gradient), norm

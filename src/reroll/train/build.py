@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -209,8 +209,3 @@ def find_device(name: str) -> torch.device:
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def at_epsilon(estimator: Estimator, epsilon: float) -> Estimator:
-    """Return the estimator with another ε, if it has one."""
-    return replace(estimator, epsilon=epsilon) if isinstance(estimator, CentralDifference) else estimator

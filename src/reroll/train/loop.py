@@ -19,12 +19,12 @@ from typing import Any, Protocol
 
 import torch
 
+from reroll import optim
 from reroll.errors import EpsilonTooSmall, RunError
-from reroll.grad.base import Gradient, Seeded, trainable
+from reroll.grad.base import Seeded, trainable
 from reroll.grad.evaluate.warm import TOO_LOOSE
 from reroll.kernels.threads import torch_threads
 from reroll.keys import Key
-from reroll.optim import apply, clip_norm
 from reroll.outcome import Outcome
 from reroll.rollout.watch import watching
 from reroll.train import build
@@ -192,59 +192,55 @@ def take_step(session: Session) -> dict[str, Any]:
     epsilon = session.epsilon(lr)
     key = Key(config.run.seed).at(step - step % (config.gradient.episode or 1))
     batch = session.batch(step)
+
+    def record(result: optim.StepResult) -> None:
+        if session.journal is not None and isinstance(result.gradient, Seeded):
+            # ε as it was asked for: with restore="grid", it is what the grid of the weights is made from.
+            session.journal.write(Record(step, key, epsilon, lr, float(result.loss), result.gradient.coefficients))
+
     try:
         with watching() as rollouts:
-            estimate = build.at_epsilon(session.estimator, epsilon)(session.model, session.loss_fn, batch, key)
+            result = optim.step(
+                session.model, session.loss_fn, session.estimator, session.optimizer, batch,
+                optim.StepSettings(lr, epsilon=epsilon), key, clip=config.optim.clip, update=config.optim.update,
+                norm=True, record=record,
+            )  # fmt: skip
     except EpsilonTooSmall as error:
         if step == 0:
             raise
         return _lost(session, f"Since the first step the weights have grown, or ε has shrunk: {error}")
-    loss = float(estimate.loss)
-    if not estimate.outcome:
-        return _lost(session, estimate.outcome.value)
-    gradient, norm = _clipped(estimate.gradient, config.optim.clip)
-    if session.journal is not None and isinstance(gradient, Seeded):
-        # ε as it was asked for: with restore="grid", it is what the grid of the weights is made from.
-        session.journal.write(Record(step, key, epsilon, lr, loss, gradient.coefficients))
-    apply(gradient, session.optimizer, config.optim.update)
+    if not result.outcome:
+        return _lost(session, result.outcome.value)
+    loss = float(result.loss)
     if session.average is not None:
         session.average.update(trainable(session.model))
     progress.see(loss)
     session.plateau.see(loss)
     _grow(session)
     if session.task.carries:
-        progress.carried = estimate.state
+        progress.carried = result.state
     progress.step += 1
     progress.tokens += len(batch) * batch.time
-    progress.forward_passes += estimate.stats["forward_passes"]
+    progress.forward_passes += result.stats["forward_passes"]
     seconds = time.perf_counter() - began
     progress.seconds += seconds
-    probing = {name: value for name, value in estimate.stats.items() if name in PROBING}
+    probing = {name: value for name, value in result.stats.items() if name in PROBING}
     if rollouts.calls:
         probing |= {"rollout_iterations": rollouts.iterations, "rollout_fell_back": rollouts.fell_back}
     length = progress.length or config.task.length
     return {
         "step": step, "loss": loss, "loss_fast": progress.fast, "loss_slow": progress.slow, "lr": lr,
-        "epsilon": estimate.stats.get("epsilon"), "gradient_norm": norm, "length": length,
+        "epsilon": result.stats.get("epsilon"), "gradient_norm": result.norm, "length": length,
         "forward_passes": progress.forward_passes, "tokens": progress.tokens, "seconds": seconds,
         "total_seconds": progress.seconds, "peak_bytes": peak_bytes(session.device), **probing,
     }  # fmt: skip
 
 
 def _learning_rate(session: Session) -> float:
-    """η of the step: base rate, schedule, plateau; also set in the optimizer."""
+    """η of the step: base rate, schedule, plateau."""
     base = session.config.optim.lr
     assert isinstance(base, float)
-    lr = base * session.schedule(session.progress.step) * session.plateau.multiplier
-    for group in session.optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-def _clipped(gradient: Gradient, most: float | None) -> tuple[Gradient, float]:
-    if most is None:
-        return gradient, gradient.norm()
-    return clip_norm(gradient, most)
+    return base * session.schedule(session.progress.step) * session.plateau.multiplier
 
 
 def _grow(session: Session) -> None:
@@ -259,8 +255,6 @@ def _grow(session: Session) -> None:
 
 def _lost(session: Session, reason: str) -> dict[str, Any]:
     """There is no gradient: an error at the first step, the end of the run at a later one."""
-    for p in session.model.parameters():
-        p.grad = None
     if session.progress.step == 0:
         raise RunError(f"The loss is not finite at step 0. {reason}")
     return {"step": session.progress.step, "loss": math.nan, "reason": reason}

@@ -18,7 +18,7 @@ from reroll.errors import RunError, UsageError
 from reroll.grad.base import Seeded, trainable
 from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.models import Recurrent
-from reroll.optim import apply
+from reroll.optim import StepSettings, apply, configure
 from reroll.train import build, checkpoint, journal
 from reroll.train.config import Config, resolve
 from reroll.train.run import read_config
@@ -72,8 +72,7 @@ def _again(path: Path, config: Config, found: journal.Journal, steps: int) -> Re
     for record in found.records[:steps]:
         if header["restore"] == "grid":
             snap_to_grid(parameters, record.epsilon)
-        for group in optimizer.param_groups:
-            group["lr"] = record.lr
+        configure(optimizer, StepSettings(record.lr))
         gradient = Seeded(record.key, record.coefficients, header["noise"], parameters, sums=sums)
         apply(gradient, optimizer, header["update"])
     return model

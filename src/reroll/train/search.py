@@ -18,7 +18,7 @@ import torch
 
 from reroll.errors import EpsilonTooSmall, RunError
 from reroll.keys import Key
-from reroll.optim import apply, clip_norm
+from reroll.optim import StepSettings, step
 from reroll.train import build, checkpoint
 from reroll.train.session import Session
 
@@ -83,31 +83,27 @@ def middles(losses: dict[float, float]) -> list[float]:
 
 def _trial(session: Session, lr: float) -> float:
     """Take a few steps with a rate, and put the weights back."""
-    steps = session.config.optim.search_steps
+    optim, settings = session.config.optim, StepSettings(lr, epsilon=session.epsilon(lr))
     before = {name: tensor.clone() for name, tensor in checkpoint.weights_of(session.model).items()}
     optimizer = build.build_optim(session.config, session.model, lr)
-    estimator = build.build_estimator(session.config, session.epsilon(lr))
+    estimator = build.build_estimator(session.config, 1.0)
     losses = []
     key = Key(session.config.run.seed).at("lr search")
     try:
-        for step in range(steps):
+        for i in range(optim.search_steps):
             # Far from the first batches, which the run itself will see.
-            batch = session.batch(0 if session.config.task.overfit else 10**9 + step)
+            batch = session.batch(0 if session.config.task.overfit else 10**9 + i)
             try:
-                estimate = estimator(session.model, session.loss_fn, batch, key.at(step))
+                result = step(
+                    session.model, session.loss_fn, estimator, optimizer, batch, settings, key.at(i), clip=optim.clip,
+                    update=optim.update,
+                )  # fmt: skip
             except EpsilonTooSmall:  # for this rate, or for what it has made of the weights
                 return math.inf
-            if not estimate.outcome:
+            if not result.outcome:
                 return math.inf
-            losses.append(float(estimate.loss))
-            gradient, clip = estimate.gradient, session.config.optim.clip
-            if clip is not None:
-                gradient, _ = clip_norm(gradient, clip)
-            apply(gradient, optimizer, session.config.optim.update)
+            losses.append(float(result.loss))
     finally:
         checkpoint.put_weights(session.model, before, "the snapshot before the trial")
-        # A trial that ends with a loss that is not finite has not stepped on the gradient.
-        for p in session.model.parameters():
-            p.grad = None
     late = losses[len(losses) // 2 :]
     return sum(late) / len(late)
