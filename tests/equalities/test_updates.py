@@ -1,6 +1,7 @@
 """Ways of taking a step that give the same weights, and ways of backpropagating that give the same gradient."""
 
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,18 @@ from reroll.errors import RunError, UsageError
 from reroll.grad import Backprop, CentralDifference, Dense
 from reroll.grad.base import Seeded, row_blocks, trainable
 from reroll.keys import Key
-from reroll.optim import CDRGE, OPTIMIZERS, Average, StepSettings, apply, build_optimizer, clip_norm
+from reroll.optim import (
+    CDRGE,
+    OPTIMIZERS,
+    SGD,
+    Average,
+    StepSettings,
+    apply,
+    build_optimizer,
+    clip_norm,
+    groups,
+    roles,
+)
 from reroll.outcome import Outcome
 from tests.models import a_batch, build
 
@@ -25,7 +37,7 @@ KEY = Key(5).at(1)
 def steps(name, how, count=3, optimizer="sgd", **options):
     """Weights after a few steps of CD-RGE."""
     model, batch = build(name), a_batch()
-    opt = build_optimizer(optimizer, trainable(model), 0.02, **options)
+    opt = build_optimizer(optimizer, model, 0.02, **options)
     for step in range(count):
         estimate = CentralDifference(6, 0.02)(model, sequence_losses, batch, Key(5).at(step))
         apply(estimate.gradient, opt, how)
@@ -36,8 +48,9 @@ def steps(name, how, count=3, optimizer="sgd", **options):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ["lstm", "lstm-heads", "gru", "foreign"])
 def test_write_is_stream(name, optimizer):
-    write, stream = (steps(name, how, optimizer=optimizer, weight_decay=0.1) for how in ("write", "stream"))
-    assert all(torch.equal(write[n], stream[n]) for n in write)
+    ways = ("write", "stream", "fused") if optimizer == "sgd" else ("write", "stream")
+    write, *others = (steps(name, how, optimizer=optimizer, weight_decay=0.1) for how in ways)
+    assert all(torch.equal(write[n], other[n]) for other in others for n in write)
     start = dict(build(name).named_parameters())
     moved = [n for n in write if not torch.equal(write[n], start[n])]
     assert set(moved) == set(trainable(build(name)))
@@ -87,7 +100,7 @@ def test_every_optimizer_improves_with_either_estimator(optimizer):
     lr = {"sgd": 0.3, "adamw": 0.02, "muon": 0.02}[optimizer]
     for estimator in (Backprop(), CentralDifference(48, 0.05)):
         model, batch = build("gru"), a_batch(rows=16)
-        opt = build_optimizer(optimizer, trainable(model), lr)
+        opt = build_optimizer(optimizer, model, lr)
         losses = []
         for step in range(60):
             estimate = estimator(model, sequence_losses, batch, Key(0).at(step))
@@ -137,7 +150,7 @@ def test_adamw_and_sgd_are_torchs():
     ]:
         model, batch = build("gru"), a_batch()
         other = copy.deepcopy(model)
-        ours, theirs = build_optimizer(name, trainable(model), 0.01), make(list(other.parameters()))
+        ours, theirs = build_optimizer(name, model, 0.01), make(list(other.parameters()))
         for _ in range(3):
             apply(Backprop()(model, sequence_losses, batch, KEY).gradient, ours)
             theirs.zero_grad()
@@ -147,33 +160,163 @@ def test_adamw_and_sgd_are_torchs():
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
-def test_weight_decay_is_decoupled_and_for_matrices_only():
+def test_sgd_is_torchs_bit_for_bit():
+    model = build("gru")
+    other = copy.deepcopy(model)
+    ours, theirs = SGD(model.parameters(), 0.1, 0.9), torch.optim.SGD(other.parameters(), 0.1, 0.9)
+    for seed in range(4):
+        for m, o in ((model, ours), (other, theirs)):
+            torch.manual_seed(seed)
+            for p in m.parameters():
+                p.grad = torch.randn_like(p)
+            o.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_momentum_is_wider_than_the_weights():
+    """In bf16, 1 + 2⁻⁹ is 1: the gradient would never be seen again."""
+    p = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = SGD([p], 0.1, momentum=0.5)
+    for g in (2.0, 2.0**-9):
+        p.grad = torch.full((1,), g, dtype=torch.bfloat16)
+        optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].item() == 1 + 2.0**-9
+
+
+@pytest.mark.parametrize("how", ["step", "write", "stream"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_weight_decay_is_decoupled_and_for_matrices_only(momentum, how):
     model = build("lstm")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    opt = build_optimizer("sgd", trainable(model), 0.5, weight_decay=0.1)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    apply(Dense(dict(trainable(model))), opt)
+    opt = build_optimizer("sgd", model, 0.5, weight_decay=0.1, momentum=momentum)
+    for _ in range(2):
+        if how == "step":
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            opt.step()
+        else:
+            apply(Seeded(KEY, torch.zeros(2), "rademacher", dict(trainable(model))), opt, how)
     for n, p in model.named_parameters():
-        torch.testing.assert_close(p, before[n] * (0.95 if p.dim() >= 2 else 1.0))
+        torch.testing.assert_close(p, before[n] * (0.95**2 if p.dim() >= 2 else 1.0))
 
 
-def test_muon_takes_the_matrices_of_the_recurrence():
+class Misnamed(nn.Module):
+    """Names that say the wrong thing, and a head tied to the embedding."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.transformer = nn.ModuleDict(
+            {"wte": nn.Embedding(9, 4), "head": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 3)}
+        )
+        self.embed = nn.Linear(4, 9, bias=False)
+        self.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
+        if tied:
+            self.embed.weight = self.transformer["wte"].weight
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.ModuleDict({"module": nn.ModuleDict({"_orig_mod": m})})])
+def test_roles_are_of_types_and_shapes_not_of_names(wrap, tied):
+    model = wrap(Misnamed(tied))
+    expected = {
+        "transformer.wte.weight": "embedding", "transformer.head.weight": "matrix", "transformer.head.bias": "vector",
+        "transformer.conv.weight": "kernel", "transformer.conv.bias": "vector",
+    }  # fmt: skip
+    assert roles(model) == expected | ({} if tied else {"embed.weight": "head"})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("model", ["lstm", "stack", "dnc", "foreign"])
+def test_every_parameter_is_in_exactly_one_group(name, model):
+    model = build(model)
+    made = groups(model, OPTIMIZERS[name], 0.1, {"head": 2.0, "vector": 0.5})
+    placed = [(n, id(p)) for group in made for n, p in zip(group["param_names"], group["params"], strict=True)]
+    assert sorted(placed) == sorted((n, id(p)) for n, p in trainable(model).items())
+    role_of = roles(model)
+    for group in made:
+        for n in group["param_names"]:
+            assert group["rule"] == OPTIMIZERS[name][role_of[n]]
+            assert group["lr_scale"] == {"head": 2.0, "vector": 0.5}.get(role_of[n], 1.0)
+            assert group["weight_decay"] == (0.0 if role_of[n] == "vector" else 0.1)
+
+
+def test_muon_takes_the_matrices_of_the_recurrence_and_names_what_it_lacks():
     model = build("lstm")
-    opt = build_optimizer("muon", trainable(model), 0.01)
-    names = {id(p): n for n, p in model.named_parameters()}
-    muon, adam = opt.optimizers
-    assert {names[id(p)] for g in muon.param_groups for p in g["params"]} == {"cells.0.weight_ih", "cells.0.weight_hh"}
-    assert sum(len(g["params"]) for g in (*muon.param_groups, *adam.param_groups)) == len(names)
+    opt = build_optimizer("muon", model, 0.01)
+    taken = {n for g in opt.param_groups if g["rule"] == "muon" for n in g["param_names"]}
+    assert taken == {"cells.0.weight_ih", "cells.0.weight_hh"}
+    for broken, message in [
+        (lambda: build_optimizer("muon", trainable(model), 0.01), "pass the model itself"),
+        (lambda: build_optimizer("muon", nn.Linear(3, 2), 0.01), 'use optimizer="adamw"'),
+        (lambda: build_optimizer("sgd", model, 0.01, lr_scales={"haed": 1.0}), 'Did you mean "head"'),
+        (lambda: build_optimizer("smuon", model, 0.01), 'Did you mean "muon"'),
+        (lambda: SGD(model.parameters(), lr="a"), "lr='a' must be a number"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            broken()
+
+
+def test_several_optimizers_are_one_to_torch():
+    model, batch = build("gru"), a_batch()
+    opt = build_optimizer("muon", model, 0.01)
+    assert isinstance(opt, torch.optim.Optimizer)
+    calls = []
+    opt.register_step_post_hook(lambda *_: calls.append("hook"))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+
+    def closure():
+        calls.append("closure")
+        opt.zero_grad()
+        loss = sequence_losses(model, batch).mean()
+        loss.backward()
+        return loss
+
+    assert opt.step(closure).item() == pytest.approx(closure().item(), rel=0.1)
+    scheduler.step()
+    assert calls == ["closure", "hook", "closure"]
+    assert {g["lr"] for o in opt.optimizers.values() for g in o.param_groups} == {0.005}
+    assert set(opt.state) == set(model.parameters())
+    for copied in (copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))):
+        twin, other = copied
+        opt.zero_grad()
+        other.zero_grad()
+        states = []
+        for m, o in ((copy.deepcopy(model), None), (twin, other)):
+            for p in m.parameters():
+                p.grad = torch.ones_like(p)
+            if o is None:  # the same step, from the state as torch loads it
+                o = build_optimizer("muon", m, 0.01)
+                o.load_state_dict(copy.deepcopy(opt.state_dict()))
+            o.step()
+            assert all(g in [h for i in o.optimizers.values() for h in i.param_groups] for g in o.param_groups)
+            states.append(list(m.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(*states))
+    with pytest.raises(UsageError, match="of sgd; the optimizers are muon, adamw"):
+        opt.load_state_dict({"sgd": {}})
+    with pytest.raises(UsageError, match="one of .optimizers"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+@pytest.mark.parametrize("budget, pieces", [(None, [1, 6]), (2048, [1, 2, 4]), (1 << 20, [7])])
+def test_stream_holds_a_budget_of_gradients_and_keeps_shapes_together(budget, pieces):
+    shapes = [(5,), (32, 32), (16, 16), (32,), (16, 16), (5,), (16, 16)]
+    named = {f"p{i}": nn.Parameter(torch.zeros(shape)) for i, shape in enumerate(shapes)}
+    optimizer, seen = torch.optim.AdamW(named.values(), lr=0.1), []
+    optimizer.register_step_pre_hook(lambda *_: seen.append([p for p in named.values() if p.grad is not None]))
+    apply(Seeded(KEY, torch.ones(2), "rademacher", named), optimizer, "stream", budget)
+    assert [len(piece) for piece in seen] == pieces
+    for piece in seen:
+        assert sum(p.numel() * 4 for p in piece) <= max(budget or 0, 4096)
+    assert {id(p) for piece in seen for p in piece} == {id(p) for p in named.values()}
 
 
 def test_optimizer_state_survives_a_round_trip():
     for name in OPTIMIZERS:
         model, batch = build("gru"), a_batch()
-        opt = build_optimizer(name, trainable(model), 0.01)
+        opt = build_optimizer(name, model, 0.01)
         apply(Backprop()(model, sequence_losses, batch, KEY).gradient, opt)
         other = copy.deepcopy(model)
-        again = build_optimizer(name, trainable(other), 0.01)
+        again = build_optimizer(name, other, 0.01)
         again.load_state_dict(copy.deepcopy(opt.state_dict()))
         for m, o in ((model, opt), (other, again)):
             apply(Backprop()(m, sequence_losses, batch, KEY).gradient, o)
@@ -483,8 +626,12 @@ def test_the_facade_names_its_mistakes():
         CDRGE([], lr=0.1)
     with pytest.raises(UsageError, match="lr=-1 must lie in"):
         CDRGE(model.parameters(), lr=-1)
-    with pytest.raises(UsageError, match="probes=0"):
-        CDRGE(model.parameters(), lr=0.1, probes=0)
+    for probes in (0, 2.5, True):
+        with pytest.raises(UsageError, match=f"probes={probes}"):
+            CDRGE(model.parameters(), lr=0.1, probes=probes)
+    for name in ("lr", "momentum", "weight_decay", "epsilon"):
+        with pytest.raises(UsageError, match=f"{name}='a' must be a number"):
+            CDRGE(model.parameters(), **{"lr": 0.1, name: "a"})
     with pytest.raises(UsageError, match="nothing to train"):
         CDRGE([torch.zeros(2)], lr=0.1)
 
@@ -508,7 +655,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(name, case, cli
     estimator, loss_fn = UNBOUNDED[case]
     model = nn.ParameterDict({"a": torch.ones(4, 40), "b": torch.zeros(3)})
     before, recorded = copy.deepcopy(model.state_dict()), []
-    optimizer = build_optimizer(name, dict(model.named_parameters()), 1e-3)
+    optimizer = build_optimizer(name, model, 1e-3)
     result = optim.step(
         model, loss_fn, estimator, optimizer, None, StepSettings(1e-3), KEY, clip=clip, record=recorded.append
     )
@@ -549,3 +696,51 @@ def test_a_step_sets_rate_momentum_and_epsilon_and_records_before_it_moves():
     for name, p in other.named_parameters():
         expected = p - (0.05 if p.dim() > 1 else 0.1) * gradient.tensor(name)
         torch.testing.assert_close(model.get_parameter(name), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_facade_resumes_with_the_seed_probes_and_noise_of_the_run():
+    x = torch.randn(8, 4)
+    straight, halves = nn.Linear(4, 2), nn.Linear(4, 2)
+    halves.load_state_dict(straight.state_dict())
+
+    def run(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.step(lambda: model(x).square().mean())
+
+    options = dict(momentum=0.9, weight_decay=0.1)
+    first = CDRGE(straight.named_parameters(), 0.05, 5, seed=3, noise="normal", epsilon_min=0.07, **options)
+    run(straight, first, 5)
+    second = CDRGE(halves.named_parameters(), 0.05, 5, seed=3, noise="normal", epsilon_min=0.07, **options)
+    run(halves, second, 2)
+    again = CDRGE(halves.named_parameters(), 1.0)
+    again.load_state_dict(copy.deepcopy(second.state_dict()))
+    for model, optimizer in (copy.deepcopy((halves, second)), pickle.loads(pickle.dumps((halves, second)))):
+        run(model, optimizer, 3)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), straight.parameters()))
+    run(halves, again, 3)
+    assert all(torch.equal(p, q) for p, q in zip(halves.parameters(), straight.parameters()))
+
+
+def test_the_facade_refuses_the_state_of_others():
+    model = nn.Linear(4, 2)
+    optimizer = CDRGE(model.named_parameters(), 0.05)
+    with pytest.raises(UsageError, match="of another optimizer"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
+    with pytest.raises(UsageError, match=r"named 0\.0, 0\.1; these are weight, bias"):
+        optimizer.load_state_dict(CDRGE(model.parameters(), 0.05).state_dict())
+
+
+def test_a_parameter_frozen_after_construction_is_left_alone():
+    model, x = nn.Linear(4, 2), torch.randn(8, 4)
+    optimizer = CDRGE(model.named_parameters(), 0.05, 4, momentum=0.9)
+    closure = lambda: model(x).square().mean()
+    optimizer.step(closure)
+    bias = model.bias.detach().clone()
+    weight = model.weight.detach().clone()
+    model.bias.requires_grad_(False)
+    optimizer.step(closure)
+    assert torch.equal(model.bias, bias)
+    assert not torch.equal(model.weight, weight)
+    model.weight.requires_grad_(False)
+    with pytest.raises(UsageError, match="every parameter is frozen"):
+        optimizer.step(closure)

@@ -136,7 +136,7 @@ def test_every_setting_reaches_the_optimizer():
     sgd, adamw, muon = (
         build.build_optim(small(optim={"optimizer": name, **optim}), model, 0.2) for name in ("sgd", "adamw", "muon")
     )
-    assert [(g["lr"], g["momentum"], g["reroll_weight_decay"]) for g in sgd.param_groups] == [
+    assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in sgd.param_groups] == [
         (0.2, 0.7, 0.3), (0.2, 0.7, 0.0),
     ]  # fmt: skip
     assert [(g["lr"], g["betas"], g["weight_decay"]) for g in adamw.param_groups] == [

@@ -18,7 +18,6 @@ from reroll.data.batch import Batch
 from reroll.data.task import Task, sequence_losses
 from reroll.data.text import Text
 from reroll.grad import Backprop, CentralDifference
-from reroll.grad.base import trainable
 from reroll.keys import Key
 from reroll.models import Recurrent
 from reroll.optim import apply, build_optimizer
@@ -55,7 +54,7 @@ class Weigh:
             mask = torch.ones(self.rows, self.time, dtype=torch.bool)
             batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask)
             name = "adamw" if self.what == "backprop" else "sgd"
-            self.built = model, batch, build_optimizer(name, trainable(model), 1e-6, momentum=0.0)
+            self.built = model, batch, build_optimizer(name, model, 1e-6, momentum=0.0)
         model, batch, optimizer = self.built
         if self.what == "inference":
             with torch.no_grad():

@@ -3,12 +3,14 @@
 from reroll.optim.apply import apply, clip_norm
 from reroll.optim.cdrge import CDRGE
 from reroll.optim.ema import Average
-from reroll.optim.groups import OPTIMIZERS, build_optimizer
+from reroll.optim.groups import OPTIMIZERS, ROLES, build_optimizer, groups, roles
 from reroll.optim.schedule import Plateau, Schedule
 from reroll.optim.settings import StepSettings, configure
+from reroll.optim.sgd import SGD
 from reroll.optim.step import StepResult, step
+from reroll.optim.together import Together
 
 __all__ = [
-    "CDRGE", "OPTIMIZERS", "Average", "Plateau", "Schedule", "StepResult", "StepSettings", "apply", "build_optimizer",
-    "clip_norm", "configure", "step",
+    "CDRGE", "OPTIMIZERS", "ROLES", "SGD", "Average", "Plateau", "Schedule", "StepResult", "StepSettings", "Together",
+    "apply", "build_optimizer", "clip_norm", "configure", "groups", "roles", "step",
 ]  # fmt: skip

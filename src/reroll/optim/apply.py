@@ -1,19 +1,18 @@
 """Take a step with a gradient, in one of three ways that give the same weights.
 
     write     fill every `.grad`, optimizer.step()                  any optimizer       memory: the weights once more
-    stream    fill one `.grad`, optimizer.step(), forget it, next   per parameter       memory: the largest tensor
-    fused     θ ← (1 − η λ) θ − η ĝ, added as it is generated       SGD, no momentum    memory: none
+    stream    fill some, optimizer.step(), forget them, next        per parameter       memory: the largest tensor
+    fused     θ ← (1 − η λ) θ − η ĝ, added as it is generated       `SGD`               memory: none (v with momentum)
 
-`stream` needs no special optimizer: torch's skip parameters whose `.grad` is None, and count steps per parameter.
-
-A parameter group with `reroll_weight_decay` λ has its weights multiplied by 1 − η λ before the step, whatever the
-optimizer does with its own `weight_decay`: SGD's is coupled to the momentum, this one is not.
+`stream` needs no special optimizer: torch's skip parameters whose `.grad` is None, and count steps per parameter. It
+gives the optimizer tensors of one shape together, as many as the budget holds.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,18 +20,20 @@ from torch import Tensor
 
 from reroll.errors import UsageError, nearest
 from reroll.grad.base import Dense, Gradient, Seeded
+from reroll.optim.sgd import SGD, descend
 
 WAYS = ("write", "stream", "fused")
 
 
 @torch.no_grad()
-def apply(gradient: Gradient, optimizer: Any, how: str = "write") -> None:
+def apply(gradient: Gradient, optimizer: Any, how: str = "write", budget: int | None = None) -> None:
     """Take one step, with this gradient alone: other tensors' `.grad` is dropped. Every `.grad` is None afterwards.
 
     Args:
         gradient: `Dense` or `Seeded`, as an estimator returns it.
         optimizer: a `torch.optim.Optimizer`, with every tensor of the gradient among its parameters.
         how: "write", "stream" or "fused".
+        budget: bytes of gradients that "stream" holds at once; None is the largest tensor.
 
     Raises:
         UsageError: if the way is unknown or cannot be used with this gradient and optimizer, or the optimizer lacks a
@@ -50,7 +51,8 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write") -> None:
     if how not in WAYS:
         raise UsageError(f'how="{how}" is no way to apply a gradient.{nearest(how, WAYS)}')
     groups = _groups_of(gradient, optimizer)
-    rates = {id(group): _fused_rate(group, optimizer) for group in groups.values()} if how == "fused" else {}
+    if how == "fused":
+        _refuse_unless_fusable(optimizer, groups)
     if how != "write" and isinstance(gradient, Dense):
         raise UsageError(f'how="{how}" is for gradients from probes; a dense one is in .grad already. Use how="write".')
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -58,27 +60,43 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write") -> None:
             "LBFGS evaluates the loss itself, several times a step, and takes no gradient from outside. "
             "Use SGD or AdamW here, or call LBFGS.step with a closure."
         )
-    # What an earlier backward() left would be stepped on too: once with "write", once per tensor with "stream".
-    filled = {id(p) for p in gradient.parameters.values()} if isinstance(gradient, Dense) else set()
-    drop_grads(optimizer, filled)
-    for group in optimizer.param_groups:
-        _decay(group)
+    # What an earlier backward() left would be stepped on too: once with "write", once per piece with "stream".
+    drop_grads(optimizer, {id(p) for p in gradient.parameters.values()} if isinstance(gradient, Dense) else ())
     if isinstance(gradient, Dense):
         optimizer.step()
-    elif how == "write":
+    elif how == "fused":
         for name, p in gradient.parameters.items():
-            p.grad = gradient.tensor(name).to(p.dtype)
-        optimizer.step()
-    elif how == "stream":
-        for name, p in gradient.parameters.items():
-            p.grad = gradient.tensor(name).to(p.dtype)
-            optimizer.step()
-            p.grad = None
+            add = functools.partial(_add, gradient, name)
+            descend(p, groups[name], optimizer.state, add)
     else:
-        for name, p in gradient.parameters.items():
-            lr, decay = rates[id(groups[name])]
-            _fused_step(gradient, name, p, lr, decay)
+        for names in _pieces(gradient.parameters, math.inf if how == "write" else budget):
+            for name in names:
+                p = gradient.parameters[name]
+                p.grad = gradient.tensor(name).to(p.dtype)
+            optimizer.step()
+            for name in names:
+                gradient.parameters[name].grad = None
     drop_grads(optimizer)
+
+
+def _add(gradient: Seeded, name: str, target: Tensor, factor: float) -> None:
+    gradient.add_to(target, name, factor)
+
+
+def _pieces(parameters: Mapping[str, Tensor], budget: float | None) -> Iterator[list[str]]:
+    """Yield names, those of one shape together, the largest first, of at most `budget` bytes or of one tensor."""
+    sizes = {name: p.numel() * p.element_size() for name, p in parameters.items()}
+    budget = max(sizes.values(), default=0) if budget is None else budget
+    piece: list[str] = []
+    used = 0
+    for name in sorted(parameters, key=lambda name: (-sizes[name], tuple(parameters[name].shape))):
+        if piece and used + sizes[name] > budget:
+            yield piece
+            piece, used = [], 0
+        piece.append(name)
+        used += sizes[name]
+    if piece:
+        yield piece
 
 
 def drop_grads(optimizer: Any, but: Container[int] = ()) -> None:
@@ -101,29 +119,17 @@ def _groups_of(gradient: Gradient, optimizer: Any) -> dict[str, dict[str, Any]]:
     return {name: owner[id(p)] for name, p in gradient.parameters.items()}
 
 
-def _fused_rate(group: dict[str, Any], optimizer: Any) -> tuple[float, float]:
-    """(η, λ) of a group; raises unless the rule is θ ← θ − η (g + λ θ)."""
-    plain = isinstance(optimizer, torch.optim.SGD) and not group["momentum"] and not group["maximize"]
-    if not plain:
-        what = f"{type(optimizer).__name__} keeps state per weight or is another rule"
-        if isinstance(optimizer, torch.optim.SGD):
-            what = f"SGD with momentum={group['momentum']}, maximize={group['maximize']} is another rule"
-        raise UsageError(f'how="fused" adds −lr · g and nothing else; {what}. Use how="stream".')
-    return float(group["lr"]), float(group["weight_decay"])
-
-
-def _fused_step(gradient: Seeded, name: str, p: Tensor, lr: float, decay: float) -> None:
-    if decay:
-        p.detach().mul_(1 - lr * decay)
-    gradient.add_to(p.detach(), name, -lr)
-
-
-def _decay(group: dict[str, Any]) -> None:
-    decay = group.get("reroll_weight_decay", 0.0)
-    if decay:
-        for p in group["params"]:
-            if p.requires_grad:
-                p.detach().mul_(1 - float(group["lr"]) * decay)
+def _refuse_unless_fusable(optimizer: Any, groups: Mapping[str, dict[str, Any]]) -> None:
+    """Raise unless the rule of these groups is `descend`."""
+    if isinstance(optimizer, SGD):
+        return
+    what = f"{type(optimizer).__name__} keeps state per weight or is another rule"
+    if isinstance(optimizer, torch.optim.SGD):
+        other = [group for group in groups.values() if group["momentum"] or group["maximize"]]
+        if not other:
+            return  # without momentum, torch's coupled decay is the decoupled one
+        what = f"torch's SGD with momentum={other[0]['momentum']}, maximize={other[0]['maximize']} is another rule"
+    raise UsageError(f'how="fused" adds −lr · g as reroll.optim.SGD does; {what}. Use how="stream".')
 
 
 def clip_norm(gradient: Gradient, most: float, norm: float | None = None) -> tuple[Gradient, float]:

@@ -3,13 +3,14 @@
     optimizer = CDRGE(model.named_parameters(), lr=0.01)
     loss = optimizer.step(lambda: loss_fn(model(x), y))
 
-It is a thin front of `CentralDifference` and a step of gradient descent, for plain loops, accelerate, or any code that
-steps an optimizer with a closure. Learning-rate schedulers and `state_dict` work as on every torch optimizer.
+It is `CentralDifference`, `reroll.optim.step` and `reroll.optim.SGD` behind one call, for plain loops, accelerate, or
+any code that steps an optimizer with a closure. Learning-rate schedulers and `state_dict` work as on every torch
+optimizer.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.errors import RunError, UsageError, require_positive
-from reroll.grad.base import Estimate, Seeded, canonical_name, check_names, check_streams
+from reroll.errors import RunError, UsageError, require_count, require_positive
+from reroll.grad.base import canonical_name, check_names, check_streams
 from reroll.grad.central_difference import CentralDifference, Evaluate
 from reroll.keys import Key
+from reroll.optim.sgd import SGD, check_group, restore_momentum
+from reroll.optim.step import StepResult, step
 from reroll.outcome import Outcome
 
+_SAVED = ("probes", "epsilon_min", "noise", "dtype")
 _EXAMPLE = (
     "CDRGE.step needs a closure that returns the loss and does not call backward():\n"
     "    loss = optimizer.step(lambda: loss_fn(model(x), y))"
@@ -34,20 +38,24 @@ class CDRGE(torch.optim.Optimizer):
 
     The closure is called 2N times per step, under `no_grad`, with perturbed weights; it must see the same batch each
     time. Both signs of a probe, and all probes of a step, get the same random numbers from torch's generators, which
-    are put back afterwards. Buffers that the forward pass changes (batch statistics) see all these passes.
+    are put back afterwards. Buffers that the forward pass changes (batch statistics) see all these passes, unless
+    `model` says whose they are.
 
     Args:
         params: parameters, parameter groups, or `model.named_parameters()`. With names, the noise of a tensor follows
             its name; without, its place, "group.index".
         lr: η.
         probes: N, directions per step.
-        epsilon: ε. None ties it to the learning rate, ε = max(η, epsilon_min), group by group, at every step.
+        epsilon: ε. None ties it to the learning rate, group by group, at every step: the largest of η, `epsilon_min`,
+            and what the precision of the weights can show.
+        model: the module that the closure evaluates: its buffers come back after every evaluation.
         seed: names the noise of the run.
         epsilon_min: the floor of a tied ε.
-        momentum: μ of v ← μ v + ĝ, θ ← θ − η v; it keeps one more copy of the weights.
+        momentum: μ of v ← μ v + ĝ, θ ← θ − η v; it keeps one more copy of the weights, in fp32 at least.
         weight_decay: λ, decoupled.
-        noise, evaluate: as for `CentralDifference`; "auto" overwrites the weights and restores them bit for bit,
-            "tiles" leaves them untouched.
+        noise, dtype: as for `CentralDifference`.
+        evaluate: "auto" overwrites the weights and restores them bit for bit, or takes "tiles" below fp32, which leaves
+            them untouched.
 
     Raises:
         UsageError: if an argument is out of range or a parameter cannot be trained.
@@ -68,24 +76,26 @@ class CDRGE(torch.optim.Optimizer):
         probes: int = 96,
         epsilon: float | None = None,
         *,
+        model: torch.nn.Module | None = None,
         seed: int = 0,
         epsilon_min: float = 1e-5,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         noise: str = "rademacher",
         evaluate: Evaluate = "auto",
+        dtype: torch.dtype | None = None,
     ):
         if isinstance(params, torch.nn.Module):
             raise UsageError(f"params is a {type(params).__name__}; pass its weights: model.named_parameters().")
-        require_positive(probes=probes, epsilon=epsilon, epsilon_min=epsilon_min)
-        # Says what is wrong with these now, not at the first step.
-        CentralDifference(probes, 1.0, noise, evaluate=evaluate)
-        defaults = {"lr": lr, "epsilon": epsilon, "momentum": momentum, "weight_decay": weight_decay}
-        self.probes, self.epsilon_min, self.noise = probes, epsilon_min, noise
+        require_count(probes=probes)
+        require_positive(epsilon=epsilon, epsilon_min=epsilon_min)
+        self.probes, self.epsilon_min, self.noise, self.dtype = probes, epsilon_min, noise, dtype
         self.evaluate: Evaluate = evaluate
-        self.key = Key(seed)
-        self.last: Estimate | None = None
-        super().__init__(_with_names(params), {**defaults, "step": 0})
+        self.key, self.model = Key(seed), model
+        self.last: StepResult | None = None
+        self._estimator(1.0)  # says what is wrong with these now, not at the first step
+        numbers = {"lr": lr, "epsilon": epsilon, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(_not_empty(params), {**numbers, "step": 0})
         check_streams(self._named())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -97,14 +107,11 @@ class CDRGE(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             check_names(name for name, _, _ in self._entries())
+            check_group(self.param_groups[-1])
+            require_positive(epsilon=self.param_groups[-1]["epsilon"])
         except UsageError:
             self.param_groups.pop()
             raise
-        group = self.param_groups[-1]
-        require_positive(epsilon=group["epsilon"])
-        for name, low, high in (("lr", 0, math.inf), ("momentum", 0, 1), ("weight_decay", 0, math.inf)):
-            if not low <= float(group[name]) < high:
-                raise UsageError(f"{name}={group[name]} must lie in [{low}, {high}).")
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]: torch returns None without a closure, this needs one
@@ -117,84 +124,103 @@ class CDRGE(torch.optim.Optimizer):
 
         Raises:
             UsageError: without a closure, or if it calls `backward()`.
-            RunError: if every probe gave a non-finite loss; the weights are as before.
+            RunError: if there is no finite gradient; the weights are as before.
         """
         if closure is None:
             raise UsageError(_EXAMPLE)
-        named, groups = self._named(), self._group_of()
-        sizes = {name: self._epsilon(groups[name]) for name in named}
+        named = self._named()
+        if not named:
+            raise UsageError("every parameter is frozen (requires_grad=False); there is nothing to train.")
+        sizes = {name: self._epsilon(group) for name, p, group in self._entries() if p.requires_grad}
         epsilon = next(iter(sizes.values()))
-        estimator = CentralDifference(self.probes, epsilon, self.noise, self.evaluate)
         scales = {name: size / epsilon for name, size in sizes.items() if size != epsilon}
-        step = self.param_groups[0]["step"]
+        estimate = functools.partial(self._estimator(epsilon).estimate, named, scales=scales)
+        # The rule shares groups and states with this optimizer.
+        rule = SGD(self.param_groups, lr=0.0)
+        rule.state = self.state
+        key = self.key.at(self.param_groups[0]["step"])
         try:
-            estimate = estimator.estimate(named, lambda model, batch: closure(), None, self.key.at(step), scales=scales)
+            result = step(
+                self.model, lambda model, batch: closure(), lambda model, loss_fn, batch, key: estimate(
+                    loss_fn, batch, key, model=model
+                ), rule, None, None, key, update="fused",
+            )  # fmt: skip
         except RuntimeError as error:
             if "does not require grad" in str(error):
                 raise UsageError(_EXAMPLE) from error
             raise
-        if not estimate.outcome:
-            raise RunError(estimate.outcome.value)
-        if estimate.outcome is Outcome.solver_too_loose:
-            warnings.warn(f"solver_error={estimate.stats['solver_error']:.2g}. {estimate.outcome.value}", stacklevel=2)
-        assert isinstance(estimate.gradient, Seeded)
-        for name, p in named.items():
-            self._update(estimate.gradient, name, p, groups[name])
+        if not result.outcome:
+            raise RunError(result.outcome.value)
+        if result.outcome is Outcome.solver_too_loose:
+            warnings.warn(f"solver_error={result.stats['solver_error']:.2g}. {result.outcome.value}", stacklevel=2)
         for group in self.param_groups:
             group["step"] += 1
-        self.last = estimate
-        return estimate.loss
+        self.last = result
+        return result.loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return groups and states as every torch optimizer, and all else that the next steps follow from."""
+        own = {name: getattr(self, name) for name in _SAVED}
+        return {**super().state_dict(), "cdrge": {**own, "key": self.key.digest.hex(), "names": self._names()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned, the momentum in its own precision."""
-        super().load_state_dict(state_dict)
-        # torch casts a state to the dtype of its weight: what bf16 would lose is taken from what was saved.
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        tensors = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(indices, tensors):
-            saved = state_dict["state"].get(index, {}).get("momentum_buffer")
-            if saved is not None:
-                wide = torch.promote_types(p.dtype, torch.float32)
-                self.state[p]["momentum_buffer"] = saved.to(device=p.device, dtype=wide, copy=True)
+        """Put back what `state_dict` returned: seed, probes and noise too, and the momentum in its own precision.
 
-    def _update(self, gradient: Seeded, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        lr, momentum = float(group["lr"]), group["momentum"]
-        if group["weight_decay"]:
-            p.mul_(1 - lr * group["weight_decay"])
-        if not momentum:
-            gradient.add_to(p, name, -lr)
-            return
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            wide = torch.promote_types(p.dtype, torch.float32)
-            state["momentum_buffer"] = torch.zeros_like(p, dtype=wide, requires_grad=False)
-        buffer = state["momentum_buffer"].mul_(momentum)
-        gradient.add_to(buffer, name)
-        p.add_(buffer.to(p.dtype), alpha=-lr)
+        Raises:
+            UsageError: if it is of another optimizer, or of parameters of other names, whose noise would be another.
+        """
+        own = state_dict.get("cdrge")
+        if own is None:
+            raise UsageError("the state is of another optimizer: it names no seed. Give that of a CDRGE.")
+        if own["names"] != self._names():
+            raise UsageError(
+                f"the state is of parameters named {_some(own['names'])}; these are {_some(self._names())} and have "
+                "other noise. Give CDRGE the same parameters in the same way."
+            )
+        super().load_state_dict(state_dict)
+        restore_momentum(self, state_dict)
+        for name in _SAVED:
+            setattr(self, name, own[name])
+        self.key = Key.from_bytes(bytes.fromhex(own["key"]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps the first three only when an optimizer is pickled or copied.
+        own = {name: getattr(self, name) for name in (*_SAVED, "evaluate", "key", "model")}
+        return {**super().__getstate__(), **own, "last": None}
+
+    def _estimator(self, epsilon: float) -> CentralDifference:
+        evaluate = self.evaluate
+        if evaluate == "auto" and self.model is not None:
+            # The closure evaluates this module, not a copy of it that an estimator may choose to make.
+            narrow = self.dtype is not None or any(p.dtype.itemsize < 4 for p in self.model.parameters())
+            evaluate = "tiles" if narrow else "in_place"
+        return CentralDifference(self.probes, epsilon, self.noise, evaluate, dtype=self.dtype)
 
     def _epsilon(self, group: dict[str, Any]) -> float:
         return max(float(group["lr"]), self.epsilon_min) if group["epsilon"] is None else group["epsilon"]
 
     def _named(self) -> dict[str, Tensor]:
         """The tensors to train by name."""
-        return {name: p for name, p, _ in self._entries()}
+        return {name: p for name, p, _ in self._entries() if p.requires_grad}
 
-    def _group_of(self) -> dict[str, dict[str, Any]]:
-        return {name: group for name, _, group in self._entries()}
+    def _names(self) -> list[str]:
+        return [name for name, _, _ in self._entries()]
 
     def _entries(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
-        found = []
+        """Every parameter: its name, itself, its group."""
+        entries = []
         for g, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
-            for name, p in zip(names, group["params"]):
-                if p.requires_grad:
-                    found.append((canonical_name(name), p, group))
-        return found
+            entries += [(canonical_name(name), p, group) for name, p in zip(names, group["params"])]
+        return entries
 
 
-def _with_names(params: Iterable[Any]) -> list[Any]:
-    """Parameters as torch's Optimizer takes them: it keeps names of (name, tensor) pairs itself."""
+def _not_empty(params: Iterable[Any]) -> list[Any]:
     params = list(params)
     if not params:
         raise UsageError("params is empty; give model.parameters() or model.named_parameters().")
     return params
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")

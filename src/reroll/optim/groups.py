@@ -1,110 +1,170 @@
-"""Build the optimizer for a model: which rule for which parameter, explicit and complete.
+"""Which rule updates which parameter: rules × roles → groups that are explicit and complete.
 
-    sgd      every parameter; momentum; weight decay decoupled, on matrices only
-    adamw    every parameter; weight decay on matrices only
-    muon     matrices of the recurrence by torch.optim.Muon; embedding, head and vectors by AdamW
+    sgd      every parameter; momentum
+    adamw    every parameter
+    muon     matrices by torch.optim.Muon; embedding, head, kernels and vectors by AdamW
 
-Muon orthogonalises the update of a matrix, which means something for a matrix that maps features to features; the rows
-of an embedding and of a head are separate vectors (Jordan et al., "Muon", 2024).
+Weight decay is decoupled, and leaves vectors alone. Muon orthogonalises the update of a matrix, which means something
+for a matrix that maps features to features; the rows of an embedding and of a head are separate vectors (Jordan et al.,
+"Muon", 2024).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reroll.errors import UsageError, nearest, require_positive
+from reroll.grad.base import trainable
+from reroll.optim.sgd import SGD
+from reroll.optim.together import Together
 
-OPTIMIZERS = ("sgd", "adamw", "muon")
-"""Every optimizer a config can name. The tests run over this tuple."""
+ROLES = ("matrix", "kernel", "embedding", "head", "vector")
+"""What a parameter is to its model: features to features; of a convolution; a row per symbol; to the outputs; the rest.
+"""
+
+
+class Options(NamedTuple):
+    """Numbers of all rules; each takes its own.
+
+    Args:
+        momentum: of sgd and muon.
+        betas: of adamw.
+    """
+
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+Groups = list[dict[str, Any]]
+RULES: dict[str, Callable[[Groups, float, Options], torch.optim.Optimizer]] = {
+    "sgd": lambda groups, lr, o: SGD(groups, lr, o.momentum),
+    "adamw": lambda groups, lr, o: torch.optim.AdamW(groups, lr, o.betas),
+    "muon": lambda groups, lr, o: torch.optim.Muon(
+        groups, lr, momentum=o.momentum, adjust_lr_fn="match_rms_adamw"
+    ),
+}  # fmt: skip
+"""Every update rule, over groups that say their own weight decay."""
+
+OPTIMIZERS: dict[str, dict[str, str]] = {
+    "sgd": dict.fromkeys(ROLES, "sgd"),
+    "adamw": dict.fromkeys(ROLES, "adamw"),
+    "muon": dict.fromkeys(ROLES, "adamw") | {"matrix": "muon"},
+}
+"""Every optimizer a config can name: the rule of each role. The tests run over this table."""
 
 
 def build_optimizer(
     name: str,
-    parameters: Mapping[str, Tensor],
+    model: nn.Module | Mapping[str, Tensor],
     lr: float,
     *,
     momentum: float = 0.9,
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
-) -> Any:
-    """Return an optimizer over named parameters.
+    lr_scales: Mapping[str, float] | None = None,
+) -> torch.optim.Optimizer:
+    """Return an optimizer over the parameters of a model.
 
     Args:
         name: "sgd", "adamw" or "muon".
-        parameters: the tensors by name, as `reroll.grad.base.trainable` gives them.
+        model: the module, whose parameters with `requires_grad` are trained; or tensors by name, which have the roles
+            their shapes give them.
         lr: η.
         momentum: of sgd and muon.
         betas: of adamw.
         weight_decay: λ, decoupled (θ ← (1 − η λ) θ), on tensors with two axes or more.
+        lr_scales: factors on η by role, for roles that have another rate.
 
     Raises:
-        UsageError: for an unknown name or a number out of range.
+        UsageError: for an unknown name or role, a number out of range, or a rule without parameters.
     """
-    require_positive(lr=lr)
+    require_positive(lr=lr, **{f"lr_scales[{role!r}]": scale for role, scale in (lr_scales or {}).items()})
     if not 0 <= momentum < 1 or not all(0 <= beta < 1 for beta in betas) or weight_decay < 0:
         raise UsageError(
             f"momentum={momentum} and betas={betas} must lie in [0, 1), weight_decay={weight_decay} must be ≥ 0."
         )
-    matrices = [p for p in parameters.values() if p.dim() >= 2]
-    vectors = [p for p in parameters.values() if p.dim() < 2]
-    if name == "sgd":
-        groups = [
-            {"params": matrices, "reroll_weight_decay": weight_decay},
-            {"params": vectors, "reroll_weight_decay": 0.0},
-        ]
-        return torch.optim.SGD([group for group in groups if group["params"]], lr=lr, momentum=momentum)
-    if name == "adamw":
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
-    if name == "muon":
-        hidden = [p for n, p in parameters.items() if is_hidden_matrix(n, p)]
-        others = {n: p for n, p in parameters.items() if not is_hidden_matrix(n, p)}
-        if not hidden:
-            raise UsageError('optimizer="muon" needs matrices besides embedding and head; use optimizer="adamw".')
-        muon = torch.optim.Muon(
-            hidden, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        if not others:
-            return muon
-        return Together(muon, build_optimizer("adamw", others, lr, betas=betas, weight_decay=weight_decay))
-    raise UsageError(f'optimizer="{name}" is not known.{nearest(name, OPTIMIZERS)}')
+    if name not in OPTIMIZERS:
+        raise UsageError(f'optimizer="{name}" is not known.{nearest(name, OPTIMIZERS)}')
+    all_groups = groups(model, OPTIMIZERS[name], weight_decay, lr_scales)
+    by_rule = {rule: [g for g in all_groups if g["rule"] == rule] for rule in dict.fromkeys(OPTIMIZERS[name].values())}
+    if not by_rule.get(name):
+        raise UsageError(f'optimizer="{name}" needs matrices besides embedding and head; use optimizer="adamw".')
+    built = {rule: RULES[rule](some, lr, Options(momentum, betas)) for rule, some in by_rule.items() if some}
+    return next(iter(built.values())) if len(built) == 1 else Together(built)
 
 
-def is_hidden_matrix(name: str, p: Tensor) -> bool:
-    """Whether a parameter maps features to features: a matrix that is neither embedding nor head.
+def groups(
+    model: nn.Module | Mapping[str, Tensor],
+    rules: Mapping[str, str],
+    weight_decay: float = 0.0,
+    lr_scales: Mapping[str, float] | None = None,
+) -> Groups:
+    """Return parameter groups in which every trainable parameter is exactly once.
+
+    Args:
+        model: the module, or tensors by name.
+        rules: the rule of each role.
+        weight_decay: of all roles but vectors.
+        lr_scales: factors on the learning rate by role.
+
+    Returns:
+        Groups as torch's optimizers take them, each with `params`, `param_names`, `rule`, `lr_scale`, `weight_decay`.
 
     Example:
-        >>> is_hidden_matrix("cells.0.weight_hh", torch.zeros(4, 4)), is_hidden_matrix("head.weight", torch.zeros(4, 4))
-        (True, False)
+        >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9))
+        >>> for group in groups(model, OPTIMIZERS["muon"], 0.1, {"head": 0.5}):
+        ...     print(group["rule"], group["lr_scale"], group["weight_decay"], *group["param_names"])
+        muon 1.0 0.1 1.weight
+        adamw 1.0 0.1 0.weight
+        adamw 0.5 0.1 2.weight
+        adamw 1.0 0.0 1.bias 2.bias
     """
-    return p.dim() == 2 and name.split(".")[0] not in ("embed", "head")
+    scales = lr_scales or {}
+    for role in (*rules, *scales):
+        if role not in ROLES:
+            raise UsageError(f'"{role}" is no role of a parameter.{nearest(role, ROLES)}')
+    parameters, role_of = trainable(model) if isinstance(model, nn.Module) else model, roles(model)
+    if parameters is model and any(
+        (rules[role], scales.get(role)) != (rules["matrix"], scales.get("matrix")) for role in ("embedding", "head")
+    ):
+        raise UsageError("an embedding or a head cannot be told from a matrix by its shape; pass the model itself.")
+    made: dict[tuple[str, float, float], dict[str, Any]] = {}
+    for role in ROLES:
+        numbers = rules[role], scales.get(role, 1.0), weight_decay if role != "vector" else 0.0
+        for name, p in parameters.items():
+            if role_of[name] == role:
+                rule, scale, decay = numbers
+                group = made.setdefault(
+                    numbers,
+                    {"params": [], "param_names": [], "rule": rule, "lr_scale": scale, "weight_decay": decay},
+                )
+                group["params"].append(p)
+                group["param_names"].append(name)
+    return list(made.values())
 
 
-class Together:
-    """Several optimizers that step as one, each over its own parameters."""
+def roles(model: nn.Module | Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the role of every trainable parameter, by type of module and shape; what it is called does not matter.
 
-    def __init__(self, *optimizers: torch.optim.Optimizer):
-        self.optimizers = optimizers
+    An embedding is the weight of an `nn.Embedding`, also where a head is tied to it. The head is the last module with a
+    matrix, if it is an `nn.Linear`. Of the rest, two axes make a matrix, more a kernel, fewer a vector.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all of them."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    def step(self) -> None:
-        """Take a step with each."""
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states of all, by position."""
-        return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self.optimizers)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
-        for i, optimizer in enumerate(self.optimizers):
-            optimizer.load_state_dict(state[str(i)])
+    Example:
+        >>> roles(nn.Sequential(nn.Embedding(9, 4), nn.Conv1d(4, 4, 3), nn.Linear(4, 9, bias=False)))
+        {'0.weight': 'embedding', '1.weight': 'kernel', '1.bias': 'vector', '2.weight': 'head'}
+    """
+    special: dict[int, str] = {}
+    if isinstance(model, nn.Module):
+        parameters = trainable(model)
+        with_matrix = [m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+        if with_matrix and isinstance(with_matrix[-1], nn.Linear):
+            special[id(with_matrix[-1].weight)] = "head"
+        special |= {id(m.weight): "embedding" for m in with_matrix if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    else:
+        parameters = dict(model)
+    by_axes = {0: "vector", 1: "vector", 2: "matrix"}
+    return {name: special.get(id(p), by_axes.get(p.dim(), "kernel")) for name, p in parameters.items()}

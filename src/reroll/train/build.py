@@ -180,9 +180,8 @@ def build_optim(config: Config, model: nn.Module, lr: float) -> Any:
     """Return the optimizer over the trainable parameters."""
     optim = config.optim
     return build_optimizer(
-        optim.optimizer, trainable(model), lr, momentum=optim.momentum, betas=optim.betas,
-        weight_decay=optim.weight_decay,
-    )  # fmt: skip
+        optim.optimizer, model, lr, momentum=optim.momentum, betas=optim.betas, weight_decay=optim.weight_decay
+    )
 
 
 def build_schedule(config: Config) -> tuple[Schedule, Plateau]:
