@@ -253,7 +253,10 @@ def test_another_run_is_refused_by_the_name_of_what_changed(tmp_path, change):
 
 
 def test_what_is_free_is_taken(tmp_path):
-    values = {"steps": 4, "max_seconds": 50.0, "target_loss": 1e-3, "eval_every": 1, "checkpoint_every": 5, "keep": 4}
+    values = {
+        "steps": 4, "max_seconds": 50.0, "target_loss": 1e-3, "target_valid": 1e-3, "eval_every": 1,
+        "checkpoint_every": 5, "keep": 4, "log_every": 2, "warm_up": 1,
+    }  # fmt: skip
     assert {f"run.{name}" for name in values} == FREE
     saved = resolve(small(run={"target_loss": 0.5}))
     for name, value in values.items():
@@ -299,7 +302,8 @@ def test_a_finished_run_is_left_alone(tmp_path):
     report = Interrupt()
     again = train(small(), path, resume=True, report=report)
     assert (again["state"], again["step"], again["loss"]) == ("done", 9, summary["loss"])
-    assert report.notes == [f"{path} is finished (done at step 9); nothing to do."]
+    assert report.notes[0] == f"{path} is finished (done at step 9); nothing to do."
+    assert "--steps above 9" in report.notes[1]
     assert report.rows == []
     assert contents(path) == before
 

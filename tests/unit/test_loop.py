@@ -1,5 +1,6 @@
 """The loop: what a row says, what ends a run and what it leaves then, and that nothing saved is ever lost."""
 
+import io
 import itertools
 import math
 import signal
@@ -8,19 +9,22 @@ import types
 
 import pytest
 import torch
+from rich.console import Console as Terminal
 
-from reroll.cli.console import Console, sparkline
+from reroll.cli.console import Console, Series
 from reroll.data.batch import START
 from reroll.data.synthetic import Copy
 from reroll.errors import RunError, UsageError
 from reroll.optim import Schedule
-from reroll.train import build, checkpoint, journal, loop
+from reroll.outcome import Outcome
+from reroll.train import build, checkpoint, journal, loop, process
 from reroll.train.config import resolve
 from reroll.train.evaluate import evaluate
 from reroll.train.load import load
 from reroll.train.loop import train
+from reroll.train.replay import replay
 from reroll.train.run import read_config, read_json, read_metrics
-from reroll.train.session import open_session
+from reroll.train.session import Session, open_session
 from tests.runs import Interrupt, differences, left, small, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_steps")
@@ -58,7 +62,7 @@ def test_rows_add_up(tmp_path, method):
 
 def test_the_loss_and_the_norm_are_those_of_the_gradient(tmp_path):
     """With backprop both can be computed beside the run, from the weights a step began with."""
-    config = small(gradient={"method": "backprop"}, run={"checkpoint_every": 1, "keep": 20})
+    config = small(gradient={"method": "backprop"}, run={"checkpoint_every": 1, "keep": 20, "log_every": 1})
     train(config, tmp_path)
     rows, task = rows_of(tmp_path), build.build_task(config.task, 7)
     for saved in map(checkpoint.read, checkpoint.all_of(tmp_path / "checkpoints")[:-1]):
@@ -193,7 +197,7 @@ def test_a_target_ends_it_at_the_first_loss_below(tmp_path, method):
 def test_time_ends_it(tmp_path, monkeypatch):
     """By the seconds of training; here every step takes two."""
     clock = types.SimpleNamespace(perf_counter=itertools.count(0, 2.0).__next__)
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(process, "time", clock)
     train(small(run={"max_seconds": 7.0}), tmp_path)
     assert ended(tmp_path) == ("done", "7 seconds are over, after 4 steps.", 4)
     assert rows_of(tmp_path)[-1]["total_seconds"] == 8.0
@@ -312,6 +316,136 @@ def test_a_failure_on_the_way_loses_nothing_that_was_saved(tmp_path, monkeypatch
     assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
 
 
+# ---- a gradient that is not finite
+
+
+def unbounded(monkeypatch, steps):
+    """Make the gradient of the batches of some steps not finite, while their losses are.
+
+    √0 has an infinite derivative; and losses of 1e300 differ by more than a coefficient in fp32 can hold.
+    """
+    task, loss = build.build_task(small().task, 7), Copy.loss
+    bad = [task.batch(step).inputs for step in steps]
+
+    def unbounded_loss(self, model, batch):
+        losses = loss(self, model, batch)
+        if not any(torch.equal(batch.inputs, inputs) for inputs in bad):
+            return losses
+        if torch.is_grad_enabled():
+            return losses + (0 * next(model.parameters()).sum()).sqrt()
+        return losses.double() * 1e300
+
+    monkeypatch.setattr(Copy, "loss", unbounded_loss)
+
+
+UNBOUNDED = {"run": {"diverged": 1e307, "checkpoint_every": 1, "keep": 20, "eval_every": 9}}
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+@pytest.mark.parametrize("optim", [{}, {"clip": 1.0}, {"optimizer": "adamw", "lr": 1e-3}], ids=str)
+def test_a_step_whose_gradient_is_not_finite_is_refused_counted_and_said_once(tmp_path, monkeypatch, method, optim):
+    unbounded(monkeypatch, [0, 4, 6])
+    report = Interrupt()
+    summary = train(small(gradient={"method": method}, optim=optim, **UNBOUNDED), tmp_path, report=report)
+    assert (summary["state"], summary["step"], summary["refused_steps"]) == ("done", 9, 3)
+    assert [row.get("refused_steps", 0) for row in report.rows] == [1, 1, 1, 1, 2, 2, 3, 3, 3]
+    assert len([note for note in report.notes if Outcome.gradient_not_finite.value in note]) == 1
+    sums = [checkpoint.checksum(checkpoint.read(p).weights) for p in checkpoint.all_of(tmp_path / "checkpoints")]
+    assert [a == b for a, b in itertools.pairwise(sums)] == [step in (4, 6) for step in range(1, 9)]
+    if method == "probes":
+        model, steps = replay(tmp_path)
+        assert (steps, checkpoint.checksum(checkpoint.weights_of(model))) == (9, sums[-1])
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+def test_gradients_that_are_not_finite_five_times_in_a_row_are_divergence(tmp_path, monkeypatch, method):
+    config = small(gradient={"method": method}, **UNBOUNDED)
+    train(config.replace(run={"steps": 3}), tmp_path / "good")
+    unbounded(monkeypatch, range(3, 9))
+    summary = train(config, tmp_path / "run")
+    assert (summary["state"], summary["step"], summary["refused_steps"]) == ("diverged", 8, 5)
+    assert "not finite" in summary["reason"]
+    assert left(tmp_path / "run")["weights"] == left(tmp_path / "good")["weights"]
+    assert train(config, tmp_path / "run", resume=True)["state"] == "diverged"
+
+
+# ---- what is scored, when, and in what
+
+
+def test_a_target_on_the_held_out_loss_ends_it_where_it_is_scored(tmp_path):
+    """It is scored every third step, and the score of a step can end the run at it."""
+    train(small(optim={"lr": 0.05}), tmp_path / "all")
+    scores = [row["valid_loss"] for row in rows_of(tmp_path / "all") if "valid_loss" in row]
+    target = scores[1] + 1e-9
+    step = 3 * (1 + next(i for i, score in enumerate(scores) if score < target))
+    config = small(optim={"lr": 0.05}, run={"target_valid": target})
+    summary = train(config, tmp_path / "run")
+    assert ended(tmp_path / "run") == (summary["state"], summary["reason"], step)
+    assert (summary["state"], "held-out loss is below" in summary["reason"]) == ("done", True)
+    report = Interrupt()
+    train(config, tmp_path / "run", resume=True, report=report)
+    assert report.rows == []
+    assert "run.target_valid below" in report.notes[-1]
+
+
+def test_a_run_in_bf16_is_scored_in_bf16(tmp_path):
+    config = small(gradient={"method": "backprop"}, run={"dtype": "bf16", "steps": 1})
+    session, _ = open_session(resolve(config), tmp_path / "run")
+    found = {name: value for name, value in loop.validate(session).items() if name != "valid_fell_back"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = evaluate(session.model, session.task, "valid")
+    assert found == {f"valid_{name}": value for name, value in expected.items()}
+    assert found["valid_loss"] != evaluate(session.model, session.task, "valid")["loss"]
+
+
+def test_steps_before_the_clock_leave_no_trace(tmp_path, monkeypatch):
+    train(small(), tmp_path / "plain")
+    clocks = []
+    monkeypatch.setattr(process.Clock, "start", lambda self: clocks.append(1))
+    train(small(run={"warm_up": 3}), tmp_path / "warm")
+    assert differences(left(tmp_path / "plain"), left(tmp_path / "warm")) == []
+    assert len(clocks) == 9
+
+
+def test_a_long_step_is_saved_by_the_minute(tmp_path, monkeypatch):
+    """By the wall clock, here 25 s a look: every third step is more than a minute after the last checkpoint."""
+    clock = types.SimpleNamespace(monotonic=itertools.count(0.0, 25.0).__next__)
+    monkeypatch.setattr(loop, "time", clock)
+    saved = []
+    monkeypatch.setattr(Session, "save", lambda self: saved.append(self.progress.step))
+    train(small(run={"checkpoint_every": 100}), tmp_path)
+    assert saved == [3, 6, 9]
+
+
+# ---- a run that is refused
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(
+    "gradient, message",
+    [({"epsilon": 1e-12}, "two units"), ({"method": "backprop", "accumulate": 100}, "accumulate=100")],
+    ids=["epsilon", "accumulate"],
+)
+def test_a_first_step_that_is_refused_leaves_no_run(tmp_path, gradient, message, there):
+    path = tmp_path / "run"
+    if there:
+        path.mkdir()
+    with pytest.raises(UsageError, match=message):
+        train(small(gradient=gradient), path)
+    assert not path.exists()
+    assert train(small(), path)["state"] == "done"
+
+
+def test_a_run_that_failed_at_its_first_step_can_begin_again_as_another(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch, 0)
+        with pytest.raises(RunError):
+            train(small(), tmp_path / "run")
+    train(small(optim={"lr": 0.02}), tmp_path / "run", resume=True)
+    train(small(optim={"lr": 0.02}), tmp_path / "straight")
+    assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
+
+
 # ---- the rest of the process
 
 
@@ -365,4 +499,32 @@ def test_a_live_bar_survives_a_loss_that_is_not_finite():
         console.live = True
         for step, loss in enumerate([3.0, math.nan, math.inf, 2.0]):
             console.step({"step": step, "loss": loss}, config)
-    assert sparkline([3.0, math.nan, 2.0, math.inf, 1.0], width=3) == sparkline([3.0, 2.0, 1.0], width=3)
+    assert len(str(console.losses)) == 2
+
+
+def test_a_series_of_any_length_is_the_means_of_equal_shares():
+    """Of 1,000 values in at most 24 blocks: as many of each share as went into it, and none that is not finite."""
+    series, values = Series(), [math.cos(i / 100) for i in range(1000)]
+    for value in values:
+        series.add(value)
+        series.add(math.nan)
+    size = series.stride
+    shares = [values[i : i + size] for i in range(0, 1000 - size + 1, size)]
+    assert series.means == pytest.approx([sum(share) / size for share in shares])
+    assert 12 <= len(str(series)) <= 24
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("limit, expected", [(None, "0:00:14"), (8.0, "0:00:02")])
+def test_step_bar_and_time_to_go_fit_a_line(monkeypatch, width, limit, expected):
+    """After 6 of 20 steps at a second each, with 14 to go, or 2 of the seconds a run may train."""
+    clock = itertools.count(100.0)
+    monkeypatch.setattr("reroll.cli.console.time", types.SimpleNamespace(monotonic=clock.__next__))
+    config = resolve(small(run={"steps": 20, "max_seconds": limit}))
+    with Console(config) as console:
+        console.live, console.terminal = True, Terminal(file=io.StringIO(), force_terminal=True, width=width)
+        for step in range(6):
+            row = {"step": step, "loss": 3.0 - step / 10, "seconds": 1.0, "total_seconds": step + 1.0}
+            console.step(row | {"valid_accuracy": 0.25}, config)
+    line = [line for line in console.terminal.file.getvalue().splitlines() if "6/20" in line][-1]
+    assert ["━" in line, f"{expected} left" in line] == [True, True]

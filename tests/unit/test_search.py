@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import signal
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from reroll.grad.base import trainable
 from reroll.train import checkpoint, search
 from reroll.train.config import resolve
 from reroll.train.loop import train
-from reroll.train.run import read_config, read_metrics
+from reroll.train.run import read_config, read_json, read_metrics
 from reroll.train.search import grid, middles, search_lr
 from reroll.train.session import open_session
-from tests.runs import differences, left, small, write_text
+from tests.runs import Interrupt, differences, left, small, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_steps")
 
@@ -57,11 +58,11 @@ def tried(monkeypatch, session, loss_of):
     """Search with made-up losses; return the rates in the order they were tried, and the one that was taken."""
     rates = []
 
-    def trial(session, lr):
+    def trial(session, lr, steps):
         rates.append(lr)
         return loss_of(lr)
 
-    monkeypatch.setattr(search, "_trial", trial)
+    monkeypatch.setattr(search, "trial", trial)
     return rates, search_lr(session, lambda line: None)
 
 
@@ -102,6 +103,34 @@ def test_no_rate_is_tried_twice_and_the_best_is_taken(session, seed, infinite):
             return
     assert len(set(rates)) == len(rates)
     assert losses[best] == min(losses.values()) < math.inf
+
+
+@pytest.mark.parametrize("at, said", [(0.01, None), (1e-5, "search_low"), (0.1, "search_high")])
+def test_a_best_rate_at_the_edge_is_said(monkeypatch, session, at, said):
+    notes = []
+    monkeypatch.setattr(search, "trial", lambda session, lr, steps: abs(math.log(lr / at)))
+    search_lr(session, notes.append)
+    assert [name for name in ("search_low", "search_high") if name in notes[-1]] == ([said] if said else [])
+
+
+def test_a_signal_ends_the_search_after_the_trial_at_hand(tmp_path):
+    """It counts as a run that is running, and can be begun again."""
+
+    class Stop(Interrupt):
+        def note(self, line):
+            super().note(line)
+            if line.startswith("Trying"):
+                states.append(read_json(tmp_path / "run" / "status.json"))
+                signal.raise_signal(signal.SIGTERM)
+
+    states, report, config = [], Stop(), small(optim={"lr": "auto", "search_steps": 1})
+    summary = train(config, tmp_path / "run", report=report)
+    assert [status["state"] for status in states] == ["running"]
+    assert (summary["state"], summary["step"], report.rows) == ("stopped", 0, [])
+    assert read_json(tmp_path / "run" / "status.json")["state"] == "stopped"
+    train(config, tmp_path / "run", resume=True)
+    train(config, tmp_path / "straight")
+    assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
 
 
 def test_middles_leave_out_what_was_tried():
@@ -202,7 +231,7 @@ def test_a_rate_is_judged_by_the_second_half_of_its_steps(tmp_path):
     start = quadratic(2.0)(session.model, None).item()
     # θ shrinks by 1 − 2 η = 0.8 a step, the loss by 0.64.
     expected = start * sum(0.64**t for t in (2, 3, 4)) / 3
-    assert search._trial(session, 0.1) == pytest.approx(expected, rel=1e-4)
+    assert search.trial(session, 0.1, session.config.optim.search_steps) == pytest.approx(expected, rel=1e-4)
 
 
 def test_trials_clip_as_the_run_does(tmp_path):
@@ -213,7 +242,7 @@ def test_trials_clip_as_the_run_does(tmp_path):
             tmp_path / f"{clip}", gradient={"method": "backprop"}, optim={"clip": clip, "search_steps": 40}
         )
         session.loss_fn = quadratic(1e4)
-        losses[clip] = search._trial(session, 0.1)
+        losses[clip] = search.trial(session, 0.1, session.config.optim.search_steps)
     assert losses[None] > 1e30 or losses[None] == math.inf
     assert losses[0.1] < 1e6
 
@@ -228,7 +257,7 @@ def test_trials_are_on_batches_the_run_does_not_begin_with(tmp_path):
             return session.task.loss(model, batch)
 
         session.loss_fn = loss_fn
-        search._trial(session, 0.01)
+        search.trial(session, 0.01, session.config.optim.search_steps)
         early = [session.batch(step).inputs for step in range(50)]
         same = [any(torch.equal(inputs, other) for other in early) for inputs in seen]
         assert same == [overfit] * 4
@@ -237,7 +266,7 @@ def test_trials_are_on_batches_the_run_does_not_begin_with(tmp_path):
 def test_a_rate_that_leaves_what_is_finite_is_infinite(tmp_path):
     session = opened(tmp_path / "run", gradient={"method": "backprop"}, optim={"momentum": 0.0, "search_steps": 60})
     session.loss_fn = quadratic(1e3)
-    assert search._trial(session, 1.0) == math.inf
+    assert search.trial(session, 1.0, session.config.optim.search_steps) == math.inf
     assert all(p.grad is None for p in session.model.parameters())
     session.config = session.config.replace(gradient={"method": "probes", "epsilon": 0.01})
-    assert search._trial(session, 1.0) == math.inf
+    assert search.trial(session, 1.0, session.config.optim.search_steps) == math.inf

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from reroll.train.config import Config
 
@@ -23,9 +24,10 @@ class Console:
     def __init__(self, config: Config):
         self.config, self.terminal = config, Terminal(highlight=False, soft_wrap=True, emoji=False)
         self.live = self.terminal.is_terminal
-        self.losses: list[float] = []
+        self.losses = Series()
         self.valid: dict[str, Any] = {}
         self.spoke = 0.0
+        self.first: tuple[float, float, int] | None = None
         self.bar: Progress | None = None
         self.job: Any = None
 
@@ -43,7 +45,9 @@ class Console:
 
     def step(self, row: dict[str, Any], config: Config) -> None:
         """Show a step."""
-        self.losses.append(row["loss"])
+        self.losses.add(row["loss"])
+        if self.first is None:
+            self.first = time.monotonic(), row.get("total_seconds", 0.0), row["step"]
         self.valid = {name: value for name, value in row.items() if name.startswith("valid_")} or self.valid
         if self.live:
             self._advance(row, config)
@@ -64,16 +68,40 @@ class Console:
 
     def _advance(self, row: dict[str, Any], config: Config) -> None:
         if self.bar is None:
-            columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=self.terminal, transient=False)
+            # A narrow terminal cuts the words, which come last, and never the step, the bar or the time to go.
+            words = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+            columns = (TextColumn("{task.fields[step]}"), BarColumn(12), TextColumn("{task.fields[left]}"), words)
+            self.bar = Progress(*columns, console=self.terminal, expand=True)
             self.bar.start()
-            self.job = self.bar.add_task("", total=config.run.steps, completed=row["step"])
+            self.job = self.bar.add_task("", total=1.0, step="", left="")
+        share, left = self.to_go(row, config)
         self.bar.update(
-            self.job, completed=row["step"] + 1, description=f"{self._words(row)}  {sparkline(self.losses)}"
-        )
+            self.job, completed=share, step=f"{row['step'] + 1}/{config.run.steps}", left=left,
+            description=f"{self._words(row)}  {self.losses}",
+        )  # fmt: skip
+
+    def to_go(self, row: dict[str, Any], config: Config) -> tuple[float, str]:
+        """Return how much of the run is over, and the time that is left, by its steps or its seconds."""
+        run, done, trained = config.run, row["step"] + 1, row.get("total_seconds", 0.0)
+        share = done / run.steps
+        if run.max_seconds is not None:
+            share = min(max(share, trained / run.max_seconds), 1.0)
+        if self.first is None or done - 1 == self.first[2]:
+            return share, "-:--:-- left"
+        began, before, first = self.first
+        wall = time.monotonic() - began
+        left = wall / (done - 1 - first) * (run.steps - done)
+        if run.max_seconds is not None and trained > before:
+            left = min(left, wall / (trained - before) * max(run.max_seconds - trained, 0.0))
+        hours, seconds = divmod(round(left), 3600)
+        return share, f"{hours}:{seconds // 60:02d}:{seconds % 60:02d} left"
 
     def _words(self, row: dict[str, Any]) -> str:
-        parts = [f"loss {row.get('loss_fast', row['loss']):.3f}"]
+        loss = row.get("loss_fast", row["loss"])
+        if self.config.task.name == "text":
+            parts = [f"loss {loss / math.log(2):.3f} bits (average)"]
+        else:
+            parts = [f"loss {loss:.3f} (average)"]
         if "valid_bits" in self.valid and self.config.task.name == "text":
             parts.append(f"held-out {self.valid['valid_bits']:.3f} bits")
         elif "valid_accuracy" in self.valid:
@@ -89,18 +117,41 @@ class Console:
         return "  ".join(parts)
 
 
-def sparkline(values: list[float], width: int = 24) -> str:
-    """Return a line of blocks for a series, averaged into `width` pieces.
+class Series:
+    """A series of any length as a line of blocks: neighbours are averaged once there are more than fit.
+
+    Args:
+        width: most blocks.
 
     Example:
-        >>> sparkline([3.0, 2.0, 1.0], width=3)
+        >>> series = Series(width=3)
+        >>> for value in (4.0, 2.0, 2.0, 2.0, 1.0, 1.0):
+        ...     series.add(value)
+        >>> str(series)
         '█▅▁'
     """
-    values = [value for value in values if math.isfinite(value)]
-    count = min(width, len(values))
-    pieces = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]
-    means = [sum(piece) / len(piece) for piece in pieces]
-    low, high = min(means, default=0.0), max(means, default=0.0)
-    if not high > low:
-        return BLOCKS[0] * count
-    return "".join(BLOCKS[min(7, round(7 * (mean - low) / (high - low)))] for mean in means)
+
+    def __init__(self, width: int = 24):
+        self.width, self.stride = width, 1
+        self.means: list[float] = []
+        self.rest: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Append a value; one that is not finite is left out."""
+        if not math.isfinite(value):
+            return
+        self.rest.append(value)
+        if len(self.rest) == self.stride:
+            self.means.append(sum(self.rest) / self.stride)
+            self.rest = []
+        if len(self.means) > self.width:
+            pairs = zip(self.means[::2], self.means[1::2])
+            odd = self.means[-1:] if len(self.means) % 2 else []
+            self.means, self.stride = [(a + b) / 2 for a, b in pairs], 2 * self.stride
+            self.rest = odd * (self.stride // 2)
+
+    def __str__(self) -> str:
+        low, high = min(self.means, default=0.0), max(self.means, default=0.0)
+        if not high > low:
+            return BLOCKS[0] * len(self.means)
+        return "".join(BLOCKS[min(7, round(7 * (mean - low) / (high - low)))] for mean in self.means)

@@ -130,9 +130,12 @@ class RunConfig:
     threads: int | None = option(None, "threads of torch within a unit; none: by static rules", flag="threads")
     max_seconds: float | None = option(None, "stop after this time of training", flag="max-seconds")
     target_loss: float | None = option(None, "stop when the training loss is below", flag="target-loss")
+    target_valid: float | None = option(None, "stop when the held-out loss is below")
     diverged: float = option(3.0, "stop when the loss is this many times the first one")
     eval_every: int | None = option(None, "steps between evaluations; none: a tenth of the run")
     checkpoint_every: int | None = option(None, "steps between checkpoints; none: as evaluations")
+    log_every: int = option(10, "steps between diagnostics that cost as much as a step (the norm of the gradient)")
+    warm_up: int = option(0, "steps taken and undone before the clock starts, so that compiling is not timed")
     keep: int = option(2, "checkpoints kept")
 
 
@@ -196,7 +199,7 @@ MOST = dict.fromkeys(SIZES, 1 << 24) | {"threads": 1024, "workers": 1024, "windo
 """Largest values that can be meant: products of sizes must not overflow, and a process dies of too many threads."""
 
 
-THRESHOLDS = ("target_loss", "curriculum_threshold", "diverged", "max_seconds")
+THRESHOLDS = ("target_loss", "target_valid", "curriculum_threshold", "diverged", "max_seconds")
 """Numbers that others are compared with, which may be as large as they like."""
 
 
@@ -238,7 +241,7 @@ def _check(config: Config) -> None:
         epsilon_ratio=gradient.epsilon_ratio, epsilon_min=gradient.epsilon_min, episode=gradient.episode,
         lr=None if optim.lr == "auto" else optim.lr, clip=optim.clip, steps=run.steps, threads=run.threads,
         max_seconds=run.max_seconds, diverged=run.diverged, eval_every=run.eval_every, keep=run.keep,
-        checkpoint_every=run.checkpoint_every, curriculum_start=task.curriculum_start,
+        checkpoint_every=run.checkpoint_every, log_every=run.log_every, curriculum_start=task.curriculum_start,
         search_low=optim.search_low, search_high=optim.search_high, search_steps=optim.search_steps,
     )  # fmt: skip
     probes, one_sided = gradient.method == "probes", gradient.difference == "one_sided"

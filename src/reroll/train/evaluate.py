@@ -1,14 +1,45 @@
-"""The score of a model on a split of a task, without a gradient."""
+"""The score of a model on a split of a task, without a gradient; and the precision that losses and scores share."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from reroll.data.batch import START
 from reroll.data.task import Score, Task, sequence_score
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What forward passes are computed in: `dtype` under autocast on a kind of device, or as the weights are (None).
+
+    Example:
+        >>> with Precision("cpu", torch.bfloat16).scope():
+        ...     print((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        torch.bfloat16
+    """
+
+    device: str
+    dtype: torch.dtype | None = None
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)
+
+    def under(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, computed in this precision."""
+        if self.dtype is None:
+            return function
+
+        def within(*arguments: Any) -> Any:
+            with self.scope():
+                return function(*arguments)
+
+        return within
 
 
 @torch.no_grad()

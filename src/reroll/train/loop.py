@@ -1,42 +1,37 @@
 """The loop: one for every task, model, estimator and optimizer.
 
-    batch → estimate → clip → record → step → averages → row → evaluate · checkpoint · stop?
-
-Nothing here knows which of them it is running.
+settings → batch → step (estimate → clip → journal → update) → observers → row → evaluate · checkpoint · stop?
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from reroll import optim
-from reroll.errors import EpsilonTooSmall, RunError
+from reroll.errors import EpsilonTooSmall, RunError, UsageError
 from reroll.grad.base import Seeded, trainable
-from reroll.grad.evaluate.warm import TOO_LOOSE
 from reroll.kernels.threads import torch_threads
-from reroll.keys import Key
+from reroll.optim import StepResult, step
 from reroll.outcome import Outcome
 from reroll.rollout.watch import watching
 from reroll.train import build
 from reroll.train.config import Config, resolve
+from reroll.train.ends import Say, Warnings, ends, how_to_go_on
 from reroll.train.evaluate import evaluate
 from reroll.train.journal import Record
+from reroll.train.observers import OBSERVERS, Taken
+from reroll.train.process import signals
 from reroll.train.run import read_config, read_json
-from reroll.train.search import search_lr
+from reroll.train.search import search_lr, trial
 from reroll.train.session import Session, agree, open_session, start_record
 
-PROBING = ("spread", "probe_snr", "lost_probes", "drift", "solver_error")
-"""What a row says of the probes; see `reroll.grad.probes.Coefficients`."""
+SAVE_SECONDS = 60.0
+"""A run that is killed loses no more than this, and the step it is at."""
 
 
 class Reporter(Protocol):
@@ -89,6 +84,8 @@ def train(
     finished = _finished(config, path) if resume else None
     if finished is not None:
         report.note(f"{path} is finished ({finished['state']} at step {finished['step']}); nothing to do.")
+        if finished["state"] == "done":
+            report.note(how_to_go_on(config.run))
         return finished
     session, note = open_session(config, path, resume=resume, init=init)
 
@@ -99,14 +96,18 @@ def train(
     say(note)
     if session.task.describe():
         say(session.task.describe())
-    with torch_threads(_threads(session.config)), _signals() as stop, watching():
+    with torch_threads(_threads(session.config)), signals() as stop, watching():
         try:
+            session.folder.write_status("running", step=session.progress.step, steps=session.config.run.steps)
             if session.progress.step == 0:
-                _prepare(session, say)
+                _prepare(session, say, stop)
             return _run(session, report, stop, say)
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            session.folder.write_status("failed", step=session.progress.step, reason=reason)
+            if isinstance(error, UsageError) and session.progress.step == 0:
+                session.folder.discard()  # nothing was started, so nothing is left
+            else:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                session.folder.write_status("failed", step=session.progress.step, reason=reason)
             raise
         finally:
             session.folder.close()
@@ -130,127 +131,93 @@ def _finished(config: Config, path: Path) -> dict[str, Any] | None:
     return {"step": saved.run.steps, "reason": "it had ended before."} | status
 
 
-def _prepare(session: Session, say: Callable[[str], None]) -> None:
+def _prepare(session: Session, say: Say, stop: list[str]) -> None:
     """What happens once, before the first step: decide the units, find a learning rate, begin the record."""
-    session.config, note = build.plan_units(session.config, session.model, session.batch(0))
+    mesh = session.mesh
+    session.config, note = mesh.share(build.plan_units(session.config, session.model, session.batch(0)))
     say(note)
     if session.config.optim.lr == "auto":
-        lr = search_lr(session, say)
+        lr = mesh.share(search_lr(session, say, stop))
+        if lr is None:
+            return
         session.config = session.config.replace(optim={"lr": lr})
         session.optimizer = build.build_optim(session.config, session.model, lr)
     session.estimator = build.build_estimator(session.config, 1.0)
     start_record(session)
 
 
-def _warnings(row: dict[str, Any]) -> list[Outcome]:
-    """Return what a step has to say beyond its numbers."""
-    signs = {
-        Outcome.some_probes_lost: row.get("lost_probes", 0) > 0,
-        Outcome.solver_too_loose: row.get("solver_error", 0.0) > TOO_LOOSE,
-        Outcome.fell_back: row.get("rollout_fell_back", 0) + row.get("valid_fell_back", 0) > 0,
-    }
-    return [outcome for outcome, shown in signs.items() if shown]
-
-
-def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+def _run(session: Session, report: Reporter, stop: list[str], say: Say) -> dict[str, Any]:
     """Take steps until something ends the run."""
-    config, progress = session.config, session.progress
+    config, progress, warn = session.config, session.progress, Warnings(say)
     eval_every, checkpoint_every = config.run.eval_every or 1, config.run.checkpoint_every or 1
-    session.folder.write_status("running", step=progress.step, steps=config.run.steps)
     row: dict[str, Any] = {"step": progress.step - 1}
     if progress.step:
         row = session.folder.last_row() or row
     # A run that was killed after its last step, and before it said so, has nothing left to do.
-    ended = _ends(session, row, stop) if isinstance(row.get("loss"), float) else None
-    said: set[Outcome] = set()
+    ended = ends(session, row, stop)
+    if ended is not None and ended[0] == "done":
+        say(how_to_go_on(config.run))
+    if config.run.warm_up and ended is None:
+        trial(session, session.settings().lr, config.run.warm_up)
+    saved = time.monotonic()
     while ended is None and progress.step < config.run.steps:
         row = take_step(session)
-        ended = _ends(session, row, stop)
-        last = ended is not None or progress.step >= config.run.steps
-        stopped = ended is not None and ended[0] == "stopped"
-        if progress.step % eval_every == 0 or (last and not stopped):
-            row |= _validate(session)
-        for outcome in _warnings(row):
-            if outcome not in said:
-                said.add(outcome)
-                say(f"step {row['step'] + 1}: {outcome.value} (Said once.)")
+        last = progress.step >= config.run.steps
+        due = progress.step % eval_every == 0 or last
+        if due:  # before it is decided whether to stop: the score may be what was waited for
+            row |= validate(session)
+        ended = ends(session, row, stop)
+        if ended is not None and ended[0] != "stopped" and not due:
+            row |= validate(session)
+        warn(row, progress.refused_in_a_row > 0)
         session.folder.record(row)
         report.step(row, config)
-        if progress.step % checkpoint_every == 0 or last:
+        overdue = time.monotonic() - saved > SAVE_SECONDS
+        if progress.step % checkpoint_every == 0 or last or ended is not None or overdue:
             session.save()
+            saved = time.monotonic()
     state, reason = ended or ("done", f"all {config.run.steps} steps are taken.")
     summary = row | {"state": state, "reason": reason, "step": progress.step, "steps": config.run.steps}
     session.folder.write_status(state, **{k: v for k, v in summary.items() if k != "state"})
     session.folder.log(f"{state}: {reason}")
-    return summary | {"state": state}
+    return summary
 
 
 def take_step(session: Session) -> dict[str, Any]:
     """Take one step and return its row of the metrics."""
-    config, progress, began = session.config, session.progress, time.perf_counter()
-    step, lr = progress.step, _learning_rate(session)
-    epsilon = session.epsilon(lr)
-    key = Key(config.run.seed).at(step - step % (config.gradient.episode or 1))
-    batch = session.batch(step)
+    config, number = session.config, session.progress.step
+    session.clock.start()
+    settings, key, batch = session.settings(), session.key(), session.batch(number)
 
-    def record(result: optim.StepResult) -> None:
+    def record(result: StepResult) -> None:
         if session.journal is not None and isinstance(result.gradient, Seeded):
             # ε as it was asked for: with restore="grid", it is what the grid of the weights is made from.
-            session.journal.write(Record(step, key, epsilon, lr, float(result.loss), result.gradient.coefficients))
+            epsilon, coefficients = settings.epsilon or 0.0, result.gradient.coefficients
+            coefficients = coefficients if result.outcome else coefficients[:0]  # a step that was not taken has none
+            session.journal.write(Record(number, key, epsilon, settings.lr, float(result.loss), coefficients))
 
     try:
         with watching() as rollouts:
-            result = optim.step(
-                session.model, session.loss_fn, session.estimator, session.optimizer, batch,
-                optim.StepSettings(lr, epsilon=epsilon), key, clip=config.optim.clip, update=config.optim.update,
-                norm=True, record=record,
+            result = step(
+                session.model, session.loss_fn, session.estimator, session.optimizer, batch, settings, key,
+                clip=config.optim.clip, update=config.optim.update, norm=number % config.run.log_every == 0,
+                record=record,
             )  # fmt: skip
     except EpsilonTooSmall as error:
-        if step == 0:
+        if number == 0:
             raise
         return _lost(session, f"Since the first step the weights have grown, or ε has shrunk: {error}")
-    if not result.outcome:
+    if not result.outcome and result.outcome is not Outcome.gradient_not_finite:
         return _lost(session, result.outcome.value)
-    loss = float(result.loss)
-    if session.average is not None:
-        session.average.update(trainable(session.model))
-    progress.see(loss)
-    session.plateau.see(loss)
-    _grow(session)
-    if session.task.carries:
-        progress.carried = result.state
-    progress.step += 1
-    progress.tokens += len(batch) * batch.time
-    progress.forward_passes += result.stats["forward_passes"]
-    seconds = time.perf_counter() - began
-    progress.seconds += seconds
-    probing = {name: value for name, value in result.stats.items() if name in PROBING}
-    if rollouts.calls:
-        probing |= {"rollout_iterations": rollouts.iterations, "rollout_fell_back": rollouts.fell_back}
-    length = progress.length or config.task.length
-    return {
-        "step": step, "loss": loss, "loss_fast": progress.fast, "loss_slow": progress.slow, "lr": lr,
-        "epsilon": result.stats.get("epsilon"), "gradient_norm": result.norm, "length": length,
-        "forward_passes": progress.forward_passes, "tokens": progress.tokens, "seconds": seconds,
-        "total_seconds": progress.seconds, "peak_bytes": peak_bytes(session.device), **probing,
-    }  # fmt: skip
-
-
-def _learning_rate(session: Session) -> float:
-    """η of the step: base rate, schedule, plateau."""
-    base = session.config.optim.lr
-    assert isinstance(base, float)
-    return base * session.schedule(session.progress.step) * session.plateau.multiplier
-
-
-def _grow(session: Session) -> None:
-    """Let the curriculum's length grow when the loss has been low for long enough."""
-    task, progress = session.config.task, session.progress
-    if progress.length is None or progress.length >= task.length:
-        return
-    progress.below = progress.below + 1 if progress.fast < task.curriculum_threshold else 0
-    if progress.below >= task.curriculum_patience:
-        progress.length, progress.below = min(progress.length + task.curriculum_step, task.length), 0
+    if not result.outcome:
+        record(result)
+    taken = Taken(number, batch, settings, result, float(result.loss), rollouts)
+    row: dict[str, Any] = {}
+    for observe in OBSERVERS:
+        row |= observe(session, taken)
+    seconds = session.clock.stop()
+    session.progress.seconds += seconds
+    return row | {"seconds": seconds, "total_seconds": session.progress.seconds}
 
 
 def _lost(session: Session, reason: str) -> dict[str, Any]:
@@ -260,66 +227,11 @@ def _lost(session: Session, reason: str) -> dict[str, Any]:
     return {"step": session.progress.step, "loss": math.nan, "reason": reason}
 
 
-def _ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, str] | None:
-    """Whether the run ends with this step: (state, reason) or None."""
-    run, progress, loss = session.config.run, session.progress, row["loss"]
-    if not math.isfinite(loss):
-        return "diverged", str(row.get("reason"))
-    knobs = "--lr or --epsilon" if session.config.gradient.method == "probes" else "--lr"
-    if progress.fast > run.diverged * max(progress.first_loss, 1e-12):
-        return "diverged", (
-            f"the loss (average {progress.fast:.4g}) is more than {run.diverged:g} times the first "
-            f"({progress.first_loss:.4g}). Lower {knobs}, or raise run.diverged."
-        )
-    if run.target_loss is not None and loss < run.target_loss:
-        return "done", f"the loss is below the target {run.target_loss:g} after {progress.step} steps."
-    if run.max_seconds is not None and progress.seconds >= run.max_seconds:
-        return "done", f"{run.max_seconds:g} seconds are over, after {progress.step} steps."
-    if stop and progress.step < run.steps:
-        where = session.folder.path
-        return "stopped", f"{stop[0]} after {progress.step} steps. Go on with: reroll train --run-dir {where} --resume"
-    return None
-
-
-def _validate(session: Session) -> dict[str, float]:
-    """Score the (averaged) weights on held-out data."""
+def validate(session: Session) -> dict[str, float]:
+    """Score the (averaged) weights on held-out data, in the precision of the run."""
     model, task = session.model, session.task
     averaged = nullcontext() if session.average is None else session.average.swapped_in(trainable(model))
-    with averaged, watching() as rollouts:
-        found = evaluate(model, task, task.splits[0], session.device)
-    session.progress.valid = {f"valid_{name}": value for name, value in found.items()}
+    with averaged, session.precision.scope(), watching() as rollouts:
+        scores = evaluate(model, task, task.splits[0], session.device)
+    session.progress.valid = {f"valid_{name}": value for name, value in scores.items()}
     return session.progress.valid | ({"valid_fell_back": rollouts.fell_back} if rollouts.fell_back else {})
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the largest memory so far: of the allocator on a card, resident of the process else (0: not known)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(ImportError):
-        import resource  # Windows has none
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return 0
-
-
-@contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Collect SIGTERM and Ctrl-C instead of dying of them; the second Ctrl-C is let through."""
-    received: list[str] = []
-
-    def note(number: int, frame: Any) -> None:
-        received.append(signal.Signals(number).name)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: signals are someone else's
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

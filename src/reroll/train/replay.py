@@ -70,6 +70,8 @@ def _again(path: Path, config: Config, found: journal.Journal, steps: int) -> Re
     parameters: dict[str, torch.Tensor] = dict(trainable(model))
     sums = torch.float64 if header["sums"] == "fp64" else None
     for record in found.records[:steps]:
+        if not len(record.coefficients):  # its gradient was not finite, and the step not taken
+            continue
         if header["restore"] == "grid":
             snap_to_grid(parameters, record.epsilon)
         configure(optimizer, StepSettings(record.lr))

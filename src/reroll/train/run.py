@@ -12,6 +12,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -162,6 +163,16 @@ class RunFolder:
         if path.exists():
             kept = [json.dumps(row) for row in read_metrics(self.path) if row["step"] < steps]
             _replace(path, "".join(line + "\n" for line in kept))
+
+    def discard(self) -> None:
+        """Delete what a run wrote that was refused before its first step: the folder is free again."""
+        self.close()
+        self.clear_temporary()
+        for name in ("config.toml", "environment.json", "status.json", "log.txt", "journal", self.init.name):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.path):
+            with contextlib.suppress(OSError):  # something else is in it
+                folder.rmdir()
 
     def close(self) -> None:
         """Close the files."""

@@ -11,8 +11,9 @@ The ε tied to a rate is tried with it.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,26 +26,26 @@ from reroll.train.session import Session
 ROUNDS = 2
 
 
-def search_lr(session: Session, note: Callable[[str], None]) -> float:
-    """Return the best learning rate found; the session is as before.
+def search_lr(session: Session, note: Callable[[str], None], stop: Sequence[str] = ()) -> float | None:
+    """Return the best learning rate of those tried; the session is as before.
+
+    Args:
+        session: of a run that has not begun.
+        note: told what is tried.
+        stop: signals received so far; once there is one, no further rate is tried, and None is returned.
 
     Raises:
         RunError: if no rate gave a finite loss.
     """
     optim = session.config.optim
-    rates = grid(optim.search_low, optim.search_high)
     losses: dict[float, float] = {}
     generator = torch.get_rng_state()
-
-    def test(lr: float) -> None:
-        losses[lr] = _trial(session, lr)
-        note(f"Trying lr {lr:.3g}: loss {losses[lr]:.4f}")
-
-    for lr in rates:
-        test(lr)
-    for _ in range(ROUNDS):
-        for lr in middles(losses):
-            test(lr)
+    for round in range(1 + ROUNDS):
+        for lr in middles(losses) if round else grid(optim.search_low, optim.search_high):
+            losses[lr] = trial(session, lr, optim.search_steps)
+            note(f"Trying lr {lr:.3g}: loss {losses[lr]:.4f}")
+            if stop:
+                return None
     assert torch.equal(torch.get_rng_state(), generator), "a trial has touched the global generator"
     best = min(losses, key=lambda lr: losses[lr])
     if not math.isfinite(losses[best]):
@@ -53,6 +54,9 @@ def search_lr(session: Session, note: Callable[[str], None]) -> float:
             "too small for the precision. Set optim.search_low lower or --epsilon, or check the data."
         )
     note(f"Taking lr {best:.3g} of the {len(losses)} tried.")
+    for edge, name, beyond in ((min(losses), "search_low", "below"), (max(losses), "search_high", "above")):
+        if best == edge:
+            note(f"It is the edge of what was tried: a rate {beyond} it may be better. Set optim.{name} {beyond} it.")
     return best
 
 
@@ -81,22 +85,21 @@ def middles(losses: dict[float, float]) -> list[float]:
     return [lr for lr in found if lr not in losses]
 
 
-def _trial(session: Session, lr: float) -> float:
-    """Take a few steps with a rate, and put the weights back."""
-    optim, settings = session.config.optim, StepSettings(lr, epsilon=session.epsilon(lr))
+def trial(session: Session, lr: float, steps: int) -> float:
+    """Take a few steps with a rate, and put weights and optimizer back; return the mean loss of the second half."""
+    config, losses = session.config, []
     before = {name: tensor.clone() for name, tensor in checkpoint.weights_of(session.model).items()}
-    optimizer = build.build_optim(session.config, session.model, lr)
-    estimator = build.build_estimator(session.config, 1.0)
-    losses = []
-    key = Key(session.config.run.seed).at("lr search")
+    state = copy.deepcopy(session.optimizer.state_dict())
+    estimator = build.build_estimator(config, 1.0)
+    key, settings = Key(config.run.seed).at("lr search"), StepSettings(lr, epsilon=session.epsilon(lr))
     try:
-        for i in range(optim.search_steps):
+        for number in range(steps):
             # Far from the first batches, which the run itself will see.
-            batch = session.batch(0 if session.config.task.overfit else 10**9 + i)
+            batch = session.batch(0 if config.task.overfit else 10**9 + number)
             try:
                 result = step(
-                    session.model, session.loss_fn, estimator, optimizer, batch, settings, key.at(i), clip=optim.clip,
-                    update=optim.update,
+                    session.model, session.loss_fn, estimator, session.optimizer, batch, settings, key.at(number),
+                    clip=config.optim.clip, update=config.optim.update,
                 )  # fmt: skip
             except EpsilonTooSmall:  # for this rate, or for what it has made of the weights
                 return math.inf
@@ -105,5 +108,6 @@ def _trial(session: Session, lr: float) -> float:
             losses.append(float(result.loss))
     finally:
         checkpoint.put_weights(session.model, before, "the snapshot before the trial")
+        session.optimizer.load_state_dict(state)
     late = losses[len(losses) // 2 :]
     return sum(late) / len(late)

@@ -23,11 +23,15 @@ from reroll.grad.base import Estimator, LossFn, trainable
 from reroll.grad.central_difference import BranchStates, CentralDifference
 from reroll.kernels.noise_axpy import layout
 from reroll.kernels.philox import stream_id
+from reroll.keys import Key
 from reroll.models import Recurrent
-from reroll.optim import Average, Plateau, Schedule
+from reroll.optim import Average, Plateau, Schedule, StepSettings
 from reroll.train import build, checkpoint, journal
 from reroll.train.config import Config, fields_of
+from reroll.train.evaluate import Precision
 from reroll.train.load import rescue
+from reroll.train.mesh import ALONE, Mesh
+from reroll.train.process import Clock
 from reroll.train.run import RunFolder, read_config, read_json
 from reroll.trees import map_state
 
@@ -48,6 +52,7 @@ class Progress:
         seconds: of training, without evaluations.
         first_loss, fast, slow, best: the first loss, its two averages, and the smallest.
         valid: the last score on held-out data.
+        refused: steps that were not taken because their gradient was not finite; `refused_in_a_row`: the last ones.
         length: the curriculum's limit, None without one; `below`: steps its loss was low enough.
         carried: state of a carried text.
     """
@@ -61,6 +66,8 @@ class Progress:
     slow: float = math.nan
     best: float = math.inf
     valid: dict[str, float] = field(default_factory=dict)
+    refused: int = 0
+    refused_in_a_row: int = 0
     length: int | None = None
     below: int = 0
     carried: Any = START
@@ -90,6 +97,9 @@ class Session:
     plateau: Plateau
     average: Average | None
     progress: Progress
+    precision: Precision
+    clock: Clock
+    mesh: Mesh = ALONE
     journal: journal.Writer | None = None
 
     def batch(self, step: int) -> Batch:
@@ -101,6 +111,18 @@ class Session:
             begins = episode is not None and step % episode == 0
             batch = replace(batch, state=START if begins else self.progress.carried)
         return batch
+
+    def key(self) -> Key:
+        """Return the key of the present step: the windows of an episode share one."""
+        step = self.progress.step
+        return Key(self.config.run.seed).at(step - step % (self.config.gradient.episode or 1))
+
+    def settings(self) -> StepSettings:
+        """Return the settings of the present step: base rate, schedule, plateau, and the ε tied to them."""
+        base = self.config.optim.lr
+        assert isinstance(base, float)
+        lr = base * self.schedule(self.progress.step) * self.plateau.multiplier
+        return StepSettings(lr, epsilon=self.epsilon(lr))
 
     def epsilon(self, lr: float) -> float:
         """Return ε: tied to the current learning rate, or fixed but for plateaus, with a floor."""
@@ -186,11 +208,12 @@ def open_session(
             folder.refuse_used(resume)
         return _begin(config, folder, init), _says_start(path, resume)
     folder.refuse_running()
-    config, extra = agree(read_config(path), config), read_json(path / "environment.json")
     saved = checkpoint.newest(folder.checkpoints)
     if saved is None and not checkpoint.all_of(folder.checkpoints):
+        # Nothing was trained yet, so nothing binds it to the config it was to be trained with.
         folder.cut_metrics(0)
         return _begin(config, folder, init), f"{path} has no checkpoint yet: it begins again, at step 0."
+    config, extra = agree(read_config(path), config), read_json(path / "environment.json")
     if saved is None or "sizes" not in extra:
         what = "none of its checkpoints is whole" if saved is None else "environment.json is missing or damaged"
         remedy = rescue(path, config) if saved is None else "Begin another run in another folder."
@@ -220,7 +243,10 @@ def _says_start(path: Path, resume: bool) -> str:
     return f"Nothing to resume in {path}: a new run begins." if resume else f"Run folder: {path}"
 
 
-FREE = {"run.steps", "run.max_seconds", "run.target_loss", "run.eval_every", "run.checkpoint_every", "run.keep"}
+FREE = {
+    "run.steps", "run.max_seconds", "run.target_loss", "run.target_valid", "run.eval_every", "run.checkpoint_every",
+    "run.keep", "run.log_every", "run.warm_up",
+}  # fmt: skip
 """What may change when a run is resumed; everything else would make it another run."""
 DERIVED = {"gradient.chunk", "run.threads"}
 """What is none until static rules decide it, once; none says nothing about the run to resume."""
@@ -280,23 +306,14 @@ def _build(config: Config, folder: RunFolder, extra: dict[str, Any] | None) -> S
     schedule, plateau = build.build_schedule(config)
     average = config.optim.average
     progress = Progress(length=config.task.curriculum_start)
+    backprop_in_bf16 = config.gradient.method == "backprop" and config.run.dtype == "bf16"
+    precision = Precision(device.type, torch.bfloat16 if backprop_in_bf16 else None)
     return Session(
-        config, folder, device, task, model, _loss_fn(config, task, device),
+        config, folder, device, task, model, precision.under(task.loss),
         build.build_estimator(config, config.gradient.epsilon or lr), build.build_optim(config, model, lr),
-        schedule, plateau, None if average is None else Average(trainable(model), average), progress,
+        schedule, plateau, None if average is None else Average(trainable(model), average), progress, precision,
+        Clock(device),
     )  # fmt: skip
-
-
-def _loss_fn(config: Config, task: Task, device: torch.device) -> LossFn:
-    """The loss of the task; with backprop in bf16, under autocast."""
-    if not (config.gradient.method == "backprop" and config.run.dtype == "bf16"):
-        return task.loss
-
-    def in_bf16(model: Any, batch: Any) -> Any:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            return task.loss(model, batch)
-
-    return in_bf16
 
 
 def start_record(session: Session) -> None:
