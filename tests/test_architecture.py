@@ -13,8 +13,8 @@ ROOTS = ["keys", "outcome", "errors", "passes", "trees"]  # may be imported by a
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """The first names under `reroll` that a file imports, at the top or inside a function."""
+def imports(path: Path) -> set[str]:
+    """The names that a file imports, at the top or inside a function."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -22,7 +22,12 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: use absolute imports, so that the layer shows."
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("reroll.")}
+    return names
+
+
+def imported(path: Path) -> set[str]:
+    """The first names under `reroll` that a file imports."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("reroll.")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
@@ -34,3 +39,17 @@ def test_layers_import_in_one_direction(path):
     if layer in ORDER:
         late = {name for name in used if ORDER.index(name) > ORDER.index(layer)}
         assert not late, f"{path} is in `{layer}` but imports {sorted(late)}, which come after it."
+
+
+def test_files_do_not_import_one_another_in_circles():
+    modules = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    graph = {}
+    for name, path in modules.items():
+        used = imports(path)
+        graph[name] = {n if n in modules else n.rpartition(".")[0] for n in used} & modules.keys() - {name}
+    while leaves := {name for name, used in graph.items() if not used}:
+        graph = {name: used - leaves for name, used in graph.items() if name not in leaves}
+    assert not graph, (
+        f"These import one another, or what does: { ({name: sorted(used) for name, used in graph.items()}) }"
+    )

@@ -162,3 +162,24 @@ def test_blocks_must_divide_the_state():
     cell, layout, u, state = at_random(GRU(3, D))
     with pytest.raises(UsageError, match="blocks=4 does not divide the 6 numbers"):
         jacobian.linearise(cell, layout, u, state, "block", 4)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, MemoryError])
+def test_an_error_of_one_call_does_not_hide_the_structure(error):
+    failing = True
+
+    def step(u, s):
+        nonlocal failing
+        if failing:
+            failing = False
+            raise error("only once; cannot allocate")
+        return torch.tanh(s @ W + u)
+
+    cell, layout, u, state = at_random(cell_from(step, D))
+    for _ in range(2):  # once on plain tensors, then by structure
+        try:
+            found = jacobian.linearise(cell, layout, u, state, "dense")[1]
+        except MemoryError:
+            found = jacobian.linearise(cell, layout, u, state, "dense")[1]
+        torch.testing.assert_close(found, by_differences(cell, layout, u, state), rtol=1e-7, atol=1e-8)
+    assert jacobian.why_untrackable(cell) is None

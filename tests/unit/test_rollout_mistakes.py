@@ -70,6 +70,15 @@ class Forgetful(Mixing):
         return torch.tanh(u), state
 
 
+class Normed(Mixing):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def step(self, u, state):
+        return torch.tanh(self.norm(state) + u)
+
+
 X = torch.zeros(2, 9, 3)
 LONG = torch.zeros(2, 300, 4)
 NOISY = cell_from(lambda u, s: s + torch.rand_like(s), 3)
@@ -111,7 +120,8 @@ MISTAKES = {
     "state of a loop": (lambda: Sequential()(LSTM(3, 5), X, torch.zeros(2, 5)), r"LSTM takes \(\[2, 5\], \[2, 5\]\)"),
     "a branch on the batch": (lambda: quasi_deer()(Mixing(), torch.zeros(3, 300, 4)), "mixes sequences"),
     "a mean over the batch": (lambda: quasi_deer()(Averaging(), torch.zeros(3, 300, 4)), "mixes sequences"),
-    "another kind of state": (lambda: quasi_deer()(Forgetful(), torch.zeros(3, 300, 4)), "returns a tuple.*Tensor"),
+    "batch norm": (lambda: quasi_deer()(Normed(), LONG), "Normed.norm is a BatchNorm1d in training.*LayerNorm"),
+    "another kind of state": (lambda: quasi_deer()(Forgetful(), LONG), "must keep the kind and the shape"),
     "nothing but nan": (lambda: predictability(GRU(3, 5), torch.full((1, 9, 3), torch.nan)), "not finite"),
     "a name for a rollout": (lambda: Recurrent(GRU(3, 5), inputs=3, rollout="quasi_deer"), r"reroll.quasi_deer\(\)"),
     "a preset not called": (lambda: Recurrent(GRU(3, 5), inputs=3, rollout=quasi_deer), r"reroll.quasi_deer\(\)"),

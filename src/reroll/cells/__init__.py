@@ -1,6 +1,6 @@
 """One step of a recurrence each: recurrent cells of the literature, dynamical systems, and your own (`Cell`)."""
 
-from reroll.cells.base import Cell, FunctionCell, State, cell_from
+from reroll.cells.base import Cell, State
 from reroll.cells.dnc import DNC, DNCState
 from reroll.cells.dynamics import ARGRU, ARState, Lorenz96, MeanField, TwoWell
 from reroll.cells.gru import GRU
@@ -9,6 +9,7 @@ from reroll.cells.lstm import LSTM, LSTMState
 from reroll.cells.minimal import MinGRU, MinRNN
 from reroll.cells.para import ParaGRU, ParaLSTM
 from reroll.cells.rnn import RNN
+from reroll.cells.wrapped import FunctionCell, cell_from
 
 __all__ = [
     "ARGRU", "CELLS", "DNC", "GRU", "LEM", "LSTM", "RNN", "ARState", "Cell", "DNCState", "FunctionCell", "LEMState",

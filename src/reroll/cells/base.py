@@ -9,20 +9,20 @@
 same cell can be looped, linearised, put under `torch.func.vmap`, or replaced by a kernel for a whole sequence. A state
 is a tensor or a (named) tuple of tensors whose first axes are the batch.
 
-Your own cell is a subclass with `step` and `init_state`, or a plain function through `cell_from`.
+Your own cell is a subclass with `step` and `init_state`, or a plain function through `cell_from` (`cells/wrapped.py`).
 """
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from reroll.errors import UsageError, require_count
+from reroll.errors import require_positive
 
 State = Any
 """A tensor, or a (named) tuple of tensors."""
@@ -101,67 +101,37 @@ class Cell(nn.Module, ABC):
         return self.input_size + 5 * self.output_size
 
 
-class FunctionCell(Cell):
-    """A plain function as a cell; see `cell_from`."""
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], state_size: int, module: nn.Module | None):
-        super().__init__()
-        self.function = None if function is module else function  # a module twice would be saved twice
-        self.module = module
-        self.input_size = self.output_size = self.state_size = state_size
-
-    def init_state(self, batch_shape: Sequence[int]) -> Tensor:
-        return torch.zeros(*batch_shape, self.state_size)
-
-    def step(self, u: Tensor, state: Tensor) -> Tensor:
-        step = self.module if self.function is None else self.function
-        assert step is not None
-        return step(u, state)
-
-
-def cell_from(step: Callable[..., Any], state_size: int, *, module: nn.Module | None = None) -> Cell:
-    """Return a cell from a plain function.
+class Layer(Cell):
+    """What the recurrent layers of the literature share: two sizes, an input matrix, and how weights are drawn.
 
     Args:
-        step: `step(input_t, state) → state`, on [rows, features] and [rows, state_size]; pure (see `Cell`). Also
-            torch's `RNNCell`, `GRUCell` or `LSTMCell`, whose state is a pair.
-        state_size: features of the state, which starts as zeros.
-        module: the module whose parameters `step` uses, so that they are trained. A bound method brings its own.
-
-    Raises:
-        UsageError: if `step` cannot be called, or state_size is not positive.
-
-    Example:
-        >>> cell = cell_from(lambda u, s: torch.tanh(s + u), 3)
-        >>> cell.step(torch.zeros(2, 3), cell.init_state((2,))).shape
-        torch.Size([2, 3])
+        input_size: E, features of the input.
+        hidden_size: H, features of the state.
+        shapes: of the parameters, by name, in their order.
     """
-    if not callable(step):
-        raise UsageError(f"step={step!r} must be a function step(input_t, state) → state.")
-    require_count(state_size=state_size)
-    if isinstance(step, nn.RNNCell | nn.GRUCell | nn.LSTMCell):
-        from reroll.cells.wrapped import Wrapped
 
-        if step.hidden_size != state_size:
-            raise UsageError(f"state_size={state_size} does not fit {step}, whose hidden_size is {step.hidden_size}.")
-        return Wrapped(step)
-    if isinstance(step, nn.RNNBase):
-        kind = type(step).__name__
-        raise UsageError(f"step is an nn.{kind}, which runs whole sequences; give an nn.{kind}Cell, a single step.")
-    _require_two_arguments(step)
-    owner = step if isinstance(step, nn.Module) else getattr(step, "__self__", None)
-    if module is None and isinstance(owner, nn.Module):
-        module = owner
-    return FunctionCell(step, state_size, module)
+    weight_ih: nn.Parameter
+    bias: nn.Parameter
+    stepwise = True
 
+    def __init__(self, input_size: int, hidden_size: int, **shapes: tuple[int, ...]):
+        super().__init__()
+        require_positive(input_size=input_size, hidden_size=hidden_size)
+        self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, hidden_size
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape)))
+        self.reset_parameters()
 
-def _require_two_arguments(step: Callable[..., Any]) -> None:
-    try:
-        signature = inspect.signature(step.forward if isinstance(step, nn.Module) else step, follow_wrapped=False)
-    except (TypeError, ValueError):  # a function written in C may have none
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        name = getattr(step, "__name__", type(step).__name__)
-        raise UsageError(f"step={name} must take (input_t, state): {error}.") from error
+    def reset_parameters(self) -> None:
+        """Draw the weights from N(0, 1/fan-in); the biases are zero."""
+        for name, p in self.named_parameters():
+            if name.startswith("weight"):
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+            elif name.startswith("bias"):
+                nn.init.zeros_(p)
+
+    def init_state(self, batch_shape: Sequence[int]) -> State:
+        return self.weight_ih.new_zeros(*batch_shape, self.hidden_size)
+
+    def project(self, inputs: Tensor) -> Tensor:
+        return functional.linear(inputs, self.weight_ih, self.bias)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from reroll.cells.base import Cell
-from reroll.cells.jacobian import MISSES, has_own_derivative, require_memory
+from reroll.cells.jacobian import has_own_derivative
 from reroll.cells.layout import Layout
 from reroll.cells.pieces import band
-from reroll.cells.tracked import Tracked
+from reroll.cells.tracked import Tracked, Untrackable
 from reroll.errors import UsageError
 from reroll.kernels.program import Builder, Program
 from reroll.kernels.program.reverse import reverse
@@ -32,6 +32,11 @@ DENSE_OUTPUTS = 1100
 
 class Unwritable(Exception):
     """The step does something a program has no instruction for."""
+
+
+UNWRITTEN = (Unwritable, Untrackable, AttributeError, TypeError, IndexError, RuntimeError, UsageError, AssertionError)
+"""What a step may raise on values that write down what is done with them; it is then run in torch's operations, where a
+mistake in the step itself comes up again."""
 
 
 class Symbol:
@@ -296,8 +301,7 @@ def compile_step(
         if sum(features for _, features in following) != size:
             return None
         jacobian = [] if structure is None else _jacobian(builder, parts, layout, structure)
-    except (*MISSES, Unwritable, UsageError, AssertionError) as error:
-        require_memory(error)
+    except UNWRITTEN:
         return None
     step = builder.finish(following)
     return step, builder.finish(following + jacobian) if jacobian else step
@@ -325,8 +329,7 @@ def compile_adjoint(cell: Cell, layout: Layout, inputs: Tensor, states: Tensor, 
         following = [_output(builder, part) for part in parts]
         if [features for _, features in following] != list(layout.sizes):
             return None
-    except (*MISSES, Unwritable, UsageError, AssertionError) as error:
-        require_memory(error)
+    except UNWRITTEN:
         return None
     begins = [first + sum(layout.sizes[:i]) for i in range(len(layout.sizes))]
     back = reverse(builder, following, begins, (before, size))

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from reroll.cells.base import Cell
 from reroll.errors import require_positive
+from reroll.kernels.lstm_scan.reference import gated
 from reroll.kernels.noise_axpy import noise
 from reroll.keys import Key
 
@@ -108,9 +109,7 @@ class DNC(Cell):
         h, c, memory, read = state
         x = self.input_norm(torch.cat([u, read], -1))
         pre = functional.linear(x, self.weight_ih, self.bias_ih) + functional.linear(h, self.weight_hh, self.bias_hh)
-        i, f, z, o = pre.chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(z)
-        h = torch.sigmoid(o) * torch.tanh(c)
+        h, c = gated(pre, c)
         y = self.hidden_norm(h)
 
         write = self._address(self.write_key_norm(self.write_key(y)).unsqueeze(-2), memory)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reroll.cells.base import Cell
+from reroll.cells.gru import gated
 from reroll.errors import UsageError, require_positive
 
 
@@ -83,11 +84,9 @@ class ARGRU(Cell):
     def predict(self, state: ARState) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mean and standard deviation of the next value, [..., 1] each, and the next hidden state."""
         x, h = state
-        u_r, u_z, u_n = functional.linear(x, self.weight_ih, self.bias).chunk(3, -1)
-        v_r, v_z, v_n = functional.linear(h, self.weight_hh).chunk(3, -1)
-        r, z = torch.sigmoid(u_r + v_r), torch.sigmoid(u_z + v_z)
-        n = torch.tanh(u_n + r * (v_n + self.bias_new))
-        h = (1 - z) * n + z * h
+        u = functional.linear(x, self.weight_ih, self.bias)
+        v = functional.linear(h, self.weight_hh) + functional.pad(self.bias_new, (2 * self.hidden_size, 0))
+        h = gated(u, v, h)
         mean, spread = self.decode(h + x).chunk(2, -1)
         return mean, functional.softplus(spread), h
 

@@ -7,18 +7,15 @@ h ← (1 − z) ∘ n + z ∘ h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reroll.cells.base import Cell
+from reroll.cells.base import Layer
 from reroll.cells.library import by_library
-from reroll.errors import require_positive
 
 
-class GRU(Cell):
+class GRU(Layer):
     """A gated recurrent unit with torch's gate order (r, z, n) and its two biases.
 
     Args:
@@ -30,37 +27,31 @@ class GRU(Cell):
         150
     """
 
+    weight_hh: nn.Parameter
+    bias_ih: nn.Parameter
+    bias_hh: nn.Parameter
     stepwise = True
 
     def __init__(self, input_size: int, hidden_size: int):
-        super().__init__()
-        require_positive(input_size=input_size, hidden_size=hidden_size)
-        self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, hidden_size
-        self.weight_ih = nn.Parameter(torch.empty(3 * hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
-        self.bias_ih = nn.Parameter(torch.empty(3 * hidden_size))
-        self.bias_hh = nn.Parameter(torch.empty(3 * hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights from N(0, 1/fan-in); the biases are zero."""
-        nn.init.normal_(self.weight_ih, std=self.input_size**-0.5)
-        nn.init.normal_(self.weight_hh, std=self.hidden_size**-0.5)
-        nn.init.zeros_(self.bias_ih)
-        nn.init.zeros_(self.bias_hh)
-
-    def init_state(self, batch_shape: Sequence[int]) -> Tensor:
-        return self.bias_hh.new_zeros(*batch_shape, self.hidden_size)
+        h, gates = hidden_size, 3 * hidden_size
+        super().__init__(
+            input_size, h, weight_ih=(gates, input_size), weight_hh=(gates, h), bias_ih=(gates,), bias_hh=(gates,)
+        )
 
     def project(self, inputs: Tensor) -> Tensor:
         return functional.linear(inputs, self.weight_ih, self.bias_ih)
 
     def step(self, u: Tensor, state: Tensor) -> Tensor:
-        u_r, u_z, u_n = u.chunk(3, -1)
-        v_r, v_z, v_n = functional.linear(state, self.weight_hh, self.bias_hh).chunk(3, -1)
-        r, z = torch.sigmoid(u_r + v_r), torch.sigmoid(u_z + v_z)
-        n = torch.tanh(u_n + r * v_n)
-        return (1 - z) * n + z * state
+        return gated(u, functional.linear(state, self.weight_hh, self.bias_hh), state)
 
     def fused(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor] | None:
         return by_library("gru", inputs, state, (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
+
+
+def gated(u: Tensor, v: Tensor, h: Tensor) -> Tensor:
+    """Return the state after h: u = W x + b and v = R h + c, [..., 3H] each."""
+    u_r, u_z, u_n = u.chunk(3, -1)
+    v_r, v_z, v_n = v.chunk(3, -1)
+    r, z = torch.sigmoid(u_r + v_r), torch.sigmoid(u_z + v_z)
+    n = torch.tanh(u_n + r * v_n)
+    return (1 - z) * n + z * h

@@ -10,7 +10,8 @@ in memory feature by feature, and is fastest if u and the states do too (`featur
 from __future__ import annotations
 
 import weakref
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,10 @@ from reroll.errors import UsageError
 
 Structure = Literal["diagonal", "block", "dense"]
 
+Result = TypeVar("Result")
+
 _untrackable: weakref.WeakKeyDictionary[Cell, str] = weakref.WeakKeyDictionary()
-"""Cells whose step could not be followed, and why: found out once."""
+"""Cells whose step does something that cannot be followed, and what: tried once."""
 OWN_DERIVATIVE = "its derivative is not that of its operations"
 
 
@@ -40,13 +43,13 @@ def feature_major(rows: Tensor) -> Tensor:
 @torch.no_grad()
 def advance(cell: Cell, layout: Layout, u: Tensor | tracked.Tracked, state: Tensor) -> Tensor:
     """Return what `step` returns, without a graph, feature-major where the step can be followed."""
-    if cell not in _untrackable:
-        try:
-            after = cell.step(_inputs(u), layout.unpack(tracked.Tracked(state, (), moves=True)))
-            return _joined(layout.parts(after))
-        except MISSES as error:
-            _give_up(cell, error)
-    return step(cell, layout, u.value if isinstance(u, tracked.Tracked) else u, state)
+
+    def followed() -> Tensor:
+        after = cell.step(_inputs(u), layout.unpack(tracked.Tracked(state, (), moves=True)))
+        return _joined(layout.parts(after))
+
+    following = _followed(cell, followed)
+    return step(cell, layout, tracked.value_of(u), state) if following is None else following
 
 
 def leave_to_autograd(cell: Cell) -> None:
@@ -62,14 +65,12 @@ def has_own_derivative(cell: Cell) -> bool:
 @torch.no_grad()
 def followed_vjp(cell: Cell, layout: Layout, u: Tensor, state: Tensor, cotangent: Tensor) -> Tensor | None:
     """Return Aᵀ · cotangent for every row as the structure of the step gives it; None if it cannot be followed."""
-    if cell in _untrackable:
-        return None
-    try:
+
+    def followed() -> Tensor:
         parts = layout.parts(cell.step(_inputs(u), layout.unpack(tracked.Tracked.state(state))))
         return pieces.times_transposed(parts, cotangent.split(layout.sizes, -1))
-    except MISSES as error:
-        _give_up(cell, error)
-        return None
+
+    return _followed(cell, followed)
 
 
 def why_untrackable(cell: Cell) -> str | None:
@@ -96,12 +97,8 @@ def linearise(
     """
     if structure == "block" and layout.size % blocks:
         raise UsageError(f"blocks={blocks} does not divide the {layout.size} numbers of the state.")
-    if cell not in _untrackable:
-        try:
-            return _by_structure(cell, layout, u, state, structure, blocks)
-        except MISSES as error:
-            _give_up(cell, error)
-    return _by_autograd(cell, layout, u.value if isinstance(u, tracked.Tracked) else u, state, structure, blocks)
+    found = _followed(cell, lambda: _by_structure(cell, layout, u, state, structure, blocks))
+    return _by_autograd(cell, layout, tracked.value_of(u), state, structure, blocks) if found is None else found
 
 
 def _by_structure(
@@ -137,19 +134,21 @@ def _joined(parts: tuple[Any, ...]) -> Tensor:
     return values[0] if len(values) == 1 else torch.cat([value.T for value in values]).T
 
 
-MISSES = (tracked.Untrackable, AttributeError, TypeError, NotImplementedError, RuntimeError, IndexError)
-"""What a step may raise on tracked values. A mistake in the cell itself comes up again on plain tensors."""
+def _followed(cell: Cell, run: Callable[[], Result]) -> Result | None:
+    """Return what a step on tracked values gives; None where it cannot be followed.
 
-
-def require_memory(error: Exception) -> None:
-    """Raise an error again that is one of memory."""
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate" in str(error):
-        raise error
-
-
-def _give_up(cell: Cell, error: Exception) -> None:
-    require_memory(error)
-    _untrackable[cell] = str(error).splitlines()[0] if str(error) else type(error).__name__
+    An operation that cannot be followed is remembered. Any other error is taken to be of this call alone, such as want
+    of memory: plain tensors are used for it, and a mistake in the step itself comes up again on them.
+    """
+    if cell in _untrackable:
+        return None
+    try:
+        return run()
+    except tracked.Untrackable as error:
+        _untrackable[cell] = str(error)
+    except (AttributeError, TypeError, IndexError, RuntimeError):
+        pass
+    return None
 
 
 def _by_autograd(
@@ -202,9 +201,3 @@ def vjp(following: Tensor, leaf: Tensor, cotangent: Tensor, retain: bool) -> Ten
         return torch.zeros_like(leaf)
     (found,) = torch.autograd.grad(following, leaf, cotangent, retain_graph=retain, allow_unused=True)
     return torch.zeros_like(leaf) if found is None else found
-
-
-def describe(cell: Cell) -> dict[str, Any]:
-    """Return how the Jacobian of a cell is found, for reports."""
-    why = why_untrackable(cell)
-    return {"jacobian": "by structure" if why is None else f"by autograd ({why})"}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reroll.cells.base import Cell
+from reroll.cells.base import Layer
 from reroll.errors import require_positive
 
 
@@ -25,7 +25,7 @@ class LEMState(NamedTuple):
     z: Tensor
 
 
-class LEM(Cell):
+class LEM(Layer):
     """A long expressive memory cell; its readout is y.
 
     Args:
@@ -38,30 +38,20 @@ class LEM(Cell):
         torch.Size([2, 5])
     """
 
-    stepwise = True
+    weight_hh: nn.Parameter
+    weight_z: nn.Parameter
 
     def __init__(self, input_size: int, hidden_size: int, dt: float = 1.0):
-        super().__init__()
-        require_positive(input_size=input_size, hidden_size=hidden_size, dt=dt)
-        self.input_size, self.hidden_size, self.output_size, self.dt = input_size, hidden_size, hidden_size, dt
-        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
-        self.weight_z = nn.Parameter(torch.empty(hidden_size, hidden_size))
-        self.bias = nn.Parameter(torch.empty(4 * hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights from N(0, 1/fan-in); the biases are zero."""
-        for weight in (self.weight_ih, self.weight_hh, self.weight_z):
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-        nn.init.zeros_(self.bias)
+        require_positive(dt=dt)
+        h = hidden_size
+        super().__init__(
+            input_size, h, weight_ih=(4 * h, input_size), weight_hh=(3 * h, h), weight_z=(h, h), bias=(4 * h,)
+        )
+        self.dt = dt
 
     def init_state(self, batch_shape: Sequence[int]) -> LEMState:
         zeros = self.bias.new_zeros(*batch_shape, self.hidden_size)
         return LEMState(zeros, zeros)
-
-    def project(self, inputs: Tensor) -> Tensor:
-        return functional.linear(inputs, self.weight_ih, self.bias)
 
     def step(self, u: Tensor, state: LEMState) -> LEMState:
         y, z = state

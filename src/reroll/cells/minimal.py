@@ -6,17 +6,14 @@ MinRNN     z = tanh(W x + b),  u = σ(R h + U z + c),  h ← u ∘ h + (1 − u)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reroll.cells.base import Cell
-from reroll.errors import require_positive
+from reroll.cells.base import Layer
 
 
-class MinGRU(Cell):
+class MinGRU(Layer):
     """A gated recurrent unit whose gate and candidate do not see the state: linear, and so solved in one iteration.
 
     Args:
@@ -31,20 +28,7 @@ class MinGRU(Cell):
     stepwise = True
 
     def __init__(self, input_size: int, hidden_size: int):
-        super().__init__()
-        require_positive(input_size=input_size, hidden_size=hidden_size)
-        self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, hidden_size
-        self.weight_ih = nn.Parameter(torch.empty(2 * hidden_size, input_size))
-        self.bias = nn.Parameter(torch.empty(2 * hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights from N(0, 1/fan-in); the biases are zero."""
-        nn.init.normal_(self.weight_ih, std=self.input_size**-0.5)
-        nn.init.zeros_(self.bias)
-
-    def init_state(self, batch_shape: Sequence[int]) -> Tensor:
-        return self.bias.new_zeros(*batch_shape, self.hidden_size)
+        super().__init__(input_size, hidden_size, weight_ih=(2 * hidden_size, input_size), bias=(2 * hidden_size,))
 
     def project(self, inputs: Tensor) -> Tensor:
         """Return 1 − z and z ∘ candidate: nothing else of the inputs enters the step."""
@@ -57,7 +41,7 @@ class MinGRU(Cell):
         return keep * state + new
 
 
-class MinRNN(Cell):
+class MinRNN(Layer):
     """A cell with one gate that sees the state.
 
     Args:
@@ -69,28 +53,16 @@ class MinRNN(Cell):
         75
     """
 
+    weight_hh: nn.Parameter
+    weight_zh: nn.Parameter
+    bias_gate: nn.Parameter
     stepwise = True
 
     def __init__(self, input_size: int, hidden_size: int):
-        super().__init__()
-        require_positive(input_size=input_size, hidden_size=hidden_size)
-        self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, hidden_size
-        self.weight_ih = nn.Parameter(torch.empty(hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(hidden_size, hidden_size))
-        self.weight_zh = nn.Parameter(torch.empty(hidden_size, hidden_size))
-        self.bias = nn.Parameter(torch.empty(hidden_size))
-        self.bias_gate = nn.Parameter(torch.empty(hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights from N(0, 1/fan-in); the biases are zero."""
-        for weight in (self.weight_ih, self.weight_hh, self.weight_zh):
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-        nn.init.zeros_(self.bias)
-        nn.init.zeros_(self.bias_gate)
-
-    def init_state(self, batch_shape: Sequence[int]) -> Tensor:
-        return self.bias.new_zeros(*batch_shape, self.hidden_size)
+        h = hidden_size
+        super().__init__(
+            input_size, h, weight_ih=(h, input_size), weight_hh=(h, h), weight_zh=(h, h), bias=(h,), bias_gate=(h,)
+        )
 
     def project(self, inputs: Tensor) -> Tensor:
         z = torch.tanh(functional.linear(inputs, self.weight_ih, self.bias))

@@ -15,14 +15,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from reroll.cells.base import Cell
+from reroll.cells.base import Layer
 from reroll.cells.lstm import LSTMState
-from reroll.errors import require_positive
 
 
-class ParaGRU(Cell):
+class ParaGRU(Layer):
     """A gated recurrent unit with one recurrent gain per channel and gate.
 
     Args:
@@ -34,28 +32,16 @@ class ParaGRU(Cell):
         75
     """
 
-    stepwise = True
+    gains: nn.Parameter
 
     def __init__(self, input_size: int, hidden_size: int):
-        super().__init__()
-        require_positive(input_size=input_size, hidden_size=hidden_size)
-        self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, hidden_size
-        self.weight_ih = nn.Parameter(torch.empty(3 * hidden_size, input_size))
-        self.bias = nn.Parameter(torch.empty(3 * hidden_size))
-        self.gains = nn.Parameter(torch.empty(3, hidden_size))
-        self.reset_parameters()
+        h = hidden_size
+        super().__init__(input_size, h, weight_ih=(3 * h, input_size), bias=(3 * h,), gains=(3, h))
 
     def reset_parameters(self) -> None:
         """Draw input weights from N(0, 1/fan-in), gains from [−½, ½]; the biases are zero."""
-        nn.init.normal_(self.weight_ih, std=self.input_size**-0.5)
+        super().reset_parameters()
         nn.init.uniform_(self.gains, -0.5, 0.5)
-        nn.init.zeros_(self.bias)
-
-    def init_state(self, batch_shape: Sequence[int]) -> Tensor:
-        return self.bias.new_zeros(*batch_shape, self.hidden_size)
-
-    def project(self, inputs: Tensor) -> Tensor:
-        return functional.linear(inputs, self.weight_ih, self.bias)
 
     def step(self, u: Tensor, state: Tensor) -> Tensor:
         u_z, u_r, u_c = u.chunk(3, -1)
@@ -65,7 +51,7 @@ class ParaGRU(Cell):
         return (1 - z) * state + z * c
 
 
-class ParaLSTM(Cell):
+class ParaLSTM(Layer):
     """A long short-term memory cell with peepholes, coupled gates, and one recurrent gain per channel and gate.
 
     Args:
@@ -77,31 +63,22 @@ class ParaLSTM(Cell):
         85
     """
 
-    stepwise = True
+    gains: nn.Parameter
+    peepholes: nn.Parameter
 
     def __init__(self, input_size: int, hidden_size: int):
-        super().__init__()
-        require_positive(input_size=input_size, hidden_size=hidden_size)
-        self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, hidden_size
-        self.weight_ih = nn.Parameter(torch.empty(3 * hidden_size, input_size))
-        self.bias = nn.Parameter(torch.empty(3 * hidden_size))
-        self.gains = nn.Parameter(torch.empty(3, hidden_size))
-        self.peepholes = nn.Parameter(torch.empty(2, hidden_size))
-        self.reset_parameters()
+        h = hidden_size
+        super().__init__(input_size, h, weight_ih=(3 * h, input_size), bias=(3 * h,), gains=(3, h), peepholes=(2, h))
 
     def reset_parameters(self) -> None:
         """Draw input weights from N(0, 1/fan-in), gains and peepholes from [−½, ½]; the biases are zero."""
-        nn.init.normal_(self.weight_ih, std=self.input_size**-0.5)
+        super().reset_parameters()
         nn.init.uniform_(self.gains, -0.5, 0.5)
         nn.init.uniform_(self.peepholes, -0.5, 0.5)
-        nn.init.zeros_(self.bias)
 
     def init_state(self, batch_shape: Sequence[int]) -> LSTMState:
         zeros = self.bias.new_zeros(*batch_shape, self.hidden_size)
         return LSTMState(zeros, zeros)
-
-    def project(self, inputs: Tensor) -> Tensor:
-        return functional.linear(inputs, self.weight_ih, self.bias)
 
     def step(self, u: Tensor, state: LSTMState) -> LSTMState:
         h, c = state

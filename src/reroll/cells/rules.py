@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reroll.cells.tracked import Chain, Term, Tracked, Untrackable, value_of
+from reroll.cells.tracked import RULES, Chain, Term, Tracked, Untrackable, value_of
 
 
 def _run(function: Callable[..., Any], value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -248,8 +248,7 @@ _BY_AUTOGRAD = (
     "leaky_relu", "hardtanh", "hardsigmoid", "softsign", "logsigmoid", "erf", "atan", "sinh", "cosh", "clamp", "clip",
     "log1p", "expm1", "asinh", "tanhshrink",
 )  # fmt: skip
-RULES: dict[str, Callable[..., Any]] = {
+RULES |= {
     **_SHAPES, **_ARITHMETIC, **_FUNCTIONS, **dict.fromkeys(_BY_AUTOGRAD, _elementwise), "clone": _same,
     "contiguous": _same,
 }  # fmt: skip
-"""How each operation, by its name in torch, acts on tracked values."""

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+RULES: dict[str, Callable[..., Any]] = {}
+"""How each operation, by its name in torch, acts on tracked values; `rules.py`, which is made of them, fills it in."""
 MOST = 32
 """Pieces of a Jacobian that are followed; beyond, automatic differentiation is cheaper."""
 
@@ -266,8 +268,6 @@ def _on_tape(result: Any, tape: Tape) -> Any:
 
 
 def _carried_out(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    from reroll.cells.rules import RULES  # which are made of tracked values
-
     rule = RULES.get(name)
     if rule is not None:
         return rule(function, *args, **kwargs)

@@ -1,22 +1,26 @@
-"""torch's own `RNNCell`, `GRUCell` and `LSTMCell` as cells: the same parameters, the step written in operations.
+"""What others wrote, as cells: plain functions, and torch's `RNNCell`, `GRUCell` and `LSTMCell`.
 
-The modules stay the owners of their weights, so whoever trains the cell trains the module. Written out, a step can be
-projected ahead, linearised by its structure, and mapped; torch's kernels for one step allow none of that.
+torch's cells are written in operations here. The modules stay the owners of their weights, so whoever trains the cell
+trains the module. Written out, a step can be projected ahead, linearised by its structure, and mapped; torch's kernels
+for one step allow none of that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from reroll.cells import gru
 from reroll.cells.base import Cell
 from reroll.cells.library import by_library
 from reroll.cells.lstm import LSTMState
-from reroll.kernels.lstm_scan import lstm_scan
+from reroll.errors import UsageError, require_count
+from reroll.kernels.lstm_scan import lstm_scan, reference
 
 
 class Wrapped(Cell):
@@ -47,15 +51,9 @@ class Wrapped(Cell):
         h = state[0] if isinstance(self.module, nn.LSTMCell) else state
         v = functional.linear(h, self.module.weight_hh, self.module.bias_hh)
         if isinstance(self.module, nn.GRUCell):
-            u_r, u_z, u_n = u.chunk(3, -1)
-            v_r, v_z, v_n = v.chunk(3, -1)
-            r, z = torch.sigmoid(u_r + v_r), torch.sigmoid(u_z + v_z)
-            n = torch.tanh(u_n + r * v_n)
-            return (1 - z) * n + z * h
+            return gru.gated(u, v, h)
         if isinstance(self.module, nn.LSTMCell):
-            i, f, g, o = (u + v).chunk(4, -1)
-            c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-            return LSTMState(torch.sigmoid(o) * torch.tanh(c), c)
+            return LSTMState(*reference.gated(u + v, state[1]))
         return (torch.tanh if self.module.nonlinearity == "tanh" else torch.relu)(u + v)
 
     def fused(self, inputs: Tensor, state: Any) -> tuple[Tensor, Any] | None:
@@ -73,3 +71,67 @@ class Wrapped(Cell):
 
     def readout(self, state: Any) -> Tensor:
         return state[0] if isinstance(self.module, nn.LSTMCell) else state
+
+
+class FunctionCell(Cell):
+    """A plain function as a cell; see `cell_from`."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], state_size: int, module: nn.Module | None):
+        super().__init__()
+        self.function = None if function is module else function  # a module twice would be saved twice
+        self.module = module
+        self.input_size = self.output_size = self.state_size = state_size
+
+    def init_state(self, batch_shape: Sequence[int]) -> Tensor:
+        return torch.zeros(*batch_shape, self.state_size)
+
+    def step(self, u: Tensor, state: Tensor) -> Tensor:
+        step = self.module if self.function is None else self.function
+        assert step is not None
+        return step(u, state)
+
+
+def cell_from(step: Callable[..., Any], state_size: int, *, module: nn.Module | None = None) -> Cell:
+    """Return a cell from a plain function.
+
+    Args:
+        step: `step(input_t, state) → state`, on [rows, features] and [rows, state_size]; pure (see `Cell`). Also
+            torch's `RNNCell`, `GRUCell` or `LSTMCell`, whose state is a pair.
+        state_size: features of the state, which starts as zeros.
+        module: the module whose parameters `step` uses, so that they are trained. A bound method brings its own.
+
+    Raises:
+        UsageError: if `step` cannot be called, or state_size is not positive.
+
+    Example:
+        >>> cell = cell_from(lambda u, s: torch.tanh(s + u), 3)
+        >>> cell.step(torch.zeros(2, 3), cell.init_state((2,))).shape
+        torch.Size([2, 3])
+    """
+    if not callable(step):
+        raise UsageError(f"step={step!r} must be a function step(input_t, state) → state.")
+    require_count(state_size=state_size)
+    if isinstance(step, nn.RNNCell | nn.GRUCell | nn.LSTMCell):
+        if step.hidden_size != state_size:
+            raise UsageError(f"state_size={state_size} does not fit {step}, whose hidden_size is {step.hidden_size}.")
+        return Wrapped(step)
+    if isinstance(step, nn.RNNBase):
+        kind = type(step).__name__
+        raise UsageError(f"step is an nn.{kind}, which runs whole sequences; give an nn.{kind}Cell, a single step.")
+    _require_two_arguments(step)
+    owner = step if isinstance(step, nn.Module) else getattr(step, "__self__", None)
+    if module is None and isinstance(owner, nn.Module):
+        module = owner
+    return FunctionCell(step, state_size, module)
+
+
+def _require_two_arguments(step: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(step.forward if isinstance(step, nn.Module) else step, follow_wrapped=False)
+    except (TypeError, ValueError):  # a function written in C may have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(step, "__name__", type(step).__name__)
+        raise UsageError(f"step={name} must take (input_t, state): {error}.") from error

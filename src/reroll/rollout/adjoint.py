@@ -26,6 +26,7 @@ from reroll.kernels import dispatch
 from reroll.kernels.dispatch import Candidate
 from reroll.kernels.linear_scan import linear_scan
 from reroll.rollout import native
+from reroll.rollout.problem import Problem
 
 METHODS = ("auto", "dense", "splitting", "sequential")
 DENSE_FLOATS = 1 << 26
@@ -39,11 +40,11 @@ NARROW = 1 << 12
 Method = Literal["auto", "dense", "splitting", "sequential"]
 
 
-def attach(problem: Any, states: Tensor, method: Method) -> Tensor:
+def attach(problem: Problem, states: Tensor, method: Method) -> Tensor:
     """Return the states [B, T, D] with the graph of one batched step and the adjoint in front of it.
 
     Args:
-        problem: a `reroll.rollout.newton.Problem`, attached to whatever needs a gradient.
+        problem: attached to whatever needs a gradient.
         states: its solution.
         method: how the adjoint is found.
     """
@@ -86,7 +87,7 @@ class _Attach(torch.autograd.Function):
 
 
 @torch.no_grad()
-def adjoint(problem: Any, states: Tensor, cotangent: Tensor, method: Method = "auto") -> Tensor:
+def adjoint(problem: Problem, states: Tensor, cotangent: Tensor, method: Method = "auto") -> Tensor:
     """Return g, [B, T, D], for ∂ℓ/∂s = `cotangent`."""
     batch, time, size = states.shape
     if method == "auto" or (method == "sequential" and batch * size <= NARROW):
@@ -112,14 +113,14 @@ def adjoint(problem: Any, states: Tensor, cotangent: Tensor, method: Method = "a
     return _sequential(problem, states, cotangent)
 
 
-def _ahead(problem: Any, begin: int, end: int) -> Tensor | None:
+def _ahead(problem: Problem, begin: int, end: int) -> Tensor | None:
     """Where the step after each of these starts afresh, so that nothing flows back over it: [B, steps] or None."""
     if problem.reset is None:
         return None
     return problem.reset[:, begin + 1 : end + 1]
 
 
-def _dense(problem: Any, states: Tensor, cotangent: Tensor) -> Tensor:
+def _dense(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor:
     batch, time, size = states.shape
     width = max(1, WINDOW_FLOATS // (batch * size * size))
     found = torch.empty_like(states)
@@ -137,7 +138,7 @@ def _dense(problem: Any, states: Tensor, cotangent: Tensor) -> Tensor:
     return found
 
 
-def _splitting(problem: Any, states: Tensor, cotangent: Tensor) -> Tensor | None:
+def _splitting(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor | None:
     """Return g, or None if it does not converge."""
     batch, time, size = states.shape
     if time == 1:
@@ -171,14 +172,14 @@ def _splitting(problem: Any, states: Tensor, cotangent: Tensor) -> Tensor | None
     return None
 
 
-def _diagonal(problem: Any, u: Tensor, rows: Tensor, size: int) -> Tensor:
+def _diagonal(problem: Problem, u: Tensor, rows: Tensor, size: int) -> Tensor:
     """The diagonal where it is cheap; nothing where it would take many derivatives."""
     if size <= 64 or jacobian.why_untrackable(problem.cell) is None:
         return jacobian.linearise(problem.cell, problem.layout, u, rows, "diagonal")[1]
     return torch.zeros_like(rows)
 
 
-def _sequential(problem: Any, states: Tensor, cotangent: Tensor) -> Tensor:
+def _sequential(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor:
     found, before = cotangent.clone(), problem.before(states)
     for t in range(states.shape[1] - 2, -1, -1):
         with torch.enable_grad():

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from reroll.cells.base import Cell, FunctionCell, State
+from reroll.cells.base import Cell, State
+from reroll.cells.wrapped import FunctionCell
 from reroll.errors import UsageError
 from reroll.outcome import Outcome
 from reroll.trees import map_state

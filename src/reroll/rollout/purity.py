@@ -5,9 +5,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from reroll.cells.base import Cell
 from reroll.cells.compiled import compile_adjoint
@@ -15,11 +15,11 @@ from reroll.cells.jacobian import feature_major, followed_vjp, leave_to_autograd
 from reroll.cells.layout import Layout
 from reroll.errors import RerollError, UsageError
 from reroll.kernels import dispatch
-from reroll.rollout.base import explaining_dtypes
+from reroll.rollout.base import explaining_dtypes, require_same_shapes
+from reroll.rollout.problem import Problem
 
 _known: weakref.WeakKeyDictionary[Cell, set[tuple[bool, ...]]] = weakref.WeakKeyDictionary()
 """Cells that were tried, and in which modes (training or not): dropout acts in one of them."""
-
 
 ROWS = 8
 """Rows on which a step is tried."""
@@ -29,10 +29,12 @@ BAD = (RuntimeError, IndexError, TypeError, ValueError, AttributeError)
 """What a step may raise that does not fit its arguments."""
 LOOSE = 1e-2
 """Difference between a row alone and among others that is rounding; a branch makes one of order 1."""
+ALONG = "A rollout along time evaluates many steps side by side as rows; use rollout=Sequential() otherwise."
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @torch.no_grad()
-def require_pure(cell: Cell, problem: Any) -> None:
+def require_pure(cell: Cell, problem: Problem) -> None:
     """Try the step on a few rows, and raise if it edits its arguments, is random, or mixes rows.
 
     Raises:
@@ -41,34 +43,30 @@ def require_pure(cell: Cell, problem: Any) -> None:
     mode = tuple(module.training for module in cell.modules())
     if mode in _known.setdefault(cell, set()):
         return
-    u, state = _tried(problem)
-    given_u, given_state = u.clone(), state.clone()
-    held = _buffers(cell)
-    devices = [u.device] if u.device.type == "cuda" else []
-    name = type(cell).__name__
-    with torch.random.fork_rng(devices), _restoring(cell, held):
+    name, layout, (u, state) = type(cell).__name__, problem.layout, _tried(problem)
+    for path, module in cell.named_modules():
+        if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None):
+            raise UsageError(
+                f"{name}.{path} is a {type(module).__name__} in training, whose result for a row changes with the "
+                "other rows; put it in eval mode, or use LayerNorm."
+            )
+    with torch.random.fork_rng([u.device] if u.device.type == "cuda" else []), _restoring_buffers(cell):
         try:
             with explaining_dtypes(cell, u, state):
-                after = cell.step(u, problem.layout.unpack(state))
+                after = cell.step(u.clone(), layout.unpack(state.clone()))
         except BAD as error:
             if isinstance(error, RerollError):
                 raise
             raise UsageError(
-                f"{name}.step fails on {ROWS} rows, [{ROWS}, {u.shape[1]}] and [{ROWS}, {state.shape[1]}]: {error}. A "
-                "rollout along time evaluates many steps side by side as rows; use rollout=Sequential() otherwise."
+                f"{name}.step fails on {ROWS} rows, [{ROWS}, {u.shape[1]}] and [{ROWS}, {state.shape[1]}]: {error}. "
+                f"{ALONG}"
             ) from error
-        _require_same_kind(after, problem, name)
-        first = step(cell, problem.layout, u, state)
-        once = _buffers(cell)
-        second = step(cell, problem.layout, given_u.clone(), given_state.clone())
-        twice = _buffers(cell)
-        alone = torch.cat([step(cell, problem.layout, u[i : i + 1], state[i : i + 1]) for i in range(len(u))])
-    if first.shape != given_state.shape:
-        raise UsageError(
-            f"{name}.step returns {tuple(first.shape)} numbers, rows and features, for {tuple(state.shape)}; a "
-            "step must keep the shape of its state."
-        )
-    if not (_same(u, given_u) and _same(state, given_state)):
+        require_same_shapes(cell, layout.unpack(state), after)
+        tried_u, tried_state = u.clone(), state.clone()
+        first, once = step(cell, layout, tried_u, tried_state), _buffers(cell)
+        second, twice = step(cell, layout, u.clone(), state.clone()), _buffers(cell)
+        alone = torch.cat([step(cell, layout, u[i : i + 1].clone(), state[i : i + 1].clone()) for i in range(ROWS)])
+    if not (_same(tried_u, u) and _same(tried_state, state)):
         raise UsageError(f"{name}.step changes its arguments in place; let it return new tensors.")
     for buffer in once:
         if not _same(once[buffer], twice[buffer]):
@@ -83,31 +81,31 @@ def require_pure(cell: Cell, problem: Any) -> None:
     if not torch.allclose(first, alone, rtol=LOOSE, atol=LOOSE, equal_nan=True):
         raise UsageError(
             f"{name}.step mixes sequences: the result of a row changes with the other rows (a branch on values, or a "
-            "mean over the batch). A rollout along time evaluates many steps side by side as rows; compute every row "
-            "by itself, or use rollout=Sequential()."
+            f"mean over the batch). {ALONG}"
         )
     if state.shape[1] <= WIDEST and not dispatch.is_mapped():
         with torch.inference_mode(False), torch.autocast(u.device.type, enabled=False):
-            _follow_derivatives(cell, problem.layout, u.clone(), state.clone())
+            _try_derivatives(cell, layout, u.clone(), state.clone())
     _known[cell].add(mode)
 
 
-def _buffers(cell: Cell) -> dict[str, torch.Tensor]:
+def _buffers(cell: Cell) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in cell.named_buffers()}
 
 
 @contextmanager
-def _restoring(cell: Cell, held: dict[str, torch.Tensor]) -> Iterator[None]:
+def _restoring_buffers(cell: Cell) -> Iterator[None]:
     """Put back what a trial did to buffers."""
+    before = _buffers(cell)
     try:
         yield
     finally:
         for name, buffer in cell.named_buffers():
-            if name in held and held[name].shape == buffer.shape and not _same(buffer, held[name]):
-                buffer.copy_(held[name])
+            if name in before and before[name].shape == buffer.shape and not _same(before[name], buffer):
+                buffer.copy_(before[name])
 
 
-def _follow_derivatives(cell: Cell, layout: Layout, u: torch.Tensor, state: torch.Tensor) -> None:
+def _try_derivatives(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> None:
     """Leave a step to automatic differentiation whose derivative, by its operations, is another than torch's.
 
     A solver runs the code of a step on values that follow it. They see neither `no_grad` nor a backward of one's own.
@@ -124,20 +122,18 @@ def _follow_derivatives(cell: Cell, layout: Layout, u: torch.Tensor, state: torc
         if found is None:
             continue
         known = found.isfinite() & expected.isfinite()  # an infinite slope spoils a row's sum in its own way
-        found, given = found[known], expected[known]
-        atol = LOOSE * max(1.0, float(given.abs().max())) if given.numel() else 0.0
-        if not torch.allclose(found, given, rtol=LOOSE, atol=atol):
+        found, wanted = found[known], expected[known]
+        atol = LOOSE * max(1.0, float(wanted.abs().max())) if wanted.numel() else 0.0
+        if not torch.allclose(found, wanted, rtol=LOOSE, atol=atol):
             leave_to_autograd(cell)
 
 
-def _written_vjp(
-    cell: Cell, layout: Layout, u: torch.Tensor, state: torch.Tensor, cotangent: torch.Tensor
-) -> torch.Tensor | None:
+def _written_vjp(cell: Cell, layout: Layout, u: Tensor, state: Tensor, cotangent: Tensor) -> Tensor | None:
     """Return Aᵀ · cotangent as the step's program gives it; None if it has none."""
     if u.device.type != "cpu" or not u.dtype == state.dtype == torch.float32:
         return None
-    columns, nothing = state.T.contiguous(), torch.zeros(layout.size, len(state))
-    program = compile_adjoint(cell, layout, feature_major(u), columns, nothing)
+    nothing = torch.zeros(layout.size, len(state))
+    program = compile_adjoint(cell, layout, feature_major(u), state.T.contiguous(), nothing)
     if program is None:
         return None
     out = torch.empty_like(nothing)
@@ -145,26 +141,14 @@ def _written_vjp(
     return out.T
 
 
-def _tried(problem: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _tried(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return some rows: the first step's inputs, with states around the first one, so that they differ in sign."""
-    generator = torch.Generator().manual_seed(0)
     rows = torch.arange(ROWS) % len(problem.start)
     u, state = problem.piece(0, 1).u[rows, 0].detach(), problem.start[rows].detach()
-    around = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state)
+    around = torch.randn(state.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(state)
     around[0] = 0
     return u.clone(), state + around
 
 
-def _require_same_kind(after: Any, problem: Any, name: str) -> None:
-    """A step that returns a state of another kind, such as a tuple for a tensor, would fail in the solver's words."""
-    kind = problem.layout.kind
-    known = isinstance(after, torch.Tensor) if kind is torch.Tensor else isinstance(after, tuple)
-    if not known or (kind is not torch.Tensor and len(after) != len(problem.layout.sizes)):
-        raise UsageError(
-            f"{name}.step returns a {type(after).__name__} for a state that is a {kind.__name__}; it must return one "
-            "like the one it was given."
-        )
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())

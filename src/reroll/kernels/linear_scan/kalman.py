@@ -31,6 +31,7 @@ from torch import Tensor
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
 from reroll.kernels.linear_scan.operators import DENSE, DENSE_KALMAN, DIAGONAL, SCALAR_KALMAN, Element, Operator
+from reroll.kernels.linear_scan.scan import linear_scan
 
 
 class Filtered(NamedTuple):
@@ -119,8 +120,6 @@ def kalman_smooth(A: Tensor, b: Tensor, filtered: Filtered) -> Tensor:
         >>> kalman_smooth(A, b, kalman_scan(A, b, y, variance=1.0, keep_variance=True)).flatten()
         tensor([1.6000, 0.8000])
     """
-    from reroll.kernels.linear_scan import linear_scan  # this module is part of that package's own
-
     if filtered.variance is None:
         raise UsageError("kalman_smooth needs the variances; call kalman_scan with keep_variance=True.")
     if not b.shape[1]:

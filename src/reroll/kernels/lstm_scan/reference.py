@@ -28,8 +28,12 @@ def step(u: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Te
     else:
         blocks = weight_hh.unflatten(0, (heads, 4 * width))
         recurrent = torch.einsum("...nd,ngd->...ng", h.unflatten(-1, (heads, width)), blocks)
-    pre = u.unflatten(-1, (heads, 4 * width)) + recurrent
-    i, f, z, o = pre.unflatten(-1, (4, width)).unbind(-2)
-    c = torch.sigmoid(f) * c.unflatten(-1, (heads, width)) + torch.sigmoid(i) * torch.tanh(z)
-    h = torch.sigmoid(o) * torch.tanh(c)
+    h, c = gated(u.unflatten(-1, (heads, 4 * width)) + recurrent, c.unflatten(-1, (heads, width)))
     return h.flatten(-2), c.flatten(-2)
+
+
+def gated(pre: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Return h and c after a step: pre is the gates' argument, [..., 4H] in the order i, f, z, o."""
+    i, f, z, o = pre.chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(z)
+    return torch.sigmoid(o) * torch.tanh(c), c

@@ -25,19 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reroll.kernels.program.operations import CODE, ROWS
 from reroll.kernels.threads import split
 
-ROWS = 64
-"""Rows of a block."""
 MINIMUM = 1 << 12
 """Numbers of work per thread that are worth another one."""
-
-OPERATIONS = (
-    "load", "copy", "add", "sub", "mul", "div", "add_c", "mul_c", "rsub_c", "rdiv_c", "sigmoid", "tanh", "relu", "step",
-    "addcmul", "addcmul_c", "linear", "fill", "gather", "store", "exp", "log", "sqrt", "sin", "cos",
-    "log1p", "softplus",
-)  # fmt: skip
-CODE = {name: number for number, name in enumerate(OPERATIONS)}
 
 
 @dataclass

@@ -8,7 +8,7 @@ from numba import types as numba_types
 from numba.extending import intrinsic
 
 from reroll.kernels.jit import jit
-from reroll.kernels.program import CODE, ROWS
+from reroll.kernels.program.operations import CODE, ROWS
 from reroll.kernels.simd import (
     LANES,
     add,

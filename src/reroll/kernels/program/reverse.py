@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reroll.kernels.program import CODE, OPERATIONS, Builder, reads
+from reroll.kernels.program import Builder, reads
+from reroll.kernels.program.operations import CODE, OPERATIONS
 
 Range = tuple[int, int]
 

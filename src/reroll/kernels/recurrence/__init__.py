@@ -24,12 +24,6 @@ from torch import Tensor
 from reroll.kernels.program import Program
 from reroll.kernels.threads import split
 
-PIECE = 256
-"""Rows whose inputs a loop brings together at a time."""
-EPS = np.float32(torch.finfo(torch.float32).eps)
-ZERO, IDENTITY, BLOCKS = range(3)
-KINDS = {"zero": ZERO, "identity": IDENTITY, "diagonal": BLOCKS, "block": BLOCKS, "dense": BLOCKS}
-
 
 class Rows(NamedTuple):
     """Sequences in groups, each of which a thread goes through by itself.
@@ -133,7 +127,7 @@ def newton(
     windows = -(-rows.time // window)
     iterations, residual = np.zeros((windows, batch), np.int64), np.zeros((windows, batch), np.float32)
     solved = np.zeros(len(firsts), np.int64)
-    how = (KINDS[kind], order, window, limit, every)
+    how = (cpu.KINDS[kind], order, window, limit, every)
     within = tuple(np.float32(t) for t in tolerance)
     step, whole = programs
 

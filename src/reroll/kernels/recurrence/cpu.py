@@ -5,10 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from reroll.kernels.jit import jit
-from reroll.kernels.program import ROWS
 from reroll.kernels.program.cpu import execute, gather_rows
-from reroll.kernels.recurrence import BLOCKS, EPS, IDENTITY, PIECE, ZERO
+from reroll.kernels.program.operations import ROWS
 from reroll.kernels.simd import LANES, add, fma, load, load_part, max_abs, mul, splat, store, store_part, sub
+
+PIECE = 256
+"""Rows whose inputs a loop brings together at a time."""
+EPS = np.finfo(np.float32).eps
+ZERO, IDENTITY, BLOCKS = range(3)
+KINDS = {"zero": ZERO, "identity": IDENTITY, "diagonal": BLOCKS, "block": BLOCKS, "dense": BLOCKS}
 
 
 @jit
