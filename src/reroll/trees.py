@@ -12,6 +12,7 @@ def combine_states(states: list[Any], combine: Callable[[list[Tensor]], Tensor])
     """Combine states of one structure tensor by tensor, with `torch.stack` or `torch.cat` say.
 
     Example:
+        >>> import torch
         >>> combine_states([(torch.ones(1), None), (torch.zeros(1), None)], torch.cat)
         (tensor([1., 0.]), None)
     """
@@ -28,6 +29,7 @@ def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor of a state: a tensor, or (named) tuples, lists and dicts of states; None stays.
 
     Example:
+        >>> import torch
         >>> map_state((torch.ones(2), None), lambda t: t + 1)
         (tensor([2., 2.]), None)
     """

@@ -235,7 +235,7 @@ def test_series_are_scored_whole_and_in_the_units_of_the_run(cli, tmp_path):
     write("wide.csv", "t,h,p", np.ones((300, 3)))
     flags = (*TINY[2:], "--length", 8)
     trained = cli("train", "arrays", "--path", "my.csv", *flags, "--run-dir", "run")
-    assert "my.csv: 1 series × 300 steps × 2 features (t, h); to say the next row, 8 % held out." in trained.out
+    assert "my.csv: 1 series × 300 steps × 2 features (t, h); predicts the next row, 8 % held out." in trained.out
     found = cli("eval", "run", "--path", "moved.csv")
     assert found.out.startswith("moved.csv (all of it), after 4 steps: loss ")
     # In its own units it would be like the training part; in those of the run it is a hundred away.

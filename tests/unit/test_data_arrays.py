@@ -1,6 +1,5 @@
 """Series: what is predicted from what, in which units, and what is missing."""
 
-import logging
 import os
 import pickle
 import tracemalloc
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from reroll.data.arrays import Arrays, cut
-from reroll.data.series import first_not_finite, moments, read_series
+from reroll.data.series import missing, moments
 from reroll.errors import UsageError
 
 RANDOM = np.random.default_rng(0)
@@ -33,8 +32,8 @@ def every(task, split):
 
 
 def raw(task, values):
-    """Standardised values in the units of the file."""
-    return values.double().numpy() * task.std + task.mean
+    """Standardised inputs in the units of the file."""
+    return values.double().numpy() * task.std[: task.inputs] + task.mean[: task.inputs]
 
 
 def rows_of(task, split, inputs):
@@ -91,9 +90,9 @@ def test_moments_do_not_depend_on_the_blocks(monkeypatch, rows):
     assert mean == pytest.approx(kept.mean(0))
     assert std[[0, 2]] == pytest.approx(kept.std(0)[[0, 2]])
     assert std[1] == 1  # a constant feature is not divided by its rounding errors
-    assert first_not_finite(values, None, gaps=False) == (3, 0)
-    assert first_not_finite(values, None, gaps=True) == (9, 2)
-    assert first_not_finite(values, ~np.isin(np.arange(500), (3, 9)), gaps=False) is None
+    assert missing(values, None) == (1, (9, 2))
+    assert missing(values, np.arange(500) != 9) == (1, None)
+    assert missing(values, ~np.isin(np.arange(500), (3, 9))) == (0, None)
 
 
 def test_a_constant_feature_becomes_zero(tmp_path):
@@ -169,7 +168,10 @@ def test_values_for_a_sequence(tmp_path, shape):
     batch = task.batch(0)
     assert task.outputs == batch.targets.shape[1] == (shape[1] if len(shape) > 1 else 1)
     found = [int(np.abs(inputs - row).max((1, 2)).argmin()) for row in raw(task, batch.inputs)]
-    assert batch.targets.numpy() == pytest.approx(targets.reshape(30, -1)[found].astype(np.float32))
+    in_units = batch.targets.double().numpy() * task.std[2:] + task.mean[2:]
+    assert in_units == pytest.approx(targets.reshape(30, -1)[found], abs=1e-5)
+    training = np.isin(np.arange(30), list(rows_of(task, "train", inputs)))
+    assert task.std[2:] == pytest.approx(targets.reshape(30, -1)[training].std(0))
     assert task.loss(lambda inputs: batch.targets, batch).tolist() == [0.0] * 32
     assert task.loss(lambda inputs: batch.targets + 2, batch).mean().item() == pytest.approx(4)
 
@@ -202,8 +204,9 @@ def test_targets_of_every_step(tmp_path, kind):
                 _, n, t = min(distance)
                 there = min(3, 7 - t)
                 assert batch.mask[row].tolist() == [*mask[n, t : t + there].tolist(), *[False] * (3 - there)]
-                given = batch.targets[row].reshape(3, -1)[:there][batch.mask[row, :there]].numpy()
-                assert given == pytest.approx(targets[n, t : t + there][mask[n, t : t + there]].astype(np.float32))
+                given = batch.targets[row].reshape(3, -1)[:there][batch.mask[row, :there]].double().numpy()
+                given = given if kind == "classes" else given * task.std[2:] + task.mean[2:]
+                assert given == pytest.approx(targets[n, t : t + there][mask[n, t : t + there]], abs=1e-5)
     assert batch.present is None
 
 
@@ -259,18 +262,6 @@ def test_units_are_those_of_what_is_there(tmp_path):
     assert task.mean > 1e5
 
 
-def test_csv_is_one_series(tmp_path):
-    lines = [f"{number},2020-01-{number % 30 + 1:02},{number * 2},7" for number in range(300)]
-    (tmp_path / "a.csv").write_text("\ufeffa, date,b ,c\n" + "\n".join(lines) + "\n\n", encoding="utf-8")
-    task = Arrays(tmp_path / "a.csv", length=30, batch=3)
-    assert task.features == ("a", "b", "c")
-    assert (task.inputs, task.outputs) == (3, 3)
-    batch = task.batch(0)
-    values = raw(task, batch.inputs)
-    assert np.allclose(values[:, :, 1], 2 * values[:, :, 0], atol=1e-3)
-    assert np.allclose(np.diff(values[:, :, 0], axis=1), 1, atol=1e-3)
-
-
 def test_a_table_is_one_series_in_every_format(tmp_path):
     table = RANDOM.normal(size=(300, 3))
     (tmp_path / "a.csv").write_text("a,b,c\n" + "\n".join(",".join(map(repr, row)) for row in table.tolist()))
@@ -284,17 +275,17 @@ def test_a_table_is_one_series_in_every_format(tmp_path):
         assert Arrays(save(tmp_path / "b.npz", x=table, **beside)).inputs == 1
 
 
-def test_what_was_read_is_said(tmp_path):
-    rows = [f"2020-01-{n % 30 + 1:02},{n / 10},{'' if n in (5, 9) else n}" for n in range(2000)]
+def test_what_was_read_is_said_in_a_line(tmp_path):
+    rows = [f"2020-01-{n % 28 + 1:02},{n * n / 10},{'' if n in (5, 9) else n * n}" for n in range(2000)]
     (tmp_path / "a.csv").write_text("date,t,h\n" + "\n".join(rows))
-    assert Arrays(tmp_path / "a.csv", length=20).describe() == (
-        f"{tmp_path / 'a.csv'}: 1 series × 2,000 steps × 2 features (t, h); to say the next row, 10 % held out; "
-        "without the columns date, which hold no numbers; "
-        "empty cells (2) are filled with their column's mean, and not scored."
-    )
-    classes = Arrays(save(tmp_path / "a.npz", x=RANDOM.normal(size=(30, 7)), y=np.arange(30) % 5))
-    said = "30 series × 7 steps × 1 feature; to say one of 5 classes for every series, 10 % held out."
-    assert classes.describe().endswith(said)
+    said = Arrays(tmp_path / "a.csv", length=20).describe()
+    for part in ("1 series × 2,000 steps × 2 features (t, h); ", "next row, 10 % held out", "date", "(2)"):
+        assert part in said
+    assert "\n" not in said
+    labels = np.array(["one", "two", "three", "four", "\x1b[2J"])
+    path = save(tmp_path / "a.npz", x=RANDOM.normal(size=(30, 7)), y=np.arange(30) % 5, labels=labels)
+    said = Arrays(path).describe()
+    assert "30 series × 7 steps × 1 feature; predicts one of 5 classes (one, two, three, four, �[2J) for" in said
 
 
 def test_the_whole_of_a_file_is_scored_in_given_units(tmp_path):
@@ -313,39 +304,46 @@ def test_the_whole_of_a_file_is_scored_in_given_units(tmp_path):
     assert Arrays(one, length=6, whole=True).batch(0, "valid").inputs.shape == (1, 40, 2)
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_csv_of_several_series_with_gaps(tmp_path, delimiter):
-    lines = ["t,series,value"]
-    for number in range(20):
-        lines += [f"{step},s{number},{number * 100 + step if step != 2 else ''}" for step in range(5 + number % 3)]
-    lines[1:] = lines[:0:-1]  # series need not be together, nor in order
-    (tmp_path / "a.csv").write_text("\n".join(lines).replace(",", delimiter))
-    data = read_series(tmp_path / "a.csv")
-    assert data.features == ("t", "value")
-    assert sorted(data.lengths.tolist()) == sorted(5 + number % 3 for number in range(20))
-    task = Arrays(tmp_path / "a.csv", batch=64)
-    assert task.length == 6
+def test_lengths_cut_the_padding_off(tmp_path):
+    """Padding of any content touches neither units, inputs nor scores; the same as a mask says it, or other files."""
+    lengths, padding = RANDOM.integers(2, 8, 30), 1e6
+    there = np.arange(8) < lengths[:, None]
+    values = np.where(there[:, :, None], RANDOM.normal(3, 2, (30, 8, 2)), padding)
+    task = Arrays(save(tmp_path / "a.npz", x=values, lengths=lengths), batch=64)
+    assert task.mean == pytest.approx(3, abs=0.6)
     batch = task.batch(0)
-    times, targets = raw(task, batch.inputs)[:, :, 0], raw(task, batch.targets)
-    for row in range(64):
-        scored = batch.mask[row].numpy()
-        assert round(times[row][0]) in (4, 5, 6)
-        # Time runs backwards here; the step whose target is time 2 is the only one of a series that is not scored.
-        assert targets[row][scored][:, 0].round().astype(int).tolist() == [
-            t for t in range(round(times[row][0]) - 1, -1, -1) if t != 2
-        ]
-    missing = batch.inputs[:, :, 1] == 0
-    assert np.allclose(times[missing.numpy() & (np.arange(6) < times[:, :1])], 2, atol=1e-4)
+    assert batch.inputs.abs().max() < 6
+    assert set(batch.mask.sum(1).tolist()) <= set((lengths - 1).tolist())
+    classes = save(tmp_path / "b.npz", x=values, y=np.arange(30), lengths=lengths)
+    batch = Arrays(classes, batch=64).batch(0)
+    assert batch.present.sum(1).tolist() == lengths[batch.targets].tolist()
+    assert batch.mask.all()
+    each = save(tmp_path / "c.npz", x=values, y=np.where(there, np.arange(8), -5), lengths=lengths)
+    batch = Arrays(each, batch=64).batch(0)
+    assert torch.equal(batch.targets[batch.mask], torch.arange(8).expand(64, 8)[:, : batch.time][batch.mask])
+    for wrong in (lengths - 9, lengths + 9, lengths.astype(float), lengths[:4], lengths[:, None]):
+        with pytest.raises(UsageError, match="lengths"):
+            Arrays(save(tmp_path / "d.npz", x=values, lengths=wrong))
 
 
-def test_a_late_word_in_a_column_of_numbers_is_an_error(tmp_path, caplog):
-    (tmp_path / "a.csv").write_text("a,b\nx,1\ny,\nz,nan\nz,3\n" + "z,4\n" * 30)
-    with caplog.at_level(logging.INFO):
-        assert read_series(tmp_path / "a.csv").features == ("b",)
-    assert "without the columns a" in caplog.text
-    (tmp_path / "a.csv").write_text("a,b\nx,1\ny,\nz,nan\nz,three\n")
-    with pytest.raises(UsageError, match="line 5: b='three' is not a number"):
-        Arrays(tmp_path / "a.csv")
+def test_a_file_says_what_is_held_out(tmp_path):
+    values, held_out = RANDOM.normal(size=(40, 6, 2)), np.arange(40) % 4 == 1
+    task = Arrays(save(tmp_path / "a.npz", x=values, y=np.arange(40) % 3, held_out=held_out))
+    assert rows_of(task, "valid", values) == set(np.flatnonzero(held_out))
+    assert rows_of(task, "train", values) <= set(np.flatnonzero(~held_out))
+
+
+def test_nan_is_a_missing_value_in_every_file(tmp_path):
+    """Of an array as of a table, of inputs and of real targets."""
+    values = RANDOM.normal(5, 2, (60, 7, 1))
+    values[RANDOM.random((60, 7)) < 0.2] = np.nan
+    batch = Arrays(saved(tmp_path / "a.npy", values), batch=50).batch(0)
+    assert torch.equal(batch.mask, batch.targets[..., 0] != 0)
+    assert 0.6 < batch.mask.float().mean() < 0.9
+    targets = np.where(np.arange(60) % 3 == 0, np.nan, np.arange(60.0))
+    batch = Arrays(save(tmp_path / "a.npz", x=values, y=targets), batch=50).batch(0)
+    assert batch.targets.isfinite().all()
+    assert torch.equal(batch.mask, batch.targets[:, 0] != 0)
 
 
 def test_npy_is_memory_mapped(tmp_path):
@@ -412,47 +410,47 @@ def junk(name):
 
 
 X = np.zeros((20, 5, 2))
-HOLE = np.where(np.arange(200).reshape(20, 5, 2) == 57, np.nan, 0)
+INFINITE = np.where(np.arange(200).reshape(20, 5, 2) == 57, np.inf, 0)
 
 
 @pytest.mark.parametrize(
     "act, message",
     [
-        (lambda folder: Arrays(folder / "a.parquet"), "ends in '.parquet'; known are .csv, .npy, .npz"),
+        (lambda folder: Arrays(folder / "a.doc"), "ends in '.doc'; known are .csv"),
         (lambda folder: Arrays(folder / "a"), "ends in 'nothing'; known are"),
         (lambda folder: Arrays(folder / "a.npy"), "a.npy does not exist"),
         (npy(X, readout="first"), "readout='first' is unknown"),
         (npy(X, length=0), "length=0 must be greater than zero"),
+        (npy(X, sep=";"), "sep=';' is for tables"),
         (npy(np.zeros((2, 2, 2, 2))), r"shape \(2, 2, 2, 2\); expected \[T\], \[T, F\] or \[N, T, F\]"),
-        (npy(np.zeros((0, 5))), r"shape \(1, 0, 5\), which is empty"),
-        (npy(np.array([{}, 1])), "holds Python objects, which are never loaded"),
+        (npy(np.zeros((0, 5))), r"shape \(0, 5\), which is empty"),
+        (npy(np.array([{}, 1])), "pickles.* are never loaded"),
         (npy(np.array(["a", "b"])), "the array are of type <U1; expected real numbers"),
-        (npy(HOLE), "series 5, step 3, feature 1 is not finite. .*mask"),
+        (npy(INFINITE), "series 5, step 3, feature 1 is infinite"),
         (npy(np.zeros(1)), r"too short: 1 series of 1 steps at most give 0 windows"),
         (npy(np.zeros(10), length=9), "give 1 windows of length=9; two are needed"),
         (truncated, "a.npy cannot be read"),
         (not_a_zip, "a.npz cannot be read"),
         (npz(data=X), r"has the arrays data; it needs `inputs` \(or `x`\)"),
         (npz(x=np.zeros(5), y=np.zeros(5)), r"inputs have shape \(5,\); expected"),
-        (npz(x=np.zeros((2, 2, 2, 2))), r"inputs have shape \(2, 2, 2, 2\); expected"),
-        (junk("a.npy"), "is no numpy file.*numpy.save,"),
-        (junk("a.npz"), "is no numpy file.*numpy.savez,"),
+        (npz(x=np.zeros((2, 2, 2, 2))), r"shape \(2, 2, 2, 2\); expected"),
+        (junk("a.npy"), "no file of numbers.*numpy.save"),
+        (junk("a.npz"), "no file of numbers.*numpy.save"),
         (npz(x=X, y=np.zeros(19)), r"targets of shape \(19,\) do not fit inputs of \(20, 5, 2\)"),
         (npz(x=X, y=np.zeros((20, 4), int)), r"int64 and shape \(20, 4\) do not fit inputs of 20 sequences × 5 steps"),
         (npz(x=X, y=np.zeros((20, 4, 3))), r"shape \(20, 4, 3\) do not fit inputs of 20 sequences × 5 steps"),
-        (npz(x=X, mask=np.ones((20, 4))), r"mask of shape \(20, 4\) does not fit inputs of \(20, 5, 2\)"),
-        (npz(x=X, y=np.array([{}] * 20)), "holds Python objects"),
-        (npz(x=X, y=np.full(20, -1)), "20 targets are negative, the first number 0 of 20.*mask"),
-        (npz(x=X, y=np.full((20, 3), np.nan)), "20 targets are not finite"),
-        (npz(x=HOLE, mask=np.ones((20, 5))), "series 5, step 3, feature 1 is not finite"),
+        (npz(x=X, mask=np.ones((20, 4))), r"mask of shape \(20, 4\) do not fit inputs of \(20, 5, 2\)"),
+        (npz(x=X, mask=np.zeros((20, 5))), "nothing in the split 'train' is scored"),
+        (npz(x=X, y=np.arange(20), mask=np.zeros(20)), "nothing in the split 'train' is scored"),
+        (npz(x=X, y=np.full((20, 3), np.nan)), "nothing in the split 'train' is scored"),
+        (npz(x=X, held_out=np.ones(20)), "nothing in the split 'train' is scored"),
+        (npz(x=X, y=np.array([{}] * 20)), "pickles"),
+        (npz(x=X, y=np.full(20, -1)), "20 targets are no class.* number 0 of 20.*mask"),
+        (npz(x=X, y=np.full(20, 2**62)), "20 targets are no class.*4611686018427387904"),
+        (npz(x=X, y=np.full((20, 3), np.inf)), "20 targets are infinite"),
+        (npz(x=INFINITE, mask=np.ones((20, 5))), "series 5, step 3, feature 1 is infinite"),
         (npz(x=X[:1], y=np.zeros(1, int)), "too short: 1 series .* two are needed"),
-        (csv(""), "is empty; its first line should name the columns"),
-        (csv("a,b\n"), "has a header and no rows"),
-        (csv("1,2\n3,4\n"), "begins with numbers; its first line should name the columns"),
-        (csv("a,b\nx,y\n"), "has no column of numbers; its columns are a, b"),
-        (csv("a,b\n1,2\n3\n"), "line 3: 1 cells, but the header names 2 columns"),
-        (csv("a\n1\ninf\n3\n4\n"), "step 1, feature 0 is not finite"),
-        (csv(b"a\n1\n\xff\n"), "a.csv is not UTF-8 text; convert it"),
+        (csv("a\n1\ninf\n3\n4\n"), "step 1, feature 0 is infinite"),
         (csv("a\n1\n"), "too short"),
     ],
 )

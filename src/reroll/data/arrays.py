@@ -11,9 +11,9 @@
     targets [N, T], integers                the class of every step                 every     cross-entropy
     targets [N, T, O], real                 O values of every step                  every     squared error
 
-Inputs are standardised, (x − mean) / std of every feature over the training part; next values are in the same units,
-other targets as they are in the file. A tenth of the series is held out, those whose index has a small hash; of one
-long series the last tenth of its windows. `series.read_series` says what the files look like.
+Inputs and real targets are standardised, (x − mean) / std over the training part. A tenth of the series is held out,
+those whose index has a small hash, or those the file names; of one long series the last tenth of its windows.
+`reroll.data.series` says what the files look like.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import numpy.typing as npt
 import torch
 
 from reroll.data.batch import Batch
-from reroll.data.series import Series, first_not_finite, moments, read_series
+from reroll.data.series import Series, missing, moments, read_series
+from reroll.data.tables import Reading
 from reroll.data.task import Readout, Task
 from reroll.errors import UsageError, nearest, require_positive
 from reroll.kernels.philox import random_integers
@@ -41,6 +42,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 USUAL_LENGTH = 128  # of the windows of one long series
 SHOWN = 8  # names of features in a description
+MOST_CLASSES = 1 << 20
 READOUTS = ("last", "mean", "every")
 
 
@@ -53,7 +55,7 @@ class Windows(NamedTuple):
 
 
 class Arrays(Task):
-    """Learn real-valued series from a .npy, .npz or .csv file.
+    """Learn real-valued series from a table, a .npy or a .npz file.
 
     Args:
         path: the file.
@@ -64,19 +66,24 @@ class Arrays(Task):
             values of the steps, not T values of the sequence.
         eval_batches: the most batches an evaluation takes; None is the whole of the held-out part.
         whole: all of the file is "valid", none of it for training: to score a model on it.
-        units: the mean and the std of every feature, [F] each, to standardise by; None: those of the training part.
+        units: the mean and the std of every feature, then of every real target, to standardise by; None: those of the
+            training part.
+        sep, decimal, columns, time, missing: how a table is read, see `tables.Reading`.
 
-    Attributes: `mean` and `std`, [F], of the features; `features`, their names; `fingerprint`, SHA-256 of the file.
+    Attributes: `mean` and `std`, [F + O], of the features and the real targets; `features` and `labels`, the names of
+    features and classes; `fingerprint`, SHA-256 of the file.
 
-    A missing value (an empty cell, or a step whose mask is False) is the mean, 0 after standardising, and not scored.
-    With one target per sequence the mask says which steps there are (`Batch.present`); with targets of every step it
-    says which are scored, and inputs stay.
+    A missing value (NaN, an empty cell, or a step whose mask is False) is the mean, 0 after standardising, and not
+    scored. With one target per sequence the mask says which steps there are (`Batch.present`); with targets of every
+    step it says which are scored, and inputs stay.
 
     Raises:
         UsageError: if the file cannot be read, its shapes do not fit together, or there is too little in it.
     """
 
     name = "arrays"
+    _targets: Any = None  # by step or by sequence; None: the next step is predicted
+    _known: Any = None  # which of them, or which steps, are scored; None: all
 
     def __init__(
         self,
@@ -89,25 +96,29 @@ class Arrays(Task):
         eval_batches: int | None = 64,
         whole: bool = False,
         units: tuple[list[float], list[float]] | None = None,
+        **reading: str | None,
     ) -> None:
         require_positive(length=length, batch=batch, eval_batches=eval_batches)
         if readout not in READOUTS:
             raise UsageError(f"readout={readout!r} is unknown.{nearest(readout, READOUTS)}")
         self.path, self.batch_size, self.seed, self.eval_batches = os.fspath(path), batch, seed, eval_batches
-        self._arguments = {"path": self.path, "length": length, "readout": readout, "whole": whole, "units": units}
+        self._arguments = {
+            "path": self.path, "length": length, "readout": readout, "whole": whole, "units": units, **reading,
+        }  # fmt: skip
         self._whole = whole
-        data = read_series(path)
+        data = read_series(path, Reading(**reading))
         self.fingerprint = _file_hash(Path(path).expanduser())
-        self.inputs, self.features = int(data.values.shape[1]), data.features
-        self._values, self._mask, self._sequence_mask = data.values, _every_step(data), data.mask
+        self.inputs, self.features, self.labels = int(data.values.shape[1]), data.features, data.labels
+        self._values, self._mask, self._by_step = data.values, data.mask, data.by_step
         self._set_targets(data, readout)
         self.length = self._window_length(data.lengths, length)
         windows = cut(data.lengths, self.length, shift=int(self.predicts == "next"))
-        self._windows, training = self._hold_out(windows, data.lengths)
-        _refuse_not_finite(self.path, data, self._mask)
-        # With targets of every step the mask is about the targets; the inputs are all there.
-        used = training if self._mask is None or self.predicts == "every" else training & self._mask
-        self.mean, self.std = moments(data.values, used) if units is None else self._given(units)
+        self._windows, training = self._hold_out(windows, data)
+        self._refuse_unscored()
+        self.mean, self.std = self._units(training, data.lengths) if units is None else self._given(units)
+        if self._targets is not None and not self.categorical:
+            targets = (self._targets - self.mean[self.inputs :]) / self.std[self.inputs :]
+            self._targets = np.where(self._known[:, None], targets, 0).astype(np.float32)
         self._description = self._described(data)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -141,44 +152,55 @@ class Arrays(Task):
 
     def standardise(self, values: Array) -> npt.NDArray[np.float32]:
         """Return values [..., F] in units of the training part: (x − mean) / std."""
-        return ((values - self.mean) / self.std).astype(np.float32)
+        return ((values - self.mean[: self.inputs]) / self.std[: self.inputs]).astype(np.float32)
 
     def describe(self) -> str:
         return self._description
 
     def _described(self, data: Series) -> str:
         """What was read: how many series, steps and features; what is predicted, held out, left out and filled in."""
+        absent, infinite = missing(data.values, None if self.predicts == "every" else data.mask)
+        if infinite is not None:
+            series = int(np.searchsorted(np.cumsum(data.lengths), infinite[0], side="right"))
+            step = infinite[0] - int(data.lengths[:series].sum())
+            raise UsageError(
+                f"path={self.path}: the value of series {series}, step {step}, feature {infinite[1]} is infinite. "
+                "Mend it, or make it NaN, a missing value."
+            )
         least, most = int(data.lengths.min()), int(data.lengths.max())
         steps = f"{most:,}" if least == most else f"{least:,} to {most:,}"
         held_out = len(self._windows["valid"].begin) / sum(len(windows.begin) for windows in self._windows.values())
-        many = "" if self.inputs == 1 else "s"
-        parts = [
-            f"{self.path}: {len(data.lengths):,} series × {steps} steps × {self.inputs} feature{many}{self._names()}"
-        ]
+        shape = f"{len(data.lengths):,} series × {steps} steps × {self.inputs} feature{'s' * (self.inputs != 1)}"
         held = "all of it scored" if self._whole else f"{100 * held_out:.0f} % held out"
-        parts.append(f"{self._goal()}, {held}")
-        if data.dropped:
-            parts.append(f"without the columns {', '.join(data.dropped)}, which hold no numbers")
-        missing = int(np.isnan(data.values).sum()) if data.gaps else 0
-        if missing:
-            parts.append(f"empty cells ({missing:,}) are filled with their column's mean, and not scored")
-        return "; ".join(parts) + "."
-
-    def _names(self) -> str:
-        shown = ", ".join(self.features[:SHOWN]) + ", …" * (len(self.features) > SHOWN)
-        return f" ({shown})" if shown else ""
+        parts = [f"{self.path}: {shape}{_names(self.features)}", f"{self._goal()}, {held}", data.note]
+        if absent:
+            parts.append(f"missing values ({absent:,}) are filled with their column's mean, and not scored")
+        return "; ".join(filter(None, parts)) + "."
 
     def _goal(self) -> str:
-        what = f"one of {self.outputs} classes" if self.categorical else f"{self.outputs} target values"
-        goals = {"next": "to say the next row", "every": f"to say {what} for every step"}
-        return goals.get(self.predicts, f"to say {what} for every series")
+        what = f"one of {self.outputs} classes{_names(self.labels)}"
+        what = what if self.categorical else f"{self.outputs} target value{'s' * (self.outputs != 1)}"
+        goals = {"next": "predicts the next row", "every": f"predicts {what} for every step"}
+        return goals.get(self.predicts, f"predicts {what} for every series")
+
+    def _units(self, training: BoolArray, lengths: IntArray) -> tuple[Array, Array]:
+        """Mean and std of the features over the training part, and of real targets behind them."""
+        # With targets of every step the mask is about the targets; the inputs are all there.
+        used = training if self._mask is None or self.predicts == "every" else training & self._mask
+        units = moments(self._values, used)
+        if self._targets is None or self.categorical:
+            return units
+        rows = training if self.predicts == "every" else training[np.cumsum(lengths) - 1]
+        of_targets = moments(self._targets, rows & np.asarray(self._known))
+        return np.concatenate([units[0], of_targets[0]]), np.concatenate([units[1], of_targets[1]])
 
     def _given(self, units: tuple[list[float], list[float]]) -> tuple[Array, Array]:
         mean, std = (np.asarray(values, dtype=np.float64) for values in units)
-        if mean.shape != (self.inputs,) or std.shape != (self.inputs,):
+        values = 0 if self._targets is None or self.categorical else self.outputs
+        if mean.shape != (len(self._values[0]) + values,) or std.shape != mean.shape:
             raise UsageError(
-                f"path={self.path} has {self.inputs} features{self._names()}, but {mean.size} are wanted; give a file "
-                f"with {mean.size} columns of numbers, those of the training."
+                f"path={self.path} has {self.inputs} features{_names(self.features)}, but {mean.size - values} are "
+                f"wanted; give a file with {mean.size - values} columns of numbers, those of the training."
             )
         return mean, std
 
@@ -189,13 +211,12 @@ class Arrays(Task):
 
     def _set_targets(self, data: Series, readout: Readout) -> None:
         """Decide what is predicted, "next", "every" or "sequence", and keep the targets by step or by sequence."""
-        self.predicts, self._targets, self.outputs, self.readout = "next", None, data.values.shape[1], "every"
-        self.categorical = False
-        targets, mask = data.targets, self._mask
-        if targets is None:
+        self.predicts, self.outputs, self.readout = "next", data.values.shape[1], "every"
+        self.categorical, self._known = False, data.mask
+        targets, inside = data.targets, data.inside
+        if targets is None or inside is None:
             return
-        shape = list(targets.shape)
-        steps = int(data.lengths[0])
+        shape, steps = list(targets.shape), len(inside[0])
         classes = targets.dtype.kind in "biu" and len(shape) < 3
         each = len(shape) == 3 or (len(shape) == 2 and (classes or readout == "every"))
         if (each and shape[1] != steps) or (readout == "every" and not each):
@@ -204,16 +225,13 @@ class Arrays(Task):
                 f"{len(data.lengths)} sequences × {steps} steps. Give [N] integers (classes) or [N, O] reals for "
                 "sequences; [N, T] integers or [N, T, O] reals for steps."
             )
+        self.predicts, self.categorical = "every" if each else "sequence", classes
+        known = np.ones(len(data.values), dtype=bool) if data.mask is None else data.mask
         if not each:
-            self.predicts, self.readout = "sequence", readout
-            mask = np.any(data.mask, axis=1) if data.mask is not None and data.mask.ndim == 2 else data.mask
-        else:
-            self.predicts = "every"
-        self.categorical = classes
-        columns = 1 if len(shape) == 1 or (each and len(shape) == 2) else shape[-1]
-        rows = targets.reshape(-1, columns)
-        self._targets = _cleaned(self.path, rows, mask, classes)
-        self.outputs = int(self._targets.max()) + 1 if classes else columns
+            self.readout, known = readout, np.logical_or.reduceat(known, np.cumsum(data.lengths) - data.lengths)
+        rows = targets.reshape(*inside.shape, -1)[inside] if each else targets.reshape(len(targets), -1)
+        self._known, self._targets = _cleaned(self.path, rows, known, classes)
+        self.outputs = int(self._targets.max()) + 1 if classes else rows.shape[1]
 
     def _window_length(self, lengths: IntArray, length: int | None) -> int:
         longest = int(lengths.max()) - (self.predicts == "next")
@@ -227,10 +245,11 @@ class Arrays(Task):
             return max(min(USUAL_LENGTH, longest // 10), 1)
         return max(longest if length is None else min(length, longest), 1)
 
-    def _hold_out(self, windows: Windows, lengths: IntArray) -> tuple[dict[str, Windows], BoolArray]:
+    def _hold_out(self, windows: Windows, data: Series) -> tuple[dict[str, Windows], BoolArray]:
         """The windows of the splits, and which steps of all belong to training."""
+        lengths = data.lengths
         if self._whole and len(windows.begin):
-            return {"valid": windows}, np.ones(int(lengths.sum()), dtype=bool)
+            return {"valid": windows}, np.ones(len(data.values), dtype=bool)
         series = np.unique(windows.series)
         if len(windows.begin) < 2 or (self.predicts == "sequence" and len(series) < 2):
             raise UsageError(
@@ -245,9 +264,28 @@ class Arrays(Task):
             draws = random_integers(Key(0).at("data").at("arrays").at("held out"), len(lengths), 2**31)
             order = series[np.argsort(draws[series], kind="stable")]
             chosen = np.isin(np.arange(len(lengths)), order[: max(len(series) // 10, 1)])
+            chosen = chosen if data.held_out is None else data.held_out
             held_out, training = chosen[windows.series], np.repeat(~chosen, lengths)
         parts = {"train": ~held_out, "valid": held_out}
         return {split: Windows(*(part[which] for part in windows)) for split, which in parts.items()}, training
+
+    def _refuse_unscored(self) -> None:
+        """Refuse a split of which nothing is scored."""
+        known: Any = self._known
+        for split, windows in self._windows.items():
+            if known is None:
+                scored = len(windows.begin)
+            elif self.predicts == "sequence":
+                scored = known[windows.series].any()
+            else:
+                counts = np.concatenate([[0], np.cumsum(known)])
+                last = np.minimum(windows.begin + self.length + (self.predicts == "next"), windows.end)
+                scored = (counts[last] > counts[windows.begin]).any()
+            if not scored:
+                raise UsageError(
+                    f"path={self.path}: nothing in the split {split!r} is scored. The mask or held_out leaves none of "
+                    "it, or all of its targets are missing; mend them."
+                )
 
     def _gather(self, windows: Windows, steps: int) -> Batch:
         """The batch of some windows: their first `steps` steps, filled up with what is not scored."""
@@ -258,18 +296,15 @@ class Arrays(Task):
         values = np.asarray(self._values[place], dtype=np.float64)
         there = inside if self._mask is None else inside & self._mask[place]
         known = np.isfinite(values) & (inside if self.predicts == "every" else there)[:, :, None]
-        values = self.standardise(np.where(known, values, self.mean))
+        values = self.standardise(np.where(known, values, self.mean[: self.inputs]))
         inputs = torch.from_numpy(values[:, :steps])
         if self._targets is None:
             scored = known[:, 1:].all(-1) & inside[:, :steps]
             return Batch(inputs, torch.from_numpy(values[:, 1:].copy()), torch.from_numpy(scored))
-        if self.predicts == "every":
-            return Batch(inputs, torch.from_numpy(self._targets[place]), torch.from_numpy(there))
-        targets = torch.from_numpy(self._targets[windows.series])
-        by_step = self._sequence_mask is not None and self._sequence_mask.ndim == 2
-        scored = there.any(1) if self._sequence_mask is not None else np.ones(len(there), dtype=bool)
-        present = torch.from_numpy(there) if by_step else None
-        return Batch(inputs, targets, torch.from_numpy(scored), present=present)
+        at = place if self.predicts == "every" else windows.series
+        scored = self._known[at] & inside if self.predicts == "every" else self._known[at]
+        present = torch.from_numpy(there) if self._by_step and self.predicts == "sequence" else None
+        return Batch(inputs, torch.from_numpy(self._targets[at]), torch.from_numpy(scored), present=present)
 
 
 def cut(lengths: IntArray, length: int, shift: int) -> Windows:
@@ -292,41 +327,26 @@ def cut(lengths: IntArray, length: int, shift: int) -> Windows:
     return Windows(series, (ends - lengths)[series] + within * length, ends[series])
 
 
-def _every_step(data: Series) -> BoolArray | None:
-    """The mask of all steps of all series."""
-    if data.mask is None:
-        return None
-    return data.mask.reshape(-1) if data.mask.ndim == 2 else np.repeat(data.mask, data.lengths)
+def _names(names: tuple[str, ...]) -> str:
+    return f" ({', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)})" if names else ""
 
 
-def _cleaned(path: str, targets: Array, scored: BoolArray | None, classes: bool) -> Array:
-    """Targets [n, O] as float32, or classes [n] as int64, with 0 where they are not scored.
+def _cleaned(path: str, targets: Array, known: BoolArray, classes: bool) -> tuple[BoolArray, Array]:
+    """Which targets are scored, [n], and the targets [n, O], or classes [n] as int64, with 0 where they are not.
 
-    What is scored must be finite, or a class.
+    NaN is a missing target. What is scored must be finite, or a class.
     """
-    scored = np.ones(len(targets), dtype=bool) if scored is None else scored
-    wrong = (targets < 0 if classes else ~np.isfinite(targets)).any(1) & scored
+    known = known if classes else known & ~np.isnan(targets).any(1)
+    wrong = ((targets < 0) | (targets >= MOST_CLASSES) if classes else np.isinf(targets)).any(1) & known
     if wrong.any():
-        fault = "negative" if classes else "not finite"
+        first = int(np.flatnonzero(wrong)[0])
+        fault = f"no class, 0 … {MOST_CLASSES - 1}" if classes else "infinite"
         raise UsageError(
-            f"path={path}: {int(wrong.sum())} targets are {fault}, the first number {int(np.flatnonzero(wrong)[0])} of "
-            f"{len(targets)}. Mend them, or mark what is missing by a mask that is False there."
+            f"path={path}: {int(wrong.sum())} targets are {fault}; the first is number {first} of {len(targets)}, "
+            f"{targets[first].tolist()}. Mend them, or mark what is missing by a mask that is False there."
         )
-    cleaned = np.where(scored[:, None], targets, 0)
-    return cleaned[:, 0].astype(np.int64) if classes else cleaned.astype(np.float32)
-
-
-def _refuse_not_finite(path: str, data: Series, mask: BoolArray | None) -> None:
-    place = first_not_finite(data.values, mask, data.gaps)
-    if place is None:
-        return
-    row, feature = place
-    series = int(np.searchsorted(np.cumsum(data.lengths), row, side="right"))
-    step = row - int(data.lengths[:series].sum())
-    raise UsageError(
-        f"path={path}: the value of series {series}, step {step}, feature {feature} is not finite. "
-        "Fill it in, or give an .npz file with a mask that is False there."
-    )
+    cleaned = np.where(known[:, None], targets, 0)
+    return known, cleaned[:, 0].astype(np.int64) if classes else cleaned.astype(np.float64)
 
 
 def _file_hash(path: Path) -> str:

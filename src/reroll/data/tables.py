@@ -1,0 +1,379 @@
+"""Tables as people have them, read by pandas: CSV in its dialects, compressed or not, and Parquet.
+
+    table = read_table(Path("power.txt"))    ; between cells, decimal commas, dates, ? where nothing is known
+    table.values, table.features             the numbers, a row for every step, and what they are called
+    table.note                               how it was read, for a person
+
+What a `Reading` does not say is worked out: separator, encoding, header, decimal mark. Columns that only count the rows
+(dates, an index, an epoch of constant step) are no features, and rows are put in the order of their dates.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import lzma
+import re
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from reroll.errors import UsageError, nearest
+
+TEXTS, PARQUET = (".csv", ".tsv", ".txt", ".dat"), (".parquet", ".pq")
+OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", r"\s+": "spaces"}
+WORDS = {"tab": "\t", r"\t": "\t", "space": r"\s+", " ": r"\s+"}
+MISSING = ("", "?", "-", "--", ".", "na", "n/a", "#n/a", "nan", "-nan", "null", "none", "nil", "missing", "<na>")
+SERIES_COLUMNS = ("series", "id")
+TIME = re.compile(r"date|time|epoch|unix|stamp|unnamed|^(t|ts|index|no\.?|row|step)$", re.IGNORECASE)
+NUMBER = re.compile(r"[+-]?[\d.,' ]*\d[\d.,' ]*(e[+-]?\d+)?", re.IGNORECASE)
+HEAD = 1 << 16  # bytes whose lines tell the form of a text
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read a table; None: as it looks.
+
+    Args:
+        sep: what is between cells: a character, "tab" or "space".
+        decimal: the decimal mark, "." or ",".
+        columns: the features, by name or by number from 1, with commas between them.
+        time: the column that gives the order of the steps; it is no feature.
+        missing: cells without a value besides the usual ones (empty, ?, NA, -), with commas between them.
+    """
+
+    sep: str | None = None
+    decimal: str | None = None
+    columns: str | None = None
+    time: str | None = None
+    missing: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.decimal not in (None, ".", ","):
+            raise UsageError(f"decimal={self.decimal!r} is no decimal mark; give a point or a comma.")
+        if self.sep is not None and self.sep not in WORDS and (len(self.sep) != 1 or self.sep in '"\r\n'):
+            raise UsageError(f"sep={self.sep!r} cannot separate cells; give one character, tab or space.")
+
+    def refuse(self, path: Path) -> None:
+        """Raise `UsageError` if anything is asked for, of a file that is no table."""
+        for field in fields(self):
+            if getattr(self, field.name) is not None:
+                raise UsageError(f"{field.name}={getattr(self, field.name)!r} is for tables; {path} holds arrays.")
+
+
+class Table(NamedTuple):
+    """Numbers [M, F], series by series; the names of the columns, the steps of every series, and how it was read."""
+
+    values: npt.NDArray[np.float64]
+    features: tuple[str, ...]
+    lengths: npt.NDArray[np.int64]
+    note: str
+
+
+def is_table(path: Path) -> bool:
+    """Return whether a name is that of a table.
+
+    Example:
+        >>> is_table(Path("a.CSV.gz")), is_table(Path("a.npz"))
+        (True, False)
+    """
+    inner = Path(path.stem) if path.suffix.lower() in OPEN else path
+    return inner.suffix.lower() in (*TEXTS, *PARQUET)
+
+
+def printable(name: object) -> str:
+    """Return a name as a terminal can show it.
+
+    Example:
+        >>> printable(" a\\x1b[2J ")
+        'a�[2J'
+    """
+    return "".join(c if c.isprintable() else "�" for c in str(name).strip())[:100]
+
+
+def read_table(path: Path, reading: Reading = Reading()) -> Table:
+    """Return the numbers of a table.
+
+    Raises:
+        UsageError: if it has none, or has not what is asked for.
+        OSError, ValueError: if it cannot be read.
+    """
+    notes: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frame = _parquet(path) if path.suffix.lower() in PARQUET else _text(path, reading, notes)
+        frame.columns = [printable(name) for name in frame.columns]
+        if frame.empty:
+            raise UsageError(f"path={path} has {'a header and no rows' if len(frame.columns) else 'nothing in it'}.")
+        wanted = [_column(path, frame, "columns", c) for c in reading.columns.split(",")] if reading.columns else None
+        group = next((name for name in SERIES_COLUMNS if name in frame and frame[name].duplicated().any()), None)
+        frame = _in_order(path, frame, reading, {group, *(wanted or ())}, group, notes)
+        names = wanted or _features(path, frame, group, notes)
+        for name in names:
+            _require_numbers(path, frame[name], reading)
+    lengths = np.array([len(frame)], dtype=np.int64)
+    if group is not None:
+        number = _pandas().factorize(frame[group], use_na_sentinel=False)[0]
+        frame, lengths = frame.iloc[np.argsort(number, kind="stable")], np.bincount(number).astype(np.int64)
+    values = frame[names].to_numpy(dtype=np.float64, na_value=np.nan)
+    return Table(values, tuple(names), lengths, "; ".join(notes))
+
+
+def _pandas() -> Any:
+    import pandas  # takes a second, so only when there is a table
+
+    return pandas
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        frame = _pandas().read_parquet(path)
+    except ImportError:
+        raise UsageError(f"path={path} needs pyarrow: pip install 'reroll[data]'; or save it as .csv.") from None
+    frame = frame if isinstance(frame.index, _pandas().RangeIndex) else frame.reset_index()
+    _take_numbers(frame, ".")
+    return frame
+
+
+def _take_numbers(frame: Any, decimal: str) -> None:
+    """Make columns of text whose cells are all numbers columns of numbers."""
+    for name in frame:
+        if _is_text(frame[name]):
+            numbers, known = _numbers(frame[name], decimal)
+            if known.any() and numbers[known].notna().all():
+                frame[name] = numbers
+
+
+def _text(path: Path, reading: Reading, notes: list[str]) -> Any:
+    """The cells of a text: columns of numbers where all cells are numbers, in the way of the table."""
+    with _open(path) as file:
+        head = file.read(HEAD)
+    encoding, lines = _lines(path, head)
+    comments = any(line.startswith("#") for line in lines)
+    lines = [line for line in lines if line.strip() and not line.startswith("#")][:20]
+    sep, rows = _cells(path, lines, reading.sep and WORDS.get(reading.sep, reading.sep))
+    header = _is_header(rows[0], rows[1:])
+    row_names = len(rows) > 1 and all(len(row) == len(rows[0]) + 1 and row[-1] for row in rows[1:])
+    missing = [*MISSING, *(word.strip() for word in (reading.missing or "").split(","))]
+
+    def read(encoding: str, **options: Any) -> Any:
+        with _open(path) as file:
+            return _pandas().read_csv(
+                file, sep=sep, encoding=encoding, header=0 if header else None, index_col=0 if row_names else False,
+                comment="#" if comments else None, na_values=[*missing, *map(str.upper, missing), "None", "Null"],
+                skipinitialspace=True, **options,
+            )  # fmt: skip
+
+    try:
+        frame = read(encoding)
+    except UnicodeDecodeError:
+        frame = read(encoding := "Latin-1")
+    decimal = reading.decimal or _decimal([frame[name] for name in frame if _is_text(frame[name])], sep)
+    if decimal == ",":
+        frame = read(encoding, dtype=str)  # 1.234 was a number, and may be 1234
+    _take_numbers(frame, decimal)
+    if not header:
+        frame.columns = [str(number) for number in range(1, len(frame.columns) + 1)]
+    notes += [
+        *([f"{SEPARATORS.get(sep, repr(sep))} between cells"] if sep != "," else []),
+        *(["decimal commas"] if decimal == "," else []),
+        *([encoding] if encoding != "utf-8-sig" else []),
+        *(["comments after #"] if comments else []),
+        *(["no header line, columns are named 1, 2, …"] if not header else []),
+    ]
+    return frame
+
+
+def _open(path: Path) -> Any:
+    return OPEN[path.suffix.lower()](path) if path.suffix.lower() in OPEN else path.open("rb")
+
+
+def _lines(path: Path, head: bytes) -> tuple[str, list[str]]:
+    """The encoding, and the whole lines of the beginning of a file."""
+    encoding = "utf-8-sig"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) * 4 > len(head):
+        odd = head[1::2].count(0) > head[::2].count(0)
+        encoding = "UTF-16" if head[:1] in (b"\xff", b"\xfe") else "UTF-16-LE" if odd else "UTF-16-BE"
+    elif b"\0" in head:
+        raise UsageError(f"path={path} is no text (it holds NUL bytes), whatever its name says.")
+    lines = head.decode(encoding, "replace").splitlines()[: None if len(head) < HEAD else -1]
+    if not any(line.strip() and not line.startswith("#") for line in lines):
+        raise UsageError(f"path={path} is empty, or its first line has no end; give a table, a row for every step.")
+    return encoding, lines
+
+
+def _cells(path: Path, lines: list[str], sep: str | None) -> tuple[str, list[list[str]]]:
+    """The separator, and the cells of lines: of the first that cuts them all into as many cells, else into several."""
+    cut: dict[str, list[list[str]]] = {}
+    for candidate in [sep] if sep else SEPARATORS:
+        spaces = candidate == r"\s+"
+        rows = [x.split() for x in lines] if spaces else csv.reader(lines, delimiter=candidate, skipinitialspace=True)
+        cut[candidate] = [[cell.strip() for cell in row] for row in rows]
+    several = {candidate: rows for candidate, rows in cut.items() if max(map(len, rows)) > 1}
+    for candidate, rows in several.items():
+        counts = {len(row) for row in rows[1:]} or {len(rows[0])}
+        if len(counts) == 1 and len(rows[0]) in (min(counts), min(counts) - 1):
+            return candidate, rows
+    usual = sep or next(iter(several.keys() - {r"\s+"}), ",")
+    return usual, cut[usual]
+
+
+def _is_header(first: list[str], rest: list[list[str]]) -> bool:
+    """Whether the first line names columns: it has a word above numbers, or no number at all."""
+    for column, cell in enumerate(first):
+        below = [row[column] for row in rest if len(row) > column and row[column].lower() not in MISSING]
+        if below and not _is_value(cell) and all(map(_is_value, below)):
+            return cell == "" or cell.lower() not in MISSING
+    return not any(map(_is_value, first))
+
+
+def _is_value(cell: str) -> bool:
+    return bool(NUMBER.fullmatch(cell)) or bool(_date_formats(cell))
+
+
+def _is_text(column: Any) -> bool:
+    return column.dtype.kind == "O"
+
+
+def _numbers(column: Any, decimal: str) -> tuple[Any, Any]:
+    """The numbers of a column of text, NaN where a cell is none; and which cells are not missing.
+
+    Marks between thousands go where they are in their places: 1,234.5 but not 1,5.
+    """
+    cells = column.astype(str).str.strip()
+    known = column.notna() & ~cells.str.lower().isin(MISSING)
+    mark = "." if decimal == "," else ","
+    grouped = cells.str.fullmatch(rf"[+-]?\d{{1,3}}(?:[{mark}' \u00a0]\d{{3}})+(?:[{decimal}]\d*)?")
+    cells = cells.mask(grouped, cells.str.replace(rf"[{mark}' \u00a0]", "", regex=True))
+    cells = cells.str.replace(",", ".", regex=False) if decimal == "," else cells
+    return _pandas().to_numeric(cells.where(known), errors="coerce").astype(float), known
+
+
+def _decimal(texts: list[Any], sep: str) -> str:
+    """The decimal mark that makes numbers of more columns of text; of both, a comma where none is between cells."""
+
+    def count(mark: str) -> int:
+        read = [_numbers(column.iloc[:10_000], mark) for column in texts]
+        return sum(bool(known.any()) and bool(numbers[known].notna().all()) for numbers, known in read)
+
+    points, commas = count("."), count(",")
+    return "," if commas > points or (commas == points > 0 and sep != ",") else "."
+
+
+def _date_formats(cell: str) -> list[str]:
+    """The ways to read a cell as a date; its month or its day may come first."""
+    if len(cell) > 40 or not re.search(r"\d\D+\d", cell):
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        formats = [_pandas().tseries.api.guess_datetime_format(cell, dayfirst=first) for first in (False, True)]
+    return [form for form in dict.fromkeys(formats) if form and "%d" in form]
+
+
+def _dates(column: Any) -> Any | None:
+    """A column of text as dates, None if it holds others: in the way that reads most of them."""
+    if not (_is_text(column) and column.notna().any()):
+        return None
+    cells = column.astype(str).str.strip()
+    read = [
+        _pandas().to_datetime(cells, format=form, errors="coerce", utc=True)
+        for form in _date_formats(cells[column.notna()].iloc[0])
+    ]
+    best = max(read, key=lambda dates: (dates.notna().sum(), dates.is_monotonic_increasing), default=None)
+    return best if best is not None and best.notna().sum() >= 0.9 * column.notna().sum() else None
+
+
+def _column(path: Path, frame: Any, option: str, asked: str) -> str:
+    """The column of a name, or of a number from 1."""
+    names, asked = list(frame.columns), asked.strip()
+    if asked not in names and asked.isdecimal() and 0 < int(asked) <= len(names):
+        return names[int(asked) - 1]
+    if asked not in names:
+        raise UsageError(f"{option}={asked!r} is no column of {path}.{nearest(asked, names[:50])}")
+    return asked
+
+
+def _in_order(path: Path, frame: Any, reading: Reading, other: Any, group: str | None, notes: list[str]) -> Any:
+    """The rows in the order of their dates, which are columns no longer."""
+    times = {name: frame[name] for name in frame if frame[name].dtype.kind == "M" and name not in other}
+    if reading.time is not None:
+        name = _column(path, frame, "time", reading.time)
+        dates = _dates(frame[name])
+        times = {name: frame[name] if dates is None else dates}
+    elif not times:
+        times = {name: dates for name in frame if name not in other and (dates := _dates(frame[name])) is not None}
+    if not times:
+        return frame
+    name, time = next(iter(times.items()))
+    if _is_text(time):
+        raise UsageError(f"time={name!r} holds neither dates nor numbers; give another column, or none.")
+    first, last = (str(t).removesuffix("+00:00").removesuffix(" 00:00:00") for t in (time.min(), time.max()))
+    notes.append(f"{_shown(times)} tells the time, from {first} to {last}")
+    parts = [time] if group is None else [part for _, part in time.groupby(frame[group])]
+    if time.notna().all() and not all(part.is_monotonic_increasing for part in parts):
+        frame = frame.iloc[np.argsort(time.to_numpy(), kind="stable")]
+        notes[-1] += ", in whose order the rows are put"
+    return frame.drop(columns=[*times])
+
+
+def _features(path: Path, frame: Any, group: str | None, notes: list[str]) -> list[str]:
+    """The columns of numbers that do not only count the rows."""
+    numbers = [name for name in frame if name != group and _has_numbers(frame[name])]
+    if not numbers:
+        raise UsageError(f"path={path} has no column of numbers; its columns are {', '.join(frame)[:500]}.")
+    counting = {name for place, name in enumerate(frame) if name in numbers and _counts(frame, name, group, place)}
+    names = [name for name in numbers if name not in counting]
+    names = names or [name for name in numbers if not TIME.search(name)] or numbers
+    words = [name for name in frame if name not in (*numbers, group) and not name.startswith("Unnamed")]
+    counting = [name for name in numbers if name not in names]
+    for reason, left in (("no numbers", words), ("only counts the rows", counting)):
+        notes += [f"without {_shown(left)} ({reason})"] if left else []
+    return names
+
+
+def _shown(names: Any) -> str:
+    """Names of columns, for a person."""
+    return ", ".join(re.sub(r"^Unnamed: (\d+)$", lambda m: f"the unnamed column {int(m[1]) + 1}", n) for n in names)
+
+
+def _has_numbers(column: Any) -> bool:
+    """Whether a column is of numbers, or begins with one: a later word is a mistake in it."""
+    if not _is_text(column):
+        return column.dtype.kind in "biuf" and bool(column.notna().any())
+    numbers, known = _numbers(column, ".")
+    return bool(known.any()) and bool(numbers[known].notna().iloc[0])
+
+
+def _counts(frame: Any, name: str, group: str | None, place: int) -> bool:
+    """Whether a column goes on by one step from row to row, or is called a time and never goes back."""
+    if _is_text(frame[name]):
+        return False
+    column = frame[name].astype(float)
+    if place == 0 and name.startswith("Unnamed"):
+        return not column.duplicated().any()
+    groups = [column] if group is None else [part for _, part in column.groupby(frame[group])]
+    steps = np.concatenate([np.diff(part) for part in groups])
+    if len(steps) < 2 or not np.isfinite(steps).all() or not steps[0]:
+        return False
+    rounding = 4e-16 * float(column.abs().max()) + 1e-6 * abs(steps[0])
+    return bool((abs(steps - steps[0]) <= rounding).all() or (TIME.search(name) and (steps > 0).all()))
+
+
+def _require_numbers(path: Path, column: Any, reading: Reading) -> None:
+    """Refuse a column with a word among its numbers."""
+    if not _is_text(column):
+        return
+    numbers, known = _numbers(column, reading.decimal or ".")
+    wrong = column[known & numbers.isna()]
+    if len(wrong):
+        cell = printable(wrong.iloc[0])
+        raise UsageError(
+            f"path={path}, row {wrong.index[0] + 1 if isinstance(wrong.index[0], int) else 1}: {column.name}={cell!r} "
+            f"is no number; leave it empty, give missing={cell!r}, or name the columns to read."
+        )

@@ -1,0 +1,156 @@
+"""Tables in the dialects people have: the right values, one sentence each, and refusals that name the remedy."""
+
+import bz2
+import gzip
+import lzma
+
+import numpy as np
+import pytest
+
+from reroll.data.arrays import Arrays
+from reroll.data.tables import Reading, read_table
+from reroll.errors import UsageError
+
+RANDOM = np.random.default_rng(3)
+VALUES = np.round(RANDOM.normal(0, 4000, (40, 2)), 2)
+
+
+def text(*lines, sep=","):
+    return "".join(sep.join(line) + "\n" for line in lines).encode()
+
+
+def rows(write=str, before=lambda n: (), values=VALUES):
+    return [(*before(n), *map(write, row)) for n, row in enumerate(values.tolist())]
+
+
+def german(value):
+    return f"{value:,.2f}".replace(",", "x").replace(".", ",").replace("x", ".")
+
+
+def read(folder, name, content, **reading):
+    (folder / name).write_bytes(content)
+    return read_table(folder / name, Reading(**reading))
+
+
+HEADER = ("größe", "h")
+PLAIN = text(HEADER, *rows())
+DIALECTS = {
+    "semicolons": ("a.csv", text(HEADER, *rows(german), sep=";"), "semicolons between cells; decimal commas"),
+    "quoted": ("a.csv", text(HEADER, *rows(lambda value: f'"{value:,.2f}"')), ""),
+    "decimal commas in quotes": ("a.csv", text(HEADER, *rows(lambda v: f'"{v}"'.replace(".", ","))), "decimal commas"),
+    "tabs": ("a.txt", text(HEADER, *rows(), sep="\t"), "tabs between cells"),
+    "spaces": ("a.dat", text(HEADER, *rows(lambda v: f"{v:10.2f}"), sep=" "), "spaces between cells"),
+    "gzip": ("a.csv.gz", gzip.compress(PLAIN), ""),
+    "bzip2": ("a.csv.bz2", bz2.compress(PLAIN), ""),
+    "xz": ("a.txt.xz", lzma.compress(PLAIN), ""),
+    "no header": ("a.csv", text(*rows()), "no header line, columns are named 1, 2, …"),
+    "comments": ("a.csv",
+                 b"# from a meter\n" + PLAIN.replace(b"\n", b"\n# between\n", 1), "comments after #"),
+    "Latin-1": ("a.csv", PLAIN.decode().encode("latin-1"), "Latin-1"),
+    "UTF-16": ("a.csv", PLAIN.decode().encode("utf-16"), "UTF-16"),
+    "UTF-16 without a mark": ("a.csv", PLAIN.decode().encode("utf-16-be"), "UTF-16-BE"),
+    "mark of UTF-8": ("a.csv", PLAIN.decode().encode("utf-8-sig"), ""),
+    "carriage returns": ("a.csv", PLAIN.replace(b"\n", b"\r\n"), ""),
+    "unnamed index": ("a.csv", text(("", *HEADER), *rows(before=lambda n: (str(n),))),
+                      "without the unnamed column 1 (only counts the rows)"),
+    "names of rows": ("a.csv", text(HEADER, *rows(before=lambda n: (f"r{n}",))), ""),
+    "epoch": ("a.csv", text(("time", *HEADER), *rows(before=lambda n: (str(1500000000 + 60 * n),))),
+              "without time (only counts the rows)"),
+    "dates": ("a.csv", text(("when", *HEADER), *rows(before=lambda n: (f"{n % 28 + 1:02}/{n // 28 + 1:02}/2020",))),
+              "when tells the time, from 2020-01-01 to 2020-02-12"),
+    "words": ("a.csv", text(("who", *HEADER), *rows(before=lambda n: ("ab"[n % 2],))), "without who (no numbers)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_dialect_is_read_right_and_said_in_a_line(tmp_path, dialect):
+    name, content, note = DIALECTS[dialect]
+    table = read(tmp_path, name, content)
+    np.testing.assert_array_equal(table.values, VALUES)
+    assert table.features == (("1", "2") if dialect == "no header" else HEADER)
+    assert table.note == note
+    said = Arrays(tmp_path / name, length=5).describe()
+    assert note in said
+    assert "\n" not in said
+
+
+def test_parquet(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame(VALUES, columns=HEADER, index=pandas.date_range("2020-01-01", periods=40))
+    frame.assign(who="a").to_parquet(tmp_path / "a.parquet")
+    table = read_table(tmp_path / "a.parquet", Reading())
+    np.testing.assert_array_equal(table.values, VALUES)
+    assert table.note == "index tells the time, from 2020-01-01 to 2020-02-09; without who (no numbers)"
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 and nothing")
+    with pytest.raises(UsageError, match="cannot be read"):
+        Arrays(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("mark", ["", "?", "NA", "-", "n/a", "NaN", " NA ", "NULL", "none"])
+def test_what_marks_a_missing_value(tmp_path, mark):
+    cells = [str(value) if n % 5 else mark for n, value in enumerate(VALUES[:, 0])]
+    table = read(tmp_path, "a.csv", text(("x", "y"), *zip(cells, map(str, VALUES[:, 1]))))
+    np.testing.assert_array_equal(table.values[:, 0], np.where(np.arange(40) % 5, VALUES[:, 0], np.nan))
+
+
+def test_what_is_asked_for_is_done(tmp_path):
+    content = text(("t", "x", "y"), *((str(9 - n), f"{n}.500", str(-200 if n == 2 else n * n)) for n in range(9)))
+    assert read(tmp_path, "a.csv", content).features == ("y",)
+    assert read(tmp_path, "a.csv", content, columns="x, t").values[3].tolist() == [3.5, 6]
+    assert read(tmp_path, "a.csv", content, columns="3,1").features == ("y", "t")
+    backwards = read(tmp_path, "a.csv", content, time="t", columns="y", missing="-200,-300")
+    np.testing.assert_array_equal(backwards.values[:, 0], [64, 49, 36, 25, 16, 9, np.nan, 1, 0])
+    assert "from 1 to 9, in whose order the rows are put" in backwards.note
+    assert read(tmp_path, "a.csv", content, columns="x", decimal=",").values[3].tolist() == [3500]
+    assert read(tmp_path, "a.csv", b"a!b\n1!5\n2!3\n4!2\n", sep="!").values.shape == (3, 2)
+    assert read(tmp_path, "a.csv", b"a\tb\n1\t5\n2\t3\n4\t2\n", sep="tab").values.shape == (3, 2)
+
+
+def test_rows_that_come_newest_first_are_turned_round(tmp_path):
+    lines = [("Date", "Close"), *((f"Jan {30 - n}, 2020", str(n * n)) for n in range(20))]
+    table = read(tmp_path, "a.csv", text(*lines, sep=";"))
+    assert table.values[:, 0].tolist() == [n * n for n in range(19, -1, -1)]
+
+
+@pytest.mark.parametrize("sep", [",", ";", "\t"])
+def test_several_series_need_not_be_together(tmp_path, sep):
+    lines = [(str(t), f"s{n}", str(n * 100 + t * t)) for n in range(4) for t in range(5 + n)]
+    order = RANDOM.permutation(len(lines))
+    content = text(("t", "series", "value"), *(lines[place] for place in order), sep=sep)
+    table = read(tmp_path, "a.csv", content, time="t")
+    assert table.features == ("value",)
+    begun = {int(table.values[begin, 0]) // 100 for begin in np.cumsum(table.lengths) - table.lengths}
+    assert begun == {0, 1, 2, 3}
+    for begin, length in zip(np.cumsum(table.lengths) - table.lengths, table.lengths):
+        number = length - 5
+        assert table.values[begin : begin + length, 0].tolist() == [number * 100 + t * t for t in range(length)]
+    assert read(tmp_path, "b.csv", text(("id", "v"), ("1", "3"), ("2", "9"), ("3", "1"))).lengths.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    "content, reading, message",
+    [
+        (b"", {}, "is empty"),
+        (b"# nothing\n", {}, "is empty"),
+        (b"a,b\n", {}, "a header and no rows"),
+        (b"these are words", {}, "a header and no rows"),
+        (b"a,b\nx,y\nz,w\n", {}, "no column of numbers; its columns are a, b"),
+        (b"a,b\n1,2\n3,x\n4,5\n", {}, "row 2: b='x' is no number.*missing='x'"),
+        (b"a,b\n1,2\n3,4,5\n", {}, "Expected 2 fields in line 3, saw 3"),
+        (b'a,b\n1,"2\n3,4\n', {}, "cannot be read"),
+        (b"\x89PNG\r\n\x00\x1a\n" + bytes(range(1, 200)) * 9, {}, "NUL bytes"),
+        (b"x" * (1 << 17), {}, "first line has no end"),
+        (b"a\x1b[2J,b\nx,y\nz,w\n", {}, "its columns are a�"),
+        (b"a,b\n1,2\n3,3\n", {"columns": "c"}, "columns='c' is no column"),
+        (b"a,b\n1,2\n3,3\n", {"time": "c"}, "time='c' is no column"),
+        (b"a,b\nx,2\ny,3\n", {"time": "a"}, "time='a' holds neither dates nor numbers"),
+        (b"a,b\n1,2\n3,3\n", {"decimal": ";"}, "decimal=';' is no decimal mark"),
+        (b"a,b\n1,2\n3,3\n", {"sep": "ab"}, "sep='ab' cannot separate"),
+    ],
+)  # fmt: skip
+def test_what_is_no_table_is_refused_in_a_line(tmp_path, content, reading, message):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        Arrays(tmp_path / "a.csv", **reading)
+    assert str(caught.value).isprintable()
