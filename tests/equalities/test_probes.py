@@ -19,7 +19,7 @@ from reroll.grad.evaluate.probing import Probing, Unit
 from reroll.grad.evaluate.tiles import Perturbed, Tiles
 from reroll.grad.probes import coefficients, expected_relative_error
 from reroll.kernels import dispatch
-from reroll.kernels.noise_axpy import Stream, noise, noise_axpy
+from reroll.kernels.noise_axpy import Stream, noise, noise_axpy, noise_of
 from reroll.keys import Key
 from reroll.optim import CDRGE, apply
 from reroll.outcome import Outcome
@@ -456,7 +456,7 @@ def test_sums_are_fp32_whatever_the_weights_are():
     loss_fn = lambda m, x: m(x.to(m.weight.dtype)).float().square().mean()
     estimate = CentralDifference(512, 0.05)(wide, loss_fn, x, KEY)
     step = estimate.gradient.tensor("weight")
-    low = Seeded(KEY, estimate.gradient.coefficients, "rademacher", dict(narrow.named_parameters()))
+    low = Seeded.of(KEY, estimate.gradient.coefficients, "rademacher", dict(narrow.named_parameters()))
     assert torch.equal(low.tensor("weight"), step)
     start = narrow.weight.detach().clone()
     low.add_to(narrow.weight.detach(), "weight", -1.0)
@@ -515,7 +515,7 @@ def test_on_the_grid_adding_and_removing_is_exact():
 
 def test_the_grid_refuses_what_it_cannot_do():
     with pytest.raises(UsageError, match='needs noise="rademacher"'):
-        snap_to_grid({"p": torch.ones(2)}, 0.1, "normal")
+        snap_to_grid({"p": torch.ones(2)}, 0.1, noise_of("normal"))
     with pytest.raises(UsageError, match="needs fp32 weights; p is torch.float64"):
         snap_to_grid({"p": torch.ones(2).double()}, 0.1)
     with pytest.raises(UsageError, match="below the grid of the weights"):

@@ -195,7 +195,7 @@ def test_weight_decay_is_decoupled_and_for_matrices_only(momentum, how):
                 p.grad = torch.zeros_like(p)
             opt.step()
         else:
-            apply(Seeded(KEY, torch.zeros(2), "rademacher", dict(trainable(model))), opt, how)
+            apply(Seeded.of(KEY, torch.zeros(2), "rademacher", dict(trainable(model))), opt, how)
     for n, p in model.named_parameters():
         torch.testing.assert_close(p, before[n] * (0.95**2 if p.dim() >= 2 else 1.0))
 
@@ -303,7 +303,7 @@ def test_stream_holds_a_budget_of_gradients_and_keeps_shapes_together(budget, pi
     named = {f"p{i}": nn.Parameter(torch.zeros(shape)) for i, shape in enumerate(shapes)}
     optimizer, seen = torch.optim.AdamW(named.values(), lr=0.1), []
     optimizer.register_step_pre_hook(lambda *_: seen.append([p for p in named.values() if p.grad is not None]))
-    apply(Seeded(KEY, torch.ones(2), "rademacher", named), optimizer, "stream", budget)
+    apply(Seeded.of(KEY, torch.ones(2), "rademacher", named), optimizer, "stream", budget)
     assert [len(piece) for piece in seen] == pieces
     for piece in seen:
         assert sum(p.numel() * 4 for p in piece) <= max(budget or 0, 4096)
@@ -668,7 +668,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(name, case, cli
 def test_a_gradient_is_finite_in_the_dtype_of_its_weights():
     key, coefficients = Key(0), torch.full((3,), 3e4)
     for dtype, finite in ((torch.float16, False), (torch.bfloat16, True)):
-        gradient = Seeded(key, coefficients, "rademacher", {"w": torch.zeros(64, 64, dtype=dtype)})
+        gradient = Seeded.of(key, coefficients, "rademacher", {"w": torch.zeros(64, 64, dtype=dtype)})
         assert gradient.is_finite() is finite
         assert bool(gradient.tensor("w").to(dtype).isfinite().all()) is finite
 

@@ -11,7 +11,7 @@ import torch
 
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
-from reroll.kernels.noise_axpy import Stream, layout, noise, noise_axpy, noise_axpy_each, noise_axpy_rows
+from reroll.kernels.noise_axpy import Stream, layout, noise, noise_axpy, noise_axpy_each, noise_axpy_rows, noise_of
 from reroll.kernels.philox import philox
 from reroll.keys import Key
 
@@ -71,7 +71,7 @@ def test_triton_kernel_has_the_bits_of_the_reference(shape, kind, dtype, probes)
 
 
 def check_same_bits(implementation, shape, kind, dtype, probes):
-    p, stream = random(*shape, dtype=dtype), Stream(KEY, "rnn.weight", kind)
+    p, stream = random(*shape, dtype=dtype), Stream(KEY, "rnn.weight", noise_of(kind))
     alphas = random(len(probes), seed=1).tolist()
     results = {}
     for name in ("reference", implementation):
@@ -92,7 +92,7 @@ def check_same_bits(implementation, shape, kind, dtype, probes):
 def test_rows_made_alone_are_the_rows_of_the_whole(implementation, kind):
     if implementation == "triton":
         pytest.importorskip("triton", reason="triton is in the dev extra, for Linux only")
-    p, stream = random(11, 150), Stream(KEY, "w", kind)
+    p, stream = random(11, 150), Stream(KEY, "w", noise_of(kind))
     with dispatch.use("noise_axpy", implementation):
         whole = torch.empty_like(p)
         noise_axpy(p, stream, [3], [0.1], out=whole)
@@ -201,7 +201,7 @@ def test_layout():
         ("radmacher", 'noise="radmacher" is not a kind'),
         ("sparse:0.3", "density must be 1/2, 1/4"),
         ("sparse:0", "density must be"),
-        ("sparse:x", "density must be"),
+        ("sparse:x", "is not a kind"),
         ("normal:2", "is not a kind"),
     ],
 )

@@ -86,9 +86,9 @@ def _computing(config: Config) -> str:
     why = "asked for" if config.run.device != "auto" else "a CUDA card is there" if device.type == "cuda" else "no card"
     lines = [f"# device {device} ({why}), dtype {config.run.dtype}, {build.cores()} cores, torch {torch.__version__}"]
     if config.gradient.method == "probes":
-        from reroll.kernels.noise_axpy import _candidates as noise_candidates
+        from reroll.kernels.noise_axpy.noises import candidates
 
-        taken = next(c for c in noise_candidates(device.type, torch.float32, torch.float32) if c.applies)
+        taken = next(c for c in candidates(device.type, torch.float32, torch.float32) if c.applies)
         lines.append(f"# noise by {taken.name}: {taken.reason}")
     if config.model.cell == "lstm":
         model, heads = config.model, config.model.heads

@@ -2,13 +2,13 @@
 
     estimate = estimator(model, loss_fn, batch, key)      Estimate(loss, gradient, outcome, stats)
 
-A gradient is a value with two forms. `Dense`: numbers, in every parameter's `.grad`. `Seeded`: N coefficients and a
-key, from which any tensor of
+A gradient is a value with two forms. `Dense`: numbers, in every parameter's `.grad`. `Seeded`: N coefficients and
+keys, from which any tensor of
 
     ĝ = Σ_k c_k · noise(key, shape, k, name)
 
-can be made when it is needed, in tiles, and forgotten. Everything after the estimator (`reroll.optim.apply`) works on
-either.
+can be made when it is needed, in tiles, and forgotten. Everything after the estimator (`reroll.optim.apply`) asks the
+gradient and works on either.
 
 `loss_fn(model, batch)` is any callable that returns a scalar, or one loss per sequence [batch]; the model is any
 `torch.nn.Module`.
@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from reroll.errors import UsageError, nearest
-from reroll.kernels.noise_axpy import Stream, layout, noise_axpy
+from reroll.kernels.noise_axpy import Noise, Stream, layout, noise_axpy, noise_of
 from reroll.kernels.philox import stream_id
 from reroll.keys import Key
 from reroll.outcome import Outcome
@@ -54,7 +54,7 @@ class Estimate:
     """
 
     loss: Tensor
-    gradient: Dense | Seeded
+    gradient: Gradient
     outcome: Outcome
     stats: dict[str, Any] = field(default_factory=dict)
     state: Any = None
@@ -81,15 +81,72 @@ class Estimator(Protocol):
         ...
 
 
+class Term(NamedTuple):
+    """Consecutive probes of one key: Σ_k coefficients[k] · noise(key, shape, first + k, name).
+
+    Args:
+        key: the key of the step the probes were made at.
+        first: index of the first probe.
+        coefficients: c_k, fp32 on the CPU, 1/N over the finite probes included.
+    """
+
+    key: Key
+    first: int
+    coefficients: Tensor
+
+
+class Gradient(Protocol):
+    """What an estimator returns and `reroll.optim.apply` takes a step with."""
+
+    ways: ClassVar[tuple[str, ...]]
+    """How `apply` can take a step with it: "write", "stream", "fused"."""
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The tensors it is a gradient of, by name."""
+        ...
+
+    def each(self, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield these tensors with their gradients in their dtypes, made when they are asked for."""
+        ...
+
+    def add_to(self, target: Tensor, name: str, factor: float = 1.0) -> None:
+        """Compute target += factor · g for one tensor."""
+        ...
+
+    def norm(self) -> float:
+        """Return ‖g‖, over all tensors, summed in fp64."""
+        ...
+
+    def scaled(self, factor: float) -> Gradient:
+        """Return the gradient times a number."""
+        ...
+
+    def is_finite(self, norm: float | None = None) -> bool:
+        """Whether every number of it is finite; the norm, where it is known, may say so."""
+        ...
+
+
 @dataclass(frozen=True)
 class Dense:
     """A gradient that lies in the `.grad` of these parameters."""
 
     parameters: dict[str, Tensor]
+    ways: ClassVar[tuple[str, ...]] = ("write",)
+
+    def each(self, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield these tensors with their `.grad`."""
+        yield from ((self.parameters[name], self.parameters[name].grad) for name in names)
+
+    def add_to(self, target: Tensor, name: str, factor: float = 1.0) -> None:
+        """Compute target += factor · `.grad` for one tensor."""
+        grad = self.parameters[name].grad
+        if grad is not None:
+            target.add_(grad, alpha=factor)
 
     def norm(self) -> float:
         """Return ‖g‖, over all parameters, summed in fp64."""
-        return sum(square_sum(p.grad) for p in self.parameters.values() if p.grad is not None) ** 0.5
+        return sum(_fetch([square_sum(p.grad) for p in self.parameters.values() if p.grad is not None])) ** 0.5
 
     def is_finite(self, norm: float | None = None) -> bool:
         """Whether every number is finite; with the norm, where it is known, without looking at them again."""
@@ -97,8 +154,7 @@ class Dense:
             return math.isfinite(norm)
         # The largest magnitude is NaN if one number is: a pass without a copy, and the host waits once.
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        flags = [torch.linalg.vector_norm(g, torch.inf).isfinite() for g in grads]
-        return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+        return all(_fetch([torch.linalg.vector_norm(g, torch.inf).isfinite() for g in grads]))
 
     def scaled(self, factor: float) -> Dense:
         """Multiply every `.grad` by a number, in place."""
@@ -110,23 +166,39 @@ class Dense:
 
 @dataclass(frozen=True)
 class Seeded:
-    """A gradient as coefficients and seeds: ĝ = Σ_k c_k · noise(key, shape, k, name).
+    """A gradient as coefficients and seeds: ĝ = Σ over terms Σ_k c_k · noise(key, shape, first + k, name).
 
     Args:
-        key: the key of the step.
-        coefficients: c_k, fp32 on the CPU, one per probe, 1/N over the finite probes included.
-        noise: the kind of noise, as for `reroll.noise`.
+        terms: keys, probes and coefficients.
+        noise: what directions are made of.
         parameters: the perturbed tensors by name.
         scales: a factor per tensor, for tensors that were probed with another ε than the coefficients are for.
         sums: dtype of the sums over probes; None: fp32, fp64 for fp64 tensors.
     """
 
-    key: Key
-    coefficients: Tensor
-    noise: str
+    terms: tuple[Term, ...]
+    noise: Noise
     parameters: dict[str, Tensor]
     scales: Mapping[str, float] = field(default_factory=dict)
     sums: torch.dtype | None = None
+    ways: ClassVar[tuple[str, ...]] = ("write", "stream", "fused")
+
+    @classmethod
+    def of(
+        cls, key: Key, coefficients: Tensor, noise: Noise | str, parameters: Mapping[str, Tensor], **options: Any
+    ) -> Seeded:
+        """Return the gradient of probes 0 … N − 1 of one key; `options` are `scales` and `sums`."""
+        noise = noise_of(noise) if isinstance(noise, str) else noise
+        return cls((Term(key, 0, coefficients),), noise, dict(parameters), **options)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """c_k of all terms, one after the other, in fp32."""
+        return torch.cat([term.coefficients for term in self.terms])
+
+    def each(self, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield these tensors with their ĝ in their dtypes."""
+        yield from ((self.parameters[name], self.tensor(name).to(self.parameters[name].dtype)) for name in names)
 
     def add_to(self, target: Tensor, name: str, factor: float = 1.0, first_row: int = 0) -> None:
         """Compute target += factor · ĝ for one tensor, or for the rows of it from `first_row` on.
@@ -137,10 +209,10 @@ class Seeded:
             factor: a number; −η makes it a step of gradient descent.
             first_row: where the rows start (see `reroll.kernels.noise_axpy`).
         """
-        stream = Stream(self.key, name, self.noise)
         factor = factor * self.scales.get(name, 1.0)
-        alphas = (self.coefficients.double() * factor).tolist()
-        noise_axpy(target, stream, range(len(alphas)), alphas, first_row=first_row, sums=self.sums)
+        for key, first, coefficients in self.terms:
+            probes, alphas = range(first, first + len(coefficients)), (coefficients.double() * factor).numpy()
+            noise_axpy(target, Stream(key, name, self.noise), probes, alphas, first_row=first_row, sums=self.sums)
 
     def tensor(self, name: str) -> Tensor:
         """Return ĝ of one tensor, in fp32 (fp64 for fp64 tensors)."""
@@ -153,14 +225,14 @@ class Seeded:
 
     def norm(self) -> float:
         """Return ‖ĝ‖, over all tensors, in pieces of at most 1 MB where rows allow; the sum is in fp64."""
-        total = 0.0
+        squares = []
         for name, p in self.parameters.items():
             wide = torch.promote_types(p.dtype, torch.float32)
             for rows, first in row_blocks(p, NORM_BYTES * 4 // wide.itemsize):
                 piece = torch.zeros(rows.shape, dtype=wide, device=p.device)
                 self.add_to(piece, name, first_row=first)
-                total += square_sum(piece)
-        return total**0.5
+                squares.append(square_sum(piece))
+        return sum(_fetch(squares)) ** 0.5
 
     def is_finite(self, norm: float | None = None) -> bool:
         """Whether every number of ĝ is finite, in the dtype of its weights.
@@ -178,20 +250,22 @@ class Seeded:
 
     def scaled(self, factor: float) -> Seeded:
         """Return the gradient times a number: only the coefficients change."""
-        coefficients = (self.coefficients.double() * factor).float()
-        return Seeded(self.key, coefficients, self.noise, self.parameters, self.scales, self.sums)
+        terms = (term._replace(coefficients=(term.coefficients.double() * factor).float()) for term in self.terms)
+        return replace(self, terms=tuple(terms))
 
 
-Gradient = Dense | Seeded
-
-
-def square_sum(tensor: Tensor) -> float:
-    """Return Σ x² in fp64, of pieces of at most 1 MB; on the CPU where the device has no fp64."""
-    total = 0.0
+def square_sum(tensor: Tensor) -> Tensor:
+    """Return Σ x² in fp64, 0-dimensional, of pieces of at most 1 MB; on the CPU where the device has no fp64."""
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if tensor.device.type == "mps" else tensor.device)
     for piece in tensor.detach().reshape(-1).split(NORM_BYTES // 8):
-        piece = piece.cpu() if piece.device.type == "mps" else piece
-        total += piece.double().square_().sum().item() if piece.dtype != torch.float64 else piece.square().sum().item()
+        wide = piece.to(total.device).double()
+        total += (wide.square() if wide is piece else wide.square_()).sum()
     return total
+
+
+def _fetch(numbers: list[Tensor]) -> list[Any]:
+    # The only wait for a device: all that was computed there comes back at once.
+    return torch.stack([n.to(numbers[0].device) for n in numbers]).tolist() if numbers else []
 
 
 def row_blocks(p: Tensor, limit_bytes: int) -> Iterator[tuple[Tensor, int]]:

@@ -13,6 +13,7 @@ References: Spall, "Multivariate stochastic approximation using a simultaneous p
 from __future__ import annotations
 
 import contextvars
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from reroll.grad.evaluate.replicas import Replicas
 from reroll.grad.evaluate.tiles import Tiles
 from reroll.grad.evaluate.warm import TOO_LOOSE, WarmStarts, iterates
 from reroll.grad.probes import SHAPINGS, coefficients
-from reroll.kernels.noise_axpy import parse_kind
+from reroll.kernels.noise_axpy import Noise, noise_of
 from reroll.kernels.threads import pool, torch_threads
 from reroll.keys import Key
 from reroll.outcome import Outcome
@@ -58,7 +59,7 @@ class CentralDifference:
     Args:
         probes: N, directions per step; the cost grows with N, the error falls as 1/√N.
         epsilon: ε, how far a probe goes; in fp32 about 1e-3 … 0.1 (see `probe_snr` in the stats).
-        noise: "rademacher", "normal", or "sparse" with `density`.
+        noise: "rademacher", "normal", or "sparse" with `density`; or a `Noise`.
         evaluate: "auto", "in_place", "tiles" or "batched" (see `reroll.grad.evaluate`).
         batch: "shared": every probe sees the whole batch; "split": the probes share it out. For the same number of
             forward passes over sequences, "split" affords more probes: better while the loss is little noisy.
@@ -87,7 +88,7 @@ class CentralDifference:
 
     probes: int
     epsilon: float
-    noise: str = "rademacher"
+    noise: str | Noise = "rademacher"
     evaluate: Evaluate = "auto"
     batch: Literal["shared", "split"] = "shared"
     dtype: torch.dtype | None = None
@@ -118,7 +119,7 @@ class CentralDifference:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UsageError(f'{name}="{getattr(self, name)}" must be {" or ".join(known)}.')
-        parse_kind(self.kind)
+        _ = self.directions  # says what is wrong with it
         one_sided = self.difference == "one_sided"
         pairs = [
             (one_sided and self.batch == "split", 'batch="split" and difference="one_sided"',
@@ -132,14 +133,14 @@ class CentralDifference:
             if broken:
                 raise UsageError(f"{pair} exclude each other: {reason}. Drop one of them.")
 
-    @property
-    def kind(self) -> str:
-        """The kind of noise as `reroll.noise` takes it, density included."""
-        if self.density is None:
-            return self.noise
+    @functools.cached_property
+    def directions(self) -> Noise:
+        """What directions are made of, density included."""
+        if isinstance(self.noise, Noise) or self.density is None:
+            return noise_of(self.noise) if isinstance(self.noise, str) else self.noise
         if self.noise != "sparse":
             raise UsageError(f'density={self.density} is for noise="sparse"; noise is "{self.noise}".')
-        return f"sparse:{self.density}"
+        return noise_of(f"sparse:{self.density}")
 
     def __call__(self, model: nn.Module, loss_fn: LossFn, batch: Any, key: Key) -> Estimate:
         """Estimate the gradient of the loss; see `reroll.grad.base.Estimator`.
@@ -185,7 +186,7 @@ class CentralDifference:
         # Without a module to look at, whether something iterates inside the loss shows when it is called.
         warm = WarmStarts(loss_fn) if model is None or iterates(model) else None
         probing = Probing(
-            parameters=parameters, call=warm or loss_fn, key=key, epsilon=epsilon, noise=self.kind,
+            parameters=parameters, call=warm or loss_fn, key=key, epsilon=epsilon, noise=self.directions,
             sides=(1, -1) if self.difference == "central" else (1,), dtype=self.dtype, scales=scales or {}, model=model,
             isolate=plan.isolate,
         )  # fmt: skip
@@ -206,9 +207,9 @@ class CentralDifference:
         if self.difference == "one_sided" or (getattr(batch, "state", None) is not None and not self.per_branch_state):
             clean, after, passes = self._clean(probing, batch, plan)
         found = coefficients(losses, epsilon, self.shaping, clean if self.difference == "one_sided" else None)
-        gradient = Seeded(
-            key, found.values, self.kind, dict(parameters), _inverse(scales),
-            torch.float64 if self.sums == "fp64" else None,
+        gradient = Seeded.of(
+            key, found.values, self.directions, parameters, scales=_inverse(scales),
+            sums=torch.float64 if self.sums == "fp64" else None,
         )  # fmt: skip
         stats = {
             "forward_passes": sum(len(unit.probes) * len(probing.sides) for unit in units) + passes,
@@ -242,7 +243,7 @@ class CentralDifference:
                     f"{str(self.dtype or p.dtype).removeprefix('torch.')}); raise it, or evaluate in a wider dtype."
                 )
         if plan.evaluate == "in_place" and self.restore == "grid":
-            return snap_to_grid(parameters, self.epsilon, self.kind)
+            return snap_to_grid(parameters, self.epsilon, self.directions)
         return self.epsilon
 
     def _units(self, batch: Any, plan: Plan) -> list[Unit]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
+from reroll.kernels.noise_axpy import noise_of
 
 SHAPINGS = ("raw", "zscore", "rank", "sign")
 
@@ -95,9 +96,9 @@ def _shape(slopes: Tensor, shaping: str) -> Tensor:
         return (slopes - slopes.mean()) / deviation if deviation > 0 else torch.zeros_like(slopes)
     if shaping == "rank":
         # Ranks 0 … n − 1 brought to [−½, ½]; ties share the mean of their ranks.
-        below = (slopes.unsqueeze(0) < slopes.unsqueeze(1)).sum(1).to(slopes)
-        equal = (slopes.unsqueeze(0) == slopes.unsqueeze(1)).sum(1)
-        return (below + (equal - 1) / 2) / max(len(slopes) - 1, 1) - 0.5
+        ordered = slopes.sort().values
+        below, up_to = (torch.searchsorted(ordered, slopes, right=right) for right in (False, True))
+        return (below.to(slopes) + (up_to - below - 1) / 2) / max(len(slopes) - 1, 1) - 0.5
     return slopes.sign() if shaping == "sign" else slopes
 
 
@@ -115,9 +116,5 @@ def expected_relative_error(weights: int, probes: int, noise: str = "rademacher"
         >>> expected_relative_error(1001, 10)
         100.0
     """
-    from reroll.kernels.noise_axpy import parse_kind
-
-    kind = parse_kind(noise)
     # Var over coordinates is Σ_{i≠j} g_j² + g_i² (E z⁴ − 1): the fourth moment is 1, 3, and 1/d.
-    fourth = 3.0 if kind.base == "normal" else 2.0**kind.masks
-    return (weights - 2 + fourth) / probes
+    return (weights - 2 + noise_of(noise).fourth_moment) / probes

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError, nearest
-from reroll.grad.base import Dense, Gradient, Seeded
+from reroll.grad.base import Gradient
 from reroll.optim.sgd import SGD, descend
 
 WAYS = ("write", "stream", "fused")
@@ -45,7 +45,7 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write", budget: int | 
         >>> estimate = CentralDifference(8, 0.01)(model, lambda m, x: m(x).square().mean(), torch.ones(5, 3), Key(0))
         >>> apply(estimate.gradient, torch.optim.SGD(model.parameters(), lr=0.1), how="fused")
     """
-    if not isinstance(gradient, Dense | Seeded):
+    if not hasattr(gradient, "ways"):
         remedy = "pass estimate.gradient" if hasattr(gradient, "gradient") else "pass what an estimator returned"
         raise UsageError(f"gradient is a {type(gradient).__name__}; {remedy}.")
     if how not in WAYS:
@@ -53,7 +53,7 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write", budget: int | 
     groups = _groups_of(gradient, optimizer)
     if how == "fused":
         _refuse_unless_fusable(optimizer, groups)
-    if how != "write" and isinstance(gradient, Dense):
+    if how not in gradient.ways:
         raise UsageError(f'how="{how}" is for gradients from probes; a dense one is in .grad already. Use how="write".')
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UsageError(
@@ -61,25 +61,21 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write", budget: int | 
             "Use SGD or AdamW here, or call LBFGS.step with a closure."
         )
     # What an earlier backward() left would be stepped on too: once with "write", once per piece with "stream".
-    drop_grads(optimizer, {id(p) for p in gradient.parameters.values()} if isinstance(gradient, Dense) else ())
-    if isinstance(gradient, Dense):
-        optimizer.step()
-    elif how == "fused":
+    drop_grads(optimizer, {id(p) for p in gradient.parameters.values()} if how == "write" else ())
+    if how == "fused":
         for name, p in gradient.parameters.items():
-            add = functools.partial(_add, gradient, name)
-            descend(p, groups[name], optimizer.state, add)
+            descend(p, groups[name], optimizer.state, functools.partial(_add, gradient, name))
     else:
         for names in _pieces(gradient.parameters, math.inf if how == "write" else budget):
-            for name in names:
-                p = gradient.parameters[name]
-                p.grad = gradient.tensor(name).to(p.dtype)
+            for p, g in gradient.each(names):
+                p.grad = g
             optimizer.step()
             for name in names:
                 gradient.parameters[name].grad = None
     drop_grads(optimizer)
 
 
-def _add(gradient: Seeded, name: str, target: Tensor, factor: float) -> None:
+def _add(gradient: Gradient, name: str, target: Tensor, factor: float) -> None:
     gradient.add_to(target, name, factor)
 
 

@@ -75,6 +75,6 @@ def _again(path: Path, config: Config, found: journal.Journal, steps: int) -> Re
         if header["restore"] == "grid":
             snap_to_grid(parameters, record.epsilon)
         configure(optimizer, StepSettings(record.lr))
-        gradient = Seeded(record.key, record.coefficients, header["noise"], parameters, sums=sums)
+        gradient = Seeded.of(record.key, record.coefficients, header["noise"], parameters, sums=sums)
         apply(gradient, optimizer, header["update"])
     return model

@@ -328,7 +328,7 @@ def start_record(session: Session) -> None:
         header = {
             "sizes": metadata["sizes"],
             "initial": checkpoint.checksum(checkpoint.weights_of(model)),
-            "noise": session.estimator.kind,
+            "noise": session.estimator.directions.name,
             "restore": config.gradient.restore if config.gradient.evaluate == "in_place" else "copy",
             "update": config.optim.update,
             "sums": config.gradient.sums,

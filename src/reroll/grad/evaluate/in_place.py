@@ -23,7 +23,7 @@ from torch import Tensor
 
 from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad.evaluate.probing import Probing, Result, Unit
-from reroll.kernels.noise_axpy import noise_axpy, parse_kind
+from reroll.kernels.noise_axpy import RADEMACHER, Noise, noise_axpy
 
 
 class InPlace:
@@ -67,13 +67,13 @@ class InPlace:
             noise_axpy(source, self.probing.stream(name), [probe], [self.probing.alpha(name, side)], out=p.detach())
 
 
-def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: str = "rademacher") -> float:
+def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: Noise = RADEMACHER) -> float:
     """Round fp32 weights to grids on which ±ε is exact, in place, and return the ε that is.
 
     Args:
         parameters: the tensors; every one gets the grid 2^(e − 24) with 2^e > max |p| + 2 ε.
         epsilon: the wished size of a probe.
-        noise: must be "rademacher": other noise is no multiple of a grid.
+        noise: must be made of signs: other noise is no multiple of a grid.
 
     Returns:
         The multiple of the largest grid unit that is nearest to `epsilon`.
@@ -87,8 +87,8 @@ def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: str = 
         >>> torch.equal((p + epsilon) - epsilon, p)
         True
     """
-    if parse_kind(noise) != parse_kind("rademacher"):
-        raise UsageError(f'restore="grid" needs noise="rademacher"; with noise="{noise}" use restore="copy".')
+    if not noise.signs:
+        raise UsageError(f'restore="grid" needs noise="rademacher"; with noise="{noise.name}" use restore="copy".')
     units = {}
     for name, p in parameters.items():
         if p.dtype != torch.float32:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from reroll.errors import UsageError
-from reroll.kernels.noise_axpy import Stream
+from reroll.kernels.noise_axpy import RADEMACHER, Noise, Stream
 from reroll.keys import Key
 
 
@@ -53,7 +53,7 @@ class Probing:
         call: (model, batch) → loss (scalar or [batch]), or a pair (loss, state after the batch).
         key: the key of the step.
         epsilon: ε, the size of a probe.
-        noise: the kind of noise.
+        noise: what directions are made of.
         sides: (+1, −1) for central differences, (+1,) for one-sided ones.
         dtype: evaluate in this dtype; None: the weights' own.
         scales: a factor on ε per tensor.
@@ -65,7 +65,7 @@ class Probing:
     call: Callable[[Any, Any], Any]
     key: Key
     epsilon: float
-    noise: str = "rademacher"
+    noise: Noise = RADEMACHER
     sides: tuple[int, ...] = (1, -1)
     dtype: torch.dtype | None = None
     scales: Mapping[str, float] = field(default_factory=dict)

@@ -186,6 +186,11 @@ class Perturbed:
         outputs, columns = weight.shape
         bias = self.value(bias)
         input = input.to(self.dtype(weight))
+        if (name := self.names.get(id(weight))) is not None:
+            alpha = self.probing.alpha(name, self.side)
+            made = self.probing.noise.linear(input, weight, bias, self.probing.stream(name), self.probe, alpha)
+            if made is not None:
+                return made
         if id(weight) not in self.ids or self.fits(weight) or layout(weight.shape)[0] != outputs:
             return functional.linear(input, self.value(weight), bias)
         result = input.new_empty(*input.shape[:-1], outputs)

@@ -4,35 +4,35 @@
     noise_axpy_each   out[k] ← p + alpha_k z_k           one perturbed copy per probe
     noise_axpy_rows   out[i] ← p[rows[i]] + alpha z      perturb what an embedding looks up
 
-z_k is a function of (key, tensor name, probe k, position) and of nothing else; `stream.py` defines it. Three
-implementations give the same bits: `reference` (torch, any device), `cpu` (Numba) and `triton` (CUDA). Measured on one
-core, `cpu` perturbs at about 0.15 ns per weight and sums probes at 0.04 ns per weight and probe (docs/results.md).
+z_k is a function of (key, tensor name, probe k, position) and of nothing else, defined by `stream.py` and `noises.py`.
+Three implementations give the same bits: `reference` (torch), `cpu` (Numba) and `triton` (CUDA). Measured on one core,
+`cpu` perturbs at about 0.15 ns per weight and sums probes at 0.04 ns per weight and probe (docs/results.md).
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.kernels import dispatch
-from reroll.kernels.noise_axpy.stream import NARROW, Stream, layout, parse_kind
+from reroll.kernels.noise_axpy.noises import NOISES, RADEMACHER, Alphas, Noise, Stream, noise_of, sums_for
+from reroll.kernels.noise_axpy.stream import NARROW, layout
 from reroll.keys import Key
 
-__all__ = ["Stream", "layout", "noise", "noise_axpy", "noise_axpy_each", "noise_axpy_rows", "parse_kind", "perturber"]
+__all__ = [
+    "NOISES", "RADEMACHER", "Noise", "Stream", "layout", "noise", "noise_axpy", "noise_axpy_each", "noise_axpy_rows",
+    "noise_of", "perturber",
+]  # fmt: skip
 
 
 def noise_axpy(
     p: Tensor,
     stream: Stream,
     probes: Sequence[int],
-    alphas: Sequence[float],
+    alphas: Alphas,
     *,
     out: Tensor | None = None,
     first_row: int = 0,
@@ -42,7 +42,7 @@ def noise_axpy(
 
     Args:
         p: the tensor, or some consecutive rows of one (see `first_row`). Any floating dtype, any strides.
-        stream: key, name and kind of the noise.
+        stream: key, name and noise of the tensor.
         probes: probe indices in [0, 2³²), in the order in which they are summed.
         alphas: one factor per probe; rounded to the dtype of the sums.
         out: where the result goes, of p's shape and any floating dtype; None writes into p.
@@ -72,8 +72,7 @@ def noise_axpy(
         out.detach().copy_(p)
     elif p.numel():
         indices = np.asarray(probes, dtype=np.uint32)
-        factors = _factors(alphas, stream.kind, sums or _sums(p))
-        _implementation(p, out).axpy(p.detach(), out.detach(), stream, first_row, indices, factors)
+        stream.noise.add(p.detach(), out.detach(), stream, first_row, indices, alphas, sums or sums_for(p))
 
 
 def perturber(p: Tensor, stream: Stream, out: Tensor) -> Callable[[int, float], None]:
@@ -89,20 +88,15 @@ def perturber(p: Tensor, stream: Stream, out: Tensor) -> Callable[[int, float], 
         >>> torch.equal(out, 0.5 * noise(Key(0), (2, 64), 3, "w"))
         True
     """
-    if _implementation(p, out).__name__.endswith(".cpu") and p.is_contiguous() and out.is_contiguous() and p.numel():
-        from reroll.kernels.noise_axpy import cpu
-
-        real = np.float64 if _sums(p) == torch.float64 else np.float32
-        return cpu.perturber(p.detach(), out.detach(), stream, real, real(parse_kind(stream.kind).scale))
-    return lambda probe, alpha: noise_axpy(p, stream, [probe], [alpha], out=out)
+    return stream.noise.perturber(p.detach(), out.detach(), stream)
 
 
-def noise_axpy_each(p: Tensor, stream: Stream, probes: Sequence[int], alphas: Sequence[float], *, out: Tensor) -> None:
+def noise_axpy_each(p: Tensor, stream: Stream, probes: Sequence[int], alphas: Alphas, *, out: Tensor) -> None:
     """Compute out[k] ← p + alphas[k] · z(probes[k]) for every k.
 
     Args:
         p: the tensor.
-        stream: key, name and kind of the noise.
+        stream: key, name and noise of the tensor.
         probes: probe indices; one may come twice, with alphas +ε and −ε.
         alphas: one factor per probe.
         out: of shape [len(probes), *p.shape] and any floating dtype.
@@ -116,10 +110,7 @@ def noise_axpy_each(p: Tensor, stream: Stream, probes: Sequence[int], alphas: Se
             f"{len(probes)} probes and {len(alphas)} alphas."
         )
     if p.numel():
-        indices = np.asarray(probes, dtype=np.uint32)
-        _implementation(p, out).axpy_each(
-            p.detach(), out.detach(), stream, indices, _factors(alphas, stream.kind, _sums(p))
-        )
+        stream.noise.add_each(p.detach(), out.detach(), stream, np.asarray(probes, dtype=np.uint32), alphas)
 
 
 def noise_axpy_rows(p: Tensor, rows: Tensor, stream: Stream, probe: int, alpha: float, *, out: Tensor) -> None:
@@ -128,7 +119,7 @@ def noise_axpy_rows(p: Tensor, rows: Tensor, stream: Stream, probe: int, alpha: 
     Args:
         p: a matrix [R, C] with C ≥ 32 (a narrower one is a single row of the stream: perturb it whole).
         rows: int64 row indices [n] in [0, R).
-        stream: key, name and kind of the noise.
+        stream: key, name and noise of the tensor.
         probe: the probe index.
         alpha: the factor.
         out: [n, C], any floating dtype.
@@ -146,8 +137,7 @@ def noise_axpy_rows(p: Tensor, rows: Tensor, stream: Stream, probe: int, alpha: 
         low, high = (int(index) for index in torch.aminmax(rows))
         if low < 0 or high >= len(p):
             raise IndexError(f"index {low if low < 0 else high} is out of range for a matrix of {len(p)} rows")
-        factors = _factors([alpha], stream.kind, _sums(p))
-        _implementation(p, out).axpy_rows(p.detach(), rows, out.detach(), stream, probe, factors)
+        stream.noise.add_rows(p.detach(), rows, out.detach(), stream, probe, alpha)
 
 
 def noise(
@@ -183,39 +173,5 @@ def noise(
     Reference: the generator is Philox4x32-10 (Salmon et al., SC 2011); its layout is in `noise_axpy/stream.py`.
     """
     p = torch.zeros(tuple(shape), dtype=dtype, device=device)
-    noise_axpy(p, Stream(key, name, kind), [probe], [1.0])
+    noise_axpy(p, Stream(key, name, noise_of(kind)), [probe], [1.0])
     return p
-
-
-def _sums(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def _factors(alphas: Sequence[float], kind: str, sums: torch.dtype) -> np.ndarray:
-    # alpha · scale is rounded once per probe, and its sign is exact: every implementation starts from these factors.
-    real = np.float64 if sums == torch.float64 else np.float32
-    return np.asarray(alphas, dtype=real) * real(parse_kind(kind).scale)
-
-
-def _implementation(p: Tensor, out: Tensor) -> ModuleType:
-    choice = dispatch.choose("noise_axpy", _candidates(p.device.type, p.dtype, out.dtype))
-    return importlib.import_module(f"{__name__}.{choice.name}")
-
-
-@functools.cache
-def _candidates(device: str, dtype: torch.dtype, out_dtype: torch.dtype) -> tuple[dispatch.Candidate, ...]:
-    compiled = {dtype, out_dtype} <= {torch.float32, torch.float64, torch.bfloat16}
-    types = f"{str(dtype).removeprefix('torch.')} on {device}"
-    return (
-        dispatch.Candidate("cpu", device == "cpu" and compiled, f"Numba kernel, {types}"),
-        dispatch.Candidate("triton", compiled and _triton_runs_on(device), f"Triton kernel, {types}"),
-        dispatch.Candidate("reference", True, f"torch operations, {types}"),
-    )
-
-
-def _triton_runs_on(device: str) -> bool:
-    try:
-        from reroll.kernels.noise_axpy import triton
-    except ImportError:
-        return False
-    return device == "cuda" or (device == "cpu" and triton.INTERPRETED)

@@ -1,4 +1,4 @@
-"""The definition of the noise stream that every implementation follows: kinds, names, layout.
+"""The definition of the noise stream that every implementation follows: layout and sums.
 
 **Layout.** A tensor is R rows of its last dimension C; with C < 32 or one axis it is a single row. Row r has ⌈C/128⌉
 blocks of 128 sign bits, numbered from r·⌈C/128⌉; block b of probe k of a tensor is one Philox call with counter
@@ -12,89 +12,12 @@ has the same bits everywhere.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
-
-from reroll.errors import UsageError
-from reroll.kernels.philox import stream_id
-from reroll.keys import Key
 
 BLOCK = 128  # sign bits of one Philox call
 PROBE_BLOCK = 128  # probes summed before a partial sum is added to the total
 NARROW = 32  # tensors with fewer columns than this are laid out as one row
-
-
-class Kind(NamedTuple):
-    """A kind of noise, parsed: its base distribution and, for sparse noise, how many masks are ANDed."""
-
-    base: str
-    masks: int
-
-    @property
-    def scale(self) -> float:
-        """The factor that gives every coordinate unit variance: √(2^masks)."""
-        return math.sqrt(2.0**self.masks)
-
-
-@functools.cache
-def parse_kind(kind: str) -> Kind:
-    """Read "rademacher", "normal", "sparse" or "sparse:0.25".
-
-    Raises:
-        UsageError: for another name, or a density that is no negative power of two.
-
-    Example:
-        >>> parse_kind("sparse:0.25")
-        Kind(base='rademacher', masks=2)
-    """
-    base, _, argument = kind.partition(":")
-    if base in ("rademacher", "normal") and not argument:
-        return Kind(base, 0)
-    if base != "sparse":
-        raise UsageError(f'noise="{kind}" is not a kind of noise. Known: normal, rademacher, sparse, sparse:DENSITY.')
-    try:
-        density = float(argument or 0.5)
-        masks = round(-math.log2(density))
-    except ValueError:
-        density, masks = math.nan, 0
-    if not (1 <= masks <= 16 and density == 2.0**-masks):
-        raise UsageError(f'noise="{kind}": the density must be 1/2, 1/4, … 2**-16, for example "sparse:0.25".')
-    return Kind("rademacher", masks)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Where the noise of one tensor comes from.
-
-    Args:
-        key: the key of the step.
-        name: the tensor's name; two tensors with the same name get the same noise.
-        kind: "rademacher", "normal", "sparse" or "sparse:DENSITY".
-    """
-
-    key: Key
-    name: str
-    kind: str = "rademacher"
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """The counter words c3 this stream uses: of the signs, then of the masks; or of the normal numbers."""
-        return _ids(self.name, self.kind)
-
-    @property
-    def is_normal(self) -> bool:
-        return parse_kind(self.kind).base == "normal"
-
-
-@functools.lru_cache(maxsize=4096)
-def _ids(name: str, kind: str) -> tuple[int, ...]:
-    base, masks = parse_kind(kind)
-    if base == "normal":
-        return (stream_id(name, "normal"),)
-    return (stream_id(name), *(stream_id(name, f"mask{i + 1}") for i in range(masks)))
 
 
 def layout(shape: Sequence[int]) -> tuple[int, int]:

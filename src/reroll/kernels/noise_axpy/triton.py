@@ -6,17 +6,15 @@ p is read and written once whatever the number of probes. Without a GPU the same
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroll.kernels.noise_axpy.stream import BLOCK, Stream, layout
+from reroll.kernels.noise_axpy.noises import Stream
+from reroll.kernels.noise_axpy.stream import BLOCK, layout
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _BLOCKS = 8  # blocks of 128 bits per program
 
 

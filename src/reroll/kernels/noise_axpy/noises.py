@@ -1,0 +1,234 @@
+"""What a direction is made of: one class per kind of noise, and the table of them.
+
+A noise knows how to add itself to a tensor, to some rows of one, or to one copy per probe; everything else (evaluators,
+gradients, the record of a run) asks it and never looks at its name. Independent entries (`Entries`) are made by the
+kernels of this folder; a structured noise overrides `add`, and `linear` where a product can be had without the matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.kernels import dispatch
+from reroll.kernels.philox import stream_id
+from reroll.keys import Key
+
+Alphas = Sequence[float] | np.ndarray
+
+
+class Noise(ABC):
+    """Directions z(key, name, probe) of zero mean, for tensors of any shape. Frozen, hashable, named for files."""
+
+    name: str
+    """What `noise_of` makes this noise from again."""
+    signs: bool = False
+    """Whether every entry is +1 or −1, so that a step of ±ε is exact on a grid."""
+    fourth_moment: float = 1.0
+    """E z⁴ of an entry."""
+
+    @abstractmethod
+    def add(
+        self, p: Tensor, out: Tensor, stream: Stream, first_row: int, probes: np.ndarray, alphas: Alphas,
+        sums: torch.dtype,
+    ) -> None:  # fmt: skip
+        """Compute out ← p + Σ_k alphas[k] · z(probes[k]); p may be the rows from `first_row` on of the tensor."""
+
+    def add_each(self, p: Tensor, out: Tensor, stream: Stream, probes: np.ndarray, alphas: Alphas) -> None:
+        """Compute out[k] ← p + alphas[k] · z(probes[k])."""
+        for k in range(len(probes)):
+            self.add(p, out[k], stream, 0, probes[k : k + 1], [alphas[k]], sums_for(p))
+
+    def add_rows(self, p: Tensor, rows: Tensor, out: Tensor, stream: Stream, probe: int, alpha: float) -> None:
+        """Compute out[i] ← p[rows[i]] + alpha · z at row rows[i]."""
+        whole = torch.empty_like(p, dtype=out.dtype)
+        self.add(p, whole, stream, 0, np.array([probe], dtype=np.uint32), [alpha], sums_for(p))
+        out.copy_(whole[rows])
+
+    def perturber(self, p: Tensor, out: Tensor, stream: Stream) -> Callable[[int, float], None]:
+        """Return (probe, alpha) → None that computes out ← p + alpha · z(probe), prepared for many calls."""
+        return lambda k, alpha: self.add(p, out, stream, 0, np.array([k], dtype=np.uint32), [alpha], sums_for(p))
+
+    def linear(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, probe: int, alpha: float
+    ) -> Tensor | None:
+        """Return input · (W + alpha z)ᵀ + bias without making the matrix, or None: make it."""
+        return None
+
+    def second_moment(self, shape: Sequence[int]) -> float:
+        """Return E z² of an entry of a tensor of this shape."""
+        return 1.0
+
+
+class Entries(Noise):
+    """Independent entries, made by the kernels: signs under `masks` masks, or normal numbers."""
+
+    masks: int = 0
+    is_normal: bool = False
+
+    @property
+    def scale(self) -> float:
+        """The factor that gives every entry unit variance: √(2^masks)."""
+        return math.sqrt(2.0**self.masks)
+
+    def ids(self, name: str) -> tuple[int, ...]:
+        """Return the counter words c3 of a tensor: of the signs, then of the masks; or of the normal numbers."""
+        if self.is_normal:
+            return (stream_id(name, "normal"),)
+        return (stream_id(name), *(stream_id(name, f"mask{i + 1}") for i in range(self.masks)))
+
+    def add(
+        self, p: Tensor, out: Tensor, stream: Stream, first_row: int, probes: np.ndarray, alphas: Alphas,
+        sums: torch.dtype,
+    ) -> None:  # fmt: skip
+        implementation(p, out).axpy(p, out, stream, first_row, probes, self._factors(alphas, sums))
+
+    def add_each(self, p: Tensor, out: Tensor, stream: Stream, probes: np.ndarray, alphas: Alphas) -> None:
+        implementation(p, out).axpy_each(p, out, stream, probes, self._factors(alphas, sums_for(p)))
+
+    def add_rows(self, p: Tensor, rows: Tensor, out: Tensor, stream: Stream, probe: int, alpha: float) -> None:
+        implementation(p, out).axpy_rows(p, rows, out, stream, probe, self._factors([alpha], sums_for(p)))
+
+    def perturber(self, p: Tensor, out: Tensor, stream: Stream) -> Callable[[int, float], None]:
+        module = implementation(p, out)
+        if hasattr(module, "perturber") and p.is_contiguous() and out.is_contiguous() and p.numel():
+            real = np.float64 if sums_for(p) == torch.float64 else np.float32
+            return module.perturber(p, out, stream, real, real(self.scale))
+        return super().perturber(p, out, stream)
+
+    def _factors(self, alphas: Alphas, sums: torch.dtype) -> np.ndarray:
+        # alpha · scale is rounded once per probe, and its sign is exact: every implementation starts from these.
+        real = np.float64 if sums == torch.float64 else np.float32
+        return np.asarray(alphas, dtype=real) * real(self.scale)
+
+
+@dataclass(frozen=True)
+class Rademacher(Entries):
+    """±1."""
+
+    name = "rademacher"
+    signs = True
+
+
+@dataclass(frozen=True)
+class Normal(Entries):
+    """Standard normal numbers."""
+
+    name = "normal"
+    is_normal = True
+    fourth_moment = 3.0
+
+
+@dataclass(frozen=True)
+class Sparse(Entries):
+    """±√(1/d) with probability d, else 0.
+
+    Args:
+        density: d, a negative power of two, 1/2 … 2⁻¹⁶.
+
+    Raises:
+        UsageError: for another density.
+    """
+
+    density: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.density not in [2.0**-masks for masks in range(1, 17)]:
+            raise UsageError(
+                f'noise="sparse": the density must be 1/2, 1/4, … 2**-16, "sparse:0.25" say; it is {self.density}.'
+            )
+        for name, value in (
+            ("name", f"sparse:{self.density}"),
+            ("masks", round(-math.log2(self.density))),
+            ("fourth_moment", 1 / self.density),
+        ):
+            object.__setattr__(self, name, value)
+
+
+RADEMACHER = Rademacher()
+NOISES: dict[str, Callable[..., Noise]] = {"rademacher": Rademacher, "normal": Normal, "sparse": Sparse}
+"""Every kind of noise by the name that options and files use; what follows a colon is given to the class."""
+
+
+@functools.cache
+def noise_of(name: str) -> Noise:
+    """Return the noise with this name: a kind of `NOISES`, with its argument after a colon.
+
+    Raises:
+        UsageError: for another name, or an argument that the kind cannot have.
+
+    Example:
+        >>> noise_of("sparse:0.25")
+        Sparse(density=0.25)
+    """
+    kind, _, argument = name.partition(":")
+    try:
+        return NOISES[kind](*([float(argument)] if argument else []))
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        known = ", ".join(sorted(NOISES))
+        raise UsageError(f'noise="{name}" is not a kind of noise. Known: {known}, sparse:DENSITY.') from None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where the noise of one tensor comes from.
+
+    Args:
+        key: the key of the step.
+        name: the tensor's name; two tensors with the same name get the same noise.
+        noise: what its entries are.
+    """
+
+    key: Key
+    name: str
+    noise: Noise = RADEMACHER
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The counter words c3 of this stream; see `Entries.ids`."""
+        return _ids(self.name, self.noise)
+
+    @property
+    def is_normal(self) -> bool:
+        return isinstance(self.noise, Entries) and self.noise.is_normal
+
+
+@functools.lru_cache(maxsize=4096)
+def _ids(name: str, noise: Noise) -> tuple[int, ...]:
+    assert isinstance(noise, Entries)
+    return noise.ids(name)
+
+
+def sums_for(p: Tensor) -> torch.dtype:
+    """Return the dtype in which probes are summed onto a tensor: fp64 for fp64 tensors, else fp32."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def implementation(p: Tensor, out: Tensor) -> ModuleType:
+    """Return the module that computes these tensors: `reference`, `cpu` or `triton`."""
+    choice = dispatch.choose("noise_axpy", candidates(p.device.type, p.dtype, out.dtype))
+    return importlib.import_module(f"reroll.kernels.noise_axpy.{choice.name}")
+
+
+@functools.cache
+def candidates(device: str, dtype: torch.dtype, out_dtype: torch.dtype) -> tuple[dispatch.Candidate, ...]:
+    """Return the implementations for tensors of these dtypes, the first that applies being taken."""
+    compiled = {dtype, out_dtype} <= {torch.float32, torch.float64, torch.bfloat16}
+    types = f"{str(dtype).removeprefix('torch.')} on {device}"
+    return (
+        dispatch.Candidate("cpu", device == "cpu" and compiled, f"Numba kernel, {types}"),
+        dispatch.Candidate("triton", compiled and dispatch.triton_runs_on(device), f"Triton kernel, {types}"),
+        dispatch.Candidate("reference", True, f"torch operations, {types}"),
+    )
