@@ -25,7 +25,16 @@ class UsageError(RerollError, ValueError):
 
 
 class EpsilonTooSmall(UsageError):
-    """ε is below what the precision of the weights can tell apart: from the start, or since the weights have grown."""
+    """ε is below what the precision of the weights can tell apart: from the start, or since the weights have grown.
+
+    Args:
+        message: what is said.
+        least: the smallest ε that can be told apart.
+    """
+
+    def __init__(self, message: str, least: float = 0.0):
+        super().__init__(message)
+        self.least = least
 
 
 class RunError(RerollError, RuntimeError):

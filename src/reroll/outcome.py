@@ -21,6 +21,10 @@ class Outcome(Enum):
         "Every probe gave a non-finite loss, so there is no gradient. "
         "Lower --epsilon (the probes leave the region where the loss is finite) or --lr (the weights have left it)."
     )
+    no_difference = (
+        "The two losses of every probe are exactly equal, so the gradient is zero: the loss does not see the weights "
+        "(a constant, another model's loss), or cannot tell probes apart. Look at loss_fn, or raise --epsilon."
+    )
     fell_back = (
         "Some sequences did not converge; they were evaluated step by step from where they were still exact. "
         "Raise max_iterations, damp the iteration (elk, quasi_elk with a smaller variance), or use Sequential: see "

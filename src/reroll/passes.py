@@ -32,8 +32,9 @@ _inside = threading.local()
 
 def add_passes(passes: int) -> None:
     """Add passes to every count that is running."""
-    for counter in _counters:
-        counter.add(passes)
+    if not getattr(_inside, "uncounted", False):
+        for counter in _counters:
+            counter.add(passes)
 
 
 @contextmanager
@@ -44,6 +45,16 @@ def one_pass() -> Iterator[None]:
         yield
     finally:
         _leave()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Leave out what happens inside, in this thread: a check that is made once is no part of a step."""
+    before, _inside.uncounted = getattr(_inside, "uncounted", False), True
+    try:
+        yield
+    finally:
+        _inside.uncounted = before
 
 
 @contextmanager

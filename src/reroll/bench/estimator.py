@@ -66,7 +66,7 @@ def _error(model: Recurrent, batch: Batch, probes: int, kind: str, draws: int) -
         "noise": kind, "probes": probes, "error": sum(errors) / draws,
         "error_theory": expected_relative_error(len(truth), probes, kind), "cosine": sum(cosines) / draws,
         "cosine_theory": math.sqrt(probes / (probes + len(truth) - 1)), "spread": last.stats["spread"],
-        "snr": last.stats["probe_snr"], "drift": last.stats["drift"],
+        "snr": last.stats["probe_snr"], "drift": last.stats.get("drift", 0),
     }  # fmt: skip
 
 

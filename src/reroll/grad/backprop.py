@@ -21,15 +21,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from reroll.data.batch import START
 from reroll.errors import UsageError, require_positive
 from reroll.grad.base import Dense, Estimate, LossFn, trainable
-from reroll.grad.evaluate.probing import (
-    batch_rows,
-    batch_size,
-    cuda_devices,
-    seed_of,
-    seeded_generators,
-    split_result,
-    with_state,
-)
+from reroll.grad.evaluate.probing import batch_rows, batch_size, read_loss, with_state
+from reroll.grad.evaluate.surroundings import cuda_devices, seed_of, seeded_generators
 from reroll.keys import Key
 from reroll.outcome import Outcome
 from reroll.trees import combine_states, map_state
@@ -130,6 +123,10 @@ def _window_loss(loss_fn: LossFn, model: Any, window: Any, state: Any) -> tuple[
 
 
 def _mean(result: Any) -> tuple[Tensor, Any]:
-    loss, state = result if isinstance(result, tuple) else (result, None)
-    split_result((loss, None), single=False)  # checks the shape
+    loss, state = read_loss(result)
+    if not loss.requires_grad:
+        raise UsageError(
+            "the loss has no gradient: it depends on no trainable parameter, or went through .item(), .detach(), NumPy "
+            "or no_grad. Use CentralDifference for such a loss."
+        )
     return (loss.mean() if loss.dim() else loss), state

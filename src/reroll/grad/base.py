@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -146,7 +147,7 @@ class Dense:
 
     def norm(self) -> float:
         """Return ‖g‖, over all parameters, summed in fp64."""
-        return sum(_fetch([square_sum(p.grad) for p in self.parameters.values() if p.grad is not None])) ** 0.5
+        return sum(fetch([square_sum(p.grad) for p in self.parameters.values() if p.grad is not None])) ** 0.5
 
     def is_finite(self, norm: float | None = None) -> bool:
         """Whether every number is finite; with the norm, where it is known, without looking at them again."""
@@ -154,7 +155,7 @@ class Dense:
             return math.isfinite(norm)
         # The largest magnitude is NaN if one number is: a pass without a copy, and the host waits once.
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        return all(_fetch([torch.linalg.vector_norm(g, torch.inf).isfinite() for g in grads]))
+        return all(fetch([torch.linalg.vector_norm(g, torch.inf).isfinite() for g in grads]))
 
     def scaled(self, factor: float) -> Dense:
         """Multiply every `.grad` by a number, in place."""
@@ -174,6 +175,7 @@ class Seeded:
         parameters: the perturbed tensors by name.
         scales: a factor per tensor, for tensors that were probed with another ε than the coefficients are for.
         sums: dtype of the sums over probes; None: fp32, fp64 for fp64 tensors.
+        still: a row per tensor that has no noise, see `padding_rows`.
     """
 
     terms: tuple[Term, ...]
@@ -181,13 +183,14 @@ class Seeded:
     parameters: dict[str, Tensor]
     scales: Mapping[str, float] = field(default_factory=dict)
     sums: torch.dtype | None = None
+    still: Mapping[str, int] = field(default_factory=dict)
     ways: ClassVar[tuple[str, ...]] = ("write", "stream", "fused")
 
     @classmethod
     def of(
         cls, key: Key, coefficients: Tensor, noise: Noise | str, parameters: Mapping[str, Tensor], **options: Any
     ) -> Seeded:
-        """Return the gradient of probes 0 … N − 1 of one key; `options` are `scales` and `sums`."""
+        """Return the gradient of probes 0 … N − 1 of one key; `options` are `scales`, `sums` and `still`."""
         noise = noise_of(noise) if isinstance(noise, str) else noise
         return cls((Term(key, 0, coefficients),), noise, dict(parameters), **options)
 
@@ -212,7 +215,14 @@ class Seeded:
         factor = factor * self.scales.get(name, 1.0)
         for key, first, coefficients in self.terms:
             probes, alphas = range(first, first + len(coefficients)), (coefficients.double() * factor).numpy()
-            noise_axpy(target, Stream(key, name, self.noise), probes, alphas, first_row=first_row, sums=self.sums)
+            noise_axpy(
+                target,
+                Stream(key, name, self.noise, self.still.get(name)),
+                probes,
+                alphas,
+                first_row=first_row,
+                sums=self.sums,
+            )
 
     def tensor(self, name: str) -> Tensor:
         """Return ĝ of one tensor, in fp32 (fp64 for fp64 tensors)."""
@@ -232,7 +242,7 @@ class Seeded:
                 piece = torch.zeros(rows.shape, dtype=wide, device=p.device)
                 self.add_to(piece, name, first_row=first)
                 squares.append(square_sum(piece))
-        return sum(_fetch(squares)) ** 0.5
+        return sum(fetch(squares)) ** 0.5
 
     def is_finite(self, norm: float | None = None) -> bool:
         """Whether every number of ĝ is finite, in the dtype of its weights.
@@ -263,8 +273,8 @@ def square_sum(tensor: Tensor) -> Tensor:
     return total
 
 
-def _fetch(numbers: list[Tensor]) -> list[Any]:
-    # The only wait for a device: all that was computed there comes back at once.
+def fetch(numbers: list[Tensor]) -> list[Any]:
+    """Return the numbers in 0-dimensional tensors: one wait for the device, whatever their number."""
     return torch.stack([n.to(numbers[0].device) for n in numbers]).tolist() if numbers else []
 
 
@@ -337,6 +347,39 @@ def check_streams(named: Mapping[str, Tensor]) -> None:
         other = seen.setdefault(stream_id(name), name)
         if other != name:
             raise UsageError(f'"{other}" and "{name}" hash to the same noise stream; rename one of the parameters.')
+    _check_memory(named)
+
+
+def _check_memory(named: Mapping[str, Tensor]) -> None:
+    """Raise `UsageError` if entries share memory, within a tensor or between two: each would be moved several times."""
+    ranges = []
+    for name, p in named.items():
+        spans = [(size, stride) for size, stride in zip(p.shape, p.stride()) if size > 1]
+        if p.numel() and any(stride == 0 for _, stride in spans):
+            raise UsageError(f"{name} is an expanded tensor, whose entries share memory; make it with .clone().")
+        extent = (1 + sum((size - 1) * stride for size, stride in spans)) * p.element_size() if p.numel() else 0
+        if extent and p.device.type != "meta":
+            ranges.append((str(p.device), p.data_ptr(), p.data_ptr() + extent, name, extent == p.nbytes))
+    ranges.sort()
+    for (device, start, end, name, dense), (beside, begin, _, other, dense_too) in pairwise(ranges):
+        # Columns of one matrix overlap as ranges and share no entry.
+        if device == beside and begin < end and (start == begin or (dense and dense_too)):
+            raise UsageError(f'"{name}" and "{other}" are two parameters on one memory; use one nn.Parameter for both.')
+
+
+def padding_rows(model: nn.Module | None, named: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the row of every embedding that stands for padding (`padding_idx`) and is never moved.
+
+    A weight that something beside embeddings uses too has none: it gets a gradient there.
+    """
+    rows: dict[int, int] = {}
+    users: dict[int, int] = {}
+    for module in model.modules() if model is not None else ():
+        for p in module.parameters(recurse=False):
+            users[id(p)] = users.get(id(p), 0) + 1
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            rows[id(module.weight)] = module.padding_idx
+    return {name: rows[id(p)] for name, p in named.items() if id(p) in rows and users[id(p)] == 1}
 
 
 def weight_bytes(named: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> int:

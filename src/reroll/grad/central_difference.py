@@ -12,41 +12,32 @@ References: Spall, "Multivariate stochastic approximation using a simultaneous p
 
 from __future__ import annotations
 
-import contextvars
 import functools
-import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from reroll.errors import EpsilonTooSmall, UsageError, require_positive
-from reroll.grad.base import Estimate, LossFn, Seeded, trainable
-from reroll.grad.evaluate.batched import Batched
-from reroll.grad.evaluate.in_place import InPlace, snap_to_grid
+from reroll.errors import UsageError, require_count, require_positive
+from reroll.grad.base import Estimate, LossFn, Seeded, padding_rows, trainable
+from reroll.grad.checks import check_epsilon
+from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.grad.evaluate.plan import MODES, Plan, make_plan
-from reroll.grad.evaluate.probing import (
-    Evaluator,
-    Probing,
-    Result,
-    Unit,
-    batch_rows,
-    batch_size,
-    split_result,
-    with_state,
-)
-from reroll.grad.evaluate.replicas import Replicas
-from reroll.grad.evaluate.tiles import Tiles
+from reroll.grad.evaluate.probing import Probing, Unit, batch_size, split_result, with_state
+from reroll.grad.evaluate.verify import Evaluation
 from reroll.grad.evaluate.warm import TOO_LOOSE, WarmStarts, iterates
-from reroll.grad.probes import SHAPINGS, coefficients
+from reroll.grad.execute import Execute
+from reroll.grad.probes import RULES, SHAPINGS, Coefficients, coefficients
+from reroll.grad.units import cut, gather, parts
 from reroll.kernels.noise_axpy import Noise, noise_of
-from reroll.kernels.threads import pool, torch_threads
 from reroll.keys import Key
 from reroll.outcome import Outcome
 from reroll.rollout.watch import watching
-from reroll.trees import combine_states
+from reroll.trees import combine_states, map_state
 
 Evaluate = Literal["auto", "in_place", "tiles", "batched"]
 """How perturbed losses are computed; see `reroll.grad.evaluate`."""
@@ -73,6 +64,7 @@ class CentralDifference:
             same key.
         chunk, threads, workers: probes of a unit, torch threads of a unit, units at a time; None: by static rules.
         sums: "fp32" or "fp64", for sums over probes.
+        execute: who evaluates the units of a step (see `reroll.grad.execute`); None: threads of this process.
 
     Raises:
         UsageError: naming the argument that is out of range.
@@ -102,16 +94,16 @@ class CentralDifference:
     threads: int | None = None
     workers: int | None = None
     sums: Literal["fp32", "fp64"] = "fp32"
+    execute: Execute | None = None
 
     def __post_init__(self) -> None:
-        require_positive(
-            probes=self.probes, epsilon=self.epsilon, micro_batch=self.micro_batch, chunk=self.chunk,
-            threads=self.threads, workers=self.workers, density=self.density,
-        )  # fmt: skip
+        counts = {name: getattr(self, name) for name in ("probes", "micro_batch", "chunk", "threads", "workers")}
+        require_positive(**counts, epsilon=self.epsilon, density=self.density)
+        require_count(**counts)
         choices = {
             "batch": ("shared", "split"),
             "shaping": SHAPINGS,
-            "difference": ("central", "one_sided"),
+            "difference": RULES,
             "restore": ("copy", "grid"),
             "sums": ("fp32", "fp64"),
             "evaluate": ("auto", *MODES),
@@ -120,7 +112,7 @@ class CentralDifference:
             if getattr(self, name) not in known:
                 raise UsageError(f'{name}="{getattr(self, name)}" must be {" or ".join(known)}.')
         _ = self.directions  # says what is wrong with it
-        one_sided = self.difference == "one_sided"
+        one_sided = RULES[self.difference].clean
         pairs = [
             (one_sided and self.batch == "split", 'batch="split" and difference="one_sided"',
              "a probe's loss is of its own sequences, the unperturbed one of all"),
@@ -155,7 +147,7 @@ class CentralDifference:
         """Return how the probes of this model would be evaluated on such a batch, and why."""
         return make_plan(
             model, parameters, self.probes, batch=batch, evaluate=self.evaluate, chunk=self.chunk, threads=self.threads,
-            workers=self.workers, dtype=self.dtype, sides=2 if self.difference == "central" else 1,
+            workers=self.workers, dtype=self.dtype, sides=len(RULES[self.difference].sides),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -181,201 +173,111 @@ class CentralDifference:
         """
         if not isinstance(key, Key):
             raise UsageError(f"key={key!r} must be a Key, such as reroll.Key(seed).at(step).")
-        plan = self.plan(model, parameters, batch)
-        epsilon = self._usable_epsilon(parameters, plan, scales or {})
+        plan, rule = self.plan(model, parameters, batch), RULES[self.difference]
+        check_epsilon(parameters, self.epsilon, scales or {}, self.dtype)
+        epsilon = self.epsilon
+        if plan.evaluate == "in_place" and self.restore == "grid":
+            epsilon = snap_to_grid(parameters, epsilon, self.directions)
         # Without a module to look at, whether something iterates inside the loss shows when it is called.
         warm = WarmStarts(loss_fn) if model is None or iterates(model) else None
         probing = Probing(
             parameters=parameters, call=warm or loss_fn, key=key, epsilon=epsilon, noise=self.directions,
-            sides=(1, -1) if self.difference == "central" else (1,), dtype=self.dtype, scales=scales or {}, model=model,
-            isolate=plan.isolate,
+            sides=rule.sides, dtype=self.dtype, scales=scales or {}, model=model, isolate=plan.isolate,
+            still=padding_rows(model, parameters),
         )  # fmt: skip
-        units = self._units(batch, plan)
-        if warm is not None and model is not None:
-            with probing.isolated() as rewind:
-                rewind()
-                warm.prepare(model, [with_state(unit.batch, unit.states and unit.states[0]) for unit in units])
-        before = bit_sums(parameters)
-        with _evaluator(plan, probing, self.restore) as evaluator, watching() as seen:
-            results = _run(evaluator, units, plan)
-            error = None
-            if warm is not None and seen.calls:
-                error = warm.error(units, results, lambda some: _run(evaluator, some, plan))
-        after_probing = bit_sums(parameters)
-        losses, states = self._gather(units, results)
-        clean, after, passes = None, None, 0
-        if self.difference == "one_sided" or (getattr(batch, "state", None) is not None and not self.per_branch_state):
-            clean, after, passes = self._clean(probing, batch, plan)
-        found = coefficients(losses, epsilon, self.shaping, clean if self.difference == "one_sided" else None)
+        states = getattr(batch, "state", None)
+        carried = states is not None and not self.per_branch_state
+        units = cut(
+            batch, self.probes, plan.chunk, split=self.batch == "split", micro_batch=self.micro_batch,
+            states=states if self.per_branch_state else None,
+        )  # fmt: skip
+        evaluation = Evaluation(probing, plan, self.restore, self.evaluate != "auto", self.execute)
+        with _casting(model, self.dtype):
+            if warm is not None and model is not None:
+                with probing.isolated() as rewind:
+                    rewind()
+                    warm.prepare(model, [with_state(unit.batch, unit.states and unit.states[0]) for unit in units])
+            with watching() as seen:
+                results = evaluation.settle(units, loss_fn)
+                error = warm.error(units, results, evaluation.run) if warm is not None and seen.calls else None
+            losses, branches = gather(units, results, self.probes)
+            clean, after, passes = None, None, 0
+            if rule.clean or carried:
+                clean, after, passes = self._clean(evaluation, batch)
+        taken = coefficients(losses, epsilon, self.shaping, self.difference, clean if rule.clean else None)
         gradient = Seeded.of(
-            key, found.values, self.directions, parameters, scales=_inverse(scales),
-            sums=torch.float64 if self.sums == "fp64" else None,
+            key, taken.values, self.directions, parameters, scales={n: 1.0 / s for n, s in (scales or {}).items()},
+            sums=torch.float64 if self.sums == "fp64" else None, still=probing.still,
         )  # fmt: skip
-        stats = {
-            "forward_passes": sum(len(unit.probes) * len(probing.sides) for unit in units) + passes,
-            "drift": sum(before[name] != after_probing[name] for name in before),
-            "lost_probes": found.lost, "spread": found.spread, "probe_snr": found.snr, "epsilon": epsilon,
+        passes += sum(len(unit.probes) * len(rule.sides) for unit in units) + (warm.passes if warm else 0)
+        stats = {"forward_passes": passes, **self._stats(taken, evaluation)}
+        outcome = _outcome(taken, error, stats)
+        if outcome is Outcome.no_difference:
+            warnings.warn(outcome.value, stacklevel=2)
+        return Estimate(taken.loss, gradient, outcome, stats, branches if self.per_branch_state else after)
+
+    def _stats(self, taken: Coefficients, evaluation: Evaluation) -> dict[str, Any]:
+        plan, probing = evaluation.plan, evaluation.probing
+        return {
+            "lost_probes": taken.lost, "spread": taken.spread, "probe_snr": taken.snr, "epsilon": probing.epsilon,
             "evaluate": plan.evaluate, "chunk": plan.chunk, "threads": plan.threads, "workers": plan.workers,
-            "reason": plan.reason, "extra_bytes": plan.extra_bytes(parameters, self.restore, self.dtype),
-        }  # fmt: skip
-        outcome = Outcome.ok if not found.lost else Outcome.some_probes_lost
-        if warm is not None:
-            stats["forward_passes"] += warm.passes
-        scale = found.spread or found.rms  # one probe has no spread
-        if error is not None and scale > 0:
-            stats["solver_error"] = error / scale
-            if outcome is Outcome.ok and stats["solver_error"] > TOO_LOOSE:
-                outcome = Outcome.solver_too_loose
-        if found.lost == self.probes:
-            outcome = Outcome.all_probes_lost
-        return Estimate(found.loss, gradient, outcome, stats, states if self.per_branch_state else after)
+            "reason": plan.reason, "extra_bytes": plan.extra_bytes(probing.parameters, self.restore, self.dtype),
+        } | ({} if evaluation.drift is None else {"drift": evaluation.drift})  # fmt: skip
 
-    def _usable_epsilon(self, parameters: Mapping[str, Tensor], plan: Plan, scales: Mapping[str, float]) -> float:
-        """Return ε, on the grid if weights are restored by one; raise if it is too small for the precision."""
-        for name, p in parameters.items():
-            typical = float(torch.linalg.vector_norm(p)) / max(p.numel(), 1) ** 0.5
-            # Two units in the last place of a weight of typical size: below, rounding decides where a probe goes.
-            smallest = torch.finfo(self.dtype or p.dtype).eps * 2.0 ** math.frexp(typical)[1]
-            own = self.epsilon * scales.get(name, 1.0)
-            if own < smallest:
-                raise EpsilonTooSmall(
-                    f"epsilon={own:g} is below two units in the last place of {name} ({smallest:.2g} in "
-                    f"{str(self.dtype or p.dtype).removeprefix('torch.')}); raise it, or evaluate in a wider dtype."
-                )
-        if plan.evaluate == "in_place" and self.restore == "grid":
-            return snap_to_grid(parameters, self.epsilon, self.directions)
-        return self.epsilon
-
-    def _units(self, batch: Any, plan: Plan) -> list[Unit]:
-        """Cut the step into units: probes by `chunk`, the batch by `micro_batch`, or one part per group of probes."""
-        size = batch_size(batch)
-        parts = self._shares(size) if self.batch == "split" else [(range(self.probes), 0, size, False)]
-        states = getattr(batch, "state", None) if self.per_branch_state else None
-        units = []
-        for probes, begin, end, single in parts:
-            for row in _pieces(begin, end, self.micro_batch):
-                part = batch if row is None or row == (0, size) else batch_rows(batch, *row)
-                for first in range(probes.start, probes.stop, plan.chunk):
-                    chunk = range(first, min(first + plan.chunk, probes.stop))
-                    units.append(Unit(chunk, part, _own_states(states, chunk, self.probes), single))
-        return units
-
-    def _shares(self, size: int | None) -> list[tuple[range, int | None, int | None, bool]]:
-        """Give every group of probes its own sequences: as many groups as there are probes or sequences."""
-        if size is None:
-            raise UsageError('batch="split" needs a batch that can be cut by sequences; this one has no first axis.')
-        groups = min(self.probes, size)
-        shares = []
-        for g in range(groups):
-            begin, end = size * g // groups, size * (g + 1) // groups
-            probes = range(self.probes * g // groups, self.probes * (g + 1) // groups)
-            shares.append((probes, begin, end, end - begin == 1 and size > 1))
-        return shares
-
-    def _gather(self, units: list[Unit], results: list[Result]) -> tuple[Tensor, Any]:
-        """Put the losses of all units into one [sides, N]; parts of the batch count by their sequences."""
-        sides = results[0].losses.shape[0]
-        dtype = torch.float64 if results[0].losses.dtype == torch.float64 else torch.float32
-        total = torch.zeros(sides, self.probes, dtype=torch.float64)
-        weight = torch.zeros(self.probes, dtype=torch.float64)
-        states: list[Any] = [None] * (sides * self.probes)
-        for unit, result in zip(units, results):
-            rows, probes = batch_size(unit.batch) or 1, slice(unit.probes.start, unit.probes.stop)
-            # Losses travel as fp32, in unit order, however many workers or ranks computed them.
-            total[:, probes] += result.losses.to(dtype).cpu().double() * rows
-            weight[probes] += rows
-            for index, state in enumerate(result.states):
-                side, i = divmod(index, len(unit.probes))
-                states[side * self.probes + unit.probes.start + i] = state
-        return (total / weight).to(dtype), BranchStates(states)
-
-    def _clean(self, probing: Probing, batch: Any, plan: Plan) -> tuple[Tensor, Any, int]:
+    def _clean(self, evaluation: Evaluation, batch: Any) -> tuple[Tensor, Any, int]:
         """Evaluate the unperturbed model as branches are, in their dtype and micro-batches.
 
         Returns:
             Its loss, the state it carries on, and the number of evaluations.
         """
-        size = batch_size(batch)
-        parts = [
-            batch if row is None or row == (0, size) else batch_rows(batch, *row)
-            for row in _pieces(0, size, self.micro_batch)
-        ]
+        probing, pieces, found = evaluation.probing, parts(batch, self.micro_batch), []
         if self.dtype is None:
             # The weights themselves are what the branches are perturbed copies of.
             with probing.isolated() as rewind:
-                found = []
-                for part in parts:
+                for part in pieces:
                     rewind()
-                    found.append(split_result(probing.call(probing.model, part), single=False))
+                    found.append(split_result(probing.call(probing.model, part)))
         else:
             # A branch of size zero is the model in another dtype.
-            still = replace(probing, epsilon=0.0, sides=(1,))
-            with _evaluator(plan, still, "copy") as evaluator:
-                results = _run(evaluator, [Unit(range(1), part) for part in parts], plan)
+            still = replace(evaluation, probing=replace(probing, epsilon=0.0, sides=(1,)))
+            results = still.run([Unit(range(1), part) for part in pieces])
             found = [(result.losses.flatten()[0], result.states[0]) for result in results]
-        if len(parts) == 1:
+        if len(pieces) == 1:
             return found[0][0].cpu(), found[0][1], 1
-        rows = [batch_size(part) or 1 for part in parts]
+        rows = [batch_size(part) or 1 for part in pieces]
         total = sum(loss.cpu().double() * count for (loss, _), count in zip(found, rows)) / sum(rows)
         assert isinstance(total, Tensor)
-        return total.to(found[0][0].dtype), combine_states([state for _, state in found], torch.cat), len(parts)
+        return total.to(found[0][0].dtype), combine_states([state for _, state in found], torch.cat), len(pieces)
 
 
-class BranchStates(list[Any]):
-    """The carried states of all branches of a step, L⁺ of every probe and then L⁻; `Batch.state` for NRES."""
+def _outcome(taken: Coefficients, error: float | None, stats: dict[str, Any]) -> Outcome:
+    """How the step ended; notes the solver's error, where there is one, beside the other numbers."""
+    loose = False
+    scale = taken.spread or taken.rms  # one probe has no spread
+    if error is not None and scale > 0:
+        stats["solver_error"] = error / scale
+        loose = stats["solver_error"] > TOO_LOOSE
+    if taken.lost == len(taken.values):
+        return Outcome.all_probes_lost
+    if taken.rms == 0:
+        return Outcome.no_difference
+    if taken.lost:
+        return Outcome.some_probes_lost
+    return Outcome.solver_too_loose if loose else Outcome.ok
 
 
-def _own_states(states: Any, probes: range, total: int) -> list[Any] | None:
-    """The states of a unit's branches: its own part of `BranchStates`, or the same start for all."""
-    if states is None:
-        return None
-    if not isinstance(states, BranchStates):
-        return [states] * (2 * len(probes))
-    return [states[side * total + k] for side in range(len(states) // total) for k in probes]
+@contextmanager
+def _casting(model: nn.Module | None, dtype: torch.dtype | None) -> Iterator[None]:
+    """Give the model its floating inputs in the dtype of the evaluation."""
+    if model is None or dtype is None:
+        yield
+        return
 
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-def _pieces(begin: int | None, end: int | None, most: int | None) -> list[tuple[int, int] | None]:
-    if begin is None or end is None:
-        return [None]
-    step = most or max(end - begin, 1)
-    return [(first, min(first + step, end)) for first in range(begin, end, step)] or [(begin, end)]
-
-
-def _inverse(scales: Mapping[str, float] | None) -> dict[str, float]:
-    # Probing a tensor with s·ε gives coefficients that estimate s times its gradient.
-    return {name: 1.0 / scale for name, scale in (scales or {}).items()}
-
-
-def bit_sums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the sum of every tensor's bit patterns. A tensor that probing left changed has another one."""
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = {}
-    for name, p in parameters.items():
-        patterns = p.detach().view(words[p.element_size()]).flatten()
-        # In pieces: torch makes an int64 copy of what it sums in int64.
-        sums[name] = sum(int(piece.sum(dtype=torch.int64)) for piece in patterns.split(1 << 16))
-    return sums
-
-
-def _evaluator(plan: Plan, probing: Probing, restore: str) -> Evaluator:
-    if plan.evaluate == "batched":
-        return Batched(probing)
-    if plan.evaluate == "tiles":
-        return Replicas(probing) if plan.whole else Tiles(probing, plan.tile_bytes)
-    return InPlace(probing, restore)
-
-
-def _run(evaluator: Evaluator, units: list[Unit], plan: Plan) -> list[Result]:
-    """Evaluate the units, several at a time, each with the plan's number of threads; results in the order of units."""
-
-    def one(unit: Unit) -> Result:
-        with torch.no_grad():
-            return evaluator.losses(unit)
-
-    if plan.workers > 1:
-        # Each unit runs in a copy of this context, so that a forced implementation holds in the workers too.
-        workers = pool(plan.workers, plan.threads)
-        futures = [workers.submit(contextvars.copy_context().run, one, unit) for unit in units]
-        return [future.result() for future in futures]
-    with torch_threads(plan.threads):
-        return [one(unit) for unit in units]
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: map_state((args, kwargs), cast), with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -10,6 +10,7 @@ Shaping trades the size of a difference for robustness: "raw" keeps it, "zscore"
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,44 @@ from torch import Tensor
 from reroll.errors import UsageError
 from reroll.kernels.noise_axpy import noise_of
 
-SHAPINGS = ("raw", "zscore", "rank", "sign")
+
+class Slopes(NamedTuple):
+    """What a rule makes of losses, one number per probe in fp64: differences, losses, and slopes along the probes."""
+
+    differences: Tensor
+    losses: Tensor
+    slopes: Tensor
+
+
+def central(losses: Tensor, clean: Tensor | None, epsilon: float) -> Slopes:
+    """(L⁺ − L⁻) / 2ε."""
+    differences = losses[0] - losses[1]
+    return Slopes(differences, losses.mean(0), differences / (2 * epsilon))
+
+
+def one_sided(losses: Tensor, clean: Tensor | None, epsilon: float) -> Slopes:
+    """(L⁺ − L_0) / ε."""
+    assert clean is not None
+    differences = losses[0] - clean
+    return Slopes(differences, clean.expand(len(differences)), differences / epsilon)
+
+
+class Rule(NamedTuple):
+    """A way from losses to slopes.
+
+    Args:
+        slopes: (losses [sides, N], L_0, ε) → `Slopes`.
+        sides: the branches of a probe, as factors on ε.
+        clean: whether it needs L_0, the loss of the unperturbed weights.
+    """
+
+    slopes: Callable[[Tensor, Tensor | None, float], Slopes]
+    sides: tuple[int, ...]
+    clean: bool
+
+
+RULES = {"central": Rule(central, (1, -1), clean=False), "one_sided": Rule(one_sided, (1,), clean=True)}
+"""Every rule by the name that `difference` takes."""
 
 
 class Coefficients(NamedTuple):
@@ -41,14 +79,17 @@ class Coefficients(NamedTuple):
     snr: float
 
 
-def coefficients(losses: Tensor, epsilon: float, shaping: str = "raw", clean: Tensor | None = None) -> Coefficients:
+def coefficients(
+    losses: Tensor, epsilon: float, shaping: str = "raw", rule: str = "central", clean: Tensor | None = None
+) -> Coefficients:
     """Turn losses into coefficients.
 
     Args:
-        losses: [2, N], L⁺ and L⁻; or [1, N], L⁺ alone, with `clean`.
+        losses: [sides, N]: L⁺ and L⁻, or L⁺ alone, as the rule has it.
         epsilon: ε.
-        shaping: "raw", "zscore", "rank" or "sign".
-        clean: L_0, for one-sided differences.
+        shaping: a name in `SHAPINGS`.
+        rule: a name in `RULES`.
+        clean: L_0, for rules that need it.
 
     Raises:
         UsageError: for an unknown shaping.
@@ -62,13 +103,8 @@ def coefficients(losses: Tensor, epsilon: float, shaping: str = "raw", clean: Te
         raise UsageError(f'shaping="{shaping}" must be {", ".join(SHAPINGS)}.')
     # One unit in the last place of the loss is what a difference cannot see.
     precision = torch.finfo(losses.dtype).eps
-    losses = losses.double()
-    if clean is None:
-        differences, mean = losses[0] - losses[1], losses.mean(0)
-        slopes = differences / (2 * epsilon)
-    else:
-        differences = losses[0] - clean.double()
-        mean, slopes = clean.double().expand(len(differences)), differences / epsilon
+    clean = None if clean is None else clean.double()
+    differences, mean, slopes = RULES[rule].slopes(losses.double(), clean, epsilon)
     finite = torch.isfinite(differences)
     count = int(finite.sum())
     values = torch.zeros_like(slopes)
@@ -76,7 +112,7 @@ def coefficients(losses: Tensor, epsilon: float, shaping: str = "raw", clean: Te
         return Coefficients(
             values.float(), torch.tensor(math.nan, dtype=torch.float64), len(values), math.nan, math.nan, math.nan
         )
-    values[finite] = _shape(slopes[finite], shaping) / count
+    values[finite] = SHAPINGS[shaping](slopes[finite]) / count
     found, loss = differences[finite], mean[finite].mean()
     rms = found.square().mean().sqrt().item()
     rounding = math.sqrt(2) * precision * abs(loss.item()) / 2
@@ -90,16 +126,22 @@ def coefficients(losses: Tensor, epsilon: float, shaping: str = "raw", clean: Te
     )
 
 
-def _shape(slopes: Tensor, shaping: str) -> Tensor:
-    if shaping == "zscore":
-        deviation = slopes.std(correction=0)
-        return (slopes - slopes.mean()) / deviation if deviation > 0 else torch.zeros_like(slopes)
-    if shaping == "rank":
-        # Ranks 0 … n − 1 brought to [−½, ½]; ties share the mean of their ranks.
-        ordered = slopes.sort().values
-        below, up_to = (torch.searchsorted(ordered, slopes, right=right) for right in (False, True))
-        return (below.to(slopes) + (up_to - below - 1) / 2) / max(len(slopes) - 1, 1) - 0.5
-    return slopes.sign() if shaping == "sign" else slopes
+def _zscore(slopes: Tensor) -> Tensor:
+    deviation = slopes.std(correction=0)
+    return (slopes - slopes.mean()) / deviation if deviation > 0 else torch.zeros_like(slopes)
+
+
+def _rank(slopes: Tensor) -> Tensor:
+    """Ranks 0 … n − 1 brought to [−½, ½]; ties share the mean of their ranks."""
+    ordered = slopes.sort().values
+    below, up_to = (torch.searchsorted(ordered, slopes, right=right) for right in (False, True))
+    return (below.to(slopes) + (up_to - below - 1) / 2) / max(len(slopes) - 1, 1) - 0.5
+
+
+SHAPINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "raw": lambda slopes: slopes, "zscore": _zscore, "rank": _rank, "sign": torch.sign,
+}  # fmt: skip
+"""Every shaping by its name: a function of the finite slopes."""
 
 
 def expected_relative_error(weights: int, probes: int, noise: str = "rademacher") -> float:

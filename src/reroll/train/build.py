@@ -18,7 +18,7 @@ from reroll.data.tokenizers import Tokenizer
 from reroll.errors import UsageError, nearest
 from reroll.grad import Backprop, CentralDifference
 from reroll.grad.base import Estimator, trainable
-from reroll.grad.evaluate.probing import seeded_generators
+from reroll.grad.evaluate.surroundings import seeded_generators
 from reroll.models import Recurrent
 from reroll.optim import Plateau, Schedule, build_optimizer
 from reroll.rollout import Rollout, Sequential, auto, deer, elk, jacobi, picard, quasi_deer, quasi_elk

@@ -20,7 +20,8 @@ from reroll.data.task import Task
 from reroll.data.tokenizers import from_dict
 from reroll.errors import RunError, UsageError
 from reroll.grad.base import Estimator, LossFn, trainable
-from reroll.grad.central_difference import BranchStates, CentralDifference
+from reroll.grad.central_difference import CentralDifference
+from reroll.grad.units import BranchStates
 from reroll.kernels.noise_axpy import layout
 from reroll.kernels.philox import stream_id
 from reroll.keys import Key

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from reroll.data.batch import START
-from reroll.errors import UsageError
 from reroll.grad.evaluate.probing import Probing, Result, Unit, split_result, with_state
 from reroll.grad.evaluate.substitute import Substitute
 from reroll.kernels import dispatch
@@ -52,15 +51,7 @@ class Batched:
 
         with dispatch.mapped(), probing.isolated():
             axes = (0, None if states is None else 0)
-            try:
-                result = torch.vmap(one, in_dims=axes, randomness="same")(stacks, states)
-            except (RuntimeError, NotImplementedError) as error:
-                if not any(word in str(error) for word in ("vmap", "atching rule")):
-                    raise
-                raise UsageError(
-                    f'evaluate="batched" cannot run this model under torch.func.vmap ({str(error).splitlines()[0]}). '
-                    'Use evaluate="tiles" or "in_place".'
-                ) from error
+            result = torch.vmap(one, in_dims=axes, randomness="same")(stacks, states)
         add_passes(len(branches) - 1)
         losses, after = result if isinstance(result, tuple) else (result, None)
         return Result(losses.view(len(probing.sides), -1), [_pick(after, index) for index in range(len(branches))])

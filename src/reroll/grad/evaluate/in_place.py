@@ -19,9 +19,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reroll.errors import EpsilonTooSmall, UsageError
+from reroll.grad.base import fetch
 from reroll.grad.evaluate.probing import Probing, Result, Unit
 from reroll.kernels.noise_axpy import RADEMACHER, Noise, noise_axpy
 
@@ -34,16 +35,23 @@ class InPlace:
             raise UsageError('evaluate="in_place" cannot change the dtype of the weights; use evaluate="tiles".')
         self.probing, self.restore = probing, restore
         self.copies: dict[str, Tensor] = {}
+        self.drift: int | None = None
+        """Tensors that came back changed; counted where there is no copy to put back."""
 
     def __enter__(self) -> InPlace:
-        if self.restore == "copy":
-            self.copies = {name: p.detach().clone() for name, p in self.probing.parameters.items()}
+        # A forward pass that renormalises a weight moves it off the grid.
+        named = self.probing.parameters
+        copied = named if self.restore == "copy" else renormalised(self.probing.model, named)
+        self.copies = {name: named[name].detach().clone() for name in copied}
+        self.before = bit_sums(named) if self.restore == "grid" else []
         return self
 
     def __exit__(self, *error: Any) -> None:
         for name, copy in self.copies.items():
             self.probing.parameters[name].detach().copy_(copy)
         self.copies = {}
+        if self.restore == "grid":
+            self.drift = sum(a != b for a, b in zip(self.before, bit_sums(self.probing.parameters)))
 
     def losses(self, unit: Unit) -> Result:
         """Return the losses of a unit; see `Result`."""
@@ -58,13 +66,34 @@ class InPlace:
                     losses[index], states[index] = self.probing.loss(unit, unit.states and unit.states[index])
                 finally:
                     if self.restore == "grid":
-                        self._perturb(-side, probe)
+                        self._take_back(side, probe)
         return Result(torch.stack(losses).view(len(self.probing.sides), -1), states)
 
     def _perturb(self, side: int, probe: int) -> None:
         for name, p in self.probing.parameters.items():
             source = self.copies.get(name, p)
             noise_axpy(source, self.probing.stream(name), [probe], [self.probing.alpha(name, side)], out=p.detach())
+
+    def _take_back(self, side: int, probe: int) -> None:
+        self._perturb(-side, probe)
+        for name, copy in self.copies.items():
+            self.probing.parameters[name].detach().copy_(copy)
+
+
+def renormalised(model: nn.Module | None, named: Mapping[str, Tensor]) -> list[str]:
+    """Return the tensors that a forward pass rescales in place: those of embeddings with `max_norm`."""
+    modules = [] if model is None else model.modules()
+    embeddings = [m for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None]
+    ids = {id(m.weight) for m in embeddings}
+    return [name for name, p in named.items() if id(p) in ids]
+
+
+def bit_sums(parameters: Mapping[str, Tensor]) -> list[int]:
+    """Return the sum of every tensor's bit patterns. A tensor that probing left changed has another one."""
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    patterns = [p.detach().view(words[p.element_size()]).flatten() for p in parameters.values()]
+    # In pieces: torch makes an int64 copy of what it sums in int64.
+    return fetch([torch.stack([piece.sum(dtype=torch.int64) for piece in p.split(1 << 20)]).sum() for p in patterns])
 
 
 def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: Noise = RADEMACHER) -> float:
@@ -89,17 +118,22 @@ def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: Noise 
     """
     if not noise.signs:
         raise UsageError(f'restore="grid" needs noise="rademacher"; with noise="{noise.name}" use restore="copy".')
-    units = {}
     for name, p in parameters.items():
         if p.dtype != torch.float32:
             raise UsageError(f'restore="grid" needs fp32 weights; {name} is {p.dtype}. Use restore="copy".')
-        largest = float(torch.linalg.vector_norm(p.detach(), float("inf"))) + 2 * epsilon if p.numel() else epsilon
-        units[name] = 2.0 ** (math.frexp(largest)[1] - 24) if math.isfinite(largest) else 1.0
+    some = {name: p.detach() for name, p in parameters.items() if p.numel()}
+    largest = dict(zip(some, fetch([torch.linalg.vector_norm(p, float("inf")) for p in some.values()])))
+    units = {}
+    for name in parameters:
+        bound = largest[name] + 2 * epsilon if name in largest else epsilon
+        units[name] = 2.0 ** (math.frexp(bound)[1] - 24) if math.isfinite(bound) else 1.0
     for name, p in parameters.items():
         # Dividing by a power of two and rounding are exact; so is the product.
         p.detach().div_(units[name]).round_().mul_(units[name])
     coarsest = max(units.values())
     multiple = round(epsilon / coarsest)
     if multiple < 1:
-        raise EpsilonTooSmall(f"epsilon={epsilon:g} is below the grid of the weights, {coarsest:g}; raise it.")
+        raise EpsilonTooSmall(
+            f"epsilon={epsilon:g} is below the grid of the weights, {coarsest:g}; raise it.", coarsest
+        )
     return multiple * coarsest

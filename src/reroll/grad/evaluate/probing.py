@@ -8,15 +8,17 @@ a rank takes whole.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from reroll.errors import UsageError
+from reroll.grad.evaluate.surroundings import Surroundings, cuda_devices, seed_of, seeded_generators
 from reroll.kernels.noise_axpy import RADEMACHER, Noise, Stream
 from reroll.keys import Key
 
@@ -58,6 +60,7 @@ class Probing:
         dtype: evaluate in this dtype; None: the weights' own.
         scales: a factor on ε per tensor.
         model: the module, where there is one.
+        still: a row per tensor that has no noise.
         isolate: give every branch the same random numbers, and undo what it does to buffers and the global generator.
     """
 
@@ -71,10 +74,11 @@ class Probing:
     scales: Mapping[str, float] = field(default_factory=dict)
     model: nn.Module | None = None
     isolate: bool = True
+    still: Mapping[str, int] = field(default_factory=dict)
 
     def stream(self, name: str) -> Stream:
         """Return the noise stream of a tensor."""
-        return Stream(self.key, name, self.noise)
+        return Stream(self.key, name, self.noise, self.still.get(name))
 
     def alpha(self, name: str, side: int) -> float:
         """Return the factor on the noise of a tensor: ±ε, times its scale."""
@@ -98,35 +102,31 @@ class Probing:
         return split_result(result, unit.single)
 
     @contextmanager
-    def isolated(self) -> Iterator[Callable[[], None]]:
-        """Keep branches apart: gives a function to call before each of them.
+    def isolated(self, model: nn.Module | None = None) -> Iterator[Callable[[], None]]:
+        """Separate branches: gives a function to call before each of them.
 
-        It sets torch's generators to a state that depends on the step alone, and buffers to what they were, so that
-        every branch sees the same dropout and the same statistics. Afterwards both are as before.
+        It sets torch's generators to a state that depends on the step alone, and buffers and tensors that modules keep
+        to what they were, so that every branch sees the same dropout and the same statistics. Afterwards all are as
+        before.
+
+        Args:
+            model: the copy of the model that is evaluated, where it is not the model itself.
         """
         if not self.isolate:
             yield lambda: None
             return
         devices = cuda_devices(self.parameters)
-        buffers = [] if self.model is None else [(b, b.detach().clone()) for b in self.model.buffers()]
-
-        def restore_buffers() -> None:
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
         with seeded_generators(seed_of(self.key), devices):
-            states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+            around = Surroundings(model or self.model, devices)
 
             def rewind() -> None:
-                torch.set_rng_state(states[0])
-                for device, state in zip(devices, states[1:]):
-                    torch.cuda.set_rng_state(state, device)
-                restore_buffers()
+                around.rewind()
+                around.restore()
 
             try:
                 yield rewind
             finally:
-                restore_buffers()
+                around.restore()
 
 
 class Evaluator(Protocol):
@@ -139,49 +139,13 @@ class Evaluator(Protocol):
     def losses(self, unit: Unit) -> Result: ...
 
 
-def seed_of(key: Key) -> int:
-    """Return a seed for torch's own generators, for modules that draw from them."""
-    return int.from_bytes(key.digest, "little") >> 1
-
-
-@contextmanager
-def seeded_generators(seed: int, devices: Sequence[int] = ()) -> Iterator[None]:
-    """Seed torch's generators of the CPU and of these cards for a while; afterwards they are as before.
-
-    torch.manual_seed would also seed every other device, and those that are initialised later, for good.
-    """
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
-        yield
-
-
-def cuda_devices(parameters: Mapping[str, Tensor]) -> list[int]:
-    """Return the indices of the CUDA devices these tensors are on."""
-    return sorted({p.device.index or 0 for p in parameters.values() if p.device.type == "cuda"})
-
-
-def split_result(result: Any, single: bool) -> tuple[Tensor, Any]:
+def split_result(result: Any, single: bool = False) -> tuple[Tensor, Any]:
     """Return (scalar loss, state) of what a loss function returned: a loss, or a pair of a loss and a state.
 
-    A plain number is a loss too: what an error rate or a simulator gives.
-
     Raises:
-        UsageError: if the loss is neither tensor nor number, has more than one axis, or is a scalar where one number
-            per sequence is needed.
+        UsageError: as `read_loss`, or if the loss is a scalar where one number per sequence is needed.
     """
-    loss, state = result if isinstance(result, tuple) else (result, None)
-    if isinstance(loss, numbers.Real):
-        loss = torch.tensor(float(loss), dtype=torch.float64)
-    if not isinstance(loss, Tensor):
-        raise UsageError(
-            f"the loss is of type {type(loss).__name__}; it must be a number or a tensor, scalar or [batch]."
-        )
-    if loss.dim() > 1:
-        raise UsageError(
-            f"loss_fn returned shape {tuple(loss.shape)}; it must return a scalar or one loss per sequence."
-        )
+    loss, state = read_loss(result)
     if single and loss.dim() == 0:
         raise UsageError(
             'batch="split" gives every probe its own sequence, but loss_fn returned a scalar. '
@@ -189,6 +153,30 @@ def split_result(result: Any, single: bool) -> tuple[Tensor, Any]:
         )
     loss = loss.detach()
     return (loss.mean() if loss.dim() else loss), state
+
+
+def read_loss(result: Any) -> tuple[Tensor, Any]:
+    """Return (loss, state) of what a loss function returned; the loss is floating, a scalar or [batch].
+
+    A plain number, a NumPy number or array, and counts and booleans are losses too: what an error rate or a simulator
+    gives. Of a mapping, such as Hugging Face's ModelOutput, its "loss" is taken.
+
+    Raises:
+        UsageError: if the loss is neither tensor nor number, is complex, or has more than one axis.
+    """
+    loss, state = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if isinstance(loss, Mapping) and "loss" in loss:
+        loss = loss["loss"]
+    if not isinstance(loss, Tensor) and (isinstance(loss, numbers.Real) or hasattr(loss, "__array__")):
+        loss = torch.as_tensor(np.asarray(loss, dtype=np.float64))
+    if not isinstance(loss, Tensor) or loss.is_complex():
+        kind = "a complex tensor" if isinstance(loss, Tensor) else f"of type {type(loss).__name__}"
+        raise UsageError(f"the loss is {kind}; it must be a number or a tensor, scalar or [batch].")
+    if loss.dim() > 1:
+        raise UsageError(
+            f"loss_fn returned shape {tuple(loss.shape)}; it must return a scalar or one loss per sequence."
+        )
+    return (loss if loss.is_floating_point() else loss.double()), state
 
 
 # ---- batches of any kind

@@ -50,7 +50,7 @@ class Replicas:
         """Return the losses of a unit; see `Result`."""
         replica = self._own()
         losses, states = [], []
-        with self.probing.isolated() as rewind:
+        with self.probing.isolated(replica.model) as rewind:
             for index, side, probe in self.probing.branches(unit):
                 rewind()
                 for name, perturb in replica.perturb.items():

@@ -11,7 +11,8 @@ Three implementations give the same bits: `reference` (torch), `cpu` (Numba) and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -72,7 +73,20 @@ def noise_axpy(
         out.detach().copy_(p)
     elif p.numel():
         indices = np.asarray(probes, dtype=np.uint32)
-        stream.noise.add(p.detach(), out.detach(), stream, first_row, indices, alphas, sums or sums_for(p))
+        with _row_as_it_is(p, out, stream, first_row):
+            stream.noise.add(p.detach(), out.detach(), stream, first_row, indices, alphas, sums or sums_for(p))
+
+
+@contextmanager
+def _row_as_it_is(p: Tensor, out: Tensor, stream: Stream, first_row: int) -> Iterator[None]:
+    """Leave the row of a tensor that has no noise as it was, if it is among these rows."""
+    row = None if stream.still is None else stream.still - first_row
+    if row is None or not 0 <= row < len(p):
+        yield
+        return
+    before = p[row].detach().clone()
+    yield
+    out[row] = before.to(out.dtype)
 
 
 def perturber(p: Tensor, stream: Stream, out: Tensor) -> Callable[[int, float], None]:
@@ -88,6 +102,8 @@ def perturber(p: Tensor, stream: Stream, out: Tensor) -> Callable[[int, float], 
         >>> torch.equal(out, 0.5 * noise(Key(0), (2, 64), 3, "w"))
         True
     """
+    if stream.still is not None:
+        return lambda probe, alpha: noise_axpy(p, stream, [probe], [alpha], out=out)
     return stream.noise.perturber(p.detach(), out.detach(), stream)
 
 
@@ -111,6 +127,8 @@ def noise_axpy_each(p: Tensor, stream: Stream, probes: Sequence[int], alphas: Al
         )
     if p.numel():
         stream.noise.add_each(p.detach(), out.detach(), stream, np.asarray(probes, dtype=np.uint32), alphas)
+        if stream.still is not None:
+            out[:, stream.still] = p[stream.still].detach().to(out.dtype)
 
 
 def noise_axpy_rows(p: Tensor, rows: Tensor, stream: Stream, probe: int, alpha: float, *, out: Tensor) -> None:
@@ -138,6 +156,8 @@ def noise_axpy_rows(p: Tensor, rows: Tensor, stream: Stream, probe: int, alpha: 
         if low < 0 or high >= len(p):
             raise IndexError(f"index {low if low < 0 else high} is out of range for a matrix of {len(p)} rows")
         stream.noise.add_rows(p.detach(), rows, out.detach(), stream, probe, alpha)
+        if stream.still is not None:
+            out[rows == stream.still] = p[stream.still].detach().to(out.dtype)
 
 
 def noise(

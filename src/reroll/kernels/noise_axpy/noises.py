@@ -189,11 +189,13 @@ class Stream:
         key: the key of the step.
         name: the tensor's name; two tensors with the same name get the same noise.
         noise: what its entries are.
+        still: a row of the tensor that has no noise: an embedding's padding.
     """
 
     key: Key
     name: str
     noise: Noise = RADEMACHER
+    still: int | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:

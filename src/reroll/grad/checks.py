@@ -1,0 +1,71 @@
+"""Whether ε can be seen in the weights, and what is known of models and losses from before."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.errors import EpsilonTooSmall
+from reroll.grad.base import fetch
+
+WIDE = 64.0
+"""An ε so many times above the floor is not looked at again: weights don't grow so much unseen."""
+
+
+class Memo:
+    """What is known of objects, by their identity, and forgotten with them."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, tuple[weakref.ref[Any], dict[Any, Any]]] = {}
+
+    def of(self, owner: Any) -> dict[Any, Any]:
+        """Return the dict of one object."""
+        entry = self.entries.get(id(owner))
+        if entry is None or entry[0]() is not owner:
+            forget = functools.partial(lambda key, _: self.entries.pop(key, None), id(owner))
+            entry = self.entries[id(owner)] = (weakref.ref(owner, forget), {})
+        return entry[1]
+
+
+_seen = Memo()
+
+
+def floors(parameters: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, float]:
+    """Return two units in the last place of a weight of typical size, for every tensor: the least ε it can show.
+
+    Below, rounding decides where a probe goes. A tensor of zeros has no last place: any ε can be seen in it.
+    """
+    sizes = fetch([torch.linalg.vector_norm(p).double() / max(p.numel(), 1) ** 0.5 for p in parameters.values()])
+    return {
+        name: torch.finfo(dtype or p.dtype).eps * 2.0 ** math.frexp(size)[1] if 0 < size < math.inf else 0.0
+        for (name, p), size in zip(parameters.items(), sizes)
+    }
+
+
+def check_epsilon(
+    parameters: Mapping[str, Tensor], epsilon: float, scales: Mapping[str, float], dtype: torch.dtype | None
+) -> None:
+    """Raise `EpsilonTooSmall` if ε is below the floor of a tensor.
+
+    That takes a pass over the weights: made the first time, and then while ε is near the floor that was seen.
+    """
+    seen = _seen.of(next(iter(parameters.values())))
+    key = (tuple(parameters), dtype, tuple(scales.items()))
+    if epsilon >= WIDE * seen.get(key, math.inf):
+        return
+    least = {name: floor / scales.get(name, 1.0) for name, floor in floors(parameters, dtype).items()}
+    name = max(least, key=least.__getitem__)
+    if epsilon < least[name]:
+        kind = str(dtype or parameters[name].dtype).removeprefix("torch.")
+        raise EpsilonTooSmall(
+            f"epsilon={epsilon:g} is below two units in the last place of {name} ({least[name]:.2g} in {kind}); raise "
+            "it, or evaluate in a wider dtype.",
+            least[name],
+        )
+    seen[key] = least[name]

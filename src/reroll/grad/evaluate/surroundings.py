@@ -1,0 +1,115 @@
+"""What a forward pass can change beside its result, and putting it back: torch's generators, buffers, kept tensors."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reroll.keys import Key
+
+
+class _Alone:
+    """The right to use torch's global generators; whoever seeds them for a while holds it."""
+
+    lock = threading.RLock()
+
+    @classmethod
+    def renew(cls) -> None:
+        cls.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread may have held it
+    os.register_at_fork(after_in_child=_Alone.renew)
+
+
+def seed_of(key: Key) -> int:
+    """Return a seed for torch's own generators, for modules that draw from them."""
+    return int.from_bytes(key.digest, "little") >> 1
+
+
+def cuda_devices(parameters: Mapping[str, Tensor]) -> list[int]:
+    """Return the indices of the CUDA devices these tensors are on."""
+    return sorted({p.device.index or 0 for p in parameters.values() if p.device.type == "cuda"})
+
+
+@contextmanager
+def seeded_generators(seed: int, devices: Sequence[int] = ()) -> Iterator[None]:
+    """Seed torch's generators of the CPU and of these cards for a while; afterwards they are as before.
+
+    One thread at a time: the generators are the process's. torch.manual_seed would also seed every other device, and
+    those that are initialised later, for good.
+    """
+    with _Alone.lock, torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        yield
+
+
+class Surroundings:
+    """The generators, and a module's buffers and tensor attributes, as they are now.
+
+    Args:
+        model: the module, or None.
+        devices: CUDA devices whose generators count.
+    """
+
+    def __init__(self, model: nn.Module | None, devices: Sequence[int] = ()):
+        self.devices = devices
+        self.modules = [] if model is None else list(model.modules())
+        self.buffers = [(m, n, b, b.detach().clone()) for m in self.modules for n, b in m.named_buffers(recurse=False)]
+        self.attributes = [dict(vars(m)) for m in self.modules]
+        with _Alone.lock:
+            self.generators = self._read()
+
+    def _read(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
+
+    def rewind(self) -> None:
+        """Set the generators to what they were."""
+        with _Alone.lock:
+            torch.set_rng_state(self.generators[0])
+            for device, state in zip(self.devices, self.generators[1:]):
+                torch.cuda.set_rng_state(state, device)
+
+    def moved(self) -> bool:
+        """Whether a generator, a buffer or a kept tensor is another than it was."""
+        with _Alone.lock:
+            drawn = not all(map(torch.equal, self.generators, self._read()))
+        if drawn or any(_changed(m, before) for m, before in zip(self.modules, self.attributes)):
+            return True
+        return any(getattr(m, n) is not b or not torch.equal(b, before) for m, n, b, before in self.buffers)
+
+    def restore(self) -> None:
+        """Put buffers and kept tensors back."""
+        for module, name, buffer, before in self.buffers:
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+            buffer.detach().copy_(before)
+        for module, before in zip(self.modules, self.attributes):
+            for name in _changed(module, before):
+                if name in before:
+                    vars(module)[name] = before[name]
+                else:
+                    del vars(module)[name]
+
+
+def _changed(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    """The attributes that were set anew since, from or to something that holds a tensor."""
+    now, none = vars(module), object()
+    pairs = {name: (before.get(name, none), now.get(name, none)) for name in before.keys() | now.keys()}
+    return [
+        name for name, (a, b) in pairs.items() if a is not b and name != "_flat_weights" and (_holds(a) or _holds(b))
+    ]
+
+
+def _holds(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_holds, value)))

@@ -1,0 +1,298 @@
+"""Modules and losses that read weights in ways of their own: evaluators give a plain loop's slopes, or refuse."""
+
+import copy
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm
+
+from reroll.errors import UsageError
+from reroll.grad import Backprop, CentralDifference
+from reroll.grad.base import trainable
+from reroll.grad.evaluate.surroundings import seed_of
+from reroll.kernels.noise_axpy import noise
+from reroll.keys import Key
+from reroll.outcome import Outcome
+
+KEY, EPSILON, PROBES = Key(3).at(1), 1e-3, 3
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+IDS = torch.tensor([[0, 1, 2], [2, 2, 5]])
+
+
+def mlp(*between):
+    return nn.Sequential(nn.Linear(3, 4), *between, nn.Tanh(), nn.Linear(4, 2))
+
+
+def mean_square(model, batch):
+    return model(batch).square().mean()
+
+
+class Stateful(nn.Module):
+    """Keeps its last output, sets one buffer anew and edits another in place, all of which its output contains."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how, self.kept = nn.Linear(3, 3), how, torch.zeros(3)
+        self.register_buffer("total", torch.zeros(3))
+
+    def forward(self, x):
+        y = self.layer(x) + self.kept + self.total
+        if self.how == "attribute":
+            self.kept = y.mean(0)
+        elif self.how == "reassigned":
+            self.total = self.total + y.mean(0)
+        else:
+            self.total.add_(y.detach().mean(0))
+        return y
+
+
+def closing_over(build):
+    model = build().double()
+    return model, lambda m, b: mean_square(model, b)
+
+
+def patched():
+    model = mlp().double()
+    layer = model[0]
+    layer.forward = lambda x: functional.linear(x, layer.weight, layer.bias).sin()
+    return model, mean_square
+
+
+def regularised():
+    model = mlp().double()
+    outer = list(model.parameters())
+    return model, lambda m, b: mean_square(m, b) + sum(p.square().sum() for p in outer)
+
+
+def encoder(wrap):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).double().eval()
+    padding = torch.zeros(2, 4, dtype=torch.bool)
+    padding[0, 2:] = True
+    inputs = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = nn.Sequential(model) if wrap else model
+    loss = lambda m, b: (m[0] if wrap else m)(inputs, src_key_padding_mask=padding).square().mean()
+    return model, loss
+
+
+def noisy(draw):
+    return mlp().double(), lambda m, b: (m(b) + draw(m(b))).square().mean()
+
+
+def embedding(**options):
+    return nn.Sequential(nn.Embedding(6, 4, **options), nn.Linear(4, 2)).double(), lambda m, b: mean_square(m, IDS)
+
+
+CASES = {
+    "plain": lambda: (mlp().double(), mean_square),
+    "closure": lambda: closing_over(mlp),
+    "closure over a GRU": lambda: (lambda g: (g, lambda m, b: g(b)[0].square().mean()))(nn.GRU(3, 4).double()),
+    "closure over statistics": lambda: closing_over(lambda: mlp(nn.BatchNorm1d(4))),
+    "patched forward": patched,
+    "outer parameters": regularised,
+    "script": lambda: (torch.jit.script(mlp().double()), mean_square),
+    "trace": lambda: (torch.jit.trace(mlp().double(), X), mean_square),
+    "encoder": lambda: encoder(wrap=False),
+    "encoder alone in a Sequential": lambda: encoder(wrap=True),
+    "randn_like in the loss": lambda: noisy(torch.randn_like),
+    "dropout in the loss": lambda: noisy(lambda y: functional.dropout(y, 0.5)),
+    "dropout": lambda: (mlp(nn.Dropout(0.5)).double(), mean_square),
+    "statistics": lambda: (mlp(nn.BatchNorm1d(4)).double(), mean_square),
+    "spectral norm": lambda: (nn.Sequential(spectral_norm(nn.Linear(3, 4))).double(), mean_square),
+    "kept output": lambda: (Stateful("attribute").double(), mean_square),
+    "reassigned buffer": lambda: (Stateful("reassigned").double(), mean_square),
+    "edited buffer": lambda: (Stateful("edited").double(), mean_square),
+    "padding": lambda: embedding(padding_idx=2),
+    "max_norm": lambda: embedding(max_norm=0.5),
+    "item": lambda: (mlp().double(), lambda m, b: mean_square(m, b).item()),
+    "numpy": lambda: (mlp().double(), lambda m, b: np.square(m(b).numpy()).mean()),
+    "value-dependent if": lambda: (mlp().double(), lambda m, b: mean_square(m, b) * (2 if m(b).sum() > 0 else 3)),
+    "data": lambda: (mlp().double(), lambda m, b: mean_square(m, b) + m[0].weight.data.square().sum()),
+    "mapping": lambda: (mlp().double(), lambda m, b: {"loss": mean_square(m, b), "logits": m(b)}),
+}  # fmt: skip
+
+
+def by_hand(model, loss_fn, batch):
+    """c_k in float64: weights overwritten by p ± ε z, the same random numbers and the same buffers for every branch."""
+    named = trainable(model)
+    start = {n: p.detach().clone() for n, p in named.items()}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    kept = getattr(model, "kept", None)
+    found = []
+    with torch.no_grad(), torch.random.fork_rng():
+        for k in range(PROBES):
+            losses = []
+            for side in (1, -1):
+                for n, p in named.items():
+                    z = noise(KEY, p.shape, k, n, dtype=torch.float64)
+                    if (
+                        isinstance(model, nn.Sequential)
+                        and getattr(model[0], "padding_idx", None) is not None
+                        and n[0] == "0"
+                    ):
+                        z[model[0].padding_idx] = 0
+                    p.copy_(start[n] + side * EPSILON * z)
+                torch.manual_seed(seed_of(KEY))
+                loss = loss_fn(model, batch)
+                losses.append(float(loss["loss"] if isinstance(loss, dict) else loss))
+                for n, b in buffers.items():
+                    owner = model.get_submodule(n.rpartition(".")[0])
+                    setattr(owner, n.rpartition(".")[2], b.clone())
+                if kept is not None:
+                    model.kept = kept
+            found.append((losses[0] - losses[1]) / (2 * EPSILON * PROBES))
+        for n, p in named.items():
+            p.copy_(start[n])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_every_evaluator_gives_the_slopes_of_a_plain_loop_or_refuses(name):
+    for mode in ("in_place", "tiles", "batched", "auto"):
+        torch.manual_seed(0)
+        model, loss_fn = CASES[name]()
+        expected = by_hand(model, loss_fn, X)
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        generator = torch.get_rng_state()
+        estimator, refusal = CentralDifference(PROBES, EPSILON, evaluate=mode), ""
+        try:
+            estimate = estimator(model, loss_fn, X, KEY)
+        except UsageError as error:
+            refusal = str(error)
+        if refusal:
+            assert mode in ("tiles", "batched")
+            assert f'evaluate="{mode}" cannot evaluate this model and loss' in refusal
+            assert "\n" not in refusal
+        else:
+            assert estimate.outcome is Outcome.ok
+            torch.testing.assert_close(estimate.gradient.coefficients.double(), expected, rtol=1e-6, atol=1e-9)
+            assert torch.equal(estimator(model, loss_fn, X, KEY).gradient.coefficients, estimate.gradient.coefficients)
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        assert not getattr(model, "kept", torch.zeros(3)).numpy().any()
+
+
+def test_a_way_that_is_left_is_said_once():
+    model, loss_fn = mlp().double(), lambda m, b: mean_square(m, b).item()
+    estimator = CentralDifference(PROBES, EPSILON)
+    with pytest.warns(UserWarning, match=r'evaluate="batched" cannot .*item.*"in_place" is used'):
+        estimator(model, loss_fn, X, KEY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert estimator(model, loss_fn, X, KEY).stats["evaluate"] == "in_place"
+
+
+@pytest.mark.parametrize("mode", ["in_place", "tiles", "batched"])
+def test_losses_that_do_not_differ_are_an_outcome_and_a_warning(mode):
+    other = mlp().double()
+    with pytest.warns(UserWarning, match="exactly equal"):
+        estimate = CentralDifference(2, EPSILON, evaluate=mode)(
+            mlp().double(), lambda m, b: mean_square(other, b), X, KEY
+        )
+    assert estimate.outcome is Outcome.no_difference
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_autocast_reaches_workers_and_caches_no_weights(workers):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1)), torch.randn(64, 16)
+    loss_fn = lambda m, b: m(b).float().square().mean()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        places, tiles = (
+            CentralDifference(6, 0.02, evaluate=mode, threads=1, workers=workers)(model, loss_fn, x, KEY)
+            for mode in ("in_place", "tiles")
+        )
+    full = CentralDifference(6, 0.02)(model, loss_fn, x, KEY)
+    assert torch.equal(places.gradient.coefficients, tiles.gradient.coefficients)
+    assert not torch.equal(places.gradient.coefficients, full.gradient.coefficients)
+    torch.testing.assert_close(places.gradient.coefficients, full.gradient.coefficients, rtol=0.2, atol=0.02)
+
+
+def test_two_threads_over_models_with_dropout_do_not_meet():
+    models = [mlp(nn.Dropout(0.5)).double() for _ in range(2)]
+    estimator = CentralDifference(8, EPSILON, evaluate="in_place")
+    run = lambda model: [estimator(model, mean_square, X, Key(0).at(k)).gradient.coefficients for k in range(6)]
+    alone = [run(model) for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, models))
+    assert all(torch.equal(a, b) for x, y in zip(alone, together) for a, b in zip(x, y))
+
+
+def test_a_rescaled_embedding_comes_back_from_the_grid():
+    model = nn.Sequential(nn.Embedding(6, 4, max_norm=0.5), nn.Linear(4, 2))
+    estimator = CentralDifference(4, EPSILON, evaluate="in_place", restore="grid")
+    first, weight = estimator(model, lambda m, b: mean_square(m, IDS), X, KEY), model[0].weight.detach().clone()
+    again = estimator(model, lambda m, b: mean_square(m, IDS), X, KEY)
+    assert torch.equal(model[0].weight, weight)
+    assert torch.equal(first.gradient.coefficients, again.gradient.coefficients)
+
+
+@pytest.mark.parametrize("width", [4, 40])
+def test_padding_rows_stay(width):
+    model = nn.Sequential(nn.Embedding(6, width, padding_idx=2), nn.Linear(width, 2))
+    gradient = CentralDifference(4, 0.01)(model, lambda m, b: mean_square(m, IDS), X, KEY).gradient
+    moved = gradient.tensor("0.weight").abs().sum(1) > 0
+    assert moved.tolist() == [True, True, False, True, True, True]
+
+
+class Holder(nn.Module):
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor))
+
+
+def test_weights_on_one_memory_are_refused_by_name():
+    w = torch.randn(6, 4)
+    with pytest.raises(UsageError, match='"a" and "b" are two parameters on one memory'):
+        trainable(Holder(a=w, b=w))
+    with pytest.raises(UsageError, match="on one memory"):
+        trainable(Holder(a=w, b=w.view(-1)[4:9]))
+    with pytest.raises(UsageError, match="a is an expanded tensor"):
+        trainable(Holder(a=torch.ones(1).expand(3)))
+    assert len(trainable(Holder(a=w[:3], b=w[3:], c=w.new_ones(2)))) == 3
+    assert len(trainable(Holder(a=w[:, :2], b=w[:, 2:]))) == 2
+
+
+def test_a_weight_of_zeros_has_no_last_place():
+    model = nn.Linear(3, 3).bfloat16()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    loss_fn = lambda m, b: m(b).float().sum()
+    assert CentralDifference(2, 1e-4)(model, loss_fn, X.bfloat16(), KEY).outcome is Outcome.ok
+
+
+@pytest.mark.parametrize("mode", ["tiles", "batched", "auto"])
+def test_floating_inputs_are_cast_to_the_dtype_of_the_evaluation(mode):
+    model = copy.deepcopy(mlp()).float()
+    low = CentralDifference(4, 0.1, dtype=torch.bfloat16, evaluate=mode)(model, mean_square, X.float(), KEY)
+    high = CentralDifference(4, 0.1)(model, mean_square, X.float(), KEY)
+    torch.testing.assert_close(low.gradient.coefficients, high.gradient.coefficients, rtol=0.2, atol=0.05)
+
+
+@pytest.mark.parametrize("value", [2.5, True])
+def test_a_number_of_probes_that_is_none_is_named(value):
+    with pytest.raises(UsageError, match=f"probes={value!r} must be a whole number"):
+        CentralDifference(value, 0.1)
+
+
+@pytest.mark.parametrize(
+    "loss, message", [(lambda y: y.detach().mean(), "no gradient"), (lambda y: y.mean() * 1j, "a complex tensor")]
+)
+def test_losses_that_backprop_cannot_use_are_named(loss, message):
+    with pytest.raises(UsageError, match=message):
+        Backprop()(nn.Linear(3, 1).double(), lambda m, b: loss(m(b)), X, KEY)
+
+
+@pytest.mark.parametrize("mode", ["in_place", "tiles", "batched"])
+@pytest.mark.parametrize("loss", [lambda y: y[:, 0] > 0, lambda y: (y[:, 0] > 0).int()])
+def test_booleans_and_counts_per_sequence_are_losses(mode, loss):
+    model = mlp().double()
+    estimate = CentralDifference(8, 0.5, evaluate=mode)(model, lambda m, b: loss(m(b)), X, KEY)
+    expected = CentralDifference(8, 0.5, evaluate=mode)(model, lambda m, b: loss(m(b)).double().mean(), X, KEY)
+    assert torch.equal(estimate.gradient.coefficients, expected.gradient.coefficients)
