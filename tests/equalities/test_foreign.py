@@ -14,9 +14,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 from reroll.errors import UsageError
 from reroll.grad import Backprop, CentralDifference
 from reroll.grad.base import trainable
+from reroll.grad.checks import floors
 from reroll.grad.evaluate.surroundings import seed_of
 from reroll.kernels.noise_axpy import noise
 from reroll.keys import Key
+from reroll.optim import CDRGE
 from reroll.outcome import Outcome
 
 KEY, EPSILON, PROBES = Key(3).at(1), 1e-3, 3
@@ -265,6 +267,21 @@ def test_a_weight_of_zeros_has_no_last_place():
         nn.init.zeros_(p)
     loss_fn = lambda m, b: m(b).float().sum()
     assert CentralDifference(2, 1e-4)(model, loss_fn, X.bfloat16(), KEY).outcome is Outcome.ok
+
+
+def test_an_epsilon_tied_to_a_falling_rate_stays_where_the_weights_show_it():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 3).bfloat16(), X.bfloat16()
+    loss_fn = lambda: model(x).float().square().mean()
+    optimizer = CDRGE(model.named_parameters(), lr=0.02, probes=4, seed=1)
+    optimizer.step(loss_fn)
+    assert optimizer.last.stats["epsilon"] == 0.02
+    for lr in (1e-3, 0.0):
+        optimizer.param_groups[0]["lr"] = lr
+        least = max(floors(dict(model.named_parameters())).values())
+        with pytest.warns(UserWarning, match="two units in the last place"):
+            optimizer.step(loss_fn)
+        assert optimizer.last.stats["epsilon"] == least > lr
 
 
 @pytest.mark.parametrize("mode", ["tiles", "batched", "auto"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -69,3 +70,21 @@ def check_epsilon(
             least[name],
         )
     seen[key] = least[name]
+
+
+def visibly(estimate: Callable[[float], Any], epsilon: float) -> Any:
+    """Return estimate(ε), or, where the weights cannot show this ε, at the least they can: for an ε that is tied.
+
+    It is said once.
+    """
+    try:
+        return estimate(epsilon)
+    except EpsilonTooSmall as error:
+        if error.least <= epsilon:
+            raise
+        warnings.warn(
+            "ε, tied to the learning rate, is below two units in the last place of the weights; the least that they "
+            "can show is used in its place. Raise the rate, its floor or --epsilon, or keep the weights in fp32.",
+            stacklevel=2,
+        )
+        return estimate(error.least)

@@ -10,7 +10,6 @@ optimizer.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from reroll.errors import RunError, UsageError, require_count, require_positive
-from reroll.grad.base import canonical_name, check_names, check_streams
+from reroll.grad.base import Estimate, canonical_name, check_names, check_streams
 from reroll.grad.central_difference import CentralDifference, Evaluate
+from reroll.grad.checks import visibly
 from reroll.keys import Key
 from reroll.optim.sgd import SGD, check_group, restore_momentum
 from reroll.optim.step import StepResult, step
@@ -134,16 +134,19 @@ class CDRGE(torch.optim.Optimizer):
         sizes = {name: self._epsilon(group) for name, p, group in self._entries() if p.requires_grad}
         epsilon = next(iter(sizes.values()))
         scales = {name: size / epsilon for name, size in sizes.items() if size != epsilon}
-        estimate = functools.partial(self._estimator(epsilon).estimate, named, scales=scales)
+        tied = self.param_groups[0]["epsilon"] is None
+
+        def estimate(model: Any, loss_fn: Any, batch: Any, key: Key) -> Estimate:
+            at = lambda e: self._estimator(e).estimate(named, loss_fn, batch, key, model=model, scales=scales)
+            return visibly(at, epsilon) if tied else at(epsilon)
+
         # The rule shares groups and states with this optimizer.
         rule = SGD(self.param_groups, lr=0.0)
         rule.state = self.state
         key = self.key.at(self.param_groups[0]["step"])
         try:
             result = step(
-                self.model, lambda model, batch: closure(), lambda model, loss_fn, batch, key: estimate(
-                    loss_fn, batch, key, model=model
-                ), rule, None, None, key, update="fused",
+                self.model, lambda model, batch: closure(), estimate, rule, None, None, key, update="fused"
             )  # fmt: skip
         except RuntimeError as error:
             if "does not require grad" in str(error):

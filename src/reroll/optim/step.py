@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from reroll.grad.base import Estimator, Gradient, LossFn
+from reroll.grad.checks import visibly
 from reroll.keys import Key
 from reroll.optim.apply import apply, clip_norm, drop_grads
 from reroll.optim.settings import StepSettings, configure
@@ -53,6 +54,7 @@ def step(
     clip: float | None = None,
     update: str = "write",
     norm: bool = False,
+    tied: bool = False,
     record: Callable[[StepResult], None] | None = None,
 ) -> StepResult:
     """Take one step.
@@ -65,6 +67,7 @@ def step(
         clip: largest norm of the gradient.
         update: "write", "stream" or "fused".
         norm: return the norm even if nothing is clipped.
+        tied: ε follows the learning rate; where the weights cannot show it, the least that they can is taken.
         record: called with the result before the weights move, so that a record of the step precedes its effect.
 
     Raises:
@@ -84,7 +87,10 @@ def step(
     if settings is not None:
         configure(optimizer, settings)
         estimator = at_epsilon(estimator, settings.epsilon)
-    estimate = estimator(model, loss_fn, batch, key)
+    if tied and settings is not None and settings.epsilon is not None:
+        estimate = visibly(lambda e: at_epsilon(estimator, e)(model, loss_fn, batch, key), settings.epsilon)
+    else:
+        estimate = estimator(model, loss_fn, batch, key)
     gradient, outcome, size = estimate.gradient, estimate.outcome, None
     if outcome and (clip is not None or norm):
         size = gradient.norm()

@@ -201,7 +201,7 @@ def take_step(session: Session) -> dict[str, Any]:
             result = step(
                 session.model, session.loss_fn, session.estimator, session.optimizer, batch, settings, key,
                 clip=config.optim.clip, update=config.optim.update, norm=number % config.run.log_every == 0,
-                record=record,
+                tied=config.gradient.epsilon is None, record=record,
             )  # fmt: skip
     except EpsilonTooSmall as error:
         if number == 0:
