@@ -1,8 +1,10 @@
 """Where text is found, how it is divided, and how its symbols are kept on disk."""
 
+import gzip
 import itertools
 import json
 import logging
+import lzma
 import multiprocessing
 import os
 import random
@@ -137,6 +139,68 @@ def test_json_lines(tmp_path):
     assert 5 <= len(found["valid"]) <= 30
     write(tmp_path, b_jsonl='{"body": "one"}\n{"body": ""}\n{"body": "two"}')
     assert sorted(itertools.chain(*parts(tmp_path / "b.jsonl", field="body").values())) == ["one", "two"]
+
+
+def test_json_lines_of_other_programs(tmp_path):
+    """Nested fields, null, carriage returns, a byte-order mark; what is wrong is told with its line."""
+    lines = ['{"data": {"text": "one"}}', '{"data": {"text": null}}', '{"data.text": "two"}', ""]
+    write(tmp_path, a_jsonl="\ufeff" + "\r\n".join(lines))
+    assert sorted(itertools.chain(*parts(tmp_path / "a.jsonl", field="data.text").values())) == ["one", "two"]
+    for bad, message in [
+        ('{"data": {"title": "x", "n": {"m": "y"}}}', "line 3.*field='data.text'.*data.title, data.n.m"),
+        ('{"data": "x"}', "line 3.*fields with text: data. Give"),
+        ('{"\\u001b[2J": "x"}', r"line 3.*fields with text: \\x1b\[2J"),
+        ("[" * 100_000, "line 3, is not JSON"),
+    ]:
+        write(tmp_path, b_jsonl='{"data": {"text": "one"}}\r\n\r\n' + bad)
+        with pytest.raises(UsageError, match=message) as caught:
+            list(pieces(find(tmp_path / "b.jsonl", "data.text")))
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("path", ["", "/**", "/**/*.txt", "/*/*.txt", "/**.txt"])
+def test_links_are_not_followed_twice(tmp_path, path, caplog):
+    root = write(tmp_path / "g", a__1_txt="1", a__2_txt="2", b__c__3_txt="3", b__4_txt="4", _hidden__5_txt="5")
+    for place in (root, root / "a", root / "b"):
+        (place / "self").symlink_to(root)
+        (place / "again").symlink_to(place)
+        (place / "other.txt").symlink_to(root / "a" / "1.txt")
+        (place / "broken.txt").symlink_to(root / "nothing")
+    os.mkfifo(root / "a" / "pipe.txt")
+    expected = {"/*/*.txt": ["a/1", "a/2", "b/4"], "/**.txt": ["other"]}.get(path, ["a/1", "a/2", "b/4", "b/c/3"])
+    with caplog.at_level(logging.INFO):
+        found = [document.source for _, document in find(f"{root}{path}").documents()]
+    assert sorted(os.path.realpath(file) for file in found) == sorted(
+        os.path.realpath(root / f"{name}.txt") for name in expected
+    )
+    assert "left out, such as 'broken.txt'" in caplog.text
+
+
+def test_what_is_no_text_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="pipe"):
+        find(tmp_path / "pipe")
+    for kind, content in [
+        ("gzip", gzip.compress(b"a,b\n1,2\n")),
+        ("zip", b"PK\x03\x04\0\0"),
+        ("xz", lzma.compress(b"a")),
+    ]:
+        (tmp_path / "a.csv.gz").write_bytes(content)
+        with pytest.raises(UsageError, match=rf"compressed \({kind}\).*train arrays"):
+            find(tmp_path / "a.csv.gz")
+    write(tmp_path, b_txt="BZh is how it begins")
+    assert parts(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "word"])
+def test_a_byte_order_mark_is_no_symbol(tmp_path, tokenizer):
+    text = "one two three\n" * 40
+    write(tmp_path, plain__a_txt=text, marked__a_txt=b"\xef\xbb\xbf" + text.encode())
+    write(tmp_path, plain__b_txt=text[:99], marked__b_txt=b"\xef\xbb\xbf" + text[:99].encode())
+    for path in ("a.txt", ""):
+        plain, marked = (load(find(tmp_path / kind / path), tokenizer) for kind in ("plain", "marked"))
+        assert plain.tokenizer == marked.tokenizer
+        assert plain.fingerprint == marked.fingerprint
 
 
 def test_the_standard_library_is_text_that_is_always_there():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from reroll.cli import main
+from reroll.data.arrays import Arrays
 from reroll.data.series import read_series
 from reroll.data.timeseries import prepare, read_ts
 from reroll.errors import UsageError
@@ -22,44 +23,35 @@ def values():
     return np.random.default_rng().normal(size=(7, 11, 3)).astype(np.float32)
 
 
-def test_what_was_written_is_read(tmp_path, values):
-    (tmp_path / "w.ts").write_text(text_of(values, "abcabca"))
-    found = read_ts(tmp_path / "w.ts")
-    np.testing.assert_array_equal(found.inputs, values)
-    assert found.targets.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert found.labels == ("a", "b", "c")
-    assert found.lengths.tolist() == [11] * 7
-
-
 def test_missing_values_and_unequal_lengths(tmp_path):
     (tmp_path / "w.ts").write_text(HEADER.format(2) + "1,?,3:4,5,6:c\n\n# between\n7:8:a\n")
     found = read_ts(tmp_path / "w.ts")
-    nan = np.nan
-    np.testing.assert_array_equal(found.inputs, [[[1, 4], [nan, 5], [3, 6]], [[7, 8], [nan, nan], [nan, nan]]])
-    assert found.lengths.tolist() == [3, 1]
+    np.testing.assert_array_equal(found.series[0], [[1, 4], [np.nan, 5], [3, 6]])
+    np.testing.assert_array_equal(found.series[1], [[7, 8]])
+    assert (found.targets, found.labels) == ([2, 0], ("a", "b", "c"))
     prepare(tmp_path / "w.ts", tmp_path / "w.npz")
-    with np.load(tmp_path / "w.npz") as arrays:
-        assert arrays["mask"].tolist() == [[True, False, True], [True, False, False]]
-        assert np.isfinite(arrays["inputs"]).all()
+    series = read_series(tmp_path / "w.npz")
+    assert series.lengths.tolist() == [3, 1]
+    np.testing.assert_array_equal(series.values, np.concatenate(found.series))
+    assert series.labels == ("a", "b", "c")
 
 
-def test_a_folder_is_prepared_one_file_after_the_other(tmp_path, values):
+def test_the_test_file_of_a_folder_is_held_out(tmp_path, values, capsys):
     (tmp_path / "w_TRAIN.ts").write_text(text_of(values[:4], "abca"))
     (tmp_path / "w_TEST.ts").write_text(text_of(values[4:], "ccb"))
-    assert prepare(tmp_path, tmp_path / "new" / "w.npz", every=2) == (7, 6, 3, 3)
-    with np.load(tmp_path / "new" / "w.npz") as arrays:
+    assert main(["data", "prepare", "ts", "--path", str(tmp_path), "--to", str(tmp_path / "new"), "--every", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "7 series of 6 steps, 3 features, 3 classes" in said
+    assert "held out: the 3 series of the test file" in said
+    with np.load(tmp_path / "new" / "ts.npz") as arrays:
         np.testing.assert_array_equal(arrays["inputs"], np.concatenate([values[4:], values[:4]])[:, ::2])
         assert arrays["targets"].tolist() == [2, 2, 1, 0, 1, 2, 0]
-        assert "mask" not in arrays.files
-
-
-def test_the_command_writes_what_training_reads(tmp_path, values, capsys):
-    (tmp_path / "w.ts").write_text(text_of(values, "abcabca"))
-    code = main(["data", "prepare", "eigenworms", "--path", str(tmp_path / "w.ts"), "--to", str(tmp_path / "out")])
-    assert code == 0
-    assert "7 series of 11 steps, 3 features, 3 classes" in capsys.readouterr().out
-    series = read_series(tmp_path / "out" / "eigenworms.npz")
-    np.testing.assert_array_equal(series.values.reshape(7, 11, 3), values)
+    task = Arrays(tmp_path / "new" / "ts.npz")
+    assert sorted(task.batch(0, "valid").targets.tolist()) == [1, 2, 2]
+    assert "(a, b, c)" in task.describe()
+    (tmp_path / "w_MORE.ts").write_text(text_of(values, "abcabca"))
+    with pytest.raises(UsageError, match="holds 3 .ts files"):
+        prepare(tmp_path, tmp_path / "w.npz")
 
 
 @pytest.mark.slow
@@ -81,13 +73,25 @@ def test_training_on_prepared_series_begins(tmp_path, capsys):
         (HEADER.format(1), "no series after `@data`"),
         (HEADER.format(1) + "1,2:d\n", 'line 7: the class "d" is not one of a, b, c'),
         (HEADER.format(1) + "1,x:a\n", "line 7: could not convert string to float"),
+        ("", "no line `@data`"),
+        ("@dimensions\n@timestamps\n@classLabel\n@data\n1:a\n", "has no classes"),
+        ("@\n@dimensions ²\n@classLabel true a\n@data\n1:a\n", "the header says ²"),
+        ("@classLabel true \x1b[2J\n@data\n1:\x1bb\n", "class \"�b\" is not one of �"),
         (HEADER.format(2) + "1,2:3:a\n", r"have \[2, 1\] steps"),
         (HEADER.format(3) + "1,2:3,4:a\n", r"have \[2\] dimensions, the header says 3"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_refused_with_its_line(tmp_path, text, message):
     (tmp_path / "w.ts").write_text(text)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as caught:
+        read_ts(tmp_path / "w.ts")
+    assert str(caught.value).isprintable()
+
+
+def test_a_file_of_one_endless_line_is_refused(tmp_path):
+    with (tmp_path / "w.ts").open("wb") as file:
+        file.truncate(8 << 30)  # no space is taken
+    with pytest.raises(UsageError, match="line 1: longer than"):
         read_ts(tmp_path / "w.ts")
 
 

@@ -22,7 +22,7 @@ class Data:
     name: Annotated[str, tyro.conf.Positional]
     """eigenworms, or ts for any other classified series in .ts files"""
     path: Path | None = None
-    """a .ts file, or a folder of them; nothing is downloaded"""
+    """a .ts file, or a folder with NAME_TRAIN.ts and NAME_TEST.ts; nothing is downloaded"""
     to: Path | None = None
     """folder for NAME.npz; none: the cache folder, where `reroll reproduce elk-fig3` finds it"""
     every: int = 1
@@ -41,7 +41,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
     from reroll.data.timeseries import prepare
 
     target = (request.to or cache_folder()) / f"{request.name}.npz"
-    count, steps, features, classes = prepare(request.path, target, request.every)
-    print(f"{target}: {count} series of {steps} steps, {features} features, {classes} classes")
+    arrays = prepare(request.path, target, request.every)
+    count, steps, features = arrays["inputs"].shape
+    print(f"{target}: {count} series of {steps} steps, {features} features, {len(arrays['labels'])} classes")
+    if "held_out" in arrays:
+        print(f"held out: the {arrays['held_out'].sum()} series of the test file")
     print(f"train on it: reroll train arrays --path {target} --length {steps}")
     return 0

@@ -34,7 +34,7 @@ from reroll.errors import RunError, UsageError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; another number builds them afresh
+FORMAT = 2  # of the files; another number builds them afresh
 
 _temporary: Path | None = None  # made once a process, if the cache folder cannot be written
 

@@ -14,6 +14,7 @@ are read in chunks.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import importlib
@@ -27,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from reroll.errors import UsageError
 
@@ -35,6 +36,11 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20  # bytes read at a time
 FEW = 100  # fewer documents than this are held out by size, so that a tenth of the text is, not of the documents
+
+COMPRESSED = {
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd",
+    b"PAR1": "Parquet",
+}  # fmt: skip
 
 # Folders of the standard library that are no library: tests, applications, what pip installed, the topics twice.
 LEFT_OUT = {
@@ -53,11 +59,13 @@ class Document:
         name: says which split it belongs to; stays the same when the folder moves.
         source: the file, or the text as bytes.
         size: in bytes.
+        skip: bytes before the text, a byte-order mark.
     """
 
     name: str
     source: Path | bytes
     size: int
+    skip: int = 0
 
     @property
     def where(self) -> str:
@@ -71,7 +79,7 @@ class Document:
             yield from (bytes(part[place : place + chunk]) for place in range(0, len(part), chunk))
             return
         with _open(self.source) as file:
-            file.seek(begin)
+            file.seek(begin + self.skip)
             while end is None or begin < end:
                 block = file.read(chunk if end is None else min(chunk, end - begin))
                 if not block:
@@ -106,9 +114,10 @@ class File:
         if self.lines and isinstance(self.source, Path):
             yield from _json_lines(self.source, self.name, field)
         else:
-            size = len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+            skip = 0 if isinstance(self.source, bytes) else _mark(self.source)
+            size = len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size - skip
             if size:
-                yield Document(self.name, self.source, size)
+                yield Document(self.name, self.source, size, skip)
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,7 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
 
     Args:
         path: a file, a folder, a glob, a .jsonl file, "stdlib" or "stdlib:prose" (its prose alone, 0.5 MB).
-        field: the field of a JSON line that holds the text.
+        field: the field of a JSON line that holds the text; `a.b` is the field b of a.
 
     Raises:
         UsageError: if there is nothing of the kind, or nothing to read in it.
@@ -162,13 +171,12 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
         corpus = _choose(name, where, files, field)
     elif where.exists():
         corpus = Corpus(name, (File(where.name, where),), field)
-        if not where.stat().st_size:
-            raise UsageError(f"path={name!r} is empty; give a file with text in it.")
+        _refuse_unreadable(name, where)
         if not corpus.files[0].lines and not _is_text(where):
             log.info("%s is not text: its bytes are learned as they are, which tokenizer='byte' alone can do.", name)
     elif glob.has_magic(name):
-        files = [Path(found) for found in sorted(glob.glob(str(where), recursive=True)) if Path(found).is_file()]
-        if not files:
+        files = _matches(where)
+        if not any(map(os.path.isfile, files)):
             raise UsageError(f"path={name!r} matches no file; quote it for the shell, and try it with ls.")
         corpus = _choose(name, Path(os.path.commonpath([file.parent for file in files])), files, field)
     else:
@@ -255,6 +263,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 def _choose(name: str, root: Path, files: list[Path], field: str) -> Corpus:
     """The corpus of several files: those named after splits if there are such, else all that hold text."""
+    files = _once(name, files)
     splits = _named_splits(files)
     if splits:
         log.info("%s: the splits are %s.", name, ", ".join(f"{split} = {file.name}" for split, file in splits.items()))
@@ -267,6 +276,50 @@ def _choose(name: str, root: Path, files: list[Path], field: str) -> Corpus:
     if not any(file.stat().st_size for file in texts):
         raise UsageError(f"path={name!r} has nothing but empty files; give files with text in them.")
     return Corpus(name, tuple(File(file.relative_to(root).as_posix(), file) for file in texts), field)
+
+
+def _once(name: str, files: list[Path]) -> list[Path]:
+    """Every file once, by its own name if it has one here; pipes, sockets and broken links are left out."""
+    regular = [file for file in files if os.path.isfile(file)]
+    if other := [file.name for file in files if file not in regular]:
+        log.info("%s: %d entries are no files and left out, such as %r.", name, len(other), other[0])
+    real: dict[str, Path] = {}
+    for file in sorted(regular, key=os.path.islink):
+        real.setdefault(os.path.realpath(file), file)
+    return [file for file in regular if real[os.path.realpath(file)] == file]
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a glob matches, in order; ** follows no links, and what is hidden must be named."""
+    parts = [part if part == "**" else re.sub(r"\*\*+", "*", part) for part in pattern.parts]
+    parts += ["*"] * (parts[-1] == "**")
+    fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    root, hidden = Path(*parts[:fixed]), any(part.startswith(".") for part in parts[fixed:])
+    matched = [path for path in set(root.glob("/".join(parts[fixed:]))) if not path.is_dir()]
+    visible = [path for path in matched if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    return sorted(matched if hidden else visible, key=str)
+
+
+def _refuse_unreadable(name: str, path: Path) -> None:
+    """Refuse a path that is no file, or an empty or compressed one."""
+    if not path.is_file():
+        raise UsageError(f"path={name!r} is a pipe, socket or device; save its text as a file.")
+    with _open(path) as file:
+        head = file.read(6)
+    if not head:
+        raise UsageError(f"path={name!r} is empty; give a file with text in it.")
+    kind = next((kind for begin, kind in COMPRESSED.items() if head.startswith(begin)), None)
+    if kind and not _is_text(path):
+        raise UsageError(
+            f"path={name!r} is compressed ({kind}), not text. Unpack it; a table is read as it is: reroll train arrays "
+            f"--path {name}"
+        )
+
+
+def _mark(path: Path) -> int:
+    """The bytes of a byte-order mark at the beginning of a file."""
+    with _open(path) as file:
+        return len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
 
 
 def _named_splits(files: list[Path]) -> dict[str, Path]:
@@ -303,20 +356,36 @@ def _json_lines(path: Path, name: str, field: str) -> Iterator[Document]:
                 continue
             try:
                 entry = json.loads(line)
-            except ValueError as error:  # of JSON, or of UTF-8
+            except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
                 raise UsageError(
                     f"path={path}, line {number}, is not JSON ({error}); mend or delete the line."
                 ) from None
-            text = entry.get(field) if isinstance(entry, dict) else None
-            if not isinstance(text, str):
-                known = ", ".join(k for k, v in entry.items() if isinstance(v, str)) if isinstance(entry, dict) else ""
+            text = _field(entry, field)
+            if text is None:
+                known = ", ".join(_texts(entry))[:200]
                 raise UsageError(
                     f"path={path}, line {number}, has no text in field={field!r}; its fields with text: "
-                    f"{known or 'none'}. Give field=… that every line has."
+                    f"{ascii(known)[1:-1] or 'none'}. Give field=… that every line has."
                 )
             content = text.encode("utf-8", "replace")
             if content:
                 yield Document(f"{name}:{number}", content, len(content))
+
+
+def _field(entry: Any, field: str) -> str | None:
+    """The text of a field, `a.b` inside a; empty if it is null, None if there is no text."""
+    first, dot, rest = field.partition(".")
+    if isinstance(entry, dict) and field not in entry and dot:
+        return _field(entry.get(first), rest)
+    value = entry.get(field, 0) if isinstance(entry, dict) else 0
+    return value if isinstance(value, str) else "" if value is None else None
+
+
+def _texts(entry: Any, depth: int = 3) -> list[str]:
+    """The names of the fields with text."""
+    fields = entry.items() if isinstance(entry, dict) and depth else ()
+    inner = [f"{name}.{further}" for name, value in fields for further in _texts(value, depth - 1)]
+    return [name for name, value in fields if isinstance(value, str)] + inner
 
 
 def _standard_library(prose_only: bool) -> tuple[File, ...]:

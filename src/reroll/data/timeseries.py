@@ -12,29 +12,31 @@ Archives with time stamps, "(time,value)", are refused. `prepare` writes an .npz
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import numpy.typing as npt
 
+from reroll.data.tables import printable
 from reroll.errors import UsageError
+
+LONGEST = 1 << 24  # characters of a line
 
 
 class TimeSeries(NamedTuple):
     """What a .ts file holds.
 
     Args:
-        inputs: [N, T, F] float32; NaN where a value is missing, and after the end of a shorter series.
-        targets: the class of every series, [N] int64: its place in `labels`.
+        series: [T, F] float32 each; NaN where a value is missing.
+        targets: the class of every series: its place in `labels`.
         labels: the classes' names, in the order of the header.
-        lengths: steps of every series, [N].
     """
 
-    inputs: npt.NDArray[np.float32]
-    targets: npt.NDArray[np.int64]
+    series: list[npt.NDArray[np.float32]]
+    targets: list[int]
     labels: tuple[str, ...]
-    lengths: npt.NDArray[np.int64]
 
 
 def read_ts(path: str | os.PathLike[str]) -> TimeSeries:
@@ -43,92 +45,75 @@ def read_ts(path: str | os.PathLike[str]) -> TimeSeries:
     Raises:
         UsageError: if it cannot be read or is not of that form; with the line.
     """
-    path, series, classes = Path(path), [], []
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"path={path} is no .ts file and no folder that holds some.")
     try:
         with path.open(encoding="utf-8") as file:
-            header, first = _header(path, file)
-            labels = tuple(header.get("classlabel", [])[1:])
-            if header.get("classlabel", ["false"])[0].lower() != "true" or not labels:
+            lines = _lines(path, file)
+            header = _header(path, lines)
+            flag, *labels = header.get("classlabel") or ["false"]
+            if flag.lower() != "true" or not labels:
                 raise UsageError(f"path={path} has no classes; its header needs a line such as `@classLabel true a b`.")
-            if header.get("timestamps", ["false"])[0].lower() == "true":
+            if "true" in map(str.lower, header.get("timestamps", [])):
                 raise UsageError(f"path={path} has time stamps; only series of equal steps can be read.")
-            for number, line in enumerate(file, first + 1):
-                if line.strip() and not line.startswith("#"):
-                    values, label = _row(f"path={path}, line {number}", line.strip(), labels)
-                    series.append(values)
-                    classes.append(label)
+            rows = [_row(f"path={path}, line {number}", line, labels) for number, line in lines]
     except OSError as error:
         raise UsageError(f"path={path} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise UsageError(f"path={path} is not UTF-8 text.") from None
-    if not series:
+    if not rows:
         raise UsageError(f"path={path} has no series after `@data`.")
-    features = {values.shape[1] for values in series}
-    declared = int(header["dimensions"][0]) if header.get("dimensions", [""])[0].isdigit() else None
-    if len(features | ({declared} - {None})) > 1:
-        raise UsageError(f"path={path}: its series have {sorted(features)} dimensions, the header says {declared}.")
-    lengths = np.array([len(values) for values in series], dtype=np.int64)
-    return TimeSeries(_padded(series, int(lengths.max())), np.array(classes, dtype=np.int64), labels, lengths)
+    features = sorted({values.shape[1] for values, _ in rows})
+    declared = next(iter(header.get("dimensions", [])), str(features[0]))
+    if len(features) > 1 or declared != str(features[0]):
+        raise UsageError(
+            f"path={path}: its series have {features} dimensions, the header says {printable(declared)}; mend it."
+        )
+    return TimeSeries([values for values, _ in rows], [label for _, label in rows], tuple(labels))
 
 
-def _header(path: Path, file: Any) -> tuple[dict[str, list[str]], int]:
-    """The words of the header, in small letters, with their values; and how many lines it has."""
+def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, str]]:
+    """The lines that are neither empty nor comments, with their numbers."""
+    number = 0
+    while line := file.readline(LONGEST):
+        number += 1
+        if len(line) == LONGEST:
+            raise UsageError(f"path={path}, line {number}: longer than {LONGEST:,} characters; is this a .ts file?")
+        if line.strip() and not line.startswith("#"):
+            yield number, line.strip()
+
+
+def _header(path: Path, lines: Iterator[tuple[int, str]]) -> dict[str, list[str]]:
+    """The words of the header, in small letters, with their values."""
     header: dict[str, list[str]] = {}
-    for number, line in enumerate(file, 1):
-        words = line.split()
-        if not words or words[0].startswith("#"):
-            continue
-        if not words[0].startswith("@"):
+    for number, line in lines:
+        word, *values = line.split()
+        if not word.startswith("@"):
             raise UsageError(f"path={path}, line {number}: data before `@data`; is this a .ts file?")
-        if words[0].lower() == "@data":
-            return header, number
-        header[words[0][1:].lower()] = words[1:]
+        if word.lower() == "@data":
+            return header
+        header[word[1:].lower()] = values
     raise UsageError(f"path={path} has no line `@data`; is this a .ts file?")
 
 
-def _row(where: str, line: str, labels: tuple[str, ...]) -> tuple[npt.NDArray[np.float32], int]:
+def _row(where: str, line: str, labels: list[str]) -> tuple[npt.NDArray[np.float32], int]:
     """One series, [T, F], and the number of its class."""
     *dimensions, label = (part.strip() for part in line.split(":"))
     if not dimensions or label not in labels:
-        raise UsageError(f'{where}: the class "{label[:40]}" is not one of {", ".join(labels)}.')
+        known = printable(", ".join(labels))
+        raise UsageError(f'{where}: the class "{printable(label)[:40]}" is not one of {known}.')
     try:
-        columns = [
-            np.array(
-                [np.nan if cell.strip() == "?" else float(cell) for cell in dimension.split(",")], dtype=np.float32
-            )
-            for dimension in dimensions
-        ]
+        columns = [np.array(dimension.replace("?", "nan").split(","), dtype=np.float32) for dimension in dimensions]
     except ValueError as error:
-        raise UsageError(f"{where}: {error}.") from None
+        raise UsageError(f"{where}: {printable(error)}.") from None
     if len({len(column) for column in columns}) > 1:
         raise UsageError(f"{where}: its dimensions have {[len(column) for column in columns]} steps; they must agree.")
     return np.stack(columns, 1), labels.index(label)
 
 
-def _padded(series: list[npt.NDArray[np.float32]], steps: int) -> npt.NDArray[np.float32]:
-    inputs = np.full((len(series), steps, series[0].shape[1]), np.nan, dtype=np.float32)
-    for row, values in zip(inputs, series):
-        row[: len(values)] = values
-    return inputs
-
-
-def find_ts(path: str | os.PathLike[str]) -> list[Path]:
-    """Return a .ts file, or all of a folder by name.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    path = Path(path)
-    files = sorted(path.glob("*.ts")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise UsageError(f"path={path} is no .ts file and no folder that holds some.")
-    return files
-
-
-def prepare(path: str | os.PathLike[str], target: Path, every: int = 1) -> tuple[int, ...]:
-    """Write the series of a .ts file, or of all in a folder one after the other, as an .npz file.
-
-    The file has `inputs` [N, T, F], `targets` [N] and `labels`; `mask` [N, T] too if something is missing.
+def prepare(path: str | os.PathLike[str], target: Path, every: int = 1) -> dict[str, npt.NDArray[Any]]:
+    """Write the series of a .ts file, or of the two of a folder, NAME_TRAIN.ts and NAME_TEST.ts, as an .npz file.
 
     Args:
         path: what to read.
@@ -136,30 +121,40 @@ def prepare(path: str | os.PathLike[str], target: Path, every: int = 1) -> tuple
         every: keep every k-th step only.
 
     Returns:
-        N, T, F and the number of classes.
+        What the file holds: `inputs` [N, T, F], padded with NaN, `lengths`, `targets` and `labels`; of a folder also
+        `held_out`, True for the series of the test file.
 
     Raises:
-        UsageError: if files disagree, or `target` cannot be written.
+        UsageError: if the files are others or disagree, or `target` cannot be written.
     """
     if every < 1:
         raise UsageError(f"every={every} must be at least 1.")
-    parts = [read_ts(file) for file in find_ts(path)]
-    if len({(part.labels, part.inputs.shape[2]) for part in parts}) > 1:
+    path = Path(path)
+    files = sorted(path.glob("*.ts")) if path.is_dir() else [path]
+    held_out = ["test" in file.stem.lower() for file in files]
+    if len(files) != 1 and not (len(files) == 2 and sum(held_out) == 1 and "train" in str(files).lower()):
+        raise UsageError(
+            f"path={path} holds {len(files)} .ts files; a folder should hold one, or NAME_TRAIN.ts and NAME_TEST.ts. "
+            "Name one of them."
+        )
+    parts = [read_ts(file) for file in files]
+    if len({(part.labels, part.series[0].shape[1]) for part in parts}) > 1:
         raise UsageError(f"path={path}: its files have different classes or dimensions; name one of them.")
-    steps = max(part.inputs.shape[1] for part in parts)
-    rows = [row for part in parts for row in part.inputs]
-    inputs = _padded(rows, steps)[:, ::every]
-    there = np.all(np.isfinite(inputs), axis=-1, keepdims=True)
-    arrays: dict[str, Any] = {
-        "inputs": np.where(there, inputs, 0), "labels": np.array(parts[0].labels),
-        "targets": np.concatenate([part.targets for part in parts]),
+    series = [values[::every] for part in parts for values in part.series]
+    lengths = np.array([len(values) for values in series])
+    inputs = np.full((len(series), lengths.max(), series[0].shape[1]), np.nan, dtype=np.float32)
+    for row, values in zip(inputs, series):
+        row[: len(values)] = values
+    arrays = {
+        "inputs": inputs, "lengths": lengths, "targets": np.concatenate([part.targets for part in parts]),
+        "labels": np.array(parts[0].labels),
     }  # fmt: skip
-    if not np.all(there):
-        arrays["mask"] = there[..., 0]
+    if len(files) > 1:
+        arrays["held_out"] = np.repeat(held_out, [len(part.targets) for part in parts])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:
             np.savez_compressed(file, **arrays)
     except OSError as error:
         raise UsageError(f"{target} cannot be written ({error.strerror}).") from None
-    return (*inputs.shape, len(parts[0].labels))
+    return arrays

@@ -53,7 +53,7 @@ def series(stride: int) -> tuple[Tensor, Tensor, str]:
     if not path.exists():
         return *generated(40, STEPS // stride), "generated"
     with np.load(path) as arrays:
-        if "mask" in arrays and not arrays["mask"].all():
+        if "lengths" in arrays and (arrays["lengths"] != arrays["inputs"].shape[1]).any():
             raise UsageError(f"{path} holds series of several lengths; those of EigenWorms all have {STEPS:,} steps.")
         inputs, classes = torch.from_numpy(arrays["inputs"])[:, ::stride], torch.from_numpy(arrays["targets"])
     inputs = (inputs - inputs.mean((0, 1))) / inputs.std((0, 1)).clamp(min=1e-12)
