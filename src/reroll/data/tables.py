@@ -107,16 +107,17 @@ def read_table(path: Path, reading: Reading = Reading()) -> Table:
     notes: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        frame = _parquet(path) if path.suffix.lower() in PARQUET else _text(path, reading, notes)
-        frame.columns = [printable(name) for name in frame.columns]
+        frame, decimal = _parquet(path) if path.suffix.lower() in PARQUET else _text(path, reading, notes)
+        names = [printable(name) for name in frame.columns]
+        frame.columns = [name if names.count(name) == 1 else f"{name}.{place}" for place, name in enumerate(names)]
         if frame.empty:
             raise UsageError(f"path={path} has {'a header and no rows' if len(frame.columns) else 'nothing in it'}.")
         wanted = [_column(path, frame, "columns", c) for c in reading.columns.split(",")] if reading.columns else None
         group = next((name for name in SERIES_COLUMNS if name in frame and frame[name].duplicated().any()), None)
         frame = _in_order(path, frame, reading, {group, *(wanted or ())}, group, notes)
-        names = wanted or _features(path, frame, group, notes)
+        names = wanted or _features(path, frame, decimal, group, notes)
         for name in names:
-            _require_numbers(path, frame[name], reading)
+            _require_numbers(path, frame[name], decimal)
     lengths = np.array([len(frame)], dtype=np.int64)
     if group is not None:
         number = _pandas().factorize(frame[group], use_na_sentinel=False)[0]
@@ -131,14 +132,14 @@ def _pandas() -> Any:
     return pandas
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: Path) -> tuple[Any, str]:
     try:
         frame = _pandas().read_parquet(path)
     except ImportError:
         raise UsageError(f"path={path} needs pyarrow: pip install 'reroll[data]'; or save it as .csv.") from None
     frame = frame if isinstance(frame.index, _pandas().RangeIndex) else frame.reset_index()
     _take_numbers(frame, ".")
-    return frame
+    return frame, "."
 
 
 def _take_numbers(frame: Any, decimal: str) -> None:
@@ -150,8 +151,8 @@ def _take_numbers(frame: Any, decimal: str) -> None:
                 frame[name] = numbers
 
 
-def _text(path: Path, reading: Reading, notes: list[str]) -> Any:
-    """The cells of a text: columns of numbers where all cells are numbers, in the way of the table."""
+def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
+    """The cells of a text, columns of numbers where all cells are numbers; and the decimal mark."""
     with _open(path) as file:
         head = file.read(HEAD)
     encoding, lines = _lines(path, head)
@@ -176,7 +177,7 @@ def _text(path: Path, reading: Reading, notes: list[str]) -> Any:
         frame = read(encoding := "Latin-1")
     decimal = reading.decimal or _decimal([frame[name] for name in frame if _is_text(frame[name])], sep)
     if decimal == ",":
-        frame = read(encoding, dtype=str)  # 1.234 was a number, and may be 1234
+        frame = read(encoding, decimal=",")  # which leaves 1.234, maybe 1234, as text
     _take_numbers(frame, decimal)
     if not header:
         frame.columns = [str(number) for number in range(1, len(frame.columns) + 1)]
@@ -187,7 +188,7 @@ def _text(path: Path, reading: Reading, notes: list[str]) -> Any:
         *(["comments after #"] if comments else []),
         *(["no header line, columns are named 1, 2, …"] if not header else []),
     ]
-    return frame
+    return frame.reset_index(drop=True), decimal
 
 
 def _open(path: Path) -> Any:
@@ -322,9 +323,9 @@ def _in_order(path: Path, frame: Any, reading: Reading, other: Any, group: str |
     return frame.drop(columns=[*times])
 
 
-def _features(path: Path, frame: Any, group: str | None, notes: list[str]) -> list[str]:
+def _features(path: Path, frame: Any, decimal: str, group: str | None, notes: list[str]) -> list[str]:
     """The columns of numbers that do not only count the rows."""
-    numbers = [name for name in frame if name != group and _has_numbers(frame[name])]
+    numbers = [name for name in frame if name != group and _has_numbers(frame[name], decimal)]
     if not numbers:
         raise UsageError(f"path={path} has no column of numbers; its columns are {', '.join(frame)[:500]}.")
     counting = {name for place, name in enumerate(frame) if name in numbers and _counts(frame, name, group, place)}
@@ -342,11 +343,11 @@ def _shown(names: Any) -> str:
     return ", ".join(re.sub(r"^Unnamed: (\d+)$", lambda m: f"the unnamed column {int(m[1]) + 1}", n) for n in names)
 
 
-def _has_numbers(column: Any) -> bool:
+def _has_numbers(column: Any, decimal: str) -> bool:
     """Whether a column is of numbers, or begins with one: a later word is a mistake in it."""
     if not _is_text(column):
         return column.dtype.kind in "biuf" and bool(column.notna().any())
-    numbers, known = _numbers(column, ".")
+    numbers, known = _numbers(column, decimal)
     return bool(known.any()) and bool(numbers[known].notna().iloc[0])
 
 
@@ -365,15 +366,13 @@ def _counts(frame: Any, name: str, group: str | None, place: int) -> bool:
     return bool((abs(steps - steps[0]) <= rounding).all() or (TIME.search(name) and (steps > 0).all()))
 
 
-def _require_numbers(path: Path, column: Any, reading: Reading) -> None:
+def _require_numbers(path: Path, column: Any, decimal: str) -> None:
     """Refuse a column with a word among its numbers."""
-    if not _is_text(column):
-        return
-    numbers, known = _numbers(column, reading.decimal or ".")
+    numbers, known = _numbers(column, decimal) if _is_text(column) else (column, column.notna())
     wrong = column[known & numbers.isna()]
     if len(wrong):
         cell = printable(wrong.iloc[0])
         raise UsageError(
-            f"path={path}, row {wrong.index[0] + 1 if isinstance(wrong.index[0], int) else 1}: {column.name}={cell!r} "
-            f"is no number; leave it empty, give missing={cell!r}, or name the columns to read."
+            f"path={path}, row {wrong.index[0] + 1}: {column.name}={cell!r} is no number; leave it empty, give "
+            f"missing={cell!r}, or name the columns to read."
         )
