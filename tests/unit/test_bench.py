@@ -357,6 +357,8 @@ def test_ways_along_time_are_compared_at_a_small_size(monkeypatch, capsys, tmp_p
     assert len(weighed) == 2
     said = capsys.readouterr().out
     assert "auto ÷ best: at most" in said
+    assert found["lengths"]["deviation"] < 1e-3
+    assert "lengths 1 … 30, D = 32, B = 64, forward and backward: packed" in said
     assert "D = 3, B = 2, T = 300, forward: LSTMCell" in said
     assert "D = 4, B = 2, T = 300, forward and backward: user" in said
 

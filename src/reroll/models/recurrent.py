@@ -84,22 +84,29 @@ class Recurrent(nn.Module):
             nn.init.normal_(self.head.weight, std=0.5 * self.head.in_features**-0.5)
             nn.init.zeros_(self.head.bias)
 
-    def forward(self, inputs: Tensor, *, present: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, *, present: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Run whole sequences from the initial state.
 
         Args:
             inputs: symbols [B, T], or series [B, T, inputs].
             present: True at the steps that exist, [B, T], for readout "last" or "mean"; None: all.
+            lengths: steps of each sequence, [B], of which padding follows; see `Rollout`.
 
         Returns:
             [B, T, outputs] for readout "every", else [B, outputs].
         """
         if self.readout == "every":
-            return self.advance(inputs)[0]
-        return self._head(self._summary(inputs, present))
+            return self.advance(inputs, lengths=lengths)[0]
+        if present is None and lengths is not None:
+            present = torch.arange(inputs.shape[1], device=inputs.device) < lengths.unsqueeze(1)
+        return self._head(self._summary(inputs, present, lengths))
 
     def advance(
-        self, inputs: Tensor, state: tuple[State, ...] | None = None, reset: Tensor | None = None
+        self,
+        inputs: Tensor,
+        state: tuple[State, ...] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, tuple[State, ...]]:
         """Run some steps from a state.
 
@@ -107,11 +114,12 @@ class Recurrent(nn.Module):
             inputs: as for `forward`.
             state: the state of every cell, as `start` or `advance` gives it; None starts afresh.
             reset: True at the steps before which the state starts afresh, [B, T].
+            lengths: steps of each sequence, [B]; behind them the head sees zeros.
 
         Returns:
             (outputs of every step, the state after the last).
         """
-        features, state = self._features(inputs, state, reset)
+        features, state = self._features(inputs, state, reset, lengths)
         return self._head(features), state
 
     def start(self, batch: int) -> tuple[State, ...]:
@@ -174,7 +182,11 @@ class Recurrent(nn.Module):
         return tuple(cell for cell in self.cells if isinstance(cell, Cell))
 
     def _features(
-        self, inputs: Tensor, state: tuple[State, ...] | None, reset: Tensor | None
+        self,
+        inputs: Tensor,
+        state: tuple[State, ...] | None,
+        reset: Tensor | None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, tuple[State, ...]]:
         """Return the last cell's readouts of every step, and the states after it."""
         if inputs.dim() != (2 if self.embed is not None else 3):
@@ -185,10 +197,13 @@ class Recurrent(nn.Module):
                 raise UsageError(f"inputs has shape {tuple(inputs.shape)}; expected [batch, time, {self.inputs}].")
             features = inputs
         else:
+            if lengths is not None:  # padding may be no symbol
+                valid = torch.arange(inputs.shape[1], device=inputs.device) < lengths.unsqueeze(1)
+                inputs = torch.where(valid, inputs, 0)
             features = self._embedded(self.embed, inputs)
-        states = []
+        states, padded = [], {} if lengths is None else {"lengths": lengths}
         for i, cell in enumerate(self._cells):
-            features, final = self.rollout.read(cell, features, None if state is None else state[i], reset)
+            features, final = self.rollout.read(cell, features, None if state is None else state[i], reset, **padded)
             states.append(final)
         return features, tuple(states)
 
@@ -206,7 +221,7 @@ class Recurrent(nn.Module):
     def _head(self, features: Tensor) -> Tensor:
         return features if self.head is None else self.head(features)
 
-    def _summary(self, inputs: Tensor, present: Tensor | None) -> Tensor:
+    def _summary(self, inputs: Tensor, present: Tensor | None, lengths: Tensor | None) -> Tensor:
         """Return the last or the mean readout of the steps that exist, window by window without a gradient."""
         batch, time = inputs.shape[:2]
         if present is None:
@@ -216,7 +231,8 @@ class Recurrent(nn.Module):
         total, state = None, None
         for begin in range(0, max(time, 1), chunk):
             window = slice(begin, begin + chunk)
-            features, state = self._features(inputs[:, window], state, None)
+            left = None if lengths is None else (lengths - begin).clamp(0, inputs[:, window].shape[1])
+            features, state = self._features(inputs[:, window], state, None, left)
             weight = present[:, window].to(features.dtype)
             if self.readout == "last":
                 steps = torch.arange(begin, begin + features.shape[1], device=inputs.device)

@@ -49,13 +49,13 @@ class Agreement:
 
 def verify_agreement(
     rollout: Rollout, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None,
-    *, tolerance: float | None = None, seed: int = 0,
+    lengths: Tensor | None = None, *, tolerance: float | None = None, seed: int = 0,
 ) -> Agreement:  # fmt: skip
     """Compare a rollout with `Sequential`, in values and gradients.
 
     Args:
         rollout: what is tried.
-        cell, inputs, state, reset: as for a rollout.
+        cell, inputs, state, reset, lengths: as for a rollout.
         tolerance: relative; None is 1e-6 in float64 and 1e-3 in float32.
         seed: names the projection whose gradient is compared.
 
@@ -68,8 +68,8 @@ def verify_agreement(
     require_rollout(rollout)
     if tolerance is None:
         tolerance = 1e-6 if inputs.dtype == torch.float64 else 1e-3
-    expected, reference = _run(Sequential(kernel="reference"), cell, inputs, state, reset, seed)
-    trajectory, found = _run(rollout, cell, inputs, state, reset, seed)
+    expected, reference = _run(Sequential(kernel="reference"), cell, inputs, state, reset, lengths, seed)
+    trajectory, found = _run(rollout, cell, inputs, state, reset, lengths, seed)
     # A gradient that is zero but for rounding (a bias in front of a softmax) is compared at the scale of the others.
     floor = 1e-6 * max((float(g.abs().max()) for g in reference.values() if g.numel()), default=0.0)
     return Agreement(
@@ -81,13 +81,19 @@ def verify_agreement(
 
 
 def _run(
-    rollout: Rollout, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, seed: int
+    rollout: Rollout,
+    cell: Cell,
+    inputs: Tensor,
+    state: State | None,
+    reset: Tensor | None,
+    lengths: Tensor | None,
+    seed: int,
 ) -> tuple[Trajectory, dict[str, Tensor]]:
     with torch.enable_grad():
         leaf = inputs.detach()
         if leaf.is_floating_point():  # symbols have no gradient
             leaf.requires_grad_()
-        trajectory = rollout(cell, leaf, state, reset)
+        trajectory = rollout(cell, leaf, state, reset, lengths)
         flat = _flat(trajectory)
         generator = torch.Generator().manual_seed(seed)
         weights = torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat)

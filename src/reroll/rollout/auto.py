@@ -16,7 +16,8 @@ from reroll.cells.base import Cell, State
 from reroll.kernels import dispatch
 from reroll.kernels.dispatch import Candidate
 from reroll.rollout import native
-from reroll.rollout.base import Rollout, Trajectory, has_tangent
+from reroll.rollout.base import Rollout, Trajectory, check, has_tangent
+from reroll.rollout.lengths import filled
 from reroll.rollout.presets import deer, quasi_deer
 from reroll.rollout.sequential import Sequential
 
@@ -52,17 +53,31 @@ class Auto:
         return f"auto({', '.join(f'{name}={value!r}' for name, value in self.options)})"
 
     def __call__(
-        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
+        self,
+        cell: Cell,
+        inputs: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Trajectory:
         """Return all states; see `Rollout`."""
-        return self.choose(cell, inputs, state)(cell, inputs, state, reset)
+        check(cell, inputs)
+        inputs = inputs if lengths is None else filled(inputs, lengths)[0]  # it is tried on some of them
+        return self.choose(cell, inputs, state)(cell, inputs, state, reset, lengths)
 
     def read(
-        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
+        self,
+        cell: Cell,
+        inputs: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Return the readouts and the final state; see `Rollout`."""
+        check(cell, inputs)
         fused = reset is None and type(cell).fused is not Cell.fused
-        return self.choose(cell, inputs, state, fused=fused).read(cell, inputs, state, reset)
+        inputs = inputs if lengths is None else filled(inputs, lengths)[0]
+        return self.choose(cell, inputs, state, fused=fused).read(cell, inputs, state, reset, lengths)
 
     def choose(self, cell: Cell, inputs: Tensor, state: State | None = None, *, fused: bool = False) -> Rollout:
         """Return the rollout for a cell and inputs of this shape on this device.

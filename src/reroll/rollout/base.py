@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
 
 from reroll.cells.base import Cell, State
 from reroll.cells.wrapped import FunctionCell
@@ -29,7 +30,7 @@ class Trajectory(NamedTuple):
 
     Args:
         states: the state after every step, with the structure of the cell's state and time as axis 1.
-        final: the state after the last step.
+        final: the state after the last step of each sequence.
         outcome: how the evaluation ended.
         iterations: passes over the sequence, [batch] int64.
         residual: largest violation of the recurrence that the method itself left, before any fallback, [batch].
@@ -60,7 +61,12 @@ class Rollout(Protocol):
     """A way to evaluate a cell along time."""
 
     def __call__(
-        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
+        self,
+        cell: Cell,
+        inputs: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Trajectory:
         """Return all states; see `Trajectory`.
 
@@ -69,11 +75,18 @@ class Rollout(Protocol):
             inputs: [batch, time, input_size].
             state: the state before the first step; None is the cell's own.
             reset: True at the steps before which the state starts afresh, [batch, time].
+            lengths: steps of each sequence, [batch]; None: all have the same. What lies behind is not read, whatever it
+                is: the states there are zero, and `final` is the state after a sequence's own last step.
         """
         ...
 
     def read(
-        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
+        self,
+        cell: Cell,
+        inputs: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Return the readouts [batch, time, output_size] and the state after the last step."""
         ...
@@ -178,6 +191,11 @@ def check(cell: Any, inputs: Any) -> None:
             "wrap it: reroll.cell_from(step, state_size)"
         )  # fmt: skip
         raise UsageError(f"cell is a {type(cell).__name__}, not a cell; {remedy}.")
+    if isinstance(inputs, PackedSequence):
+        raise UsageError(
+            "inputs is a PackedSequence; unpack it, x, lengths = pad_packed_sequence(inputs, batch_first=True), and "
+            "call rollout(cell, x, lengths=lengths)."
+        )
     if not isinstance(inputs, Tensor) or inputs.dim() != 3:
         what = f"shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else f"type {type(inputs).__name__}"
         raise UsageError(f"inputs has {what}; expected a tensor [batch, time, features].")

@@ -32,6 +32,7 @@ from reroll.rollout import adjoint, native
 from reroll.rollout.base import Trajectory
 from reroll.rollout.damping import Damping, Kalman, Undamped
 from reroll.rollout.iterate import Iterate, largest
+from reroll.rollout.lengths import Padded, in_place
 from reroll.rollout.linearise import WINDOW_FLOATS, Diagonal, Linearisation, Zero, is_written
 from reroll.rollout.memory import require_memory_for_jacobians
 from reroll.rollout.problem import Field, Problem, make_problem, rows
@@ -115,7 +116,12 @@ class Newton:
         return f"Newton({', '.join(shown)})"
 
     def __call__(
-        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
+        self,
+        cell: Cell,
+        inputs: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Trajectory:
         """Return all states; see `Rollout`.
 
@@ -124,6 +130,19 @@ class Newton:
                 random.
             RunError: with on_failure="raise", if a sequence does not converge.
         """
+        padded = self._padded(cell, inputs, state, reset, lengths)
+        return padded.trajectory._replace(states=padded.zeroed(padded.trajectory.states))
+
+    def _padded(
+        self, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, lengths: Tensor | None
+    ) -> Padded:
+        if lengths is None:
+            return Padded(self._run(cell, inputs, state, reset), None)
+        padded = in_place(self._run, cell, inputs, state, reset, lengths)
+        assert padded is not None
+        return padded
+
+    def _run(self, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Trajectory:
         problem = make_problem(cell, inputs, state, reset)
         if inputs.shape[0] == 0 or inputs.shape[1] == 0:
             return _empty(problem, inputs)
@@ -141,14 +160,20 @@ class Newton:
         return trajectory
 
     def read(
-        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
+        self,
+        cell: Cell,
+        inputs: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Return the readouts and the final state; see `Rollout`."""
-        trajectory = self(cell, inputs, state, reset)
+        padded = self._padded(cell, inputs, state, reset, lengths)
+        trajectory = padded.trajectory
         if trajectory.outcome is Outcome.fell_back and self.on_failure == "sequential" and current() is None:
             # Who reads sees no outcome, and nobody watches for him.
             warnings.warn(f"{type(cell).__name__}: {trajectory.outcome.value}", stacklevel=2)
-        return cell.readout(trajectory.states), trajectory.final
+        return padded.zeroed(cell.readout(trajectory.states)), trajectory.final
 
     # ---- solving
 

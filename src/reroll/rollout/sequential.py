@@ -10,6 +10,7 @@ exact one of `reroll.rollout.adjoint`. A cell that cannot be written so is loope
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,12 +23,14 @@ from reroll.outcome import Outcome
 from reroll.rollout import adjoint, native
 from reroll.rollout.base import (
     Trajectory,
+    check,
     check_reset,
     explaining_dtypes,
     require_same_shapes,
     start,
     where_reset,
 )  # fmt: skip
+from reroll.rollout.lengths import Padded, dropping, filled, packing
 from reroll.rollout.problem import make_problem
 from reroll.rollout.purity import require_pure
 
@@ -53,51 +56,91 @@ class Sequential:
             raise UsageError(f'kernel="{self.kernel}" must be "auto", "reference" or "compiled".')
 
     def __call__(
-        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
+        self,
+        cell: Cell,
+        inputs: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Trajectory:
         """Return all states; see `Rollout`."""
-        found = self._compiled(cell, inputs, state, reset)
-        if found is not None:
-            return found
-        initial = start(cell, inputs, state)
-        check_reset(reset, inputs)
-        states, final = [], initial
-        for final in _steps(cell, inputs, initial, reset):
-            states.append(final)
-        return _trajectory(_stack(states, initial), final, inputs)
+        padded = self._in_compiled_code(cell, inputs, state, reset, lengths)
+        if padded is not None:
+            return padded.trajectory._replace(states=padded.zeroed(padded.trajectory.states))
+
+        def run(x: Tensor, first: State, cut: Tensor | None, projected: bool = False) -> tuple[State, State]:
+            states, final = [], first
+            for final in _steps(cell, x, first, cut, projected):
+                states.append(final)
+            return _stack(states, first), final
+
+        states, final = self._run(run, cell, inputs, state, reset, lengths)
+        return _trajectory(states, final, inputs)
 
     def read(
-        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None
+        self,
+        cell: Cell,
+        inputs: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Return the readouts and the final state; see `Rollout`."""
-        found = self._compiled(cell, inputs, state, reset)
-        if found is not None:
-            return cell.readout(found.states), found.final
+        padded = self._in_compiled_code(cell, inputs, state, reset, lengths)
+        if padded is not None:
+            return padded.zeroed(cell.readout(padded.trajectory.states)), padded.trajectory.final
+
+        def run(x: Tensor, first: State, cut: Tensor | None, projected: bool = False) -> tuple[State, State]:
+            if self.kernel == "auto" and cut is None and not projected:
+                with explaining_dtypes(cell, x, first):
+                    result = cell.fused(x, first)
+                if result is not None:
+                    return result
+            outputs, final = [], first
+            for final in _steps(cell, x, first, cut, projected):
+                outputs.append(cell.readout(final))
+            return _stack(outputs, cell.readout(first)), final
+
+        return self._run(run, cell, inputs, state, reset, lengths)
+
+    def _run(
+        self, run: Any, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Any, State]:
         initial = start(cell, inputs, state)
         check_reset(reset, inputs)
-        if self.kernel == "auto" and reset is None:
-            with explaining_dtypes(cell, inputs, initial):
-                result = cell.fused(inputs, initial)
-            if result is not None:
-                return result
-        outputs, final = [], initial
-        for final in _steps(cell, inputs, initial, reset):
-            outputs.append(cell.readout(final))
-        return _stack(outputs, cell.readout(initial)), final
+        if lengths is None:
+            return run(inputs, initial, reset)
+        if cell.projects_stepwise:
+            return dropping(run, inputs, initial, reset, lengths)
+        with explaining_dtypes(cell, inputs, initial):
+            u = cell.project(filled(inputs, lengths)[0])
+        return dropping(functools.partial(run, projected=True), u, initial, reset, lengths)
 
-    def _compiled(self, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Trajectory | None:
+    def _in_compiled_code(
+        self, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, lengths: Tensor | None
+    ) -> Padded | None:
         """Return all states by a program of the step, or None where that was not asked for or cannot be."""
-        if self.kernel != "compiled" or 0 in inputs.shape[:2]:
+        if self.kernel != "compiled":
             return None
-        problem = make_problem(cell, inputs, state, reset)
-        require_pure(cell, problem)
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            states = native.step_by_step(problem)
-        if states is None:
+        check(cell, inputs)
+        if 0 in inputs.shape[:2]:
             return None
-        if torch.is_grad_enabled():
-            states = adjoint.attach(problem, states, "auto")
-        return _trajectory(problem.layout.unpack(states), problem.layout.unpack(states[:, -1]), inputs)
+        if lengths is not None:
+            return packing(_compiled, cell, inputs, state, reset, lengths)
+        trajectory = _compiled(cell, inputs, state, reset)
+        return None if trajectory is None else Padded(trajectory, None)
+
+
+def _compiled(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Trajectory | None:
+    problem = make_problem(cell, inputs, state, reset)
+    require_pure(cell, problem)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+        states = native.step_by_step(problem)
+    if states is None:
+        return None
+    if torch.is_grad_enabled():
+        states = adjoint.attach(problem, states, "auto")
+    return _trajectory(problem.layout.unpack(states), problem.layout.unpack(states[:, -1]), inputs)
 
 
 def _trajectory(states: State, final: State, inputs: Tensor) -> Trajectory:
@@ -112,11 +155,11 @@ def _trajectory(states: State, final: State, inputs: Tensor) -> Trajectory:
     )
 
 
-def _steps(cell: Cell, inputs: Tensor, state: State, reset: Tensor | None) -> Any:
-    """Yield the state after every step."""
-    fresh = start(cell, inputs, None) if reset is not None else None
+def _steps(cell: Cell, inputs: Tensor, state: State, reset: Tensor | None, projected: bool) -> Any:
+    """Yield the state after every step of inputs, which may be projected ones."""
+    fresh = start(cell, inputs.new_empty(len(inputs), 0, cell.input_size), None) if reset is not None else None
     with explaining_dtypes(cell, inputs, state):
-        for t, u in enumerate(cell.project(inputs).unbind(1)):
+        for t, u in enumerate((inputs if projected else cell.project(inputs)).unbind(1)):
             if reset is not None:
                 state = where_reset(reset[:, t], fresh, state)
             before, state = state, cell.step(u, state)

@@ -28,6 +28,7 @@ def run(rounds: int = 7, path: Path | None = None, steps: int = 10_000) -> dict[
     """Measure all cases, print a table, and write it as JSON if a path is given."""
     rows = [row for case in cpu.cases(steps) for row in cpu.rows_of(case, rounds)]
     found: dict[str, Any] = {"steps": steps, "rounds": rounds, "rows": rows, "auto_over_best": cpu.auto_over_best(rows)}
+    found["lengths"] = cpu.padded(rounds, steps // 10)
     found["memory_floats"] = {
         "quasi_deer()": cpu.memory(quasi_deer(), steps),
         "quasi_deer(window=None)": cpu.memory(quasi_deer(window=None), steps),
@@ -59,6 +60,12 @@ def report(found: dict[str, Any]) -> str:
         lines.append(f"    {', '.join(said)}; auto ÷ best ({row['best']}) {row['auto_over_best']:.2f}")
     auto = found["auto_over_best"]
     lines.append(f"auto ÷ best: at most {auto['largest']:.2f}, geometric mean {auto['geometric_mean']:.2f}")
+    if padded := found.get("lengths"):
+        times = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in padded["seconds"].items())
+        lines.append(
+            f"GRUCell, lengths 1 … {padded['T']:,}, D = {padded['D']}, B = {padded['B']}, forward and backward: "
+            f"{times}; lengths ÷ packed {padded['lengths_over_packed']:.2f}"
+        )
     lines += [
         f"memory of {name}: {value:.1f} numbers per number of state" for name, value in found["memory_floats"].items()
     ]

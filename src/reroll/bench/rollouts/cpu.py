@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from reroll.bench.rollouts.cells import Compared, compared
 from reroll.bench.timing import in_turn, ratio
@@ -140,6 +141,30 @@ def _row(
     if "library" in methods:
         row |= {f"{m}_over_library": ratio(mine, m, "library") for m in ("quasi_deer", "deer", "auto") if m in methods}
     return row
+
+
+def padded(rounds: int, steps: int, size: int = 32, batch: int = 64) -> dict[str, Any]:
+    """Return seconds of the gradient of a GRU on sequences of 1 … `steps` steps: by `lengths`, and packed by torch."""
+    torch.manual_seed(0)
+    cell, library = compared(size)["GRUCell"]
+    assert library is not None
+    inputs, lengths = torch.randn(batch, steps, size), torch.linspace(1, steps, batch).long()[torch.randperm(batch)]
+
+    def packed(x: Tensor) -> Tensor:
+        outputs = library(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[0]
+        return pad_packed_sequence(outputs, batch_first=True)[0]
+
+    case = Case(size, batch, steps, gradient=True)
+    runs = {
+        "packed": _call(case, packed, inputs, library),
+        "lengths": _call(case, lambda x: auto().read(cell, x, lengths=lengths)[0], inputs, cell),
+    }
+    deviation = _deviation(case, runs["lengths"](), runs["packed"]())
+    seconds = in_turn(runs, rounds, LEAST_SECONDS)
+    return {
+        "D": size, "B": batch, "T": steps, "seconds": {name: statistics.median(t) for name, t in seconds.items()},
+        "deviation": deviation, "lengths_over_packed": ratio(seconds, "lengths", "packed"),
+    }  # fmt: skip
 
 
 def auto_over_best(rows: list[dict[str, Any]]) -> dict[str, float]:

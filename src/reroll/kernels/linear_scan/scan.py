@@ -21,7 +21,13 @@ from reroll.kernels.linear_scan.operators import AFFINE, Affine
 
 
 def linear_scan(
-    A: Tensor, b: Tensor, initial: Tensor | None = None, reverse: bool = False, *, structure: str | None = None
+    A: Tensor,
+    b: Tensor,
+    initial: Tensor | None = None,
+    reverse: bool = False,
+    *,
+    structure: str | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Compute s_t = A_t s_{t−1} + b_t for t = 1 … T.
 
@@ -34,9 +40,11 @@ def linear_scan(
     Args:
         A: the transitions. Any strides: what is the same for all sequences or steps can be expanded.
         b: what is added at every step, of A's dtype. fp16 and bf16 are computed with in fp32, and the result rounded.
+            Complex numbers for diagonal A, as two real channels and their rotations.
         initial: s_0, as b without its axis 1; None is zero, and then A_1 is not used.
         reverse: compute s_t = A_t s_{t+1} + b_t instead; `initial` is then s_{T+1}.
         structure: needed only where A and b fit both "block" and "dense".
+        lengths: steps of each sequence, [batch]; what lies behind is not used, whatever it is, and s is zero there.
 
     Returns:
         s_1 … s_T, [B, T, …] as b; differentiable any number of times in A, b and `initial`.
@@ -53,6 +61,10 @@ def linear_scan(
 
     Reference: Blelloch, "Prefix sums and their applications", 1990.
     """
+    if lengths is not None:
+        return _padded(A, b, initial, reverse, structure, lengths)
+    if b.is_complex():
+        return _complex(A, b, initial, reverse, structure)
     operator = check(A, b, initial, structure)
     dtype = torch.float32 if b.dtype in (torch.float16, torch.bfloat16) else b.dtype
     folded_A, folded_b, folded_initial = (
@@ -60,6 +72,41 @@ def linear_scan(
     )
     states: Any = _Scan.apply(folded_A, folded_b, folded_initial, operator, reverse)
     return states.view(b.shape).to(b.dtype)
+
+
+def _padded(
+    A: Tensor, b: Tensor, initial: Tensor | None, reverse: bool, structure: str | None, lengths: Tensor
+) -> Tensor:
+    """Scan with steps behind the end of a sequence that hand the state on, so that one from behind arrives."""
+    name = check(A, b, initial, structure).name
+    batch, time = b.shape[:2]
+    if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
+        raise UsageError(f"linear_scan: lengths is {_describe(lengths)}; expected whole numbers of shape ({batch},).")
+    if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= time:
+        raise UsageError(f"linear_scan: lengths lie in {int(lengths.min())} … {int(lengths.max())} of {time} steps.")
+    valid = torch.arange(time, device=b.device) < lengths.to(b.device).unsqueeze(1)
+    in_A, in_b = (valid.view(batch, time, *[1] * (t.dim() - 2)) for t in (A, b))
+    one = torch.ones((), dtype=A.dtype, device=A.device)
+    if name != "diagonal":
+        one = torch.eye(b.shape[2] if name == "block" else b.shape[-1], dtype=A.dtype, device=A.device)
+    if name == "block":
+        one = one.view(*one.shape, *[1] * (b.dim() - 3))
+    states = linear_scan(torch.where(in_A, A, one), torch.where(in_b, b, 0), initial, reverse, structure=structure)
+    return torch.where(in_b, states, 0)
+
+
+def _complex(A: Tensor, b: Tensor, initial: Tensor | None, reverse: bool, structure: str | None) -> Tensor:
+    """Scan complex numbers as pairs of real ones: A = x + iy acts on them as [[x, −y], [y, x]]."""
+    if check(A, b, initial, structure).name != "diagonal":
+        raise UsageError(f"linear_scan: A is {_describe(A)}; complex numbers are scanned with a diagonal A only.")
+
+    def pairs(z: Tensor, axis: int) -> Tensor:
+        return torch.stack([z.real, z.imag], axis)
+
+    blocks = torch.stack([pairs(A, 2), pairs(1j * A, 2)], 3)
+    start = None if initial is None else pairs(initial, 1)
+    real, imaginary = linear_scan(blocks, pairs(b, 2), start, reverse, structure="block").unbind(2)
+    return torch.complex(real, imaginary)
 
 
 def scan_into(
@@ -87,6 +134,8 @@ def scan_into(
         tensor([1., 3., 7.])
     """
     operator = check(A, b, initial, structure)
+    if b.is_complex():
+        raise UsageError(f"scan_into: b is {_describe(b)}; complex numbers are for linear_scan.")
     if out.shape != b.shape or out.dtype != b.dtype or out.device != b.device or not out.is_contiguous():
         raise UsageError(
             f"scan_into: out is {_describe(out)}{'' if out.is_contiguous() else ', not contiguous'}; expected "
@@ -216,7 +265,7 @@ def _candidates(structure: str, order: int, device: str, dtype: torch.dtype) -> 
 
 def check(A: Tensor, b: Tensor, initial: Tensor | None, structure: str | None) -> Affine:
     """Return the operator of these arguments; see `linear_scan` for what is raised."""
-    if not b.is_floating_point() or b.dim() < 2:
+    if not (b.is_floating_point() or b.is_complex()) or b.dim() < 2:
         raise UsageError(
             f"linear_scan: b is {_describe(b)}; expected floating-point numbers of shape [batch, time, …]."
         )

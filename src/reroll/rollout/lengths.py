@@ -1,0 +1,195 @@
+"""Sequences of different lengths in one padded batch: what is behind the end of one touches nothing.
+
+    trajectory = rollout(cell, inputs, lengths=lengths)      states behind the end are zero, as torch pads them;
+                                                             final is the state after a sequence's own last step
+
+Padding is never read, whatever it holds. There are three ways, all exact:
+
+    dropping        loops and kernels for whole sequences run from one end to the next over what is left of the batch
+    packing         programs: sequences lie one behind another with a reset between them; few steps are for nothing
+    in_place        solvers: at a padded step a sequence begins again with its first input, a step that is solved anyway
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from reroll.cells.base import Cell, State
+from reroll.errors import UsageError
+from reroll.rollout.base import Trajectory, check, check_reset, start
+from reroll.trees import combine_states, map_state
+
+Run = Callable[[Tensor, State, Tensor | None], tuple[State, State]]
+"""(inputs, state, reset) → (what there is of every step, the state after the last)."""
+Solve = Callable[[Cell, Tensor, State | None, Tensor | None], Trajectory | None]
+
+
+class Padded(NamedTuple):
+    """A trajectory whose states behind the end of a sequence are those of a step; which steps exist, None if all."""
+
+    trajectory: Trajectory
+    valid: Tensor | None
+
+    def zeroed(self, tree: Any) -> Any:
+        """Return what there is of every step, [B, T, …], with zeros where no step is."""
+        if self.valid is None:
+            return tree
+        valid = self.valid
+        return map_state(tree, lambda t: torch.where(valid.view(*valid.shape, *[1] * (t.dim() - 2)), t, 0))
+
+
+def check_lengths(lengths: Any, inputs: Tensor) -> Tensor:
+    """Return the lengths as int64 on the device of the inputs, or raise if they do not fit these."""
+    batch, time = inputs.shape[:2]
+    expected = f"expected whole numbers of shape ({batch},)"
+    if not isinstance(lengths, Tensor):
+        raise UsageError(f"lengths is a {type(lengths).__name__}; {expected}: torch.tensor(lengths).")
+    if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        name = str(lengths.dtype).removeprefix("torch.")
+        raise UsageError(f"lengths has shape {tuple(lengths.shape)} and dtype {name}; {expected}.")
+    if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= time:
+        raise UsageError(f"lengths lie in {int(lengths.min())} … {int(lengths.max())}; inputs has {time} steps.")
+    return lengths.to(inputs.device, torch.int64)
+
+
+def filled(inputs: Tensor, lengths: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs whose padding is the first input of the sequence, the steps that exist [B, T], and the lengths."""
+    lengths = check_lengths(lengths, inputs)
+    valid = torch.arange(inputs.shape[1], device=inputs.device) < lengths.unsqueeze(1)
+    if not bool(valid.any()):
+        return torch.zeros_like(inputs), valid, lengths
+    rows = torch.arange(len(lengths), device=inputs.device)
+    first = inputs[torch.where(lengths > 0, rows, lengths.argmax()), 0].detach()  # of another one where there is none
+    return torch.where(valid.unsqueeze(-1), inputs, first.unsqueeze(1)), valid, lengths
+
+
+def in_place(
+    solve: Solve, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, lengths: Any
+) -> Padded | None:
+    """Solve with a fresh start at every padded step; None where `solve` gives up."""
+    check(cell, inputs)
+    check_reset(reset, inputs)
+    inputs, valid, lengths = filled(inputs, lengths)
+    trajectory = solve(cell, inputs, state, ~valid if reset is None else ~valid | reset)
+    if trajectory is None:
+        return None
+    return Padded(trajectory._replace(final=_last(trajectory.states, cell, inputs, state, lengths)), valid)
+
+
+def packing(
+    solve: Solve, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, lengths: Any
+) -> Padded | None:
+    """Solve with sequences one behind another in as few lanes as hold them; None where `solve` gives up.
+
+    A reset begins with the cell's own state, so sequences that are given one lie in a lane each; so do those whose
+    projection may look beyond a step.
+    """
+    if state is not None or not cell.projects_stepwise:
+        return in_place(solve, cell, inputs, state, reset, lengths)
+    check(cell, inputs)
+    check_reset(reset, inputs)
+    lengths = check_lengths(lengths, inputs)
+    batch, time = inputs.shape[:2]
+    lanes, begins = _lanes(lengths.tolist())
+    if not lanes:
+        return None
+    width = int(lengths.max())
+    steps = torch.arange(width)
+    # Where each step of each lane comes from; what is left of a lane is its first sequence's first step again.
+    source = torch.stack([torch.full((width,), lane[0] * time) for lane in lanes])
+    cut = torch.ones(len(lanes), width, dtype=torch.bool)
+    target = torch.zeros(batch, time, dtype=torch.int64)
+    for lane, members in enumerate(lanes):
+        for b in members:
+            begin, length = begins[b], int(lengths[b])
+            source[lane, begin : begin + length] = b * time + steps[:length]
+            cut[lane, begin + 1 : begin + length] = False
+            target[b] = lane * width + begin
+            target[b, :length] += steps[:length]
+    source, cut, target = (t.to(inputs.device) for t in (source, cut, target))
+    if reset is not None:
+        cut |= reset.flatten()[source]
+    trajectory = solve(cell, _rows(inputs, source), None, cut)
+    if trajectory is None:
+        return None
+    states = map_state(trajectory.states, lambda t: _rows(t, target))
+    lane_of = target[:, 0] // width
+    trajectory = trajectory._replace(
+        states=states, final=_last(states, cell, inputs, None, lengths), iterations=trajectory.iterations[lane_of],
+        residual=trajectory.residual[lane_of], converged=trajectory.converged[lane_of],
+    )  # fmt: skip
+    return Padded(trajectory, torch.arange(time, device=inputs.device) < lengths.unsqueeze(1))
+
+
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return rows of [B, T, …], numbered through, by their numbers in any shape."""
+    return tensor.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def _lanes(lengths: list[int]) -> tuple[list[list[int]], list[int]]:
+    """Return which sequences lie in each lane, the longest first, each where there is room; and all their begins."""
+    width, lanes, used, begins = max(lengths, default=0), [], [], [0] * len(lengths)
+    for b in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
+        if lengths[b] == 0:
+            break
+        lane = next((i for i, n in enumerate(used) if n + lengths[b] <= width), len(lanes))
+        if lane == len(lanes):
+            lanes.append([])
+            used.append(0)
+        lanes[lane].append(b)
+        begins[b] = used[lane]
+        used[lane] += lengths[b]
+    return lanes, begins
+
+
+def dropping(run: Run, inputs: Tensor, state: State, reset: Tensor | None, lengths: Any) -> tuple[State, State]:
+    """Run from one end of a sequence to the next over those that are not at an end, the longest first.
+
+    Returns:
+        What `run` gives of every step, zero behind the end, and the state after each sequence's last step.
+    """
+    lengths = check_lengths(lengths, inputs)
+    batch, time = inputs.shape[:2]
+    order = lengths.argsort(descending=True)
+    back, lengths = order.argsort(), lengths[order]
+    inputs, state = inputs[order], map_state(state, lambda t: t[order])
+    reset = None if reset is None else reset[order]
+    parts, ended, begin = [], [], 0
+    for end in sorted({*lengths.tolist()} - {0}) or [0]:
+        left = int((lengths >= end).sum())
+        ended.append(map_state(state, lambda t, n=left: t[n:]))
+        part, state = run(
+            inputs[:left, begin:end],
+            map_state(state, lambda t, n=left: t[:n]),
+            None if reset is None else reset[:left, begin:end],
+        )
+        parts.append(map_state(part, lambda t: _behind(t, 0, batch)))
+        begin = end
+    every = map_state(combine_states(parts, lambda tensors: torch.cat(tensors, 1)), lambda t: _behind(t, 1, time))
+    final = combine_states([state, *reversed(ended)], torch.cat)
+    return map_state(every, lambda t: t[back]), map_state(final, lambda t: t[back])
+
+
+def _behind(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """Return a tensor with zeros behind it along an axis, up to a size."""
+    shape = list(tensor.shape)
+    shape[axis] = size - shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], axis) if shape[axis] else tensor
+
+
+def _last(states: State, cell: Cell, inputs: Tensor, state: State | None, lengths: Tensor) -> State:
+    """Return the state after each sequence's last step, which is the first one where a sequence has none."""
+    rows = torch.arange(len(lengths), device=lengths.device)
+
+    def pick(pair: list[Tensor]) -> Tensor:
+        every, first = pair
+        if not every.shape[1]:
+            return first
+        found = every[rows, (lengths - 1).clamp(min=0)]
+        return torch.where((lengths > 0).view(-1, *[1] * (found.dim() - 1)), found, first)
+
+    return combine_states([states, start(cell, inputs, state)], pick)
