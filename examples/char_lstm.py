@@ -20,7 +20,7 @@ def main(steps: int) -> dict[str, float]:
         recipe="char_lstm",
         task={"batch": 16, "eval_batches": 8},
         model={"hidden": 48},
-        optim={"schedule": "constant", "warmdown": None},
+        optim={"schedule": "constant"},
         run={"steps": steps},
     )
     with tempfile.TemporaryDirectory() as folder:

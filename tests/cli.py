@@ -5,12 +5,13 @@ from typing import NamedTuple
 from reroll.train import checkpoint
 
 TINY = (
-    *("--length", "3", "--batch", "2", "--hidden", "8", "--heads", "1", "--probes", "3", "--steps", "4"),
+    *("--length", "3", "--batch", "2", "--hidden", "8", "--steps", "4", "--probes", "3"),
     *("--schedule", "constant"),  # else a step would depend on how many are to come
     *("--set", "model.embed=4", "run.checkpoint_every=1", "run.eval_every=4", "run.threads=1"),
 )
 TRAIN = ("train", "copy", *TINY)
 """A run of a tenth of a second, with a checkpoint after each of its four steps."""
+BACKPROP = (*TRAIN[: TRAIN.index("--probes")], *TRAIN[TRAIN.index("--probes") + 2 :], "--gradient", "backprop")
 
 
 class Result(NamedTuple):

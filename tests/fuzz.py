@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from reroll.cli import main
 from reroll.cli.flags import flag_fields
-from reroll.train.config import Config, fields_of
+from reroll.specs import GRADIENTS, MODELS, OPTIMIZERS, ROLLOUTS, SCHEDULES, TASKS
+from reroll.specs.base import hints
+from reroll.specs.run import RunSpec
 
 
 def examples(count):
@@ -60,11 +62,18 @@ JSON = st.recursive(
 
 # Flags and pairs
 
+TABLES = {
+    "task": TASKS, "model": MODELS, "model.rollout": ROLLOUTS, "gradient": GRADIENTS, "optim": OPTIMIZERS,
+    "optim.schedule": SCHEDULES, "run": {"": RunSpec},
+}  # fmt: skip
 KINDS = {
-    f"{section}.{f.name}": typing.get_type_hints(type(getattr(Config(), section)))[f.name]
-    for section, f, _ in fields_of(Config())
-}
-FLAGS = {name.replace("_", "-"): f"{section}.{f.name}" for name, (section, f, _) in flag_fields().items()}
+    f"{section}.{name}": hint
+    for section, table in TABLES.items()
+    for kind in dict.fromkeys(table.values())
+    for name, hint in hints(kind).items()
+    if name not in ("kind", "rollout", "schedule")
+} | {f"{section}.kind": typing.Literal[*table] for section, table in TABLES.items() if len(table) > 1}
+FLAGS = {flag: dotted for flag, (dotted, *_) in flag_fields().items()}
 TYPOS = ["optm.lr", "run.stpes", "task", ".lr", "recipe", "run.steps.more"]
 
 
@@ -89,7 +98,7 @@ def changes(draw, sizes):
     for name in draw(st.lists(st.sampled_from([*KINDS] * 4 + TYPOS), max_size=3)):
         hopeless = not draw(st.integers(0, 9))
         value = draw(VALUES if hopeless or name not in KINDS else fitting(KINDS[name], sizes))
-        if name not in ("task.path", "task.name"):
+        if name not in ("task.path", "task.kind"):
             pairs.append(f"{name}={value}")
     for name in draw(st.lists(st.sampled_from([*FLAGS] * 2 + ["resume", "stpes", "init"]), max_size=3)):
         hopeless = not draw(st.integers(0, 9))
@@ -161,7 +170,7 @@ def tables():
     )  # fmt: skip
     lines = st.one_of(
         st.sampled_from(["task", "model", "gradient", "optim", "run", "optm", "a.b"]).map("[{}]".format),
-        st.tuples(st.sampled_from([name.partition(".")[2] for name in KINDS]), values).map(" = ".join),
-        st.sampled_from(["format = 1", "format = 2", 'recipe = "x"', "recipe = 3", "# note", "=", "[", "\ufeff", "\0"]),
+        st.tuples(st.sampled_from([name.rpartition(".")[2] for name in KINDS]), values).map(" = ".join),
+        st.sampled_from(["format = 2", "format = 1", 'recipe = "x"', "recipe = 3", "# note", "=", "[", "\ufeff", "\0"]),
     )
     return st.lists(lines, max_size=6).map("\n".join).map(str.encode)

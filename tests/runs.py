@@ -17,7 +17,7 @@ TIMING = {"seconds", "total_seconds", "peak_bytes"}
 def small(**sections):
     """A run of nine steps that takes a tenth of a second; a checkpoint every two steps, at odd places of the scores."""
     base = Config(recipe="copy").replace(
-        task={"name": "copy", "length": 3, "batch": 3},
+        task={"kind": "copy", "length": 3, "batch": 3},
         model={"hidden": 8, "heads": 2, "embed": 5},
         gradient={"probes": 5, "epsilon": 0.02},
         optim={"lr": 0.1, "momentum": 0.9},

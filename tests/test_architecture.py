@@ -9,7 +9,7 @@ import reroll
 
 SOURCE = Path(reroll.__file__).parent
 ORDER = ["kernels", "data", "cells", "rollout", "models", "grad", "optim", "train", "recipes", "bench", "cli"]
-ROOTS = ["keys", "outcome", "errors", "passes", "trees"]  # may be imported by all, and import no layer
+ROOTS = ["keys", "outcome", "errors", "passes", "trees", "specs"]  # may be imported by all, and import no layer
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

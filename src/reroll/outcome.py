@@ -32,8 +32,8 @@ class Outcome(Enum):
     )
     solver_too_loose = (
         "What the rollout's solver leaves over moves a probe's loss difference by more than a tenth of what probes do, "
-        "so the gradient is partly its error. Lower the rollout's tolerance (--model.rollout_rtol, or rtol and atol of "
-        "the rollout), or raise --epsilon."
+        "so the gradient is partly its error. Lower the rollout's tolerance (--set model.rollout.rtol=1e-6, or rtol "
+        "and atol of the rollout), or raise --epsilon."
     )
     not_finite = "The loss is not finite. Lower --lr, or clip the gradient with --clip."
     gradient_not_finite = (

@@ -9,6 +9,7 @@ import reroll
 from reroll.cli import main
 from reroll.errors import RunError, UsageError
 from reroll.grad.base import trainable
+from reroll.specs.task import Generated
 from reroll.train import build, checkpoint, journal
 from reroll.train.loop import train
 from reroll.train.replay import replay
@@ -25,10 +26,10 @@ CASES = {
     "sgd-write": dict(optim={"momentum": 0.0, "update": "write"}),
     "momentum": dict(optim={"momentum": 0.9, "weight_decay": 0.2}),
     "momentum-write": dict(optim={"momentum": 0.9, "update": "write"}),
-    "adamw": dict(optim={"optimizer": "adamw", "lr": 0.02, "weight_decay": 0.2, "betas": (0.8, 0.9)}),
-    "adamw-write": dict(optim={"optimizer": "adamw", "lr": 0.02, "update": "write"}),
-    "muon": dict(optim={"optimizer": "muon", "lr": 0.02, "weight_decay": 0.2}),
-    "muon-write": dict(optim={"optimizer": "muon", "lr": 0.02, "update": "write"}),
+    "adamw": dict(optim={"kind": "adamw", "lr": 0.02, "weight_decay": 0.2, "betas": (0.8, 0.9)}),
+    "adamw-write": dict(optim={"kind": "adamw", "lr": 0.02, "update": "write"}),
+    "muon": dict(optim={"kind": "muon", "lr": 0.02, "weight_decay": 0.2}),
+    "muon-write": dict(optim={"kind": "muon", "lr": 0.02, "update": "write"}),
     "clip": dict(optim={"clip": 0.3}),
     "clip-fused": dict(optim={"clip": 0.3, "momentum": 0.0}),
     "batched": dict(gradient={"evaluate": "batched", "chunk": 2}),
@@ -36,22 +37,22 @@ CASES = {
     "in_place": dict(gradient={"evaluate": "in_place"}),
     "grid": dict(gradient={"evaluate": "in_place", "restore": "grid"}),
     "grid-fused": dict(gradient={"evaluate": "in_place", "restore": "grid"}, optim={"momentum": 0.0}),
-    "grid-adamw": dict(gradient={"evaluate": "in_place", "restore": "grid"}, optim={"optimizer": "adamw", "lr": 0.02}),
+    "grid-adamw": dict(gradient={"evaluate": "in_place", "restore": "grid"}, optim={"kind": "adamw", "lr": 0.02}),
     "grid-unused": dict(gradient={"evaluate": "tiles", "restore": "grid"}),
     "normal": dict(gradient={"noise": "normal"}),
     "sparse": dict(gradient={"noise": "sparse", "density": 0.25}),
     "rank": dict(gradient={"shaping": "rank"}),
     "one-sided": dict(gradient={"difference": "one_sided"}),
-    "split": dict(gradient={"share": "split"}),
+    "split": dict(gradient={"batch": "split"}),
     "many-probes": dict(gradient={"probes": 131, "sums": "fp64"}),
     "tied-epsilon": dict(
-        gradient={"epsilon": None}, optim={"schedule": "cosine", "warmup": 2, "plateau": 1, "lr": 0.01}
+        gradient={"epsilon": None}, optim={"schedule": {"kind": "cosine", "warmup": 2}, "plateau": 1, "lr": 0.01}
     ),
     "average": dict(optim={"average": 0.9}),
     "bf16": dict(run={"dtype": "bf16"}),
     "searched": dict(optim={"lr": "auto", "search_low": 0.01, "search_high": 0.1, "search_steps": 2}),
-    "gru-stack": dict(model={"cell": "gru", "heads": 1, "layers": 2}),
-    "dnc": dict(model={"cell": "dnc", "word_size": 3, "memory_size": 4}, optim={"lr": 0.01}),
+    "gru-stack": dict(model={"kind": "gru", "layers": 2}),
+    "dnc": dict(model={"kind": "dnc", "word_size": 3, "memory_size": 4}, optim={"lr": 0.01}),
 }  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def replayed(path):
 
 
 def initial_of(config):
-    return build.build_model(config.model, build.Sizes.of(build.build_task(config.task, 0)), 11)
+    return build.build_model(config.model, build.Sizes.of(config.task.build(0)), 11)
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def without_data(monkeypatch):
     """Whoever asks for data fails."""
 
     def forget():
-        monkeypatch.setattr(build, "build_task", lambda *arguments: pytest.fail("a replay needs no data"))
+        monkeypatch.setattr(Generated, "build", lambda *arguments: pytest.fail("a replay needs no data"))
 
     return forget
 
@@ -96,7 +97,7 @@ def test_a_text_may_be_gone(tmp_path, monkeypatch, options):
     cache, path = tmp_path / "cache", tmp_path / "run"
     monkeypatch.setenv("REROLL_CACHE", str(cache))
     text = write_text(tmp_path / "text.txt")
-    task = {"name": "text", "path": str(text), "tokenizer": "char", "length": 5, "carry": options.get("carry", False)}
+    task = {"kind": "text", "path": str(text), "tokenizer": "char", "length": 5, "carry": options.get("carry", False)}
     expected = recorded(path, small(task=task, gradient={"episode": options.get("episode")}))
     text.unlink()
     for file in [file for file in cache.rglob("*") if file.is_file()]:
@@ -194,7 +195,7 @@ def test_the_coefficients_are_the_differences_of_losses(tmp_path):
     """c_k = (L(θ + ε z_k) − L(θ − ε z_k)) / (2 ε N), from the task, the weights of the step, and the public noise."""
     config = small(gradient={"probes": 3, "epsilon": 0.05})
     recorded(tmp_path, config)
-    task = build.build_task(config.task, config.run.seed)
+    task = config.task.build(config.run.seed)
     for record in journal.read(tmp_path / "journal").records[:3]:
         model = replay(tmp_path, record.step)[0].double()
         weights = {name: p.detach().clone() for name, p in trainable(model).items()}
@@ -231,7 +232,7 @@ def test_steps_the_journal_has_not_are_refused(tmp_path, capsys):
 
 
 def test_backprop_names_its_checkpoints(tmp_path, capsys):
-    train(small(gradient={"method": "backprop"}), tmp_path)
+    train(small(gradient="backprop"), tmp_path)
     with pytest.raises(UsageError, match="trained by backprop.*its checkpoints: step-00000008, step-00000009"):
         replay(tmp_path)
     assert main(["replay", str(tmp_path)]) == 2

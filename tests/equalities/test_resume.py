@@ -15,19 +15,19 @@ from tests.runs import Abandoned, Interrupt, differences, interrupted, left, sma
 
 pytestmark = pytest.mark.usefixtures("quick_steps")
 
-GRADIENTS = {"probes": {}, "backprop": {"gradient": {"method": "backprop"}}}
+GRADIENTS = {"probes": {}, "backprop": {"gradient": {"kind": "backprop"}}}
 OPTIMIZERS = {
     "sgd": {"momentum": 0.0},
     "momentum": {"momentum": 0.9},
-    "adamw": {"optimizer": "adamw", "lr": 0.02, "weight_decay": 0.1},
-    "muon": {"optimizer": "muon", "lr": 0.02, "weight_decay": 0.1},
+    "adamw": {"kind": "adamw", "lr": 0.02, "weight_decay": 0.1},
+    "muon": {"kind": "muon", "lr": 0.02, "weight_decay": 0.1},
 }
 TWICE = ((1, "signal"), (6, "abandoned"))
 """Stopped after three steps, where no checkpoint was due; gone after seven, when the newest checkpoint is of six."""
 
 
 def text_task(tmp_path, **more):
-    return {"name": "text", "path": str(write_text(tmp_path / "text.txt")), "tokenizer": "char", "length": 5, **more}
+    return {"kind": "text", "path": str(write_text(tmp_path / "text.txt")), "tokenizer": "char", "length": 5, **more}
 
 
 def compare(config, tmp_path, *interrupts, **options):
@@ -77,11 +77,11 @@ CASES = {
         lambda f: [row["length"] for row in f["rows"]] == [1] * 3 + [2] * 4 + [3] * 2,
     ),
     "linear": (
-        dict(optim={"schedule": "linear", "warmup": 2, "warmdown": 4, "floor": 0.1}),
+        dict(optim={"schedule": {"kind": "linear", "warmup": 2, "warmdown": 4, "floor": 0.1}}),
         lambda f: len({row["lr"] for row in f["rows"]}) > 4,
     ),
     "cosine": (
-        dict(optim={"schedule": "cosine", "warmup": 2}, gradient={"epsilon": None}),
+        dict(optim={"schedule": {"kind": "cosine", "warmup": 2}}, gradient={"epsilon": None}),
         lambda f: len({row["lr"] for row in f["rows"]}) > 6,
     ),
     "clip": (
@@ -92,8 +92,8 @@ CASES = {
     "grid": (dict(gradient={"evaluate": "in_place", "restore": "grid"}), lambda f: f["rows"][0]["epsilon"] != 0.02),
     "workers": (dict(gradient={"workers": 2, "evaluate": "tiles"}), lambda f: True),
     "bf16": (dict(run={"dtype": "bf16"}), lambda f: True),
-    "bf16-backprop": (dict(run={"dtype": "bf16"}, gradient={"method": "backprop"}), lambda f: True),
-    "dnc": (dict(model={"cell": "dnc", "word_size": 3, "memory_size": 4}, optim={"lr": 0.01}), lambda f: True),
+    "bf16-backprop": (dict(run={"dtype": "bf16"}, gradient="backprop"), lambda f: True),
+    "dnc": (dict(model={"kind": "dnc", "word_size": 3, "memory_size": 4}, optim={"lr": 0.01}), lambda f: True),
 }  # fmt: skip
 
 
@@ -106,8 +106,8 @@ def test_resumed_is_straight_with(tmp_path, name):
 
 CARRIED = {
     "probes": {},
-    "backprop": {"method": "backprop"},
-    "backprop-truncated": {"method": "backprop", "truncate": 2},
+    "backprop": {"kind": "backprop"},
+    "backprop-truncated": {"kind": "backprop", "truncate": 2},
     "episodes": {"episode": 4},
 }
 
@@ -115,10 +115,9 @@ CARRIED = {
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("name", CARRIED)
 def test_a_carried_state_is_carried_over_the_interruption(tmp_path, name, cell):
-    config = small(task=text_task(tmp_path, carry=True), gradient=CARRIED[name], model={"cell": cell, "heads": 1})
+    config = small(task=text_task(tmp_path, carry=True), gradient=CARRIED[name], model={"kind": cell})
     found, _ = compare(config.replace(model={"layers": 2}), tmp_path, *TWICE)
-    branches = 2 * config.gradient.probes
-    assert name != "episodes" or len(found["state"]["carried"]) == branches
+    assert name != "episodes" or len(found["state"]["carried"]) == 2 * config.gradient.probes
 
 
 def test_a_found_learning_rate_is_not_searched_again(tmp_path):
@@ -234,7 +233,7 @@ def contents(path):
         dict(task={"length": 4}), dict(task={"overfit": True}), dict(model={"hidden": 16}),
         dict(gradient={"probes": 7}), dict(gradient={"epsilon": None}), dict(gradient={"shaping": "rank"}),
         dict(gradient={"chunk": 1}), dict(optim={"lr": 0.2}), dict(optim={"clip": None}),
-        dict(optim={"momentum": 0.5}), dict(optim={"update": "write"}), dict(optim={"schedule": "linear"}),
+        dict(optim={"momentum": 0.5}), dict(optim={"update": "write"}), dict(model={"kind": "gru"}),
         dict(run={"seed": 8}), dict(run={"threads": 3}), dict(run={"dtype": "bf16"}), dict(run={"diverged": 4.0}),
     ],
     ids=lambda change: "-".join(f"{s}.{name}" for s, fields in change.items() for name in fields),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reroll.recipes import RECIPES
-from reroll.train.build import Sizes, build_model, build_task
+from reroll.train.build import Sizes, build_model
 from reroll.train.config import resolve
 from reroll.train.evaluate import evaluate
 from reroll.train.loop import train
@@ -51,8 +51,8 @@ def shrunk(name, folder):
     steps = STEPS.get(name, 60)
     return config.replace(
         task=task,
-        model={"hidden": 16, "heads": min(config.model.heads, 2), "embed": 8},
-        gradient={"probes": 32},
+        model={"hidden": 16, "embed": 8} | ({"heads": 2} if getattr(config.model, "heads", 1) > 1 else {}),
+        gradient={"probes": 32} if config.gradient.seeded else {},
         run={"steps": steps, "eval_every": steps, "threads": 1, "target_loss": None},
     )
 
@@ -60,7 +60,7 @@ def shrunk(name, folder):
 def untrained(config):
     """The held-out loss of the weights a run begins with."""
     config = resolve(config)
-    task = build_task(config.task, config.run.seed)
+    task = config.task.build(config.run.seed)
     model = build_model(config.model, Sizes.of(task), config.run.seed)
     return evaluate(model, task, task.splits[0])["loss"]
 

@@ -20,7 +20,6 @@ from reroll.cli.runs import DISPENSABLE
 from reroll.errors import UsageError
 from reroll.recipes import RECIPES
 from reroll.train import checkpoint, toml
-from reroll.train.build import build_task
 from reroll.train.config import Config
 from reroll.train.load import open_model
 from reroll.train.run import read_config, read_metrics
@@ -48,9 +47,9 @@ def test_every_command_has_help(cli, command):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_help_of_a_recipe_shows_its_values(cli, recipe):
     found = cli("train", recipe, "--help")
-    probes = RECIPES[recipe]().gradient.probes
+    batch = RECIPES[recipe]().task.batch
     assert found.code == 0
-    assert f"(default: {probes})" in found.out
+    assert f"(default: {batch})" in found.out
     assert recipe in cli("recipes").out
 
 
@@ -133,7 +132,7 @@ def test_the_memorised_sequence_is_what_is_sampled(cli, smoke):
     """The model knows one sequence by heart: from its first symbol on, the most likely symbols are the rest of it."""
 
     loaded = open_model(smoke)
-    task = build_task(loaded.config.task, loaded.config.run.seed)
+    task = loaded.config.task.build(loaded.config.run.seed)
     batch = task.batch(0)
     sequence = task.decode([*batch.inputs[0].tolist(), int(batch.targets[0, -1])])
     first, scored = task.decode(batch.inputs[0, :1].tolist()), int(batch.mask[0].sum())
@@ -278,7 +277,7 @@ def test_show_says_what_and_why(cli):
     assert lines["clip"] == "2.5  # --set"
     assert lines["shaping"] == '"rank"  # --set'
     assert lines["heads"] == "4  # recipe copy"
-    assert lines["accumulate"] == "1  # default"
+    assert lines["layers"] == "1  # default"
     assert lines["eval_every"] == "100  # derived"
     notes = [line for line in found.out.splitlines() if line.startswith("#")]
     assert re.match(r"# device (cpu|cuda) \((no card|a CUDA card is there)\), dtype fp32", notes[0])
@@ -304,7 +303,7 @@ def test_precedence(cli, tmp_path):
     assert lines["hidden"] == "12  # a.toml"
     assert lines["lr"] == "0.2  # a.toml"
     assert lines["momentum"] == "0.9  # flag"  # also the recipe's: but the files had said otherwise
-    assert lines["batch"] == "6  # --set"
+    assert "\nbatch = 6  # --set\n" in found.out
     assert lines["keep"] == "4  # --set"
     assert lines["seed"] == "9  # flag"
     assert cli("show", "copy", "--config", "a.toml", "b.toml", *pairs, "--seed", "9", "--momentum=0.9") == found
@@ -404,7 +403,7 @@ def test_the_line_of_a_step_shows_the_rollouts(cli):
     trained = cli("train", "parallel", "--length", 20, "--hidden", 4, "--batch", 2, "--steps", 1, "--run-dir", "run")
     assert re.search(r"^step 1/1 .*  \d+ iterations  ", trained.out, re.MULTILINE)
     assert "fell back" not in trained.out
-    least = ("--set", "model.rollout_iterations=1")
+    least = ("--set", "model.rollout.iterations=1")
     again = cli("train", "--config", "run/config.toml", *least, "--run-dir", "other")
     assert re.search(r"1 iterations  2 sequences fell back to the loop  ", again.out)
     assert again.out.count("step 1: Some sequences did not converge") == 1
@@ -415,7 +414,7 @@ def test_the_line_of_a_step_shows_the_rollouts(cli):
 
 
 def test_a_tolerance_too_loose_for_the_probes_is_said_once(cli):
-    loose = ("--set", "model.rollout_rtol=0.9", "--set", "gradient.epsilon=0.001", "--lr", "0.001")
+    loose = ("--set", "model.rollout.rtol=0.9", "--set", "gradient.epsilon=0.001", "--lr", "0.001")
     trained = cli("train", "parallel_probes", "--length", 40, "--batch", 2, "--probes", 4, "--steps", 3, *loose)
     assert trained.code == 0
     assert trained.out.count("What the rollout's solver leaves over") == 1

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reroll.train import checkpoint, journal, loop
-from tests.cli import TRAIN, contents, weights_of
+from tests.cli import BACKPROP, TRAIN, contents, weights_of
 
 
 class Trap:
@@ -307,6 +307,5 @@ def test_a_diverged_run_ends_with_1(cli, tmp_path):
     assert found.code == 1
     assert "diverged: the loss" in found.out
     assert "Lower --lr or --epsilon, or raise" in found.out
-    backprop = ("--gradient", "backprop", "--run-dir", "other")
-    found = cli(*TRAIN, *backprop, "--steps", 300, "--lr", 300, "--set", "run.eval_every=300")
+    found = cli(*BACKPROP, "--run-dir", "other", "--steps", 300, "--lr", 300, "--set", "run.eval_every=300")
     assert "Lower --lr, or raise run.diverged" in found.out

@@ -36,7 +36,7 @@ def test_any_flags_are_shown_or_refused(flags, recipe):
 )
 @examples(700)
 def test_any_flags_are_trained_or_refused(flags, task):
-    small = (*TINY, f"task.name={task}", "optim.search_steps=1", "run.checkpoint_every=1")
+    small = (*TINY, f"task.kind={task}", "optim.search_steps=1", "run.checkpoint_every=1")
     folder = fresh()
     code, _, err = call("train", "copy", *small, *flags, "--steps", 1, "--run-dir", folder)
     if code == 2 and "epsilon=" not in err:  # an ε too small for the weights is seen at the first step

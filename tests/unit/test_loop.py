@@ -41,9 +41,9 @@ def rows_of(path):
 
 @pytest.mark.parametrize("method", GRADIENTS)
 def test_rows_add_up(tmp_path, method):
-    train(small(gradient={"method": method}), tmp_path)
+    train(small(gradient=method), tmp_path)
     rows = rows_of(tmp_path)
-    task = build.build_task(read_config(tmp_path).task, 7)
+    task = read_config(tmp_path).task.build(7)
     fast = slow = rows[0]["loss"]
     passes, tokens, seconds = 2 * 5 if method == "probes" else 1, 0, 0.0
     for step, row in enumerate(rows):
@@ -62,9 +62,9 @@ def test_rows_add_up(tmp_path, method):
 
 def test_the_loss_and_the_norm_are_those_of_the_gradient(tmp_path):
     """With backprop both can be computed beside the run, from the weights a step began with."""
-    config = small(gradient={"method": "backprop"}, run={"checkpoint_every": 1, "keep": 20, "log_every": 1})
+    config = small(gradient="backprop", run={"checkpoint_every": 1, "keep": 20, "log_every": 1})
     train(config, tmp_path)
-    rows, task = rows_of(tmp_path), build.build_task(config.task, 7)
+    rows, task = rows_of(tmp_path), config.task.build(7)
     for saved in map(checkpoint.read, checkpoint.all_of(tmp_path / "checkpoints")[:-1]):
         model = build.build_model(read_config(tmp_path).model, build.Sizes.of(task), 0)
         checkpoint.put_weights(model, saved.weights, "it")
@@ -77,7 +77,7 @@ def test_the_loss_and_the_norm_are_those_of_the_gradient(tmp_path):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_rates_follow_the_schedule_and_epsilon_follows_the_rate(tmp_path, schedule):
-    optim = {"schedule": schedule, "warmup": 2, "lr": 0.01}
+    optim = {"schedule": {"kind": schedule, "warmup": 2}, "lr": 0.01}
     gradient = {"epsilon": None, "epsilon_ratio": 3.0, "epsilon_min": 0.02}
     train(small(optim=optim, gradient=gradient), tmp_path)
     expected = [0.01 * Schedule(9, schedule, warmup=2)(step) for step in range(9)]
@@ -122,7 +122,7 @@ def test_what_is_told_is_what_is_written(tmp_path):
 def test_scores_are_of_the_weights_that_are_loaded(tmp_path, average):
     """The average where there is one; the weights that train on are left alone by it."""
     train(small(optim={"average": average}), tmp_path / "run")
-    task = build.build_task(small().task, 7)
+    task = small().task.build(7)
     model = load(tmp_path / "run")
     found = evaluate(model, task, "valid")
     last = rows_of(tmp_path / "run")[-1]
@@ -136,9 +136,10 @@ def test_scores_are_of_the_weights_that_are_loaded(tmp_path, average):
 
 def test_every_setting_reaches_the_optimizer():
     model = build.build_model(resolve(small()).model, build.Sizes(9, None, 9, "every"), 0)
-    optim = {"momentum": 0.7, "betas": (0.6, 0.5), "weight_decay": 0.3}
+    momentum, betas, decay = {"momentum": 0.7}, {"betas": (0.6, 0.5)}, {"weight_decay": 0.3}
+    options = {"sgd": momentum | decay, "adamw": betas | decay, "muon": momentum | betas | decay}
     sgd, adamw, muon = (
-        build.build_optim(small(optim={"optimizer": name, **optim}), model, 0.2) for name in ("sgd", "adamw", "muon")
+        build.build_optim(small(optim={"kind": name, **own}), model, 0.2) for name, own in options.items()
     )
     assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in sgd.param_groups] == [
         (0.2, 0.7, 0.3), (0.2, 0.7, 0.0),
@@ -153,7 +154,7 @@ def test_every_setting_reaches_the_optimizer():
 
 @pytest.mark.parametrize("episode", [None, 4])
 def test_a_carried_state_ends_with_its_episode(tmp_path, episode):
-    task = {"name": "text", "path": str(write_text(tmp_path / "t.txt")), "length": 5, "carry": True}
+    task = {"kind": "text", "path": str(write_text(tmp_path / "t.txt")), "length": 5, "carry": True}
     session, _ = open_session(resolve(small(task=task, gradient={"episode": episode})), tmp_path / "run")
     session.progress.carried = carried = (torch.ones(1),)
     for step in range(9):
@@ -170,21 +171,21 @@ def ended(path):
     saved = checkpoint.newest(path / "checkpoints")
     assert saved.step == status["step"] == saved.state["progress"]["step"]
     assert len([row for row in rows_of(path) if math.isfinite(row["loss"])]) == status["step"]
-    if config.gradient.method == "probes":
+    if config.gradient.seeded:
         assert len(journal.read(path / "journal").records) == status["step"]
     return status["state"], status["reason"], status["step"]
 
 
 @pytest.mark.parametrize("method", GRADIENTS)
 def test_all_steps_are_taken(tmp_path, method):
-    summary = train(small(gradient={"method": method}), tmp_path)
+    summary = train(small(gradient=method), tmp_path)
     assert (summary["state"], summary["reason"], summary["step"]) == ended(tmp_path)
     assert ended(tmp_path) == ("done", "all 9 steps are taken.", 9)
 
 
 @pytest.mark.parametrize("method", GRADIENTS)
 def test_a_target_ends_it_at_the_first_loss_below(tmp_path, method):
-    config = small(task={"overfit": True}, gradient={"method": method}, optim={"lr": 0.05})
+    config = small(task={"overfit": True}, gradient=method, optim={"lr": 0.05})
     train(config, tmp_path / "all")
     losses = [row["loss"] for row in rows_of(tmp_path / "all")]
     target = losses[6] + 1e-9
@@ -208,7 +209,7 @@ def test_time_ends_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", GRADIENTS)
 def test_a_loss_many_times_the_first_is_divergence(tmp_path, method):
-    config = small(task={"overfit": True}, gradient={"method": method}, optim={"lr": 20.0}, run={"diverged": 1.5})
+    config = small(task={"overfit": True}, gradient=method, optim={"lr": 20.0}, run={"diverged": 1.5})
     summary = train(config.replace(run={"steps": 200}), tmp_path)
     state, reason, steps = ended(tmp_path)
     rows = rows_of(tmp_path)
@@ -226,7 +227,7 @@ def test_a_loss_many_times_the_first_is_divergence(tmp_path, method):
 
 def poison(monkeypatch, step, value=math.nan, config=None):
     """Make the loss of the batch of a step not finite; everything else stays as it is."""
-    bad = build.build_task((config or small()).task, 7).batch(step).inputs
+    bad = (config or small()).task.build(7).batch(step).inputs
     loss = Copy.loss
 
     def poisoned(self, model, batch):
@@ -241,7 +242,7 @@ def poison(monkeypatch, step, value=math.nan, config=None):
 def test_a_loss_that_is_not_finite_at_the_start_names_what_to_change(tmp_path, monkeypatch, method, value):
     poison(monkeypatch, 0, value)
     with pytest.raises(RunError, match=r"The loss is not finite at step 0\. .*Lower --") as error:
-        train(small(gradient={"method": method}), tmp_path)
+        train(small(gradient=method), tmp_path)
     status = read_json(tmp_path / "status.json")
     assert (status["state"], status["step"], status["reason"]) == ("failed", 0, str(error.value))
     assert rows_of(tmp_path) == []
@@ -251,7 +252,7 @@ def test_a_loss_that_is_not_finite_at_the_start_names_what_to_change(tmp_path, m
 @pytest.mark.parametrize("method", GRADIENTS)
 @pytest.mark.parametrize("step", [1, 5])
 def test_a_loss_that_is_not_finite_later_ends_it_with_everything_saved(tmp_path, monkeypatch, method, step):
-    config = small(gradient={"method": method})
+    config = small(gradient=method)
     train(config.replace(run={"steps": step}), tmp_path / "before")
     with monkeypatch.context() as patch:
         poison(patch, step)
@@ -271,7 +272,7 @@ def test_a_loss_that_is_not_finite_later_ends_it_with_everything_saved(tmp_path,
 
 
 def test_a_step_that_is_lost_leaves_no_gradient(tmp_path):
-    session, _ = open_session(resolve(small(gradient={"method": "backprop"})), tmp_path / "run")
+    session, _ = open_session(resolve(small(gradient="backprop")), tmp_path / "run")
     session.estimator = build.build_estimator(session.config, 1.0)
     loss_fn = session.loss_fn
     loop.take_step(session)
@@ -296,9 +297,9 @@ def test_weights_that_outgrow_epsilon_are_divergence_and_not_a_mistake(tmp_path)
     "error", [MemoryError("no room"), OSError(28, "No space left on device")], ids=lambda e: type(e).__name__
 )
 def test_a_failure_on_the_way_loses_nothing_that_was_saved(tmp_path, monkeypatch, method, error):
-    config = small(gradient={"method": method})
+    config = small(gradient=method)
     train(config, tmp_path / "straight")
-    bad, loss = build.build_task(config.task, 7).batch(5).inputs, Copy.loss
+    bad, loss = config.task.build(7).batch(5).inputs, Copy.loss
 
     def failing(self, model, batch):
         if torch.equal(batch.inputs, bad):
@@ -324,7 +325,7 @@ def unbounded(monkeypatch, steps):
 
     √0 has an infinite derivative; and losses of 1e300 differ by more than a coefficient in fp32 can hold.
     """
-    task, loss = build.build_task(small().task, 7), Copy.loss
+    task, loss = small().task.build(7), Copy.loss
     bad = [task.batch(step).inputs for step in steps]
 
     def unbounded_loss(self, model, batch):
@@ -342,11 +343,11 @@ UNBOUNDED = {"run": {"diverged": 1e307, "checkpoint_every": 1, "keep": 20, "eval
 
 
 @pytest.mark.parametrize("method", GRADIENTS)
-@pytest.mark.parametrize("optim", [{}, {"clip": 1.0}, {"optimizer": "adamw", "lr": 1e-3}], ids=str)
+@pytest.mark.parametrize("optim", [{}, {"clip": 1.0}, {"kind": "adamw", "lr": 1e-3}], ids=str)
 def test_a_step_whose_gradient_is_not_finite_is_refused_counted_and_said_once(tmp_path, monkeypatch, method, optim):
     unbounded(monkeypatch, [0, 4, 6])
     report = Interrupt()
-    summary = train(small(gradient={"method": method}, optim=optim, **UNBOUNDED), tmp_path, report=report)
+    summary = train(small(gradient=method, optim=optim, **UNBOUNDED), tmp_path, report=report)
     assert (summary["state"], summary["step"], summary["refused_steps"]) == ("done", 9, 3)
     assert [row.get("refused_steps", 0) for row in report.rows] == [1, 1, 1, 1, 2, 2, 3, 3, 3]
     assert len([note for note in report.notes if Outcome.gradient_not_finite.value in note]) == 1
@@ -359,7 +360,7 @@ def test_a_step_whose_gradient_is_not_finite_is_refused_counted_and_said_once(tm
 
 @pytest.mark.parametrize("method", GRADIENTS)
 def test_gradients_that_are_not_finite_five_times_in_a_row_are_divergence(tmp_path, monkeypatch, method):
-    config = small(gradient={"method": method}, **UNBOUNDED)
+    config = small(gradient=method, **UNBOUNDED)
     train(config.replace(run={"steps": 3}), tmp_path / "good")
     unbounded(monkeypatch, range(3, 9))
     summary = train(config, tmp_path / "run")
@@ -389,7 +390,7 @@ def test_a_target_on_the_held_out_loss_ends_it_where_it_is_scored(tmp_path):
 
 
 def test_a_run_in_bf16_is_scored_in_bf16(tmp_path):
-    config = small(gradient={"method": "backprop"}, run={"dtype": "bf16", "steps": 1})
+    config = small(gradient="backprop", run={"dtype": "bf16", "steps": 1})
     session, _ = open_session(resolve(config), tmp_path / "run")
     found = {name: value for name, value in loop.validate(session).items() if name != "valid_fell_back"}
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -423,7 +424,7 @@ def test_a_long_step_is_saved_by_the_minute(tmp_path, monkeypatch):
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize(
     "gradient, message",
-    [({"epsilon": 1e-12}, "two units"), ({"method": "backprop", "accumulate": 100}, "accumulate=100")],
+    [({"epsilon": 1e-12}, "two units"), ({"kind": "backprop", "accumulate": 100}, "accumulate=100")],
     ids=["epsilon", "accumulate"],
 )
 def test_a_first_step_that_is_refused_leaves_no_run(tmp_path, gradient, message, there):
@@ -458,7 +459,7 @@ def test_threads_and_handlers_of_signals_come_back(tmp_path):
         def step(self, row, config):
             seen.append(torch.get_num_threads())
 
-    train(small(gradient={"method": "backprop"}, run={"threads": 2}), tmp_path, report=Look())
+    train(small(gradient="backprop", run={"threads": 2}), tmp_path, report=Look())
     assert set(seen) == {2}
     assert torch.get_num_threads() == 1
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
@@ -489,7 +490,7 @@ def test_it_trains_in_any_thread(tmp_path):
 def test_training_leaves_the_global_generator_alone(tmp_path):
     before = torch.get_rng_state()
     for method in GRADIENTS:
-        train(small(gradient={"method": method}), tmp_path / method)
+        train(small(gradient=method), tmp_path / method)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -149,13 +149,13 @@ def test_when_every_rate_fails_it_says_what_to_change(monkeypatch, session):
 
 @pytest.mark.parametrize("name", ["probes", "backprop", "adamw", "carried", "dnc"])
 def test_a_search_leaves_everything_as_it_was(tmp_path, name):
-    text = {"name": "text", "path": str(write_text(tmp_path / "text.txt")), "tokenizer": "char", "carry": True}
+    text = {"kind": "text", "path": str(write_text(tmp_path / "text.txt")), "tokenizer": "char", "carry": True}
     sections = {
         "probes": {},
-        "backprop": {"gradient": {"method": "backprop"}},
-        "adamw": {"optim": {"optimizer": "adamw"}},
+        "backprop": {"gradient": {"kind": "backprop"}},
+        "adamw": {"optim": {"kind": "adamw"}},
         "carried": {"task": {**text, "length": 5}, "gradient": {"episode": 3}},
-        "dnc": {"model": {"cell": "dnc", "word_size": 3, "memory_size": 4}},
+        "dnc": {"model": {"kind": "dnc", "word_size": 3, "memory_size": 4}},
     }[name]
     session = opened(tmp_path / "run", **sections)
     session.config, _ = search.build.plan_units(session.config, session.model, session.batch(0))
@@ -180,7 +180,7 @@ def test_a_search_leaves_everything_as_it_was(tmp_path, name):
 
 
 def test_a_search_that_fails_midway_puts_the_weights_back(tmp_path):
-    session = opened(tmp_path / "run", gradient={"method": "backprop"})
+    session = opened(tmp_path / "run", gradient="backprop")
     weights = {n: t.clone() for n, t in checkpoint.weights_of(session.model).items()}
     calls = []
 
@@ -196,7 +196,7 @@ def test_a_search_that_fails_midway_puts_the_weights_back(tmp_path):
     assert differences(weights, checkpoint.weights_of(session.model)) == []
 
 
-@pytest.mark.parametrize("gradient", [{}, {"epsilon": None}, {"method": "backprop"}], ids=str)
+@pytest.mark.parametrize("gradient", [{}, {"epsilon": None}, {"kind": "backprop"}], ids=str)
 def test_a_run_with_the_found_rate_is_the_same_run(tmp_path, gradient):
     optim = {"search_low": 0.003, "search_high": 0.1, "search_steps": 2}
     train(small(gradient=gradient, optim={"lr": "auto", **optim}), tmp_path / "searched")
@@ -211,7 +211,7 @@ def test_a_run_with_the_found_rate_is_the_same_run(tmp_path, gradient):
 
 
 @pytest.mark.parametrize("curvature", [0.3, 8.0, 300.0])
-@pytest.mark.parametrize("gradient", [{"method": "backprop"}, {"epsilon": 1e-3, "probes": 400}], ids=str)
+@pytest.mark.parametrize("gradient", [{"kind": "backprop"}, {"epsilon": 1e-3, "probes": 400}], ids=str)
 def test_the_rate_suits_the_curvature(tmp_path, curvature, gradient):
     """On ½ a ‖θ‖² the best η is 1/a, and above 2/a it diverges. Probes take fewer: their noise shrinks the step."""
     optim = {"search_low": 1e-4, "search_high": 10.0, "momentum": 0.0}
@@ -226,7 +226,7 @@ def test_the_rate_suits_the_curvature(tmp_path, curvature, gradient):
 
 
 def test_a_rate_is_judged_by_the_second_half_of_its_steps(tmp_path):
-    session = opened(tmp_path / "run", gradient={"method": "backprop"}, optim={"momentum": 0.0, "search_steps": 5})
+    session = opened(tmp_path / "run", gradient="backprop", optim={"momentum": 0.0, "search_steps": 5})
     session.loss_fn = quadratic(2.0)
     start = quadratic(2.0)(session.model, None).item()
     # θ shrinks by 1 − 2 η = 0.8 a step, the loss by 0.64.
@@ -238,9 +238,7 @@ def test_trials_clip_as_the_run_does(tmp_path):
     """With steps of a fixed length a steep valley does not diverge: without the clip this rate is infinite."""
     losses = {}
     for clip in (None, 0.1):
-        session = opened(
-            tmp_path / f"{clip}", gradient={"method": "backprop"}, optim={"clip": clip, "search_steps": 40}
-        )
+        session = opened(tmp_path / f"{clip}", gradient="backprop", optim={"clip": clip, "search_steps": 40})
         session.loss_fn = quadratic(1e4)
         losses[clip] = search.trial(session, 0.1, session.config.optim.search_steps)
     assert losses[None] > 1e30 or losses[None] == math.inf
@@ -249,7 +247,7 @@ def test_trials_clip_as_the_run_does(tmp_path):
 
 def test_trials_are_on_batches_the_run_does_not_begin_with(tmp_path):
     for overfit in (False, True):
-        session = opened(tmp_path / f"{overfit}", gradient={"method": "backprop"}, task={"overfit": overfit})
+        session = opened(tmp_path / f"{overfit}", gradient="backprop", task={"overfit": overfit})
         seen = []
 
         def loss_fn(model, batch, session=session, seen=seen):
@@ -264,9 +262,9 @@ def test_trials_are_on_batches_the_run_does_not_begin_with(tmp_path):
 
 
 def test_a_rate_that_leaves_what_is_finite_is_infinite(tmp_path):
-    session = opened(tmp_path / "run", gradient={"method": "backprop"}, optim={"momentum": 0.0, "search_steps": 60})
+    session = opened(tmp_path / "run", gradient="backprop", optim={"momentum": 0.0, "search_steps": 60})
     session.loss_fn = quadratic(1e3)
     assert search.trial(session, 1.0, session.config.optim.search_steps) == math.inf
     assert all(p.grad is None for p in session.model.parameters())
-    session.config = session.config.replace(gradient={"method": "probes", "epsilon": 0.01})
+    session.config = session.config.replace(gradient={"kind": "probes", "epsilon": 0.01})
     assert search.trial(session, 1.0, session.config.optim.search_steps) == math.inf

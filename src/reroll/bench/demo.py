@@ -21,8 +21,8 @@ from reroll.grad import Backprop, CentralDifference
 from reroll.keys import Key
 from reroll.models import Recurrent
 from reroll.optim import apply, build_optimizer
+from reroll.specs.model import ModelSpec
 from reroll.train.build import Sizes, build_model
-from reroll.train.config import ModelConfig
 from reroll.train.measure import measure
 
 LONG = 2048
@@ -43,7 +43,7 @@ class Row:
 class Weigh:
     """A step, or plain inference, of the demo's model on random symbols; built at the first call."""
 
-    def __init__(self, what: str, config: ModelConfig, sizes: Sizes, rows: int, time: int):
+    def __init__(self, what: str, config: ModelSpec, sizes: Sizes, rows: int, time: int):
         self.what, self.config, self.sizes, self.rows, self.time = what, config, sizes, rows, time
         self.built: tuple[Recurrent, Batch, Any] | None = None
 
@@ -67,7 +67,7 @@ class Weigh:
             apply(estimator(model, sequence_losses, batch, Key(0)).gradient, optimizer, "fused")
 
 
-def memory_over_inference(config: ModelConfig, task: Task, rows: int, time: int) -> dict[str, tuple[int, int]]:
+def memory_over_inference(config: ModelSpec, task: Task, rows: int, time: int) -> dict[str, tuple[int, int]]:
     """Return bytes above plain inference at the demo's length and at `LONG`: in place, as trained, by backprop."""
     sizes = Sizes.of(task)
     found: dict[str, list[int]] = {"probes": [], "batched": [], "backprop": []}

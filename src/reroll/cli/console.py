@@ -98,11 +98,11 @@ class Console:
 
     def _words(self, row: dict[str, Any]) -> str:
         loss = row.get("loss_fast", row["loss"])
-        if self.config.task.name == "text":
+        if self.config.task.kind == "text":
             parts = [f"loss {loss / math.log(2):.3f} bits (average)"]
         else:
             parts = [f"loss {loss:.3f} (average)"]
-        if "valid_bits" in self.valid and self.config.task.name == "text":
+        if "valid_bits" in self.valid and self.config.task.kind == "text":
             parts.append(f"held-out {self.valid['valid_bits']:.3f} bits")
         elif "valid_accuracy" in self.valid:
             parts.append(f"held-out accuracy {self.valid['valid_accuracy']:.3f}")

@@ -62,9 +62,8 @@ def _result(config: Config, probes: dict[str, Any], backprop: dict[str, Any], pa
 
     from reroll.bench.demo import LONG, memory_over_inference, rows_of, sample
     from reroll.data.text import Text
-    from reroll.train.build import build_task
 
-    task = build_task(config.task, config.run.seed)
+    task = config.task.build(config.run.seed)
     assert isinstance(task, Text)
     memory = memory_over_inference(config.model, task, config.task.batch, config.task.length)
     rows = rows_of(task, probes, backprop, memory)

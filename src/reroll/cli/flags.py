@@ -6,18 +6,21 @@ flag or the flag's own help. All use of tyro is in this file.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
 import io
-import math
 import os
 import re
-from collections.abc import Collection, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from reroll.errors import UsageError, nearest
-from reroll.train.config import SECTIONS, Config
+from reroll.specs.base import hints, leaves
+from reroll.train.config import Config
+from reroll.train.toml import parse_value, put
 
 T = TypeVar("T")
 
@@ -74,38 +77,6 @@ def refuse_unusable(arguments: Sequence[str]) -> None:
         raise UsageError(f"the argument {argument!r} holds a character that no file's name can have; leave it out.")
 
 
-def together(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the arguments with all values of a flag that takes several in one place: tyro would keep the last mention.
-
-    Raises:
-        UsageError: if such a flag is given without a value.
-
-    Example:
-        >>> together(["--set", "a=1", "--lr", "2", "--set=b=2"], ["--set"])
-        ['--lr', '2', '--set', 'a=1', 'b=2']
-    """
-    rest: list[str] = []
-    values: dict[str, list[str]] = {}
-    current: str | None = None
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if argument.startswith("-"):
-            current = flag if flag in names else None
-            if current is None:
-                rest.append(argument)
-            else:
-                values.setdefault(current, []).extend([value] if equals else [])
-        elif current is None:
-            rest.append(argument)
-        else:
-            values[current].append(argument)
-    for flag, given_values in values.items():
-        if not given_values:
-            raise UsageError(f"{flag} is given without a value; give one behind it, or leave it out.")
-        rest += [flag, *given_values]
-    return rest
-
-
 def one_line(box: str, known: Sequence[str]) -> str:
     """Return what one of tyro's boxes says in a line, and the remedy.
 
@@ -155,59 +126,95 @@ def _missing(lines: Sequence[str]) -> str:
     return f"{', '.join(names)} is missing. Give {what}."
 
 
-def as_flags(message: str, names: Collection[str]) -> str:
-    """Return a message that begins with an argument of one of these names with the flag of this name instead.
+@contextmanager
+def as_flags(given: Collection[str]) -> Iterator[None]:
+    """Say what is wrong with a field in the words of its flag, if that is among those given.
 
     Example:
-        >>> as_flags("batch=-3 must be greater than zero.", {"batch"})
-        '--batch=-3 must be greater than zero.'
+        >>> with as_flags({"batch"}):
+        ...     raise UsageError("batch=-3 must lie in [1, 10].")
+        Traceback (most recent call last):
+        reroll.errors.UsageError: --batch=-3 must lie in [1, 10].
     """
-    name = message.partition("=")[0]
-    return f"--{name.replace('_', '-')}{message[len(name) :]}" if name in names else message
+    try:
+        yield
+    except UsageError as error:
+        name, _, rest = str(error).partition("=")
+        flag = {dotted: flag for flag, (dotted, *_) in flag_fields().items()}.get(name, name.replace("_", "-"))
+        raise UsageError(f"--{flag}={rest}" if flag.replace("-", "_") in given else str(error)) from None
 
 
-def flag_fields() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
-    """Return the config fields that have a flag: flag's attribute → (section, field, type)."""
-    import typing
+class Parser(argparse.ArgumentParser):
+    """A parser that knows only what was given: a flag that is not on the command line has no value."""
 
-    found = {}
-    for section in SECTIONS:
-        kind = type(getattr(Config(), section))
-        hints = typing.get_type_hints(kind)
-        for f in dataclasses.fields(kind):
-            if f.metadata["flag"]:
-                found[f.metadata["flag"].replace("-", "_")] = (section, f, hints[f.name])
-    return found
+    def __init__(self, prog: str, description: str):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            prog, usage=f"{prog} [flags]", description=description, formatter_class=formatter, allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )  # fmt: skip
+        self.flags: list[str] = []
+
+    def flag(self, name: str, help: str, default: Any = None, **options: Any) -> None:
+        """Add a flag; `default` is only told in the help."""
+        self.flags.append(f"--{name}")
+        shown = "" if default is None or default is False else f" (default: {default})"
+        self.add_argument(f"--{name}", help=f"{help}{shown}".replace("%", "%%"), **options)
+
+    def read(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """Return the values of the flags on a command line, by name with underscores.
+
+        Raises:
+            UsageError: one line, for anything wrong.
+            SystemExit: with 0, after `--help`.
+        """
+        refuse_unusable(arguments)
+        values, unknown = self.parse_known_args(list(arguments))
+        if unknown:
+            raise UsageError(f"{self.prog}: {_unknown(unknown, self.flags)}")
+        return vars(values)
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{self.prog}: {message.removeprefix('argument ')}.")
 
 
-def config_flags(name: str, extra: Sequence[tuple[str, Any, Any, str]] = ()) -> type[Any]:
-    """Return a dataclass of all flags of a config, and of some more given as (name, type, default, help)."""
-    import tyro
+def flag_fields() -> dict[str, tuple[str, Any, dataclasses.Field[Any]]]:
+    """Return every config field with a flag, whichever kind has it: flag → (dotted name, type, field)."""
+    flags: dict[str, tuple[str, Any, dataclasses.Field[Any]]] = {}
 
-    fields: list[Any] = [
-        (n, Annotated[kind, tyro.conf.arg(help=help)], dataclasses.field(default=value))
-        for n, kind, value, help in extra
-    ]
-    for attribute, (_, f, kind) in flag_fields().items():
-        annotated = Annotated[kind, tyro.conf.arg(help=f.metadata["help"])]
-        fields.append((attribute, annotated, dataclasses.field(default=f.default)))
-    return dataclasses.make_dataclass(name, fields, frozen=True)
+    def collect(kinds: Mapping[str, type], prefix: str) -> None:
+        for kind in dict.fromkeys(kinds.values()):
+            for f in dataclasses.fields(kind):
+                nested, flag = f.metadata["kinds"], f.metadata["flag"]
+                if flag and nested:
+                    flags.setdefault(flag, (f"{prefix}{f.name}.kind", Literal[*nested], f))
+                elif flag:
+                    flags.setdefault(flag, (prefix + f.name, hints(kind)[f.name], f))
+                if nested:
+                    collect(nested, f"{prefix}{f.name}.")
 
-
-def values_of(config: Config) -> dict[str, Any]:
-    """Return the values that the flags have in a config."""
-    return {
-        attribute: getattr(getattr(config, section), f.name) for attribute, (section, f, _) in flag_fields().items()
-    }
+    collect({"": Config}, "")
+    return flags
 
 
-def given(config: Config, flags: Any) -> dict[str, dict[str, Any]]:
-    """Return what the flags change in a config, as tables to lay over it."""
-    before, tables = values_of(config), {}
-    for attribute, (section, f, _) in flag_fields().items():
-        value = getattr(flags, attribute)
-        if isinstance(value, float) and math.isnan(value):
-            raise UsageError(f"--{attribute.replace('_', '-')}=nan must be a number.")
-        if value != before[attribute]:
-            tables.setdefault(section, {})[f.name] = value
+def add_config(parser: Parser, config: Config) -> None:
+    """Add the flags of a config; the help tells its values."""
+    values = leaves(config)
+    for flag, (name, kind, f) in flag_fields().items():
+        options: dict[str, Any] = {"metavar": "|".join(get_args(kind)) if get_origin(kind) is Literal else "VALUE"}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        parser.flag(flag, f.metadata["help"], values.get(name), **options)
+
+
+def tables_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the flags on a command line change in a config, as tables to lay over it."""
+    tables: dict[str, Any] = {}
+    for flag, (name, kind, _) in flag_fields().items():
+        value: Any = given.get(flag.replace("-", "_"))
+        if value is not None:
+            if value == "None" and type(None) in get_args(kind):
+                value = "none"  # the word of config files for no value
+            is_text = str in (kind, *get_args(kind)) or get_origin(kind) is Literal or kind is bool
+            put(tables, name.split("."), value if is_text else parse_value(value))
     return tables

@@ -106,18 +106,19 @@ def _task(loaded: Any, request: Eval) -> Any:
     """What to score: the run's own task, or the whole of another file, which must be of the same kind."""
     from dataclasses import replace
 
-    from reroll.train.build import Sizes, build_task
+    from reroll.specs.task import FileTask
+    from reroll.train.build import Sizes
 
-    config = replace(loaded.config.task, eval_batches=0)
+    spec = loaded.config.task
+    if isinstance(spec, FileTask):
+        spec = replace(spec, eval_batches=0)
     if request.path is None:
-        return build_task(config, loaded.config.run.seed, loaded.tokenizer, units=loaded.units)
-    if config.path is None:
+        return spec.build(loaded.config.run.seed, loaded.tokenizer, units=loaded.units)
+    if not isinstance(spec, FileTask):
         raise UsageError(f"--path {request.path}: {request.model} was trained on generated sequences; drop --path.")
-    config = replace(config, path=request.path)
-    try:
-        task = build_task(config, loaded.config.run.seed, loaded.tokenizer, units=loaded.units, whole=True)
-    except UsageError as error:
-        raise UsageError(as_flags(str(error), {"path"})) from None
+    spec = replace(spec, path=request.path)
+    with as_flags({"path"}):
+        task = spec.build(loaded.config.run.seed, loaded.tokenizer, units=loaded.units, whole=True)
     found, wanted = Sizes.of(task), Sizes.of(loaded.model)
     if found.inputs != wanted.inputs:
         raise UsageError(
@@ -194,11 +195,9 @@ def _symbols(loaded: Any) -> tuple[Any, Any, list[int]]:
     if loaded.tokenizer is not None:
         start = loaded.tokenizer.encode("\n").tolist() or [0]
         return lambda text: loaded.tokenizer.encode(text).tolist(), loaded.tokenizer.decode, start
-    from reroll.train.build import build_task
-
     if loaded.model.vocab is None:
         raise UsageError("sample needs a model of symbols; this one reads real-valued series.")
-    task = build_task(loaded.config.task, loaded.config.run.seed)
+    task = loaded.config.task.build(loaded.config.run.seed)
     return task.encode, task.decode, [0]
 
 

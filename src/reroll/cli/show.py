@@ -12,8 +12,10 @@ from reroll.cli.flags import parse
 from reroll.cli.train import Request, read, resolved
 from reroll.errors import UsageError
 from reroll.recipes import RECIPES
+from reroll.specs.base import leaves
+from reroll.specs.model import LSTM
 from reroll.train import toml
-from reroll.train.config import Config, fields_of
+from reroll.train.config import Config
 from reroll.train.run import ROOT, read_config, read_json
 
 
@@ -40,7 +42,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
         print(f"\n# {status.get('state', 'unknown')} at step {status.get('step')}; {about.get('parameters')} weights")
         print(f"# made by reroll {about.get('reroll')} ({about.get('commit')}) on {about.get('hardware')}")
         return 0
-    request = read("show", arguments)
+    request = read(
+        "show", arguments, "Show the config of RECIPE, changed by flags and files, and where its values are from."
+    )
     config = resolved(request)
     print(toml.dumps(config, _origins(request, config)), end="")
     print("\n" + _computing(config))
@@ -63,14 +67,15 @@ def _run_folder(arguments: Sequence[str]) -> Path | None:
 
 def _origins(request: Request, config: Config) -> dict[str, str]:
     """Where each value is from, with what `resolve` filled in."""
-    before = {f"{s}.{f.name}": value for s, f, value in fields_of(request.config)}
-    after = {f"{s}.{f.name}": value for s, f, value in fields_of(config)}
-    defaults = {f"{s}.{f.name}": value for s, f, value in fields_of(Config())}
-    origins = dict(request.origin)
+    before, after, origins = leaves(request.config), leaves(config), dict(request.origin)
+    kinds = Config().replace(
+        **{name: {"kind": getattr(config, name).kind} for name in ("task", "model", "gradient", "optim")}
+    )
+    defaults = leaves(kinds)
     for name, value in after.items():
         if value != before[name]:
             origins[name] = "derived"
-        elif origins[name].startswith("recipe") and value == defaults[name]:
+        elif name[-4:] != "kind" and origins[name].startswith("recipe") and value == defaults.get(name):
             origins[name] = "default"
     return origins
 
@@ -85,12 +90,12 @@ def _computing(config: Config) -> str:
     device = build.find_device(config.run.device)
     why = "asked for" if config.run.device != "auto" else "a CUDA card is there" if device.type == "cuda" else "no card"
     lines = [f"# device {device} ({why}), dtype {config.run.dtype}, {build.cores()} cores, torch {torch.__version__}"]
-    if config.gradient.method == "probes":
+    if config.gradient.seeded:
         from reroll.kernels.noise_axpy.noises import candidates
 
         taken = next(c for c in candidates(device.type, torch.float32, torch.float32) if c.applies)
         lines.append(f"# noise by {taken.name}: {taken.reason}")
-    if config.model.cell == "lstm":
+    if isinstance(config.model, LSTM):
         model, heads = config.model, config.model.heads
         shapes = [(config.task.batch, config.task.length, 1), (1, 1), (4 * model.hidden, model.hidden // heads)]
         number = torch.empty((), device=device if device.type != "mps" else "cpu")

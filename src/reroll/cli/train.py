@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
-from reroll.cli.flags import as_flags, config_flags, given, parse, together, values_of
+from reroll.cli.flags import Parser, add_config, as_flags, tables_of
 from reroll.errors import UsageError, nearest
 from reroll.recipes import RECIPES
+from reroll.specs.base import leaves
+from reroll.specs.task import SERIES
 from reroll.train import toml
-from reroll.train.config import Config, fields_of, resolve
+from reroll.train.config import Config, resolve
 from reroll.train.run import new_folder, read_config
 
-ENDINGS = (".csv", ".npy", ".npz")
-"""Of files with numbers; those of `reroll.data.series`, whose import takes a second."""
-EXTRA = [
-    ("run_dir", Path | None, None, "the run folder itself; none: a new name under runs/"),
-    ("resume", bool, False, "go on with the run in --run-dir; begin one if there is none"),
-    ("init", str | None, None, "begin with the weights of a run or an exported file"),
-    ("config", tuple[Path, ...], (), "TOML files laid over the recipe, in order"),
-    ("set", tuple[str, ...], (), "any other field, as section.field=value (see `reroll show`)"),
-]
-"""Flags of `train` besides those of the config."""
+EXTRA: dict[str, dict[str, Any]] = {
+    "run-dir": {"type": Path, "help": "the run folder itself; none: a new name under runs/"},
+    "resume": {"action": "store_true", "help": "go on with the run in --run-dir; begin one if there is none"},
+    "init": {"help": "begin with the weights of a run or an exported file"},
+    "config": {"type": Path, "nargs": "+", "action": "extend", "help": "TOML files laid over the recipe, in order"},
+    "set": {"nargs": "+", "action": "extend", "help": "other fields, as section.field=value (see `reroll show`)"},
+}
+"""Flags of `train` besides those of the config, and what argparse must know of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Request:
     config: Config
     origin: dict[str, str]
     flags: Any
+    given: dict[str, Any]
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -41,6 +44,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     flags, config = request.flags, resolved(request)
     if flags.resume and flags.run_dir is None:
         raise UsageError("--resume goes on with a run; name it: --run-dir runs/NAME (`reroll runs` lists them).")
+    if flags.resume and flags.init is not None:
+        raise UsageError(f"--init {flags.init} begins a run and --resume goes on with one; drop one of them.")
     from reroll.cli.console import Console
     from reroll.train.loop import train
 
@@ -61,84 +66,78 @@ def resolved(request: Request) -> Config:
     """Return the resolved config; what is wrong with it is said in the words of the command line.
 
     Raises:
-        UsageError: if it cannot be carried out, or a flag would have no effect.
+        UsageError: if it cannot be carried out.
     """
-    by_flag = {name.partition(".")[2] for name, source in request.origin.items() if source == "flag"}
-    refuse_without_effect(request.config, by_flag)
-    try:
+    with as_flags(request.given):
         return resolve(request.config)
-    except UsageError as error:
-        raise UsageError(as_flags(str(error), by_flag)) from None
 
 
-def refuse_without_effect(config: Config, given: Collection[str]) -> None:
-    """Raise `UsageError` for a flag, of those that are given, that the task has no use for."""
-    task = config.task
-    if "path" in given and task.name not in ("text", "arrays"):
-        raise UsageError(
-            f"--path {task.path} has no effect: {task.name} makes its own sequences. Drop it, or train on the file: "
-            f"{_suggestion(str(task.path))}"
-        )
-    if "tokenizer" in given and task.name != "text":
-        raise UsageError(f"--tokenizer {task.tokenizer} has no effect: {task.name} has no text to cut. Drop it.")
-    if "path" in given and task.name == "text" and Path(str(task.path)).suffix.lower() in ENDINGS:
-        raise UsageError(
-            f"--path {task.path} holds numbers, not text: {_suggestion(str(task.path))} (to read it as text "
-            "nevertheless, rename it to .txt)."
-        )
-
-
-def _suggestion(path: str) -> str:
-    return f"reroll train {'arrays' if Path(path).suffix.lower() in ENDINGS else 'text'} --path {path}"
-
-
-def read(command: str, arguments: Sequence[str]) -> Request:
+def read(command: str, arguments: Sequence[str], about: str = "Train RECIPE, changed by flags and files.") -> Request:
     """Put a command line together: recipe < files < --set < flags."""
     arguments = list(arguments)
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    if name is not None and name not in RECIPES:
+    recipe = None if name is None else _recipe(name)
+    parser = Parser(f"reroll {command} {name or '[RECIPE]'}", _description(name, about))
+    for flag, options in EXTRA.items():
+        parser.flag(flag, **options)
+    arguments_of = signature(recipe or RECIPES["demo"]).parameters
+    for argument in arguments_of.values():
+        choices = get_args(argument.annotation) or None
+        parser.flag(argument.name, f"{argument.name} of the recipe", argument.default, choices=choices)
+    add_config(parser, (recipe or RECIPES["demo"])())
+    given = parser.read(arguments)
+    flags = SimpleNamespace(**dict.fromkeys(flag.replace("-", "_") for flag in EXTRA) | given)
+    base = _base(name, recipe, flags, {n: value for n, value in given.items() if n in arguments_of})
+    config, origin = base, dict.fromkeys(leaves(base), f"recipe {base.recipe}")
+    for path in flags.config or ():
+        config, origin = _lay(config, toml.load(path), str(path), origin)
+    config, origin = _lay(config, toml.parse_pairs(flags.set or ()), "--set", origin)
+    with as_flags(given):
+        config, origin = _lay(config, tables_of(given), "", origin)
+    return Request(config, origin, flags, given)
+
+
+def _recipe(name: str) -> Callable[..., Config]:
+    recipe = RECIPES.get(name.replace("-", "_"))
+    if recipe is None:
         hint = f" To train on the file: {_suggestion(name)}" if os.path.exists(name) else nearest(name, RECIPES)
         raise UsageError(f'recipe "{name}" is unknown.{hint}')
-    prog = f"reroll {command}{' ' + name if name else ''}"
-    kind = config_flags("train", EXTRA)
-    # The word of config files for "no value", as tyro knows it.
-    arguments = ["None" if argument == "none" else argument for argument in together(arguments, ("--set", "--config"))]
-    # Flags are read twice: first to find the files and pairs, then with what these say as defaults.
-    first = parse(kind, arguments, prog, _description(name), kind(**values_of(_base(name, None))))
-    base = _base(name, first)
-    config, origin = base, dict.fromkeys(_names(), f"recipe {base.recipe}")
-    for path in first.config:
-        config, origin = _lay(config, toml.load(path), str(path), origin)
-    config, origin = _lay(config, toml.parse_pairs(first.set), "--set", origin)
-    extra = {n: getattr(first, n) for n, *_ in EXTRA}
-    flags = parse(kind, arguments, prog, _description(name), kind(**values_of(config), **extra))
-    config, origin = _lay(config, given(config, flags), "flag", origin)
-    return Request(config, origin, flags)
+    return recipe
 
 
-def _base(name: str | None, flags: Any) -> Config:
+def _suggestion(path: str) -> str:
+    return f"reroll train {'arrays' if Path(path).suffix.lower() in SERIES else 'text'} --path {path}"
+
+
+def _base(name: str | None, recipe: Callable[..., Config] | None, flags: Any, arguments: dict[str, Any]) -> Config:
     """The config that everything is laid over: a resumed run's, the recipe's, or plain defaults under --config."""
-    if flags is not None and flags.resume and flags.run_dir is not None and (flags.run_dir / "config.toml").is_file():
+    if flags.resume and flags.run_dir is not None and (flags.run_dir / "config.toml").is_file():
         saved = read_config(flags.run_dir)
-        if name is not None and not flags.config and saved.recipe != name:
+        if recipe is not None and not flags.config and saved.recipe != recipe().recipe:
             raise UsageError(f'--run-dir {flags.run_dir} holds a run of the recipe "{saved.recipe}", not of "{name}".')
         return saved
-    if name is not None:
-        return RECIPES[name]()
-    return Config() if flags is not None and flags.config else RECIPES["demo"]()
+    if recipe is not None:
+        return recipe(**arguments)
+    return Config() if flags.config else RECIPES["demo"](**arguments)
 
 
 def _lay(config: Config, tables: dict[str, Any], source: str, origin: dict[str, str]) -> tuple[Config, dict[str, str]]:
     changed = toml.overlay(config, tables, source)
-    touched = {f"{s}.{name}" for s, fields in tables.items() if isinstance(fields, dict) for name in fields}
-    return changed, origin | dict.fromkeys(touched, source)
+    touched = dict.fromkeys(_names(tables), source or "flag")
+    return changed, {name: touched.get(name, origin.get(name, "default")) for name in leaves(changed)}
 
 
-def _names() -> list[str]:
-    return [f"{section}.{f.name}" for section, f, _ in fields_of(Config())]
+def _names(tables: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names in nested tables; what is no table may be a kind."""
+    found: list[str] = []
+    for name, value in tables.items():
+        name = prefix + name
+        found += _names(value, f"{name}.") if isinstance(value, dict) else [name, f"{name}.kind"]
+    return found
 
 
-def _description(name: str | None) -> str:
-    about = (RECIPES[name].__doc__ or "").strip().splitlines()[0] if name else "Train the recipe `demo`, or RECIPE."
+def _description(name: str | None, about: str) -> str:
+    if name is not None:
+        about = (_recipe(name).__doc__ or "").strip().splitlines()[0]
     example = f"example: reroll train {name or 'copy'} --steps 300 --probes 128"
-    return f"{about}\n\n{example}\nAny command takes --debug, which shows the traceback of an error."
+    return f"{about}\n\n{example}\n\nAny command takes --debug, which shows the traceback of an error."

@@ -16,11 +16,11 @@ def demo() -> Config:
     """A character LSTM by CD-RGE on the prose of Python's own documentation: two minutes on two cores, no download."""
     return Config(recipe="demo").replace(
         task={
-            "name": "text", "path": "stdlib:prose", "tokenizer": "char", "max_vocab": 100, "length": 32, "batch": 32,
+            "kind": "text", "path": "stdlib:prose", "tokenizer": "char", "max_vocab": 100, "length": 32, "batch": 32,
         },
-        model={"cell": "lstm", "hidden": 64, "embed": 24},
-        gradient={"method": "probes", "probes": 96, "epsilon": 0.01},
-        optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "schedule": "linear", "warmdown": 300, "floor": 0.05},
+        model={"kind": "lstm", "hidden": 64, "embed": 24},
+        gradient={"kind": "probes", "probes": 96, "epsilon": 0.01},
+        optim={"lr": 0.1, "momentum": 0.9, "schedule": {"kind": "linear", "warmdown": 300, "floor": 0.05}},
         run={"steps": 1000},
     )  # fmt: skip
 
@@ -29,8 +29,8 @@ def demo_backprop() -> Config:
     """The demo's model and data, trained by backpropagation through time with AdamW."""
     return demo().replace(
         recipe="demo_backprop",
-        gradient={"method": "backprop", "epsilon": None},
-        optim={"optimizer": "adamw", "lr": 0.003, "clip": 1.0, "schedule": "constant", "warmdown": None, "floor": 0.0},
+        gradient="backprop",
+        optim={"kind": "adamw", "lr": 0.003, "clip": 1.0, "schedule": "constant"},
         run={"steps": 3000},
     )
 
@@ -38,10 +38,10 @@ def demo_backprop() -> Config:
 def smoke() -> Config:
     """Nine symbols learned by heart by CD-RGE, in seconds: does this installation train?"""
     return Config(recipe="smoke").replace(
-        task={"name": "memorise", "length": 9, "batch": 1, "symbols": 100},
-        model={"cell": "lstm", "hidden": 64, "heads": 4, "embed": 32},
-        gradient={"method": "probes", "probes": 32, "epsilon": 0.05},
-        optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+        task={"kind": "memorise", "length": 9, "batch": 1, "symbols": 100},
+        model={"kind": "lstm", "hidden": 64, "heads": 4, "embed": 32},
+        gradient={"kind": "probes", "probes": 32, "epsilon": 0.05},
+        optim={"kind": "sgd", "lr": 0.1, "momentum": 0.9},
         run={"steps": 60, "target_loss": 0.1, "threads": 1},
     )
 
@@ -49,10 +49,10 @@ def smoke() -> Config:
 def memorise() -> Config:
     """The paper's smoke test at small size: nine symbols, the 1.1 M "small" LSTM, 96 probes, ε = η = 0.1."""
     return Config(recipe="memorise").replace(
-        task={"name": "memorise", "length": 9, "batch": 1, "symbols": 100},
-        model={"cell": "lstm", "hidden": 1600, "heads": 32, "embed": 100},
-        gradient={"method": "probes", "probes": 96, "epsilon": None},
-        optim={"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+        task={"kind": "memorise", "length": 9, "batch": 1, "symbols": 100},
+        model={"kind": "lstm", "hidden": 1600, "heads": 32, "embed": 100},
+        gradient={"kind": "probes", "probes": 96, "epsilon": None},
+        optim={"kind": "sgd", "lr": 0.1, "momentum": 0.9},
         run={"steps": 20, "target_loss": 0.1, "eval_every": 20},
     )
 
@@ -78,10 +78,10 @@ def ptb() -> Config:
 def arrays() -> Config:
     """A GRU by CD-RGE on your own series: --path FILE.npy, .npz or .csv."""
     return Config(recipe="arrays").replace(
-        task={"name": "arrays", "length": 64, "batch": 32},
-        model={"cell": "gru", "hidden": 32},
-        gradient={"method": "probes", "probes": 96, "epsilon": 0.01},
-        optim={"optimizer": "sgd", "lr": 0.05, "momentum": 0.9},
+        task={"kind": "arrays", "length": 64, "batch": 32},
+        model={"kind": "gru", "hidden": 32},
+        gradient={"kind": "probes", "probes": 96, "epsilon": 0.01},
+        optim={"kind": "sgd", "lr": 0.05, "momentum": 0.9},
         run={"steps": 500},
     )
 
@@ -90,11 +90,11 @@ def parallel() -> Config:
     """A GRU by backprop on long windows of text, evaluated for all steps at once by quasi-DEER: exact gradients."""
     return Config(recipe="parallel").replace(
         task={
-            "name": "text", "path": "stdlib:prose", "tokenizer": "char", "max_vocab": 100, "length": 512, "batch": 8,
+            "kind": "text", "path": "stdlib:prose", "tokenizer": "char", "max_vocab": 100, "length": 512, "batch": 8,
         },
-        model={"cell": "gru", "hidden": 32, "embed": 16, "rollout": "quasi_deer"},
-        gradient={"method": "backprop"},
-        optim={"optimizer": "adamw", "lr": 0.003, "clip": 1.0},
+        model={"kind": "gru", "hidden": 32, "embed": 16, "rollout": "quasi_deer"},
+        gradient="backprop",
+        optim={"kind": "adamw", "lr": 0.003, "clip": 1.0},
         run={"steps": 300},
     )  # fmt: skip
 
@@ -104,7 +104,7 @@ def parallel_elk() -> Config:
     return parallel().replace(
         recipe="parallel_elk",
         task={"length": 256},
-        model={"hidden": 12, "rollout": "elk", "rollout_variance": 1e4},
+        model={"hidden": 12, "rollout": {"kind": "elk", "variance": 1e4}},
     )
 
 
@@ -113,20 +113,20 @@ def parallel_probes() -> Config:
     return parallel().replace(
         recipe="parallel_probes",
         task={"length": 128},
-        model={"hidden": 24, "rollout_rtol": 1e-6},
-        gradient={"method": "probes", "probes": 32, "epsilon": 0.02},
-        optim={"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "clip": None},
+        model={"hidden": 24, "rollout": {"rtol": 1e-6}},
+        gradient={"kind": "probes", "probes": 32, "epsilon": 0.02},
+        optim={"kind": "sgd", "lr": 0.05, "momentum": 0.9, "clip": None},
     )
 
 
 def _generated(name: str, **task: int) -> Callable[[], Config]:
     def recipe() -> Config:
         return Config(recipe=name).replace(
-            task={"name": name, "length": 5, "batch": 64, **task},
-            model={"cell": "lstm", "hidden": 64, "heads": 4, "embed": 32},
-            gradient={"method": "probes", "probes": 96, "epsilon": 0.02},
+            task={"kind": name, "length": 5, "batch": 64, **task},
+            model={"kind": "lstm", "hidden": 64, "heads": 4, "embed": 32},
+            gradient={"kind": "probes", "probes": 96, "epsilon": 0.02},
             # Constant, the noise of the estimate undoes after some hundred steps what was learned before.
-            optim={"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "schedule": "linear", "floor": 0.05},
+            optim={"kind": "sgd", "lr": 0.05, "momentum": 0.9, "schedule": {"kind": "linear", "floor": 0.05}},
             run={"steps": 1000},
         )
 

@@ -42,10 +42,9 @@ def _diverged(session: Session, row: dict[str, Any]) -> str | None:
     if progress.refused_in_a_row >= REFUSED:
         return f"the gradients of {REFUSED} steps in a row were not finite. {Outcome.gradient_not_finite.value}"
     if progress.fast > run.diverged * max(progress.first_loss, 1e-12):
-        knobs = "--lr or --epsilon" if session.config.gradient.method == "probes" else "--lr"
         return (
             f"the loss (average {progress.fast:.4g}) is more than {run.diverged:g} times the first "
-            f"({progress.first_loss:.4g}). Lower {knobs}, or raise run.diverged."
+            f"({progress.first_loss:.4g}). Lower {session.config.gradient.knobs}, or raise run.diverged."
         )
     return None
 

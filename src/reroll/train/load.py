@@ -112,7 +112,7 @@ def refuse_unwritable(path: Path) -> None:
 
 def rescue(run: Path, config: Config) -> str:
     """Return what can be done where no checkpoint of a run is whole."""
-    if config.gradient.method != "probes":
+    if not config.gradient.seeded:
         return "A run by backprop keeps no journal to make its weights again from: train it again in another folder."
     return f"Its journal has every step: reroll replay {run} --to STEP --out model.safetensors makes the weights again."
 

@@ -117,7 +117,7 @@ def train(
 
 def _threads(config: Config) -> int | None:
     """Backpropagation runs with the run's number of threads, which its results depend on."""
-    return config.run.threads if config.gradient.method == "backprop" else None
+    return None if config.gradient.seeded else config.run.threads
 
 
 def _finished(config: Config, path: Path) -> dict[str, Any] | None:
@@ -201,7 +201,7 @@ def take_step(session: Session) -> dict[str, Any]:
             result = step(
                 session.model, session.loss_fn, session.estimator, session.optimizer, batch, settings, key,
                 clip=config.optim.clip, update=config.optim.update, norm=number % config.run.log_every == 0,
-                tied=config.gradient.epsilon is None, record=record,
+                tied=config.gradient.is_tied, record=record,
             )  # fmt: skip
     except EpsilonTooSmall as error:
         if number == 0:

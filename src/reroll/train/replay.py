@@ -39,7 +39,7 @@ def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
         RunError: if the journal is damaged, or the initial weights are not those of the run.
     """
     config = resolve(read_config(path))
-    if config.gradient.method != "probes":
+    if not config.gradient.seeded:
         saved = ", ".join(p.name for p in checkpoint.all_of(path / "checkpoints")) or "none"
         raise UsageError(f"{path} was trained by backprop, whose steps cannot be replayed; its checkpoints: {saved}.")
     found = journal.read(path / "journal")

@@ -27,8 +27,9 @@ from reroll.kernels.philox import stream_id
 from reroll.keys import Key
 from reroll.models import Recurrent
 from reroll.optim import Average, Plateau, Schedule, StepSettings
+from reroll.specs.base import leaves
 from reroll.train import build, checkpoint, journal
-from reroll.train.config import Config, fields_of
+from reroll.train.config import Config
 from reroll.train.evaluate import Precision
 from reroll.train.load import rescue
 from reroll.train.mesh import ALONE, Mesh
@@ -108,15 +109,14 @@ class Session:
         index = 0 if self.config.task.overfit else step
         batch = self.task.batch(index, length=self.progress.length).to(self.device)
         if self.task.carries:
-            episode = self.config.gradient.episode
-            begins = episode is not None and step % episode == 0
+            gradient = self.config.gradient
+            begins = gradient.per_branch_state and gradient.episode_begin(step) == step
             batch = replace(batch, state=START if begins else self.progress.carried)
         return batch
 
     def key(self) -> Key:
         """Return the key of the present step: the windows of an episode share one."""
-        step = self.progress.step
-        return Key(self.config.run.seed).at(step - step % (self.config.gradient.episode or 1))
+        return Key(self.config.run.seed).at(self.config.gradient.episode_begin(self.progress.step))
 
     def settings(self) -> StepSettings:
         """Return the settings of the present step: base rate, schedule, plateau, and the ε tied to them."""
@@ -127,11 +127,7 @@ class Session:
 
     def epsilon(self, lr: float) -> float:
         """Return ε: tied to the current learning rate, or fixed but for plateaus, with a floor."""
-        gradient = self.config.gradient
-        if gradient.epsilon is None:
-            return max(lr * gradient.epsilon_ratio, gradient.epsilon_min)
-        # A fixed ε below the floor stays what it is.
-        return max(gradient.epsilon * self.plateau.multiplier, min(gradient.epsilon, gradient.epsilon_min))
+        return self.config.gradient.epsilon_at(lr, self.plateau.multiplier)
 
     def save(self) -> Path:
         """Write a checkpoint of the present step, behind the record of all steps that led to it."""
@@ -180,7 +176,7 @@ class Session:
             flat = iter(leaves)
             return map_state(template, lambda _: next(flat))
 
-        if self.config.gradient.episode is not None:
+        if self.config.gradient.per_branch_state:
             return BranchStates(None if branch is None else typed(branch) for branch in saved)
         return typed(saved)
 
@@ -227,7 +223,7 @@ def open_session(
     session = _build(config, folder, extra)
     session.restore(saved)
     note = f"Resuming {path} at step {saved.step}."
-    if config.gradient.method == "probes":
+    if config.gradient.seeded:
         torn = journal.read(folder.journal).torn_bytes
         if torn:
             note += f" The journal's last record was torn ({torn} bytes); it is dropped."
@@ -260,17 +256,17 @@ def agree(saved: Config, given: Config) -> Config:
         UsageError: if another field was given with another value.
     """
     changed: dict[str, Any] = {}
-    old = {f"{section}.{f.name}": value for section, f, value in fields_of(saved)}
-    for section, f, value in fields_of(given):
-        name = f"{section}.{f.name}"
-        if value == old[name] or value == "auto" or (value is None and name in DERIVED):
+    old = leaves(saved)
+    for name, value in leaves(given).items():
+        if name == "recipe" or value == old.get(name) or value == "auto" or (value is None and name in DERIVED):
             continue
         if name not in FREE:
             raise UsageError(
-                f"{name}={value!r}, but the run to resume has {old[name]!r}. Leave it as it was, or begin another run."
+                f"{name}={value!r}, but the run to resume has {old.get(name)!r}. Leave it as it was, or begin another "
+                "run."
             )
-        changed.setdefault(section, {})[f.name] = value
-    return saved.replace(**changed)
+        changed[name.removeprefix("run.")] = value
+    return saved.replace(run=changed)
 
 
 def _begin(config: Config, folder: RunFolder, init: dict[str, torch.Tensor] | None) -> Session:
@@ -294,7 +290,7 @@ def _build(config: Config, folder: RunFolder, extra: dict[str, Any] | None) -> S
         tokenizer = from_dict(extra["tokenizer"]) if extra and extra.get("tokenizer") else None
     except UsageError as error:
         raise UsageError(f"{folder.path / 'environment.json'}: {error}") from None
-    task = build.build_task(config.task, config.run.seed, tokenizer)
+    task = config.task.build(config.run.seed, tokenizer)
     if extra and extra.get("fingerprint") not in (None, task.fingerprint):
         before = str(extra["fingerprint"])[:12]
         raise RunError(
@@ -307,11 +303,11 @@ def _build(config: Config, folder: RunFolder, extra: dict[str, Any] | None) -> S
     schedule, plateau = build.build_schedule(config)
     average = config.optim.average
     progress = Progress(length=config.task.curriculum_start)
-    backprop_in_bf16 = config.gradient.method == "backprop" and config.run.dtype == "bf16"
+    backprop_in_bf16 = not config.gradient.seeded and config.run.dtype == "bf16"
     precision = Precision(device.type, torch.bfloat16 if backprop_in_bf16 else None)
     return Session(
         config, folder, device, task, model, precision.under(task.loss),
-        build.build_estimator(config, config.gradient.epsilon or lr), build.build_optim(config, model, lr),
+        build.build_estimator(config, config.gradient.epsilon_at(lr)), build.build_optim(config, model, lr),
         schedule, plateau, None if average is None else Average(trainable(model), average), progress, precision,
         Clock(device),
     )  # fmt: skip
@@ -330,14 +326,14 @@ def start_record(session: Session) -> None:
             "sizes": metadata["sizes"],
             "initial": checkpoint.checksum(checkpoint.weights_of(model)),
             "noise": session.estimator.directions.name,
-            "restore": config.gradient.restore if config.gradient.evaluate == "in_place" else "copy",
+            "restore": session.estimator.restore if session.estimator.evaluate == "in_place" else "copy",
             "update": config.optim.update,
-            "sums": config.gradient.sums,
+            "sums": session.estimator.sums,
             "init": folder.init.exists(),
             "parameters": [
                 {"name": name, "shape": list(p.shape), "layout": layout(p.shape), "id": stream_id(name)}
                 for name, p in trainable(model).items()
             ],
-            "plan": [config.gradient.evaluate, config.gradient.chunk, config.run.threads],
+            "plan": [session.estimator.evaluate, session.estimator.chunk, config.run.threads],
         }  # fmt: skip
         session.journal = journal.Writer.create(folder.journal, json.loads(json.dumps(header)))

@@ -1,0 +1,210 @@
+"""What a choice is: a frozen dataclass with a kind, whose fields say their default, help, range and flag, once.
+
+    spec.check()                                types and ranges of all fields, and what the kind adds to that
+    change(spec, {"kind": "gru"}, MODELS)       other values; another kind keeps the fields that both have
+    leaves(config)                              {"model.rollout.kind": "elk", …}
+
+Plain data, no torch. What a spec builds is named by a text and imported when it is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from reroll.errors import UsageError, nearest
+
+O = TypeVar("O", bound="Options")  # noqa: E741
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    within: str | None = None,
+    kinds: Mapping[str, Any] | None = None,
+) -> Any:
+    """A field.
+
+    Args:
+        default: its value where nothing else is said.
+        help: a text.
+        flag: the name of its command-line flag, if it has one of its own; of a nested spec, the one that sets its kind.
+        within: the interval a number must lie in; else [1, 2**24] for integers, (0, 1e18] for others.
+        kinds: of a nested spec, the table of its kinds.
+    """
+    metadata = {"help": help, "flag": flag, "within": within, "kinds": kinds}
+    return field(default=default, metadata=metadata)
+
+
+class Options:
+    """A dataclass of options that knows how to check itself."""
+
+    def check(self) -> None:
+        """Raise `UsageError` for a value of another type or out of its range; a kind adds its own rules."""
+        for f in dataclasses.fields(typing.cast(Any, self)):
+            value = getattr(self, f.name)
+            if isinstance(value, Options):
+                value.check()
+            else:
+                _check_value(f.name, convert(value, hints(type(self))[f.name], f.name), f.metadata.get("within"))
+
+
+@dataclass(frozen=True)
+class Spec(Options):
+    """Options of one of several kinds."""
+
+    kind: str = option("", "which of them")
+
+
+@functools.cache
+def hints(kind: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields."""
+    every = typing.get_type_hints(kind)
+    return {f.name: every[f.name] for f in dataclasses.fields(kind)}
+
+
+def _check_value(name: str, value: Any, within: str | None) -> None:
+    if isinstance(value, str) and ("\0" in value or value.encode("utf-8", "ignore").decode() != value):
+        raise UsageError(f"{name}={value!r} holds a character that no file can hold; leave it out.")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, Real) and not isinstance(number, bool):
+            within = within or ("[1, 2**24]" if isinstance(number, Integral) else "(0, 1e18]")
+            if not _lies(number, within):
+                raise UsageError(f"{name}={value!r} must lie in {within}.")
+
+
+def _lies(number: Any, within: str) -> bool:
+    low, high = map(_bound, within[1:-1].split(","))
+    above = low <= number if within[0] == "[" else low < number
+    return above and (number <= high if within[-1] == "]" else number < high)
+
+
+def _bound(text: str) -> float:
+    base, _, power = text.partition("**")
+    return float(base) ** float(power or 1)
+
+
+def exclude(*pairs: tuple[Any, str, str]) -> None:
+    """Raise `UsageError` for the first of (both are there, both in words, why they exclude each other) that holds."""
+    for broken, pair, reason in pairs:
+        if broken:
+            raise UsageError(f"{pair} exclude each other: {reason}. Drop one of them.")
+
+
+def runtime(name: str) -> Any:
+    """Return what "module:name" names in this package; it is imported now."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"reroll.{module}"), attribute)
+
+
+def change(spec: O, values: Any, kinds: Mapping[str, type[O]] | None = None, where: str = "") -> O:
+    """Return a spec with some fields replaced.
+
+    Args:
+        spec: what is changed.
+        values: fields by name; a text is a kind; a whole spec is taken as it is. Another kind keeps the fields of the
+            same name that it can hold, and has its own defaults for the rest.
+        kinds: the table of kinds; None for options without any.
+        where: the name of the spec, for errors.
+
+    Raises:
+        UsageError: for an unknown kind or field (with the nearest known one), a field of another kind, or a value of
+            another type.
+    """
+    kinds = kinds or {"": type(spec)}
+    if isinstance(values, Options):
+        return typing.cast(O, values)
+    if isinstance(values, str) and "" not in kinds:
+        values = {"kind": values}
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where}={values!r} must be a table of fields, [{where}].")
+    before = getattr(spec, "kind", "")
+    kind = values.get("kind", before) if "" not in kinds else ""
+    if not isinstance(kind, str) or kind not in kinds:
+        raise UsageError(f"{where}.kind={kind!r} is unknown.{nearest(str(kind), kinds)}")
+    target, prefix = kinds[kind], f"{where}." if where else ""
+    fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(typing.cast(Any, target))}
+    for name in values:
+        if name not in fields:
+            others = [other for other, owner in kinds.items() if name in hints(owner)]
+            if others:
+                raise UsageError(f"{name}={values[name]!r} is for {where} {' or '.join(others)}; this one is {kind}.")
+            raise UsageError(f"unknown key {prefix}{name}.{nearest(name, fields)}")
+    result: dict[str, Any] = {"kind": kind} if kind else {}
+    for name, f in fields.items():
+        hint, nested = hints(target)[name], f.metadata["kinds"]
+        if name in values and nested:
+            result[name] = change(getattr(spec, name, f.default), values[name], nested, prefix + name)
+        elif name in values:
+            result[name] = convert(values[name], hint, prefix + name)
+        elif name != "kind" and hasattr(spec, name):
+            with contextlib.suppress(UsageError):
+                value = getattr(spec, name)
+                result[name] = value if kind == before or nested else convert(value, hint, name)
+    return target(**result)
+
+
+def leaves(options: Options, prefix: str = "") -> dict[str, Any]:
+    """Return every value by its dotted name, in order; nested ones after those of their owner."""
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(typing.cast(Any, options))}
+    found = {prefix + name: value for name, value in values.items() if not isinstance(value, Options)}
+    for name, value in values.items():
+        if isinstance(value, Options):
+            found |= leaves(value, f"{prefix}{name}.")
+    return found
+
+
+def convert(value: Any, kind: Any, key: str) -> Any:
+    """Return a value as the type of a field; raise `UsageError` if it has another."""
+    origin = get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value in (None, "none") and type(None) in get_args(kind):
+            return None
+        for choice in get_args(kind):
+            with contextlib.suppress(UsageError):
+                return convert(value, choice, key)
+    elif origin is Literal:
+        if value in get_args(kind) and isinstance(value, str):
+            return value
+        choices = [str(choice) for choice in get_args(kind)]
+        hint = nearest(str(value), choices)
+        raise UsageError(f"{key}={value!r} must be {', '.join(choices)}.{hint if 'Did you mean' in hint else ''}")
+    elif origin is tuple:
+        parts = get_args(kind)
+        if isinstance(value, list | tuple) and len(value) == len(parts):
+            return tuple(convert(v, part, key) for v, part in zip(value, parts))
+    elif kind is float:
+        if isinstance(value, Real) and not isinstance(value, bool) and value == value:
+            with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+                return float(value)
+    elif isinstance(value, Integral if kind is int else kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise UsageError(f"{key}={value!r} must be {describe(kind)}.")
+
+
+def describe(kind: Any) -> str:
+    """Return a type in words.
+
+    Example:
+        >>> describe(int | None), describe(float | Literal["auto"]), describe(tuple[float, float])
+        ('an integer or none', 'a number or "auto"', 'a list of 2 numbers')
+    """
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "none"}
+    origin = get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(describe(choice) for choice in get_args(kind))
+    if origin is Literal:
+        return " or ".join(f'"{choice}"' for choice in get_args(kind))
+    if origin is tuple:
+        return f"a list of {len(get_args(kind))} numbers"
+    return names.get(kind, str(kind))

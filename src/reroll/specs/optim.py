@@ -1,0 +1,115 @@
+"""What to do with the gradient: the update rule, and its learning rate over time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from reroll.errors import UsageError
+from reroll.specs.base import Spec, option, runtime
+
+
+@dataclass(frozen=True)
+class ScheduleSpec(Spec):
+    """A constant learning rate, after a warm-up."""
+
+    kind: str = option("constant", "learning rate over time")
+    warmup: int = option(0, "steps of linear warm-up", within="[0, 2**31]")
+
+
+@dataclass(frozen=True)
+class Cosine(ScheduleSpec):
+    """A falling one."""
+
+    kind: str = option("cosine", "learning rate over time")
+    floor: float = option(0.0, "where the schedule ends, as a share of the learning rate", within="[0, 1]")
+
+
+@dataclass(frozen=True)
+class Linear(Cosine):
+    """One that falls at the end."""
+
+    kind: str = option("linear", "learning rate over time")
+    warmdown: int | None = option(None, "steps of the final descent; none: all after the warm-up", within="[1, 2**31]")
+
+
+SCHEDULES: dict[str, type[ScheduleSpec]] = {"constant": ScheduleSpec, "linear": Linear, "cosine": Cosine}
+"""Every schedule by name."""
+
+
+@dataclass(frozen=True)
+class OptimizerSpec(Spec):
+    """An update rule."""
+
+    lr: float | Literal["auto"] = option(0.1, "learning rate, or auto: search for one", flag="lr")
+    weight_decay: float = option(0.0, "decoupled decay of matrices", within="[0, 1e18]")
+    clip: float | None = option(None, "largest norm of the gradient; none: any", flag="clip")
+    update: Literal["auto", "write", "stream", "fused"] = option("auto", "how the gradient reaches the weights")
+    average: float | None = option(
+        None, "decay of a running average of the weights, used to evaluate; none: no average", within="[0, 1)"
+    )
+    plateau: int = option(
+        0, "steps without improvement before learning rate and ε are reduced; 0: never", within="[0, 2**31]"
+    )
+    plateau_factor: float = option(0.5, "what learning rate and ε are multiplied by on a plateau", within="(0, 1]")
+    search_low: float = option(1e-5, "lr=auto: smallest rate tried")
+    search_high: float = option(0.1, "lr=auto: largest rate tried")
+    search_steps: int = option(10, "lr=auto: steps per rate")
+    schedule: ScheduleSpec = option(ScheduleSpec(), "learning rate over time", flag="schedule", kinds=SCHEDULES)
+
+    def check(self) -> None:
+        super().check()
+        if self.search_low >= self.search_high:
+            raise UsageError(f"search_low={self.search_low} must be below search_high={self.search_high}.")
+        if self.update == "fused" and not self.is_plain:
+            raise UsageError(
+                f'update="fused" adds the gradient to the weights and nothing else; optimizer={self.kind}'
+                f"{f' with momentum={momentum}' if (momentum := getattr(self, 'momentum', None)) else ''} needs "
+                'update="stream".'
+            )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the update is η times the gradient, and nothing else."""
+        return False
+
+    def build(self, model: Any, lr: float) -> Any:
+        """Return the optimizer over the parameters of a model."""
+        own = {name: getattr(self, name) for name in ("momentum", "betas") if hasattr(self, name)}
+        make = runtime("optim:build_optimizer")
+        return make(self.kind, model, lr, weight_decay=self.weight_decay, **own)
+
+
+@dataclass(frozen=True)
+class SGD(OptimizerSpec):
+    """Gradient descent, with momentum."""
+
+    kind: str = option("sgd", "the update rule")
+    momentum: float = option(
+        0.9, "of sgd and muon; 0 lets the update be fused into the weights", flag="momentum", within="[0, 1)"
+    )
+
+    @property
+    def is_plain(self) -> bool:
+        return self.momentum == 0
+
+
+@dataclass(frozen=True)
+class AdamW(OptimizerSpec):
+    """Adam with decoupled weight decay."""
+
+    kind: str = option("adamw", "the update rule")
+    betas: tuple[float, float] = option((0.9, 0.999), "decay of the two moments", within="[0, 1)")
+
+
+@dataclass(frozen=True)
+class Muon(OptimizerSpec):
+    """Orthogonalised updates of hidden matrices; the rest by AdamW."""
+
+    kind: str = option("muon", "the update rule")
+    momentum: float = option(0.9, "of the hidden matrices", flag="momentum", within="[0, 1)")
+    betas: tuple[float, float] = option((0.9, 0.999), "of the rest, which AdamW updates", within="[0, 1)")
+
+
+OPTIMIZERS: dict[str, type[OptimizerSpec]] = {"sgd": SGD, "adamw": AdamW, "muon": Muon}
+"""Every optimizer by name."""
