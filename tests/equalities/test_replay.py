@@ -103,7 +103,7 @@ def test_a_text_may_be_gone(tmp_path, monkeypatch, options):
     for file in [file for file in cache.rglob("*") if file.is_file()]:
         file.unlink()
     assert replayed(path) == expected
-    keys = [record.key for record in journal.read(path / "journal").records]
+    keys = [record.terms[0].key for record in journal.read(path / "journal").iterate()]
     assert len(set(keys)) == (2 if "episode" in options else STEPS)
 
 
@@ -122,13 +122,14 @@ def test_a_resumed_run_is_made_again(tmp_path):
     assert checkpoint.checksum(checkpoint.weights_of(model)) == left(tmp_path / "run")["weights"]
 
 
-def test_a_run_that_is_gone_is_made_again_to_its_last_whole_step(tmp_path):
+def test_a_run_that_is_gone_is_made_again_to_its_last_whole_step(tmp_path, caplog):
     with pytest.raises(Abandoned):
         train(small(), tmp_path / "run", report=Interrupt(6, "abandoned"))
     train(small(run={"checkpoint_every": 1, "keep": 9}), tmp_path / "whole")
     data = (tmp_path / "run" / "journal").read_bytes()
     (tmp_path / "run" / "journal").write_bytes(data[:-1])
     model, steps = replay(tmp_path / "run")
+    assert "last record is torn" in caplog.text
     assert steps == 6
     expected = checkpoint.read(tmp_path / "whole" / "checkpoints" / "step-00000006")
     assert checkpoint.checksum(checkpoint.weights_of(model)) == checkpoint.checksum(expected.weights)
@@ -177,15 +178,16 @@ def test_the_fold_is_the_sum_over_probes(tmp_path, momentum, decay, kind):
     recorded(tmp_path, config)
     weights = {name: p.detach().double() for name, p in trainable(initial_weights(tmp_path)).items()}
     velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
-    for step, record in enumerate(journal.read(tmp_path / "journal").records):
+    for step, record in enumerate(journal.read(tmp_path / "journal").iterate()):
         key = reroll.Key(config.run.seed).at(step)
-        assert record.key == key
+        ((used, _, coefficients),), lr = record.terms, record.settings.lr
+        assert used == key
         for name, p in weights.items():
             z = [reroll.noise(key, p.shape, k, name, kind=kind).double() for k in range(config.gradient.probes)]
-            slope = sum(c * each for c, each in zip(record.coefficients.double(), z, strict=True))
+            slope = sum(c * each for c, each in zip(coefficients.double(), z, strict=True))
             velocity[name] = momentum * velocity[name] + slope
-            p *= 1 - record.lr * decay * (p.dim() >= 2)
-            p -= record.lr * velocity[name]
+            p *= 1 - lr * decay * (p.dim() >= 2)
+            p -= lr * velocity[name]
         made = trainable(replay(tmp_path, step + 1)[0])
         for name, p in weights.items():
             torch.testing.assert_close(made[name].detach().double(), p, rtol=1e-5, atol=2e-6)
@@ -196,15 +198,16 @@ def test_the_coefficients_are_the_differences_of_losses(tmp_path):
     config = small(gradient={"probes": 3, "epsilon": 0.05})
     recorded(tmp_path, config)
     task = config.task.build(config.run.seed)
-    for record in journal.read(tmp_path / "journal").records[:3]:
+    for record in journal.read(tmp_path / "journal").iterate(to=3):
+        ((key, _, coefficients),) = record.terms
         model = replay(tmp_path, record.step)[0].double()
         weights = {name: p.detach().clone() for name, p in trainable(model).items()}
-        for k, coefficient in enumerate(record.coefficients.tolist()):
+        for k, coefficient in enumerate(coefficients.tolist()):
             losses = []
             for sign in (1, -1):
                 with torch.no_grad():
                     for name, p in trainable(model).items():
-                        p.copy_(weights[name] + sign * 0.05 * reroll.noise(record.key, p.shape, k, name).double())
+                        p.copy_(weights[name] + sign * 0.05 * reroll.noise(key, p.shape, k, name).double())
                     losses.append(task.loss(model, task.batch(record.step)).mean().item())
             assert coefficient == pytest.approx((losses[0] - losses[1]) / (2 * 0.05 * 3), rel=1e-4, abs=1e-5)
 
@@ -238,27 +241,43 @@ def test_backprop_names_its_checkpoints(tmp_path, capsys):
     assert main(["replay", str(tmp_path)]) == 2
 
 
-def test_other_initial_weights_are_refused(tmp_path):
+def test_an_edited_config_changes_no_replay(tmp_path):
+    """What it needs is in the journal."""
+    expected, config = recorded(tmp_path, small()), tmp_path / "config.toml"
+    text = config.read_text()
+    for old, new in (("momentum = 0.9", "momentum = 0.5"), ("seed = 7", "seed = 8"), ("lr = 0.1", "lr = 0.3")):
+        assert old in text
+        config.write_text(text.replace(old, new))
+        assert replayed(tmp_path) == expected
+
+
+def test_other_initial_weights_are_refused(tmp_path, monkeypatch):
     """A seed that gives other weights than it did, as another torch may; and changed weights of --init."""
     init = checkpoint.weights_of(initial_of(small()))
     recorded(tmp_path / "drawn", small())
     recorded(tmp_path / "given", small(), init=init)
-    config = tmp_path / "drawn" / "config.toml"
-    config.write_text(config.read_text().replace("seed = 7", "seed = 8"))
     init["head.bias"] += 1e-6
     checkpoint.save_file(init, tmp_path / "given" / "init.safetensors")
+    made = build.build_model
+    monkeypatch.setattr(build, "build_model", lambda config, sizes, seed: made(config, sizes, seed + 1))
     for name in ("drawn", "given"):
         with pytest.raises(RunError, match="the initial weights .* are not those of the run"):
             replay(tmp_path / name)
 
 
-def test_a_damaged_journal_is_refused(tmp_path):
-    recorded(tmp_path, small())
-    data = bytearray((tmp_path / "journal").read_bytes())
-    data[-200] ^= 1
-    (tmp_path / "journal").write_bytes(data)
-    with pytest.raises(RunError, match="does not check"):
-        replay(tmp_path)
-    (tmp_path / "journal").unlink()
+def test_a_damaged_journal_is_refused(tmp_path, capsys):
+    expected = recorded(tmp_path, small())
+    file = tmp_path / "journal"
+    whole, offsets = file.read_bytes(), journal.read(file).offsets
+    for at in (offsets[3] + 1, offsets[3] + 40):  # a length, a content
+        data = bytearray(whole)
+        data[at] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(RunError, match=r"damaged at step 3: .*--to 3"):
+            replay(tmp_path)
+        assert main(["replay", str(tmp_path), "--checksum"]) == 1
+        assert main(["replay", str(tmp_path), "--checksum", "--to", "3"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == expected[3]
+    file.unlink()
     with pytest.raises(RunError, match="cannot be read"):
         replay(tmp_path)

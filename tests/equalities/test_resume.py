@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 
 import pytest
 
@@ -146,7 +147,8 @@ def test_a_torn_end_is_dropped_and_said_so(tmp_path):
     (path / "journal").write_bytes(whole[:-7])
     rows = (path / "metrics.jsonl").read_text()
     (path / "metrics.jsonl").write_text(rows[:-30])
-    torn = len(whole) - 7 - journal.read(path / "journal").end
+    torn = journal.read(path / "journal").torn
+    assert torn > 7
     _, report = interrupted(small(), path)
     assert (
         f"Resuming {path} at step 4. The journal's last record was torn ({torn} bytes); it is dropped." in report.notes
@@ -213,11 +215,66 @@ def test_a_journal_shorter_than_its_checkpoint_is_refused(tmp_path):
     path = tmp_path / "run"
     with pytest.raises(Abandoned):
         train(small(), path, report=Interrupt(7, "abandoned"))
-    journal.Writer.append(path / "journal", 3).close()
+    journal.Writer.append(journal.read(path / "journal"), 3).close()
     before = contents(path)
     with pytest.raises(RunError, match="has 3 of the 6 steps the checkpoint has"):
         train(small(), path, resume=True)
     assert contents(path) == before
+
+
+def refused(path, message):
+    before = contents(path)
+    with pytest.raises(RunError, match=message):
+        train(small(), path, resume=True)
+    assert contents(path) == before
+
+
+def test_a_damaged_journal_is_named_and_goes_on_before_its_damage(tmp_path):
+    train(small(), tmp_path / "straight")
+    path = tmp_path / "run"
+    with pytest.raises(Abandoned):
+        train(small(), path, report=Interrupt(7, "abandoned"))
+    file = path / "journal"
+    whole, offsets = file.read_bytes(), journal.read(file).offsets
+    for step in (3, 6):
+        data = bytearray(whole)
+        data[offsets[step]] ^= 1
+        file.write_bytes(data)
+        if step == 3:
+            refused(path, "journal is damaged at step 3")
+    _, report = interrupted(small(), path)
+    assert "at step 6. The journal is damaged at step 6" in report.notes[0]
+    assert differences(left(tmp_path / "straight"), left(path)) == []
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_files_of_another_run_of_the_same_shape_are_refused(tmp_path, gradient):
+    for seed in (1, 2):
+        config = small(run={"seed": seed}, **GRADIENTS[gradient])
+        with pytest.raises(Abandoned):
+            train(config, tmp_path / str(seed), report=Interrupt(5, "abandoned"))
+    files = {"checkpoints": "checkpoints/step-00000004 is of another run", "environment.json": "is of another run"}
+    files |= {"journal": "the journal is of another run"} if gradient == "probes" else {}
+    for name, message in files.items():
+        shutil.copytree(tmp_path / "1", tmp_path / name)
+        mixed, other = tmp_path / name / name, tmp_path / "2" / name
+        if mixed.is_dir():
+            shutil.rmtree(mixed)
+            shutil.copytree(other, mixed)
+        else:
+            shutil.copy(other, mixed)
+        before = contents(tmp_path / name)
+        with pytest.raises(RunError, match=message):
+            train(small(run={"seed": 1}, **GRADIENTS[gradient]), tmp_path / name, resume=True)
+        assert contents(tmp_path / name) == before
+
+
+def test_an_edited_config_is_not_resumed(tmp_path):
+    train(small(), tmp_path / "run", report=Interrupt(3))
+    file = tmp_path / "run" / "config.toml"
+    file.write_text(file.read_text().replace("momentum = 0.9", "momentum = 0.5"))
+    with pytest.raises(RunError, match=r"config.toml or environment.json is not what it was"):
+        train(small(optim={"momentum": 0.5}), tmp_path / "run", resume=True)
 
 
 def contents(path):

@@ -107,9 +107,9 @@ def test_one_damaged_checkpoint_is_passed_over(cli, run, tmp_path):
 
 def foreign_journals(data):
     """Journals that are whole, by their checksums, and not of this run."""
-    parts = list(journal._blocks(data, len(journal.MAGIC)))
-    header = json.loads(parts[0].bytes)
-    records = b"".join(journal._block(part.bytes) for part in parts[1:])
+    begin = int.from_bytes(data[len(journal.MAGIC) :][:4], "little") + len(journal.MAGIC) + 12
+    kept, records = data[len(journal.MAGIC) + 12 : begin], data[begin:]
+    header = json.loads(kept)
     headers = [
         [],
         "x",
@@ -122,15 +122,17 @@ def foreign_journals(data):
         header | {"update": "sideways"},
         header | {"init": True},
         header | {"initial": "0" * 64},
+        header | {"config": "["},
+        header | {"config": header["config"].replace("seed = 0", "seed = 1")},
     ]
     for changed in headers:
         yield journal.MAGIC + journal._block(json.dumps(changed).encode()) + records
     yield journal.MAGIC + journal._block(b'{"deep": ' * 5000) + records
-    yield journal.MAGIC + journal._block(parts[0].bytes) + journal._block(b"short")
-    yield journal.MAGIC + journal._block(parts[0].bytes) + journal._block(parts[1].bytes[:-4])
+    yield journal.MAGIC + journal._block(kept) + journal._block(b"short")
+    yield journal.MAGIC + journal._block(kept) + journal._block(records[12:-4])
     yield data[: len(journal.MAGIC) + 20]
     yield b""
-    yield data.replace(b"journal.1", b"journal.2", 1)
+    yield data.replace(b"journal.2", b"journal.1", 1)
 
 
 def test_foreign_journals_are_refused(cli, run):

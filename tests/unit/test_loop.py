@@ -83,7 +83,7 @@ def test_rates_follow_the_schedule_and_epsilon_follows_the_rate(tmp_path, schedu
     expected = [0.01 * Schedule(9, schedule, warmup=2)(step) for step in range(9)]
     assert [row["lr"] for row in rows_of(tmp_path)] == pytest.approx(expected)
     assert [row["epsilon"] for row in rows_of(tmp_path)] == pytest.approx([max(3 * lr, 0.02) for lr in expected])
-    assert [r.lr for r in journal.read(tmp_path / "journal").records] == pytest.approx(expected)
+    assert [r.settings.lr for r in journal.read(tmp_path / "journal").iterate()] == pytest.approx(expected)
 
 
 def test_a_plateau_halves_a_fixed_epsilon_down_to_its_floor(tmp_path):
@@ -172,7 +172,7 @@ def ended(path):
     assert saved.step == status["step"] == saved.state["progress"]["step"]
     assert len([row for row in rows_of(path) if math.isfinite(row["loss"])]) == status["step"]
     if config.gradient.seeded:
-        assert len(journal.read(path / "journal").records) == status["step"]
+        assert journal.read(path / "journal").steps == status["step"]
     return status["state"], status["reason"], status["step"]
 
 

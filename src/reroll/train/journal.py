@@ -1,21 +1,30 @@
 """The journal: every step of a run in a few hundred bytes, from which its weights can be made again without its data.
 
-With gradients from probes the weights are a fold over records (step, key, ε, η, coefficients) from the initial weights.
+With gradients from probes the weights are a fold over records (loss, settings, terms) from the initial weights.
 
-    header    MAGIC, then a block of JSON: how the run was set up, checksum of the initial weights
-    record    a block: step u64 · key 8 bytes · ε f64 · η f64 · loss f64 · N u32 · N coefficients f32
-    block     length u32 · bytes · CRC-32 u32          all little-endian
+    journal    MAGIC, a block of JSON (the header: run, config, checksum of the initial weights …), a block per step
+    block      length u32 · CRC-32 of the content u32 · CRC-32 of these eight bytes u32 · content
+    content    sections: tag u32 · length u32 · bytes                                    all little-endian
+
+    tag 1      step u64 · loss f64
+    tag 2      lr f64 · momentum f64 · ε f64                                             NaN: the step has none
+    tag 3      key 8 bytes · first probe u64 · coefficients f32 …                        a term; repeated
+
+A step that was not taken has no terms. A tag from 2³¹ on may be passed over by whoever does not know it; any other that
+is unknown is refused. Contents are read one at a time, and their offsets are found from the lengths alone.
 
 Records are appended and flushed one by one, so a killed run leaves at most one torn record at the end, which is dropped
-and said so. Anything else that does not check is an error.
+and said so. What does not check before it is damage, and reported with its step; the steps before it are whole.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +32,18 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from reroll.errors import RunError
+from reroll.grad.base import Term
 from reroll.keys import Key
+from reroll.optim import StepSettings
 
-MAGIC = b"reroll.journal.1\n"
-REMEDY = "A journal cannot be mended; bring back a copy. Its checkpoints do without: reroll eval, sample and export."
-_LENGTH, _CRC = struct.Struct("<I"), struct.Struct("<I")
-_RECORD = struct.Struct("<Q8sdddI")
+NAME, VERSION = b"reroll.journal.", b"2\n"
+MAGIC = NAME + VERSION
+REMEDY = "Bring back a copy of it. Checkpoints do without a journal: reroll eval, sample and export."
+_HEAD, _SECTION = struct.Struct("<III"), struct.Struct("<II")
+_STEP, _SETTINGS, _TERM = struct.Struct("<Qd"), struct.Struct("<ddd"), struct.Struct("<8sQ")
+STEP, SETTINGS, TERM, OPTIONAL = 1, 2, 3, 1 << 31
 
 
 class Record(NamedTuple):
@@ -39,29 +51,74 @@ class Record(NamedTuple):
 
     Args:
         step: counted from 0.
-        key: the key of its probes.
-        epsilon: ε.
-        lr: η.
         loss: the loss it saw.
-        coefficients: c_k as applied (shaped, averaged, clipped), fp32.
+        settings: η, μ and ε of the step.
+        terms: of its gradient; none if it was not finite, and the step not taken.
     """
 
     step: int
-    key: Key
-    epsilon: float
-    lr: float
     loss: float
-    coefficients: Tensor
+    settings: StepSettings
+    terms: tuple[Term, ...]
 
 
 @dataclass(frozen=True)
 class Journal:
-    """A journal as it was read: its header, its whole records, and what was wrong with its end."""
+    """What is known of a journal without its records.
 
+    Args:
+        path: the file.
+        header: how the run was set up.
+        offsets: where each record begins, and where the last of those before any damage ends.
+        torn: bytes of a last record that was not written to its end.
+        damage: what does not check behind the last offset; None if nothing.
+    """
+
+    path: Path
     header: dict[str, Any]
-    records: list[Record]
-    torn_bytes: int
-    end: int
+    offsets: array[int]
+    torn: int = 0
+    damage: str | None = None
+
+    @property
+    def steps(self) -> int:
+        """Records before any damage."""
+        return len(self.offsets) - 1
+
+    def require(self, steps: int) -> None:
+        """Raise `RunError` unless the journal has so many steps, naming its damage if that is why."""
+        if steps > self.steps:
+            raise RunError(self.damage or f"{self.path} has {self.steps} of the {steps} steps the checkpoint has.")
+
+    def iterate(self, from_step: int = 0, to: int | None = None) -> Iterator[Record]:
+        """Yield the records of the steps from `from_step` up to, without, `to`; one is in memory at a time.
+
+        Raises:
+            RunError: at a record that is damaged or not of this version.
+        """
+        for step, content in self.contents(from_step, self.steps if to is None else to):
+            try:
+                record = _unpack(content)
+            except (ValueError, struct.error) as error:
+                raise RunError(
+                    f"the journal {self.path} is not of this version of reroll (step {step}: {error})."
+                ) from None
+            if record.step != step:
+                raise RunError(_damaged(self.path, step))
+            yield record
+
+    def contents(self, from_step: int, to: int) -> Iterator[tuple[int, bytes]]:
+        """Yield (step, bytes) of records, checked but not unpacked."""
+        with self.path.open("rb") as file:
+            file.seek(self.offsets[from_step])
+            for step in range(from_step, to):
+                try:
+                    content = _content(file, self.offsets[-1])
+                except _DoesNotCheck:
+                    content = None
+                if content is None:
+                    raise RunError(_damaged(self.path, step))
+                yield step, content
 
 
 class Writer:
@@ -79,24 +136,23 @@ class Writer:
         return cls(file)
 
     @classmethod
-    def append(cls, path: Path, steps: int) -> Writer:
-        """Continue a journal after its first `steps` steps; later records are cut off."""
-        journal = read(path)
-        kept = [record for record in journal.records if record.step < steps]
-        if len(kept) != steps:
-            raise RunError(
-                f"{path} has {len(kept)} of the {steps} steps the checkpoint has; it belongs to another run."
-            )
-        file = path.open("r+b")
-        file.truncate(_end_of(path, len(kept)))
+    def append(cls, journal: Journal, steps: int) -> Writer:
+        """Continue a journal after its first `steps` steps, which are checked; later records are cut off.
+
+        Raises:
+            RunError: if one of them is damaged or missing.
+        """
+        journal.require(steps)
+        for _ in journal.contents(0, steps):
+            pass
+        file = journal.path.open("r+b")
+        file.truncate(journal.offsets[steps])
         file.seek(0, os.SEEK_END)
         return cls(file)
 
     def write(self, record: Record) -> None:
         """Append a record and flush it to the operating system."""
-        coefficients = record.coefficients.numpy().astype("<f4")
-        fixed = (record.step, record.key.digest, record.epsilon, record.lr, record.loss, len(coefficients))
-        self.file.write(_block(_RECORD.pack(*fixed) + coefficients.tobytes()))
+        self.file.write(_block(_pack(record)))
         self.file.flush()
 
     def sync(self) -> None:
@@ -111,72 +167,113 @@ class Writer:
 
 
 def read(path: Path) -> Journal:
-    """Read a journal.
+    """Read the header of a journal and where its records are.
 
     Raises:
-        RunError: if it is missing, no journal, or damaged anywhere but at its end.
+        RunError: if it is missing, no journal of this version, or its header is damaged.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return _read(path, file, size)
     except OSError as error:
         raise RunError(
-            f"{path} cannot be read ({error.strerror}); only runs with gradients from probes keep one."
+            f"{path} cannot be read ({error.strerror}); only runs with gradients from probes keep a journal."
         ) from None
-    if not data.startswith(MAGIC):
-        raise RunError(f"{path} is no journal of this version of reroll.")
-    blocks = list(_blocks(data, len(MAGIC)))
-    if not blocks or blocks[0].bytes is None:
-        raise RunError(f"{path} is damaged: its header does not check. {REMEDY}")
-    contents = []
-    for position, block in enumerate(blocks[1:], 1):
-        if block.bytes is None:
-            if position != len(blocks) - 1:
-                which = f"record {position - 1} of {len(blocks) - 1}"
-                raise RunError(f"{path} is damaged: {which} does not check. {REMEDY}")
-            break
-        contents.append(block.bytes)
+
+
+class _DoesNotCheck(Exception):
+    """Bytes that are all there are not those that were written."""
+
+
+def _read(path: Path, file: BinaryIO, size: int) -> Journal:
+    magic = file.read(len(MAGIC))
+    if magic != MAGIC:
+        version = magic.removeprefix(NAME).strip().decode("ascii", "replace") if magic.startswith(NAME) else None
+        what = f"a journal of version {version}; this reroll reads {VERSION.decode().strip()}" if version else "none"
+        raise RunError(f"{path} is no journal that can be read: it is {what}. {REMEDY}")
     try:
-        header = dict(json.loads(blocks[0].bytes))
-        records = [_unpack(content) for content in contents]
-    except (ValueError, TypeError, struct.error, RecursionError) as error:
+        content = _content(file, size)
+        if content is None:
+            raise _DoesNotCheck
+        header = dict(json.loads(content))
+    except _DoesNotCheck:
+        raise RunError(f"{path} is damaged: its header does not check. {REMEDY}") from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{path} is whole, but not of this version of reroll ({error}).") from None
-    torn = blocks[-1].bytes is None
-    end = blocks[-1].begin if torn else len(data)
-    return Journal(header, records, len(data) - end, end)
+    offsets, damage = array("Q", [file.tell()]), None
+    while offsets[-1] < size:
+        file.seek(offsets[-1])
+        try:
+            head = _head(file, size)
+        except _DoesNotCheck:
+            damage = _damaged(path, len(offsets) - 1)
+            break
+        if head is None or (file.tell() + head[0] == size and zlib.crc32(file.read()) != head[1]):
+            break
+        offsets.append(offsets[-1] + _HEAD.size + head[0])
+    return Journal(path, header, offsets, 0 if damage else size - offsets[-1], damage)
 
 
-class _Found(NamedTuple):
-    begin: int
-    bytes: bytes | None  # None: torn, or its checksum is wrong
+def _head(file: BinaryIO, size: int) -> tuple[int, int] | None:
+    """Length and checksum of the next content; None if it is not all there."""
+    raw = file.read(_HEAD.size)
+    if len(raw) < _HEAD.size:
+        return None
+    length, check, own = _HEAD.unpack(raw)
+    if zlib.crc32(raw[:8]) != own:
+        # When the power fails, a file can have its new size before its new bytes: zeros.
+        if any(raw) or any(file.read()):
+            raise _DoesNotCheck
+        return None
+    return (length, check) if file.tell() + length <= size else None
 
 
-def _blocks(data: bytes, begin: int) -> Iterator[_Found]:
-    while begin < len(data):
-        if begin + _LENGTH.size > len(data):
-            yield _Found(begin, None)
-            return
-        (length,) = _LENGTH.unpack_from(data, begin)
-        first, last = begin + _LENGTH.size, begin + _LENGTH.size + length
-        if last + _CRC.size > len(data):
-            yield _Found(begin, None)
-            return
-        content = data[first:last]
-        good = zlib.crc32(content) == _CRC.unpack_from(data, last)[0]
-        yield _Found(begin, content if good else None)
-        begin = last + _CRC.size
-
-
-def _end_of(path: Path, records: int) -> int:
-    """Where the record after the first `records` begins."""
-    begins = [block.begin for block in _blocks(path.read_bytes(), len(MAGIC))]
-    return begins[records + 1] if records + 1 < len(begins) else path.stat().st_size
+def _content(file: BinaryIO, size: int) -> bytes | None:
+    """The next content; None if it is not all there."""
+    head = _head(file, size)
+    if head is None:
+        return None
+    content = file.read(head[0])
+    if zlib.crc32(content) != head[1]:
+        raise _DoesNotCheck
+    return content
 
 
 def _block(content: bytes) -> bytes:
-    return _LENGTH.pack(len(content)) + content + _CRC.pack(zlib.crc32(content))
+    front = struct.pack("<II", len(content), zlib.crc32(content))
+    return front + struct.pack("<I", zlib.crc32(front)) + content
+
+
+def _damaged(path: Path, step: int) -> str:
+    before = f" Steps before it are whole: reroll replay {path.parent} --to {step} makes their weights." if step else ""
+    return f"{path} is damaged at step {step}: its record does not check.{before} {REMEDY}"
+
+
+def _pack(record: Record) -> bytes:
+    numbers = (record.settings.lr, record.settings.momentum, record.settings.epsilon)
+    sections = [(STEP, _STEP.pack(record.step, record.loss))]
+    sections += [(SETTINGS, _SETTINGS.pack(*(math.nan if value is None else value for value in numbers)))]
+    for key, first, coefficients in record.terms:
+        sections += [(TERM, _TERM.pack(key.digest, first) + coefficients.numpy().astype("<f4").tobytes())]
+    return b"".join(_SECTION.pack(tag, len(content)) + content for tag, content in sections)
 
 
 def _unpack(content: bytes) -> Record:
-    step, digest, epsilon, lr, loss, count = _RECORD.unpack_from(content)
-    coefficients = np.frombuffer(content, "<f4", count, _RECORD.size).astype(np.float32)
-    return Record(step, Key.from_bytes(digest), epsilon, lr, loss, torch.from_numpy(coefficients))
+    step, loss, settings, terms, at = -1, math.nan, StepSettings(math.nan), [], 0
+    while at < len(content):
+        tag, length = _SECTION.unpack_from(content, at)
+        at += _SECTION.size + length
+        section = content[at - length : at]
+        if tag == STEP:
+            step, loss = _STEP.unpack(section)
+        elif tag == SETTINGS:
+            lr, *others = _SETTINGS.unpack(section)
+            settings = StepSettings(lr, *(None if math.isnan(value) else value for value in others))
+        elif tag == TERM:
+            digest, first = _TERM.unpack_from(section)
+            coefficients = np.frombuffer(section, "<f4", offset=_TERM.size).astype(np.float32)
+            terms.append(Term(Key.from_bytes(digest), first, torch.from_numpy(coefficients)))
+        elif tag < OPTIONAL:
+            raise ValueError(f"a section with the unknown tag {tag}")
+    return Record(step, loss, settings, tuple(terms))

@@ -191,10 +191,9 @@ def take_step(session: Session) -> dict[str, Any]:
 
     def record(result: StepResult) -> None:
         if session.journal is not None and isinstance(result.gradient, Seeded):
+            terms = result.gradient.terms if result.outcome else ()  # a step that was not taken has none
             # ε as it was asked for: with restore="grid", it is what the grid of the weights is made from.
-            epsilon, coefficients = settings.epsilon or 0.0, result.gradient.coefficients
-            coefficients = coefficients if result.outcome else coefficients[:0]  # a step that was not taken has none
-            session.journal.write(Record(number, key, epsilon, settings.lr, float(result.loss), coefficients))
+            session.journal.write(Record(number, float(result.loss), settings, terms))
 
     try:
         with watching() as rollouts:

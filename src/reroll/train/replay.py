@@ -9,6 +9,7 @@ torch the run was made with, the weights are the run's bit for bit.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -17,11 +18,14 @@ from safetensors import SafetensorError
 from reroll.errors import RunError, UsageError
 from reroll.grad.base import Seeded, trainable
 from reroll.grad.evaluate.in_place import snap_to_grid
+from reroll.kernels.noise_axpy import noise_of
 from reroll.models import Recurrent
-from reroll.optim import StepSettings, apply, configure
-from reroll.train import build, checkpoint, journal
+from reroll.optim import apply, configure
+from reroll.train import build, checkpoint, journal, toml
 from reroll.train.config import Config, resolve
 from reroll.train.run import read_config
+
+log = logging.getLogger(__name__)
 
 
 def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
@@ -42,12 +46,18 @@ def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
     if not config.gradient.seeded:
         saved = ", ".join(p.name for p in checkpoint.all_of(path / "checkpoints")) or "none"
         raise UsageError(f"{path} was trained by backprop, whose steps cannot be replayed; its checkpoints: {saved}.")
-    found = journal.read(path / "journal")
-    steps = len(found.records) if to is None else to
-    if not 0 <= steps <= len(found.records):
-        raise UsageError(f"--to {to}: the journal of {path} has {len(found.records)} steps.")
+    record = journal.read(path / "journal")
+    steps = record.steps if to is None else to
+    if record.damage and (to is None or to > record.steps):
+        raise RunError(record.damage)
+    if not 0 <= steps <= record.steps:
+        raise UsageError(f"--to {to}: the journal of {path} has {record.steps} steps.")
+    if record.torn:
+        log.warning("%s: the last record is torn (%d bytes) and left out.", record.path, record.torn)
     try:
-        return _again(path, config, found, steps), steps
+        # What the run was trained with, whatever config.toml says today.
+        config = toml.overlay(Config(), toml.parse(record.header["config"]), str(record.path))
+        return _again(path, config, record, steps), steps
     except RunError:
         raise
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
@@ -55,9 +65,9 @@ def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
         raise RunError(f"the journal of {path} is of another run, or of another version of reroll ({what}).") from None
 
 
-def _again(path: Path, config: Config, found: journal.Journal, steps: int) -> Recurrent:
+def _again(path: Path, config: Config, record: journal.Journal, steps: int) -> Recurrent:
     """Draw the initial weights, check them, and take the steps."""
-    header = found.header
+    header = record.header
     model = build.build_model(config.model, build.Sizes.read(header["sizes"]), config.run.seed)
     if header["init"]:
         checkpoint.put_weights(model, checkpoint.load_file(path / "init.safetensors"), "init.safetensors")
@@ -69,12 +79,12 @@ def _again(path: Path, config: Config, found: journal.Journal, steps: int) -> Re
     optimizer = build.build_optim(config, model, 1.0)  # every record says its own rate
     parameters: dict[str, torch.Tensor] = dict(trainable(model))
     sums = torch.float64 if header["sums"] == "fp64" else None
-    for record in found.records[:steps]:
-        if not len(record.coefficients):  # its gradient was not finite, and the step not taken
+    for taken in record.iterate(to=steps):
+        if not taken.terms:  # its gradient was not finite, and the step not taken
             continue
         if header["restore"] == "grid":
-            snap_to_grid(parameters, record.epsilon)
-        configure(optimizer, StepSettings(record.lr))
-        gradient = Seeded.of(record.key, record.coefficients, header["noise"], parameters, sums=sums)
+            snap_to_grid(parameters, taken.settings.epsilon or 0.0)
+        configure(optimizer, taken.settings)
+        gradient = Seeded(taken.terms, noise_of(header["noise"]), parameters, sums=sums)
         apply(gradient, optimizer, header["update"])
     return model

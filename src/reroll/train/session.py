@@ -6,6 +6,7 @@ to step besides weights and optimizer. Both together are what a checkpoint saves
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from reroll.keys import Key
 from reroll.models import Recurrent
 from reroll.optim import Average, Plateau, Schedule, StepSettings
 from reroll.specs.base import leaves
-from reroll.train import build, checkpoint, journal
+from reroll.train import build, checkpoint, journal, toml
 from reroll.train.config import Config
 from reroll.train.evaluate import Precision
 from reroll.train.load import rescue
@@ -102,6 +103,7 @@ class Session:
     precision: Precision
     clock: Clock
     mesh: Mesh = ALONE
+    run: str = ""
     journal: journal.Writer | None = None
 
     def batch(self, step: int) -> Batch:
@@ -135,6 +137,7 @@ class Session:
         if self.journal is not None:
             self.journal.sync()
         state = {
+            "run": self.run,
             "progress": asdict(replace(self.progress, carried=None)),
             "carried": None if self.progress.carried is START else self.progress.carried,
             "optimizer": self.optimizer.state_dict(),
@@ -157,6 +160,7 @@ class Session:
             raise RunError(f"The checkpoint of step {saved.step} is of another version of reroll ({what}).") from None
 
     def _restore(self, state: dict[str, Any]) -> None:
+        self.run = state["run"]
         self.progress = Progress(**{**state["progress"], "carried": START})
         if state["carried"] is not None:
             self.progress.carried = self._carried(state["carried"])
@@ -211,7 +215,7 @@ def open_session(
         folder.cut_metrics(0)
         return _begin(config, folder, init), f"{path} has no checkpoint yet: it begins again, at step 0."
     config, extra = agree(read_config(path), config), read_json(path / "environment.json")
-    if saved is None or "sizes" not in extra:
+    if saved is None or not {"sizes", "run"} <= extra.keys():
         what = "none of its checkpoints is whole" if saved is None else "environment.json is missing or damaged"
         remedy = rescue(path, config) if saved is None else "Begin another run in another folder."
         raise RunError(f"{path} cannot be resumed: {what}. It is left as it is. {remedy}")
@@ -220,14 +224,17 @@ def open_session(
             f"--steps {config.run.steps}: {path} has taken {saved.step} steps already, and none is taken back. "
             "Give more to go on."
         )
+    record = journal.read(folder.journal) if config.gradient.seeded else None
+    _require_one_run(folder, config, extra, saved, record)
     session = _build(config, folder, extra)
     session.restore(saved)
     note = f"Resuming {path} at step {saved.step}."
-    if config.gradient.seeded:
-        torn = journal.read(folder.journal).torn_bytes
-        if torn:
-            note += f" The journal's last record was torn ({torn} bytes); it is dropped."
-        session.journal = journal.Writer.append(folder.journal, saved.step)
+    if record is not None:
+        session.journal = journal.Writer.append(record, saved.step)
+        if record.torn:
+            note += f" The journal's last record was torn ({record.torn} bytes); it is dropped."
+        if record.damage:
+            note += f" The journal is damaged at step {record.steps}, from where on it is written again."
     # From here on, what is later than the checkpoint goes: it is about to be made again.
     folder.write_config(config)
     folder.cut_metrics(saved.step)
@@ -267,6 +274,33 @@ def agree(saved: Config, given: Config) -> Config:
             )
         changed[name.removeprefix("run.")] = value
     return saved.replace(run=changed)
+
+
+def run_id(config: Config, extra: dict[str, Any]) -> str:
+    """Return the name of a run in its files: a digest of its `binding` config, initial weights and data."""
+    parts = (toml.dumps(binding(config)), extra.get("initial"), extra.get("fingerprint"))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def binding(config: Config) -> Config:
+    """Return a config with what may change when a run is resumed left out: what makes it this run and no other."""
+    free = {name.partition(".")[2] for name in FREE}
+    return config.replace(run={name: getattr(Config().run, name) for name in free})
+
+
+def _require_one_run(
+    folder: RunFolder, config: Config, extra: dict[str, Any], saved: checkpoint.Checkpoint, record: Any
+) -> None:
+    """Raise `RunError` if config, environment, checkpoint and journal do not name one run."""
+    name, step = extra["run"], f"step-{saved.step:08d}"
+    wrong = {
+        f"checkpoints/{step} is of another run": saved.state.get("run") != name,
+        "the journal is of another run": record is not None and record.header.get("run") != name,
+        "config.toml or environment.json is not what it was when the run began": run_id(config, extra) != name,
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise RunError(f"{folder.path} cannot be resumed: {what}. Bring back the run's own, or begin another run.")
 
 
 def _begin(config: Config, folder: RunFolder, init: dict[str, torch.Tensor] | None) -> Session:
@@ -316,17 +350,20 @@ def _build(config: Config, folder: RunFolder, extra: dict[str, Any] | None) -> S
 def start_record(session: Session) -> None:
     """Write config, environment and the journal's header; what a run does before its first step."""
     config, folder, task, model = session.config, session.folder, session.task, session.model
-    metadata = task.metadata()
+    metadata = task.metadata() | {"initial": checkpoint.checksum(checkpoint.weights_of(model))}
+    session.run = run_id(config, metadata)
     folder.write_config(config)
     folder.write_environment(
-        **metadata, parameters=sum(p.numel() for p in model.parameters()), device=str(session.device),
+        run=session.run, **metadata, parameters=sum(p.numel() for p in model.parameters()), device=str(session.device),
     )  # fmt: skip
     if isinstance(session.estimator, CentralDifference):
         header = {
+            "run": session.run,
+            "config": toml.dumps(binding(config)),
             "sizes": metadata["sizes"],
-            "initial": checkpoint.checksum(checkpoint.weights_of(model)),
-            "noise": session.estimator.directions.name,
-            "restore": session.estimator.restore if session.estimator.evaluate == "in_place" else "copy",
+            "initial": metadata["initial"],
+            "noise": session.estimator.kind,
+            "restore": config.gradient.restore if config.gradient.evaluate == "in_place" else "copy",
             "update": config.optim.update,
             "sums": session.estimator.sums,
             "init": folder.init.exists(),
