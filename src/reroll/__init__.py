@@ -41,6 +41,8 @@ _PUBLIC = {
     "Seeded": "reroll.grad",
     "CDRGE": "reroll.optim",
     "apply": "reroll.optim",
+    "Session": "reroll.train.session",
+    "train": "reroll.train",
     "load": "reroll.train.load",
     "measure": "reroll.train.measure",
 }

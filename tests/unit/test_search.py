@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from reroll.errors import RunError
 from reroll.grad.base import trainable
-from reroll.train import checkpoint, search
+from reroll.train import build, checkpoint, search
 from reroll.train.config import resolve
 from reroll.train.loop import train
+from reroll.train.resume import open_session
 from reroll.train.run import read_config, read_json, read_metrics
 from reroll.train.search import grid, middles, search_lr
-from reroll.train.session import open_session
 from tests.runs import Interrupt, differences, left, small, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_steps")
@@ -158,7 +158,7 @@ def test_a_search_leaves_everything_as_it_was(tmp_path, name):
         "dnc": {"model": {"kind": "dnc", "word_size": 3, "memory_size": 4}},
     }[name]
     session = opened(tmp_path / "run", **sections)
-    session.config, _ = search.build.plan_units(session.config, session.model, session.batch(0))
+    session.planned(build.plan_units(session.config, session.estimator, session.model, session.batch(0))[0])
     weights = {n: t.clone() for n, t in checkpoint.weights_of(session.model).items()}
     progress, batch = dict(vars(session.progress)), session.batch(0)
     random.seed(3)
@@ -266,5 +266,5 @@ def test_a_rate_that_leaves_what_is_finite_is_infinite(tmp_path):
     session.loss_fn = quadratic(1e3)
     assert search.trial(session, 1.0, session.config.optim.search_steps) == math.inf
     assert all(p.grad is None for p in session.model.parameters())
-    session.config = session.config.replace(gradient={"kind": "probes", "epsilon": 0.01})
+    session.planned(session.config.replace(gradient={"kind": "probes", "epsilon": 0.01}))
     assert search.trial(session, 1.0, session.config.optim.search_steps) == math.inf

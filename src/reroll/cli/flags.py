@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from reroll.errors import UsageError, nearest
-from reroll.specs.base import hints, leaves
+from reroll.specs.base import OBJECT, hints, leaves
 from reroll.train.config import Config
 from reroll.train.toml import parse_value, put
 
@@ -187,7 +187,8 @@ def flag_fields() -> dict[str, tuple[str, Any, dataclasses.Field[Any]]]:
             for f in dataclasses.fields(kind):
                 nested, flag = f.metadata["kinds"], f.metadata["flag"]
                 if flag and nested:
-                    flags.setdefault(flag, (f"{prefix}{f.name}.kind", Literal[*nested], f))
+                    kinds_of = Literal[*(name for name in nested if name != OBJECT)]
+                    flags.setdefault(flag, (f"{prefix}{f.name}.kind", kinds_of, f))
                 elif flag:
                     flags.setdefault(flag, (prefix + f.name, hints(kind)[f.name], f))
                 if nested:

@@ -66,6 +66,30 @@ class Spec(Options):
     kind: str = option("", "which of them")
 
 
+OBJECT = "object"
+"""The kind of what was handed in as an object; no command line can ask for it."""
+
+
+@dataclass(frozen=True)
+class Handed(Options):
+    """Says of an object that was handed in what its class is: whoever goes on with the run hands it in again."""
+
+    kind: str = option(OBJECT, "an object that was handed in")
+    name: str = option("", "its class")
+
+    def build(self, *arguments: Any, **options: Any) -> Any:
+        """Raise `UsageError`: there is nothing to make it from."""
+        raise UsageError(
+            f"the run was made with an object of {self.name}, which only you have: hand it in again, by "
+            "Session.of(task, model, estimator, optimizer, …)."
+        )
+
+    @classmethod
+    def of(cls, value: Any, **options: Any) -> Any:
+        """Return the spec of an object."""
+        return cls(name=f"{type(value).__module__}.{type(value).__qualname__}", **options)
+
+
 @functools.cache
 def hints(kind: type) -> dict[str, Any]:
     """Return the types of a dataclass's fields."""

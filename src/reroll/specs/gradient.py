@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from reroll.errors import UsageError
-from reroll.specs.base import Options, Spec, exclude, option, runtime
+from reroll.specs.base import OBJECT, Handed, Options, Spec, exclude, option, runtime
 
 
 @dataclass(frozen=True)
@@ -149,5 +149,10 @@ class Backprop(GradientSpec):
         return runtime("grad:Backprop")(self.accumulate, self.truncate, self.checkpoint)
 
 
-GRADIENTS: dict[str, type[GradientSpec]] = {"probes": Probes, "backprop": Backprop}
+@dataclass(frozen=True)
+class ObjectGradient(Handed, GradientSpec):
+    """An estimator that was handed in and that no other spec describes: its steps are not journaled."""
+
+
+GRADIENTS: dict[str, type[GradientSpec]] = {"probes": Probes, "backprop": Backprop, OBJECT: ObjectGradient}
 """Every source of gradients by name."""

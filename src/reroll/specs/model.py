@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from reroll.errors import UsageError
-from reroll.specs.base import Spec, option, runtime
+from reroll.specs.base import OBJECT, Handed, Spec, option, runtime
 
 
 @dataclass(frozen=True)
@@ -155,5 +155,12 @@ CELLS = {
     "para_lstm": "ParaLSTM",
 }  # fmt: skip
 """Cells with no options besides those of all; the class of each in `reroll.cells`."""
-MODELS: dict[str, type[ModelSpec]] = {"lstm": LSTM, "dnc": DNC, **dict.fromkeys(CELLS, Cells)}
+
+
+@dataclass(frozen=True)
+class ObjectModel(Handed, ModelSpec):
+    """A module that was handed in."""
+
+
+MODELS: dict[str, type[ModelSpec]] = {"lstm": LSTM, "dnc": DNC, **dict.fromkeys(CELLS, Cells), OBJECT: ObjectModel}
 """Every model by name."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from reroll.errors import UsageError
-from reroll.specs.base import Spec, option, runtime
+from reroll.specs.base import OBJECT, Handed, Spec, option, runtime
 
 
 @dataclass(frozen=True)
@@ -111,5 +111,10 @@ class Muon(OptimizerSpec):
     betas: tuple[float, float] = option((0.9, 0.999), "of the rest, which AdamW updates", within="[0, 1)")
 
 
-OPTIMIZERS: dict[str, type[OptimizerSpec]] = {"sgd": SGD, "adamw": AdamW, "muon": Muon}
+@dataclass(frozen=True)
+class ObjectOptimizer(Handed, OptimizerSpec):
+    """An optimizer that was handed in, at its own learning rates: `lr` is the first, the others keep their ratio."""
+
+
+OPTIMIZERS: dict[str, type[OptimizerSpec]] = {"sgd": SGD, "adamw": AdamW, "muon": Muon, OBJECT: ObjectOptimizer}
 """Every optimizer by name."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reroll.errors import UsageError
-from reroll.specs.base import Spec, exclude, option, runtime
+from reroll.specs.base import OBJECT, Handed, Spec, exclude, option, runtime
 
 SERIES = (".csv", ".npy", ".npz")
 """Endings of files with numbers."""
@@ -130,6 +130,16 @@ class Arrays(FileTask):
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ObjectTask(Handed, TaskSpec):
+    """A task that was handed in."""
+
+
 GENERATED = ("copy", "repeat_copy", "reverse", "sort", "add", "parity", "recall", "memorise")
-TASKS: dict[str, type[TaskSpec]] = {**dict.fromkeys(GENERATED, Generated), "text": Text, "arrays": Arrays}
+TASKS: dict[str, type[TaskSpec]] = {
+    **dict.fromkeys(GENERATED, Generated),
+    "text": Text,
+    "arrays": Arrays,
+    OBJECT: ObjectTask,
+}
 """Every task by name."""

@@ -74,10 +74,9 @@ def build_schedule(config: Config) -> tuple[Schedule, Plateau]:
     return schedule, Plateau(optim.plateau, optim.plateau_factor)
 
 
-def plan_units(config: Config, model: nn.Module, batch: Any) -> tuple[Config, str]:
+def plan_units(config: Config, estimator: Estimator, model: nn.Module, batch: Any) -> tuple[Config, str]:
     """Fill in how probes are evaluated (mode, chunk, threads), by static rules; return the config and a sentence."""
-    estimator = build_estimator(config, 1.0)
-    if not isinstance(estimator, CentralDifference):
+    if not config.gradient.seeded or not isinstance(estimator, CentralDifference):
         threads = config.run.threads or torch.get_num_threads()
         return config.replace(run={"threads": threads}), f"Gradient by backpropagation, on {threads} threads."
     if estimator.micro_batch is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from reroll.data.tokenizers import Tokenizer, from_dict
 from reroll.errors import RerollError, RunError, UsageError
 from reroll.models import Recurrent
+from reroll.specs.model import ObjectModel
 from reroll.train import build, checkpoint, toml
 from reroll.train.config import Config, resolve
 from reroll.train.run import find_run, read_config, read_json
@@ -144,6 +145,8 @@ def _assemble(
 ) -> Loaded:
     """The model of some weights; `source` is where they are from, `described` what says their sizes and symbols."""
     config = resolve(config)  # refuses sizes that no model can have
+    if isinstance(config.model, ObjectModel):
+        config.model.build(None)  # says that only its maker has it
     try:
         sizes = build.Sizes.read(about.get("sizes"))
         tokenizer = from_dict(about["tokenizer"]) if about.get("tokenizer") else None

@@ -24,11 +24,13 @@ from reroll.train.config import Config, resolve
 from reroll.train.ends import Say, Warnings, ends, how_to_go_on
 from reroll.train.evaluate import evaluate
 from reroll.train.journal import Record
+from reroll.train.mesh import ALONE, Mesh
 from reroll.train.observers import OBSERVERS, Taken
 from reroll.train.process import signals
+from reroll.train.resume import agree, open_session, start_record
 from reroll.train.run import read_config, read_json
 from reroll.train.search import search_lr, trial
-from reroll.train.session import Session, agree, open_session, start_record
+from reroll.train.session import Session
 
 SAVE_SECONDS = 60.0
 """A run that is killed loses no more than this, and the step it is at."""
@@ -55,21 +57,24 @@ class Quiet:
 
 
 def train(
-    config: Config,
+    what: Config | Session,
     path: Path,
     *,
     resume: bool = False,
     init: dict[str, torch.Tensor] | None = None,
     report: Reporter | None = None,
+    mesh: Mesh = ALONE,
 ) -> dict[str, Any]:
     """Train, and leave the record in a folder.
 
     Args:
-        config: what to do; it is resolved here.
+        what: a config, which is resolved here, or a session of objects (`Session.of`). To go on with a run of objects,
+            make their session again as it was at the start, and give it with `resume`.
         path: the run folder, new or (with `resume`) one to go on with.
         resume: go on from the newest checkpoint; on a finished run nothing is done.
         init: weights to begin with.
         report: who is told.
+        mesh: the processes that train it together, each with this call; a session has its own.
 
     Returns:
         The last row of the metrics, with `state`: "done", "stopped" (a signal: it can be resumed) or "diverged"; and
@@ -80,14 +85,15 @@ def train(
         RunError: if it fails on the way; what was saved before is intact.
     """
     report = report or Quiet()
-    config = resolve(config)
+    what = what if isinstance(what, Session) else resolve(what)
+    config = what.config if isinstance(what, Session) else what
     finished = _finished(config, path) if resume else None
     if finished is not None:
         report.note(f"{path} is finished ({finished['state']} at step {finished['step']}); nothing to do.")
         if finished["state"] == "done":
             report.note(how_to_go_on(config.run))
         return finished
-    session, note = open_session(config, path, resume=resume, init=init)
+    session, note = open_session(what, path, resume=resume, init=init, mesh=mesh)
 
     def say(line: str) -> None:
         session.folder.log(line)
@@ -134,15 +140,14 @@ def _finished(config: Config, path: Path) -> dict[str, Any] | None:
 def _prepare(session: Session, say: Say, stop: list[str]) -> None:
     """What happens once, before the first step: decide the units, find a learning rate, begin the record."""
     mesh = session.mesh
-    session.config, note = mesh.share(build.plan_units(session.config, session.model, session.batch(0)))
+    config, note = build.plan_units(session.config, session.estimator, session.model, session.batch(0))
+    session.planned(mesh.share(config))
     say(note)
     if session.config.optim.lr == "auto":
         lr = mesh.share(search_lr(session, say, stop))
         if lr is None:
             return
         session.config = session.config.replace(optim={"lr": lr})
-        session.optimizer = build.build_optim(session.config, session.model, lr)
-    session.estimator = build.build_estimator(session.config, 1.0)
     start_record(session)
 
 
@@ -229,6 +234,8 @@ def _lost(session: Session, reason: str) -> dict[str, Any]:
 def validate(session: Session) -> dict[str, float]:
     """Score the (averaged) weights on held-out data, in the precision of the run."""
     model, task = session.model, session.task
+    if not task.splits:
+        return {}
     averaged = nullcontext() if session.average is None else session.average.swapped_in(trainable(model))
     with averaged, session.precision.scope(), watching() as rollouts:
         scores = evaluate(model, task, task.splits[0], session.device)

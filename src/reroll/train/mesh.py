@@ -4,6 +4,7 @@
     mesh.share(value)       the first process's value, on all: the plan, a learning rate that was searched
     mesh.gather(losses)     the losses of every process's probes, in unit order: all that travels in a step of probes
     mesh.barrier()          wait for the others
+    mesh.execute            who evaluates the units of a step; None: threads of this process
 
 `Alone` is a mesh of one process, and costs nothing.
 """
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
+
+from reroll.grad.execute import Execute
 
 T = TypeVar("T")
 
@@ -34,6 +37,11 @@ class Mesh(Protocol):
     @property
     def writes(self) -> bool:
         """Whether this one writes the run folder."""
+        ...
+
+    @property
+    def execute(self) -> Execute | None:
+        """Who evaluates the units of a step; None: threads of this process."""
         ...
 
     def share(self, value: T) -> T:
@@ -62,6 +70,7 @@ class Alone:
     rank: int = 0
     size: int = 1
     writes: bool = True
+    execute: Execute | None = None
 
     def share(self, value: Any) -> Any:
         """Return the value."""

@@ -11,29 +11,32 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from reroll.errors import RunError, UsageError
-from reroll.grad.base import Seeded, trainable
+from reroll.grad.base import Seeded, padding_rows, trainable
 from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.kernels.noise_axpy import noise_of
-from reroll.models import Recurrent
 from reroll.optim import apply, configure
+from reroll.specs.model import ObjectModel
 from reroll.train import build, checkpoint, journal, toml
 from reroll.train.config import Config, resolve
 from reroll.train.run import read_config
+from reroll.train.session import Session
 
 log = logging.getLogger(__name__)
 
 
-def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
+def replay(path: Path, to: int | None = None, session: Session | None = None) -> tuple[Any, int]:
     """Return the model as it was after some steps, on the CPU.
 
     Args:
         path: the run folder.
         to: how many steps; None is all of the journal.
+        session: of a run of objects, the session it was begun with, made again: its model is the one that is returned.
 
     Returns:
         The model and the number of steps.
@@ -46,6 +49,11 @@ def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
     if not config.gradient.seeded:
         saved = ", ".join(p.name for p in checkpoint.all_of(path / "checkpoints")) or "none"
         raise UsageError(f"{path} was trained by backprop, whose steps cannot be replayed; its checkpoints: {saved}.")
+    if isinstance(config.model, ObjectModel) and session is None:
+        raise UsageError(
+            f"{path} was made with objects ({config.model.name}), which only you have: make its session again, and "
+            "call reroll.train.replay.replay(path, session=session)."
+        )
     record = journal.read(path / "journal")
     steps = record.steps if to is None else to
     if record.damage and (to is None or to > record.steps):
@@ -57,7 +65,7 @@ def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
     try:
         # What the run was trained with, whatever config.toml says today.
         config = toml.overlay(Config(), toml.parse(record.header["config"]), str(record.path))
-        return _again(path, config, record, steps), steps
+        return _again(path, config, record, steps, session), steps
     except RunError:
         raise
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
@@ -65,10 +73,14 @@ def replay(path: Path, to: int | None = None) -> tuple[Recurrent, int]:
         raise RunError(f"the journal of {path} is of another run, or of another version of reroll ({what}).") from None
 
 
-def _again(path: Path, config: Config, record: journal.Journal, steps: int) -> Recurrent:
+def _again(path: Path, config: Config, record: journal.Journal, steps: int, session: Session | None) -> Any:
     """Draw the initial weights, check them, and take the steps."""
     header = record.header
-    model = build.build_model(config.model, build.Sizes.read(header["sizes"]), config.run.seed)
+    if session is None:
+        model: Any = build.build_model(config.model, build.Sizes.read(header["sizes"]), config.run.seed)
+        optimizer = build.build_optim(config, model, 1.0)  # every record says its own rate
+    else:
+        model, optimizer = session.model, session.optimizer
     if header["init"]:
         checkpoint.put_weights(model, checkpoint.load_file(path / "init.safetensors"), "init.safetensors")
     if checkpoint.checksum(checkpoint.weights_of(model)) != header["initial"]:
@@ -76,8 +88,8 @@ def _again(path: Path, config: Config, record: journal.Journal, steps: int) -> R
             f"{path}: the initial weights made from the seed are not those of the run; it was made with another torch "
             "(environment.json says which), or init.safetensors has changed."
         )
-    optimizer = build.build_optim(config, model, 1.0)  # every record says its own rate
     parameters: dict[str, torch.Tensor] = dict(trainable(model))
+    still = padding_rows(model, parameters)
     sums = torch.float64 if header["sums"] == "fp64" else None
     for taken in record.iterate(to=steps):
         if not taken.terms:  # its gradient was not finite, and the step not taken
@@ -85,6 +97,6 @@ def _again(path: Path, config: Config, record: journal.Journal, steps: int) -> R
         if header["restore"] == "grid":
             snap_to_grid(parameters, taken.settings.epsilon or 0.0)
         configure(optimizer, taken.settings)
-        gradient = Seeded(taken.terms, noise_of(header["noise"]), parameters, sums=sums)
+        gradient = Seeded(taken.terms, noise_of(header["noise"]), parameters, sums=sums, still=still)
         apply(gradient, optimizer, header["update"])
     return model

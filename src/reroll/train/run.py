@@ -181,6 +181,16 @@ class RunFolder:
             self._metrics = None
 
 
+class Reader(RunFolder):
+    """The folder of a run that another process writes: what would change it does nothing."""
+
+    def _nothing(self, *arguments: Any, **options: Any) -> None:
+        return None
+
+    refuse_used = refuse_running = make = write_init = write_config = write_environment = write_status = _nothing
+    clear_temporary = record = log = cut_metrics = discard = _nothing
+
+
 def read_config(path: Path) -> Config:
     """Return the config of a run."""
     return toml.overlay(Config(), toml.load(path / "config.toml"), str(path / "config.toml"))

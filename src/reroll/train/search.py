@@ -20,7 +20,7 @@ import torch
 from reroll.errors import EpsilonTooSmall, RunError
 from reroll.keys import Key
 from reroll.optim import StepSettings, step
-from reroll.train import build, checkpoint
+from reroll.train import checkpoint
 from reroll.train.session import Session
 
 ROUNDS = 2
@@ -90,7 +90,6 @@ def trial(session: Session, lr: float, steps: int) -> float:
     config, losses = session.config, []
     before = {name: tensor.clone() for name, tensor in checkpoint.weights_of(session.model).items()}
     state = copy.deepcopy(session.optimizer.state_dict())
-    estimator = build.build_estimator(config, 1.0)
     key, settings = Key(config.run.seed).at("lr search"), StepSettings(lr, epsilon=session.epsilon(lr))
     try:
         for number in range(steps):
@@ -98,8 +97,8 @@ def trial(session: Session, lr: float, steps: int) -> float:
             batch = session.batch(0 if config.task.overfit else 10**9 + number)
             try:
                 result = step(
-                    session.model, session.loss_fn, estimator, session.optimizer, batch, settings, key.at(number),
-                    clip=config.optim.clip, update=config.optim.update,
+                    session.model, session.loss_fn, session.estimator, session.optimizer, batch, settings,
+                    key.at(number), clip=config.optim.clip, update=config.optim.update, tied=config.gradient.is_tied,
                 )  # fmt: skip
             except EpsilonTooSmall:  # for this rate, or for what it has made of the weights
                 return math.inf

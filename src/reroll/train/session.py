@@ -6,12 +6,10 @@ to step besides weights and optimizer. Both together are what a checkpoint saves
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -20,22 +18,24 @@ from reroll.data.batch import START, Batch
 from reroll.data.task import Task
 from reroll.data.tokenizers import from_dict
 from reroll.errors import RunError, UsageError
+from reroll.grad import Backprop
 from reroll.grad.base import Estimator, LossFn, trainable
 from reroll.grad.central_difference import CentralDifference
 from reroll.grad.units import BranchStates
-from reroll.kernels.noise_axpy import layout
-from reroll.kernels.philox import stream_id
 from reroll.keys import Key
-from reroll.models import Recurrent
-from reroll.optim import Average, Plateau, Schedule, StepSettings
-from reroll.specs.base import leaves
-from reroll.train import build, checkpoint, journal, toml
-from reroll.train.config import Config
+from reroll.optim import Average, StepSettings
+from reroll.specs import gradient as specs
+from reroll.specs.base import OBJECT
+from reroll.specs.gradient import GradientSpec
+from reroll.specs.model import ObjectModel
+from reroll.specs.optim import ObjectOptimizer
+from reroll.specs.task import ObjectTask
+from reroll.train import build, checkpoint, journal
+from reroll.train.config import Config, resolve
 from reroll.train.evaluate import Precision
-from reroll.train.load import rescue
 from reroll.train.mesh import ALONE, Mesh
 from reroll.train.process import Clock
-from reroll.train.run import RunFolder, read_config, read_json
+from reroll.train.run import RunFolder
 from reroll.trees import map_state
 
 log = logging.getLogger(__name__)
@@ -86,30 +86,128 @@ class Progress:
 
 @dataclass
 class Session:
-    """The objects of one run."""
+    """The objects of one run, and its config: what the objects were built from, or what describes them.
+
+    Args:
+        config: resolved.
+        task, model, estimator, optimizer: the model is on its device already.
+        mesh: the processes of the run.
+    """
 
     config: Config
-    folder: RunFolder
-    device: torch.device
     task: Task
-    model: Recurrent
-    loss_fn: LossFn
+    model: Any
     estimator: Estimator
     optimizer: Any
-    schedule: Schedule
-    plateau: Plateau
-    average: Average | None
-    progress: Progress
-    precision: Precision
-    clock: Clock
     mesh: Mesh = ALONE
-    run: str = ""
-    journal: journal.Writer | None = None
+    run: str = field(init=False, default="")
+    folder: RunFolder = field(init=False)
+    journal: journal.Writer | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.device = next(self.model.parameters()).device
+        self.schedule, self.plateau = build.build_schedule(config)
+        average = config.optim.average
+        self.average = None if average is None else Average(trainable(self.model), average)
+        self.progress = Progress(length=config.task.curriculum_start)
+        under_autocast = not config.gradient.seeded and config.run.dtype == "bf16"
+        self.precision = Precision(self.device.type, torch.bfloat16 if under_autocast else None)
+        self.loss_fn: LossFn = self.precision.under(self.task.loss)
+        self.clock = Clock(self.device)
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        model: torch.nn.Module,
+        estimator: Estimator,
+        optimizer: torch.optim.Optimizer,
+        *,
+        steps: int,
+        seed: int = 0,
+        clip: float | None = None,
+        update: str = "auto",
+        average: float | None = None,
+        schedule: str | Mapping[str, Any] = "constant",
+        mesh: Mesh = ALONE,
+        **run: Any,
+    ) -> Session:
+        """Make a session of your own objects, for `reroll.train.train`; to go on with it or replay it, make it again.
+
+        Args:
+            task: a `reroll.data.task.Task`: batches as a function of the step, a loss, a score.
+            model: any module, on its device.
+            estimator: `CentralDifference` (journaled, can be replayed), `Backprop`, or one of your own.
+            optimizer: over the model's parameters; groups keep the ratios of their learning rates.
+            steps: length of the run.
+            seed: names the probes.
+            clip: largest norm of the gradient.
+            update: "write", "stream" or "fused"; see `reroll.optim.apply`.
+            average: decay of a running average of the weights.
+            schedule: of the learning rate: a kind, or a table such as {"kind": "linear", "warmup": 10}.
+            mesh: the processes of the run.
+            run: the fields of the section [run] (`reroll.specs.run.RunSpec`): eval_every, max_seconds, target_valid …
+
+        Raises:
+            UsageError: naming the argument that cannot be used.
+
+        Example:
+            >>> from reroll import Backprop, Recurrent, cells
+            >>> from reroll.data.synthetic import Copy
+            >>> task = Copy(length=3, batch=4)
+            >>> model = Recurrent(cell=cells.RNN(8, 8), vocab=task.vocab)
+            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> Session.of(task, model, Backprop(), sgd, steps=10).settings().lr
+            0.1
+        """
+        base, first = float(optimizer.param_groups[0]["lr"]), task.batch(0)
+        for group in optimizer.param_groups:
+            group.setdefault("lr_scale", float(group["lr"]) / base)
+        gradient, also = described(estimator)
+        optim = ObjectOptimizer.of(optimizer, lr=base, clip=clip, update=update, average=average)
+        run = {"steps": steps, "seed": seed, **also, **run}
+        config = Config(
+            recipe=OBJECT, task=ObjectTask.of(task, length=max(first.time, 1), batch=len(first)),
+            model=ObjectModel.of(model), gradient=gradient, optim=optim,
+        )  # fmt: skip
+        config = resolve(config.replace(optim={"schedule": schedule}, run=run))
+        return cls(config, task, model, estimator, optimizer, mesh)
+
+    @classmethod
+    def of_config(
+        cls, config: Config, mesh: Mesh = ALONE, extra: Mapping[str, Any] | None = None, source: str = ""
+    ) -> Session:
+        """Build everything from a config; `extra` is the environment.json, at `source`, of a run to go on with."""
+        try:
+            tokenizer = from_dict(extra["tokenizer"]) if extra and extra.get("tokenizer") else None
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
+        device = build.find_device(config.run.device)
+        task = config.task.build(config.run.seed, tokenizer)
+        model = build.build_model(config.model, build.Sizes.of(task), config.run.seed).to(device)
+        lr = 1.0 if config.optim.lr == "auto" else config.optim.lr
+        estimator = build.build_estimator(config, config.gradient.epsilon_at(lr))
+        return cls(config, task, model, estimator, build.build_optim(config, model, lr), mesh)
+
+    @property
+    def of_objects(self) -> bool:
+        """Whether it was made of objects: their weights are no function of the seed."""
+        return self.config.model.kind == OBJECT
+
+    def planned(self, config: Config) -> None:
+        """Take a config in which it is decided how gradients are evaluated."""
+        self.config = config
+        execute = self.mesh.execute or getattr(self.estimator, "execute", None)
+        if config.gradient.kind != OBJECT:
+            self.estimator = build.build_estimator(config, 1.0)
+        if execute is not None and isinstance(self.estimator, CentralDifference):
+            self.estimator = replace(self.estimator, execute=execute)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, on the device, with the state it carries on."""
         index = 0 if self.config.task.overfit else step
-        batch = self.task.batch(index, length=self.progress.length).to(self.device)
+        batch: Any = self.task.batch(index, length=self.progress.length).to(self.device)
         if self.task.carries:
             gradient = self.config.gradient
             begins = gradient.per_branch_state and gradient.episode_begin(step) == step
@@ -131,8 +229,11 @@ class Session:
         """Return ε: tied to the current learning rate, or fixed but for plateaus, with a floor."""
         return self.config.gradient.epsilon_at(lr, self.plateau.multiplier)
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write a checkpoint of the present step, behind the record of all steps that led to it."""
+        self.mesh.barrier()
+        if not self.mesh.writes:
+            return
         self.folder.sync()
         if self.journal is not None:
             self.journal.sync()
@@ -144,7 +245,7 @@ class Session:
             "plateau": self.plateau.state_dict(),
             "average": self.average and {"count": self.average.count, "tensors": self.average.tensors},
         }
-        return checkpoint.save(self.folder.checkpoints, self.progress.step, self.model, state, self.config.run.keep)
+        checkpoint.save(self.folder.checkpoints, self.progress.step, self.model, state, self.config.run.keep)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Put everything back as it was when the checkpoint was written.
@@ -185,192 +286,12 @@ class Session:
         return typed(saved)
 
 
-def open_session(
-    config: Config, path: Path, *, resume: bool = False, init: dict[str, torch.Tensor] | None = None
-) -> tuple[Session, str]:
-    """Begin a run in a folder, or go on with the one that is there.
-
-    Args:
-        config: resolved.
-        path: the run folder.
-        resume: go on with what the folder holds; an empty or absent one is begun.
-        init: weights to begin with instead of drawn ones.
-
-    Returns:
-        The session, and a sentence on how it begins.
-
-    Raises:
-        UsageError: if the folder or config cannot be used, or the config is not the folder's.
-        RunError: if what the folder holds is damaged.
-    """
-    folder = RunFolder(path)
-    if not (resume and (path / "config.toml").is_file()):
-        if not (resume and folder.is_unbegun()):
-            folder.refuse_used(resume)
-        return _begin(config, folder, init), _says_start(path, resume)
-    folder.refuse_running()
-    saved = checkpoint.newest(folder.checkpoints)
-    if saved is None and not checkpoint.all_of(folder.checkpoints):
-        # Nothing was trained yet, so nothing binds it to the config it was to be trained with.
-        folder.cut_metrics(0)
-        return _begin(config, folder, init), f"{path} has no checkpoint yet: it begins again, at step 0."
-    config, extra = agree(read_config(path), config), read_json(path / "environment.json")
-    if saved is None or not {"sizes", "run"} <= extra.keys():
-        what = "none of its checkpoints is whole" if saved is None else "environment.json is missing or damaged"
-        remedy = rescue(path, config) if saved is None else "Begin another run in another folder."
-        raise RunError(f"{path} cannot be resumed: {what}. It is left as it is. {remedy}")
-    if config.run.steps < saved.step:
-        raise UsageError(
-            f"--steps {config.run.steps}: {path} has taken {saved.step} steps already, and none is taken back. "
-            "Give more to go on."
-        )
-    record = journal.read(folder.journal) if config.gradient.seeded else None
-    _require_one_run(folder, config, extra, saved, record)
-    session = _build(config, folder, extra)
-    session.restore(saved)
-    note = f"Resuming {path} at step {saved.step}."
-    if record is not None:
-        session.journal = journal.Writer.append(record, saved.step)
-        if record.torn:
-            note += f" The journal's last record was torn ({record.torn} bytes); it is dropped."
-        if record.damage:
-            note += f" The journal is damaged at step {record.steps}, from where on it is written again."
-    # From here on, what is later than the checkpoint goes: it is about to be made again.
-    folder.write_config(config)
-    folder.cut_metrics(saved.step)
-    checkpoint.set_aside(folder.checkpoints, saved.step)
-    folder.clear_temporary()
-    return session, note
-
-
-def _says_start(path: Path, resume: bool) -> str:
-    return f"Nothing to resume in {path}: a new run begins." if resume else f"Run folder: {path}"
-
-
-FREE = {
-    "run.steps", "run.max_seconds", "run.target_loss", "run.target_valid", "run.eval_every", "run.checkpoint_every",
-    "run.keep", "run.log_every", "run.warm_up",
-}  # fmt: skip
-"""What may change when a run is resumed; everything else would make it another run."""
-DERIVED = {"gradient.chunk", "run.threads"}
-"""What is none until static rules decide it, once; none says nothing about the run to resume."""
-
-
-def agree(saved: Config, given: Config) -> Config:
-    """Return the saved config of a resumed run with what may change taken from the given one.
-
-    Raises:
-        UsageError: if another field was given with another value.
-    """
-    changed: dict[str, Any] = {}
-    old = leaves(saved)
-    for name, value in leaves(given).items():
-        if name == "recipe" or value == old.get(name) or value == "auto" or (value is None and name in DERIVED):
-            continue
-        if name not in FREE:
-            raise UsageError(
-                f"{name}={value!r}, but the run to resume has {old.get(name)!r}. Leave it as it was, or begin another "
-                "run."
-            )
-        changed[name.removeprefix("run.")] = value
-    return saved.replace(run=changed)
-
-
-def run_id(config: Config, extra: dict[str, Any]) -> str:
-    """Return the name of a run in its files: a digest of its `binding` config, initial weights and data."""
-    parts = (toml.dumps(binding(config)), extra.get("initial"), extra.get("fingerprint"))
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def binding(config: Config) -> Config:
-    """Return a config with what may change when a run is resumed left out: what makes it this run and no other."""
-    free = {name.partition(".")[2] for name in FREE}
-    return config.replace(run={name: getattr(Config().run, name) for name in free})
-
-
-def _require_one_run(
-    folder: RunFolder, config: Config, extra: dict[str, Any], saved: checkpoint.Checkpoint, record: Any
-) -> None:
-    """Raise `RunError` if config, environment, checkpoint and journal do not name one run."""
-    name, step = extra["run"], f"step-{saved.step:08d}"
-    wrong = {
-        f"checkpoints/{step} is of another run": saved.state.get("run") != name,
-        "the journal is of another run": record is not None and record.header.get("run") != name,
-        "config.toml or environment.json is not what it was when the run began": run_id(config, extra) != name,
-    }
-    for what, is_so in wrong.items():
-        if is_so:
-            raise RunError(f"{folder.path} cannot be resumed: {what}. Bring back the run's own, or begin another run.")
-
-
-def _begin(config: Config, folder: RunFolder, init: dict[str, torch.Tensor] | None) -> Session:
-    """Begin a run; of one that was killed before its first checkpoint, the initial weights are still there."""
-    session = _build(config, folder, None)
-    if folder.init.exists():
-        init = checkpoint.load_file(folder.init)
-    if init is not None:
-        checkpoint.put_weights(session.model, init, "--init")
-    folder.make()  # only now, when all that was asked for is known to be there
-    if init is not None:
-        folder.write_init(checkpoint.weights_of(session.model))
-    folder.write_config(config)  # what `--resume` looks for: it comes last
-    return session
-
-
-def _build(config: Config, folder: RunFolder, extra: dict[str, Any] | None) -> Session:
-    """Build the objects; `extra` is the environment.json of a run to go on with."""
-    device = build.find_device(config.run.device)
-    try:
-        tokenizer = from_dict(extra["tokenizer"]) if extra and extra.get("tokenizer") else None
-    except UsageError as error:
-        raise UsageError(f"{folder.path / 'environment.json'}: {error}") from None
-    task = config.task.build(config.run.seed, tokenizer)
-    if extra and extra.get("fingerprint") not in (None, task.fingerprint):
-        before = str(extra["fingerprint"])[:12]
-        raise RunError(
-            f"The data have changed since the run began (fingerprint {task.fingerprint[:12]}, was {before}): going on "
-            "would be another run. Bring the data back, or begin a new one."
-        )
-    sizes = build.Sizes.of(task)
-    model = build.build_model(config.model, sizes, config.run.seed).to(device)
-    lr = 1.0 if config.optim.lr == "auto" else config.optim.lr
-    schedule, plateau = build.build_schedule(config)
-    average = config.optim.average
-    progress = Progress(length=config.task.curriculum_start)
-    backprop_in_bf16 = not config.gradient.seeded and config.run.dtype == "bf16"
-    precision = Precision(device.type, torch.bfloat16 if backprop_in_bf16 else None)
-    return Session(
-        config, folder, device, task, model, precision.under(task.loss),
-        build.build_estimator(config, config.gradient.epsilon_at(lr)), build.build_optim(config, model, lr),
-        schedule, plateau, None if average is None else Average(trainable(model), average), progress, precision,
-        Clock(device),
-    )  # fmt: skip
-
-
-def start_record(session: Session) -> None:
-    """Write config, environment and the journal's header; what a run does before its first step."""
-    config, folder, task, model = session.config, session.folder, session.task, session.model
-    metadata = task.metadata() | {"initial": checkpoint.checksum(checkpoint.weights_of(model))}
-    session.run = run_id(config, metadata)
-    folder.write_config(config)
-    folder.write_environment(
-        run=session.run, **metadata, parameters=sum(p.numel() for p in model.parameters()), device=str(session.device),
-    )  # fmt: skip
-    if isinstance(session.estimator, CentralDifference):
-        header = {
-            "run": session.run,
-            "config": toml.dumps(binding(config)),
-            "sizes": metadata["sizes"],
-            "initial": metadata["initial"],
-            "noise": session.estimator.kind,
-            "restore": config.gradient.restore if config.gradient.evaluate == "in_place" else "copy",
-            "update": config.optim.update,
-            "sums": session.estimator.sums,
-            "init": folder.init.exists(),
-            "parameters": [
-                {"name": name, "shape": list(p.shape), "layout": layout(p.shape), "id": stream_id(name)}
-                for name, p in trainable(model).items()
-            ],
-            "plan": [session.estimator.evaluate, session.estimator.chunk, config.run.threads],
-        }  # fmt: skip
-        session.journal = journal.Writer.create(folder.journal, json.loads(json.dumps(header)))
+def described(estimator: Any) -> tuple[GradientSpec, dict[str, Any]]:
+    """Return the spec of an estimator, and the fields of the section [run] that belong to it."""
+    if type(estimator) is Backprop:
+        return specs.Backprop(**{f.name: getattr(estimator, f.name) for f in fields(Backprop)}), {}
+    probes = type(estimator) is CentralDifference and isinstance(estimator.noise, str)
+    if not probes or estimator.per_branch_state or estimator.dtype not in (None, torch.bfloat16):
+        return specs.ObjectGradient.of(estimator), {}
+    also = {"threads": estimator.threads, "dtype": "bf16" if estimator.dtype is torch.bfloat16 else "fp32"}
+    return specs.Probes(**{f.name: getattr(estimator, f.name) for f in fields(specs.ProbeOptions)}), also

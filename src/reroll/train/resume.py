@@ -1,0 +1,210 @@
+"""How a run begins in a folder, or goes on with what is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reroll.errors import RunError, UsageError
+from reroll.grad.base import trainable
+from reroll.grad.central_difference import CentralDifference
+from reroll.kernels.noise_axpy import layout
+from reroll.kernels.philox import stream_id
+from reroll.specs.base import leaves
+from reroll.train import checkpoint, journal, toml
+from reroll.train.config import Config
+from reroll.train.load import rescue
+from reroll.train.mesh import ALONE, Mesh
+from reroll.train.run import Reader, RunFolder, read_config, read_json
+from reroll.train.session import Session
+
+
+def open_session(
+    what: Config | Session,
+    path: Path,
+    *,
+    resume: bool = False,
+    init: dict[str, torch.Tensor] | None = None,
+    mesh: Mesh = ALONE,
+) -> tuple[Session, str]:
+    """Begin a run in a folder, or go on with the one that is there.
+
+    Args:
+        what: a resolved config, or a session of objects.
+        path: the run folder.
+        resume: go on with what the folder holds; an empty or absent one is begun.
+        init: weights to begin with instead of drawn ones.
+        mesh: the processes of the run; a session has its own.
+
+    Returns:
+        The session, and a sentence on how it begins.
+
+    Raises:
+        UsageError: if the folder or config cannot be used, or the config is not the folder's.
+        RunError: if what the folder holds is damaged.
+    """
+    given = what if isinstance(what, Session) else None
+    mesh = given.mesh if given else mesh
+    config = what.config if isinstance(what, Session) else what
+    folder = RunFolder(path) if mesh.writes else Reader(path)
+    there = resume and (path / "config.toml").is_file()
+    if not there and not (resume and folder.is_unbegun()):
+        folder.refuse_used(resume)
+    if there:
+        folder.refuse_running()
+        saved = checkpoint.newest(folder.checkpoints)
+        if saved is not None or checkpoint.all_of(folder.checkpoints):
+            return _go_on(given, agree(read_config(path), config), folder, saved, mesh)
+        folder.cut_metrics(0)
+    # Where nothing was trained yet, nothing binds a run to the config it was to be trained with.
+    note = f"Nothing to resume in {path}: a new run begins." if resume else f"Run folder: {path}"
+    note = f"{path} has no checkpoint yet: it begins again, at step 0." if there else note
+    return _begin(given or Session.of_config(config, mesh), folder, init), note
+
+
+def _go_on(
+    given: Session | None, config: Config, folder: RunFolder, saved: checkpoint.Checkpoint | None, mesh: Mesh
+) -> tuple[Session, str]:
+    """Put a run back to its newest checkpoint."""
+    path, extra = folder.path, read_json(folder.path / "environment.json")
+    if saved is None or not {"sizes", "run"} <= extra.keys():
+        why = "none of its checkpoints is whole" if saved is None else "environment.json is missing or damaged"
+        remedy = rescue(path, config) if saved is None else "Begin another run in another folder."
+        raise RunError(f"{path} cannot be resumed: {why}. It is left as it is. {remedy}")
+    if config.run.steps < saved.step:
+        raise UsageError(
+            f"--steps {config.run.steps}: {path} has taken {saved.step} steps already, and none is taken back. "
+            "Give more to go on."
+        )
+    record = journal.read(folder.journal) if config.gradient.seeded else None
+    _require_one_run(folder, config, extra, saved, record)
+    session = given or Session.of_config(config, mesh, extra, str(path / "environment.json"))
+    if extra.get("fingerprint") not in (None, session.task.fingerprint):
+        before, now = str(extra["fingerprint"])[:12], session.task.fingerprint[:12]
+        raise RunError(
+            f"The data have changed since the run began (fingerprint {now}, was {before}): going on would be another "
+            "run. Bring the data back, or begin a new one."
+        )
+    session.folder = folder
+    session.planned(config)
+    session.restore(saved)
+    note = f"Resuming {path} at step {saved.step}."
+    if record is not None and mesh.writes:
+        session.journal = journal.Writer.append(record, saved.step)
+        if record.torn:
+            note += f" The journal's last record was torn ({record.torn} bytes); it is dropped."
+        if record.damage:
+            note += f" The journal is damaged at step {record.steps}, from where on it is written again."
+    last = folder.last_row()
+    if last is not None and last["step"] >= saved.step:
+        note += f" The {last['step'] + 1 - saved.step} steps recorded after it are made again."
+    # From here on, what is later than the checkpoint goes: it is about to be made again.
+    folder.write_config(config)
+    folder.cut_metrics(saved.step)
+    checkpoint.set_aside(folder.checkpoints, saved.step)
+    folder.clear_temporary()
+    return session, note
+
+
+FREE = {
+    "run.steps", "run.max_seconds", "run.target_loss", "run.target_valid", "run.eval_every", "run.checkpoint_every",
+    "run.keep", "run.log_every", "run.warm_up",
+}  # fmt: skip
+"""What may change when a run is resumed; everything else would make it another run."""
+DERIVED = {"gradient.chunk", "run.threads"}
+"""What is none until static rules decide it, once; none says nothing about the run to resume."""
+
+
+def agree(saved: Config, given: Config) -> Config:
+    """Return the saved config of a resumed run with what may change taken from the given one.
+
+    Raises:
+        UsageError: if another field was given with another value.
+    """
+    changed: dict[str, Any] = {}
+    old = leaves(saved)
+    for name, value in leaves(given).items():
+        if name == "recipe" or value == old.get(name) or value == "auto" or (value is None and name in DERIVED):
+            continue
+        if name not in FREE:
+            raise UsageError(
+                f"{name}={value!r}, but the run to resume has {old.get(name)!r}. Leave it as it was, or begin another "
+                "run."
+            )
+        changed[name.removeprefix("run.")] = value
+    return saved.replace(run=changed)
+
+
+def run_id(config: Config, extra: dict[str, Any]) -> str:
+    """Return the name of a run in its files: a digest of its `binding` config, initial weights and data."""
+    parts = (toml.dumps(binding(config)), extra.get("initial"), extra.get("fingerprint"))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def binding(config: Config) -> Config:
+    """Return a config with what may change when a run is resumed left out: what makes it this run and no other."""
+    free = {name.partition(".")[2] for name in FREE}
+    return config.replace(run={name: getattr(Config().run, name) for name in free})
+
+
+def _require_one_run(
+    folder: RunFolder, config: Config, extra: dict[str, Any], saved: checkpoint.Checkpoint, record: Any
+) -> None:
+    """Raise `RunError` if config, environment, checkpoint and journal do not name one run."""
+    name, step = extra["run"], f"step-{saved.step:08d}"
+    wrong = {
+        f"checkpoints/{step} is of another run": saved.state.get("run") != name,
+        "the journal is of another run": record is not None and record.header.get("run") != name,
+        "config.toml or environment.json is not what it was when the run began": run_id(config, extra) != name,
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise RunError(f"{folder.path} cannot be resumed: {what}. Bring back the run's own, or begin another run.")
+
+
+def _begin(session: Session, folder: RunFolder, init: dict[str, torch.Tensor] | None) -> Session:
+    """Begin a run; of one that was killed before its first checkpoint, the initial weights are still there."""
+    session.folder = folder
+    if folder.init.exists():
+        init = checkpoint.load_file(folder.init)
+    if init is not None:
+        checkpoint.put_weights(session.model, init, "--init")
+    folder.make()  # only now, when all that was asked for is known to be there
+    if init is not None or session.of_objects:
+        folder.write_init(checkpoint.weights_of(session.model))
+    folder.write_config(session.config)  # what `--resume` looks for: it comes last
+    return session
+
+
+def start_record(session: Session) -> None:
+    """Write config, environment and the journal's header; what a run does before its first step."""
+    config, folder, task, model = session.config, session.folder, session.task, session.model
+    metadata = task.metadata() | {"initial": checkpoint.checksum(checkpoint.weights_of(model))}
+    session.run = run_id(config, metadata)
+    folder.write_config(config)
+    folder.write_environment(
+        run=session.run, **metadata, parameters=sum(p.numel() for p in model.parameters()), device=str(session.device),
+    )  # fmt: skip
+    if config.gradient.seeded and session.mesh.writes:
+        assert isinstance(session.estimator, CentralDifference)
+        header = {
+            "run": session.run,
+            "config": toml.dumps(binding(config)),
+            "sizes": metadata["sizes"],
+            "initial": metadata["initial"],
+            "noise": session.estimator.directions.name,
+            "restore": session.estimator.restore if session.estimator.evaluate == "in_place" else "copy",
+            "update": config.optim.update,
+            "sums": session.estimator.sums,
+            "init": folder.init.exists(),
+            "parameters": [
+                {"name": name, "shape": list(p.shape), "layout": layout(p.shape), "id": stream_id(name)}
+                for name, p in trainable(model).items()
+            ],
+            "plan": [session.estimator.evaluate, session.estimator.chunk, config.run.threads],
+        }  # fmt: skip
+        session.journal = journal.Writer.create(folder.journal, json.loads(json.dumps(header)))
