@@ -16,7 +16,8 @@ from reroll.grad import Backprop, CentralDifference
 from reroll.grad.base import trainable
 from reroll.grad.checks import floors
 from reroll.grad.evaluate.surroundings import seed_of
-from reroll.kernels.noise_axpy import noise
+from reroll.grad.probes import RULES, Rule, Slopes
+from reroll.kernels.noise_axpy import NOISES, Noise, layout, noise
 from reroll.keys import Key
 from reroll.optim import CDRGE
 from reroll.outcome import Outcome
@@ -313,3 +314,46 @@ def test_booleans_and_counts_per_sequence_are_losses(mode, loss):
     estimate = CentralDifference(8, 0.5, evaluate=mode)(model, lambda m, b: loss(m(b)), X, KEY)
     expected = CentralDifference(8, 0.5, evaluate=mode)(model, lambda m, b: loss(m(b)).double().mean(), X, KEY)
     assert torch.equal(estimate.gradient.coefficients, expected.gradient.coefficients)
+
+
+class Waves(Noise):
+    """A noise of another kind: cos of place and probe, made of torch operations alone."""
+
+    name = "waves"
+    fourth_moment = 1.5
+
+    def add(self, p, out, stream, first_row, probes, alphas, sums):
+        rows, columns = layout(p.shape)
+        place = (torch.arange(rows).add(first_row).unsqueeze(1) * columns + torch.arange(columns)).view(p.shape)
+        phase = sum(stream.name.encode())
+        moved = sum(float(a) * 2**0.5 * torch.cos(place * 1.7 + phase + int(k)) for k, a in zip(probes, alphas))
+        out.copy_(p + moved.to(p.dtype))
+
+
+def curvature(losses, clean, epsilon):
+    """L⁺ + L⁻ − 2 L_0 over ε²."""
+    differences = losses[0] + losses[1] - 2 * clean
+    return Slopes(differences, losses.mean(0), differences / epsilon**2)
+
+
+def test_a_noise_and_a_rule_are_a_row_each(monkeypatch):
+    monkeypatch.setitem(NOISES, "waves", Waves)
+    monkeypatch.setitem(RULES, "curvature", Rule(curvature, (1, -1), clean=True))
+    model = nn.Sequential(nn.Linear(3, 40), nn.Linear(40, 1)).double()
+    for difference in ("central", "curvature"):
+        found = [
+            CentralDifference(3, 1e-2, "waves", evaluate=mode, difference=difference)(model, mean_square, X, KEY)
+            for mode in ("in_place", "tiles", "batched")
+        ]
+        slopes = [estimate.gradient.coefficients * 3 for estimate in found]
+        for other in slopes[1:]:
+            torch.testing.assert_close(other, slopes[0], rtol=1e-6, atol=0)
+        z = {n: noise(KEY, p.shape, 1, n, kind="waves", dtype=torch.float64) for n, p in model.named_parameters()}
+        at = lambda t, z=z: mean_square(lambda x: torch.func.functional_call(
+            model, {n: p + t * 1e-2 * z[n] for n, p in model.named_parameters()}, (x,)), X)  # fmt: skip
+        expected = (at(1) - at(-1)) / 2e-2 if difference == "central" else (at(1) + at(-1) - 2 * at(0)) / 1e-4
+        assert slopes[0][1].item() == pytest.approx(expected.item(), rel=1e-5)
+    name, p = next(iter(model.named_parameters()))
+    gradient = found[0].gradient
+    expected = sum(c * noise(KEY, p.shape, k, name, kind="waves") for k, c in enumerate(gradient.coefficients))
+    torch.testing.assert_close(gradient.tensor(name).float(), expected, rtol=1e-4, atol=1e-5)

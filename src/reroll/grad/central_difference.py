@@ -174,17 +174,9 @@ class CentralDifference:
         if not isinstance(key, Key):
             raise UsageError(f"key={key!r} must be a Key, such as reroll.Key(seed).at(step).")
         plan, rule = self.plan(model, parameters, batch), RULES[self.difference]
-        check_epsilon(parameters, self.epsilon, scales or {}, self.dtype)
-        epsilon = self.epsilon
-        if plan.evaluate == "in_place" and self.restore == "grid":
-            epsilon = snap_to_grid(parameters, epsilon, self.directions)
         # Without a module to look at, whether something iterates inside the loss shows when it is called.
         warm = WarmStarts(loss_fn) if model is None or iterates(model) else None
-        probing = Probing(
-            parameters=parameters, call=warm or loss_fn, key=key, epsilon=epsilon, noise=self.directions,
-            sides=rule.sides, dtype=self.dtype, scales=scales or {}, model=model, isolate=plan.isolate,
-            still=padding_rows(model, parameters),
-        )  # fmt: skip
+        probing = self._probing(parameters, warm or loss_fn, key, plan, model, scales or {})
         states = getattr(batch, "state", None)
         carried = states is not None and not self.per_branch_state
         units = cut(
@@ -204,9 +196,9 @@ class CentralDifference:
             clean, after, passes = None, None, 0
             if rule.clean or carried:
                 clean, after, passes = self._clean(evaluation, batch)
-        taken = coefficients(losses, epsilon, self.shaping, self.difference, clean if rule.clean else None)
+        taken = coefficients(losses, probing.epsilon, self.shaping, self.difference, clean if rule.clean else None)
         gradient = Seeded.of(
-            key, taken.values, self.directions, parameters, scales={n: 1.0 / s for n, s in (scales or {}).items()},
+            key, taken.values, self.directions, parameters, scales={n: 1.0 / s for n, s in probing.scales.items()},
             sums=torch.float64 if self.sums == "fp64" else None, still=probing.still,
         )  # fmt: skip
         passes += sum(len(unit.probes) * len(rule.sides) for unit in units) + (warm.passes if warm else 0)
@@ -215,6 +207,21 @@ class CentralDifference:
         if outcome is Outcome.no_difference:
             warnings.warn(outcome.value, stacklevel=2)
         return Estimate(taken.loss, gradient, outcome, stats, branches if self.per_branch_state else after)
+
+    def _probing(
+        self, parameters: Mapping[str, Tensor], call: LossFn, key: Key, plan: Plan, model: nn.Module | None,
+        scales: Mapping[str, float],
+    ) -> Probing:  # fmt: skip
+        """The probes of a step, at an ε that the weights can show, and on their grid where one restores them."""
+        check_epsilon(parameters, self.epsilon, scales, self.dtype)
+        epsilon = self.epsilon
+        if plan.evaluate == "in_place" and self.restore == "grid":
+            epsilon = snap_to_grid(parameters, epsilon, self.directions)
+        return Probing(
+            parameters=parameters, call=call, key=key, epsilon=epsilon, noise=self.directions, dtype=self.dtype,
+            sides=RULES[self.difference].sides, scales=scales, model=model, isolate=plan.isolate,
+            still=padding_rows(model, parameters),
+        )  # fmt: skip
 
     def _stats(self, taken: Coefficients, evaluation: Evaluation) -> dict[str, Any]:
         plan, probing = evaluation.plan, evaluation.probing

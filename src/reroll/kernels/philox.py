@@ -11,6 +11,7 @@ known-answer vectors of Random123 are in tests/unit/test_philox.py.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +53,7 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, key: tuple[int, int]) -> tuple[An
     return c0, c1, c2, c3
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def stream_id(name: str, purpose: str = "") -> int:
     """Return the counter word c3 that separates the streams of different tensors and purposes.
 

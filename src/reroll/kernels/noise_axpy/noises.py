@@ -200,17 +200,11 @@ class Stream:
     @property
     def ids(self) -> tuple[int, ...]:
         """The counter words c3 of this stream; see `Entries.ids`."""
-        return _ids(self.name, self.noise)
+        return self.noise.ids(self.name) if isinstance(self.noise, Entries) else ()
 
     @property
     def is_normal(self) -> bool:
         return isinstance(self.noise, Entries) and self.noise.is_normal
-
-
-@functools.lru_cache(maxsize=4096)
-def _ids(name: str, noise: Noise) -> tuple[int, ...]:
-    assert isinstance(noise, Entries)
-    return noise.ids(name)
 
 
 def sums_for(p: Tensor) -> torch.dtype:
