@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -347,24 +346,6 @@ def check_streams(named: Mapping[str, Tensor]) -> None:
         other = seen.setdefault(stream_id(name), name)
         if other != name:
             raise UsageError(f'"{other}" and "{name}" hash to the same noise stream; rename one of the parameters.')
-    _check_memory(named)
-
-
-def _check_memory(named: Mapping[str, Tensor]) -> None:
-    """Raise `UsageError` if entries share memory, within a tensor or between two: each would be moved several times."""
-    ranges = []
-    for name, p in named.items():
-        spans = [(size, stride) for size, stride in zip(p.shape, p.stride()) if size > 1]
-        if p.numel() and any(stride == 0 for _, stride in spans):
-            raise UsageError(f"{name} is an expanded tensor, whose entries share memory; make it with .clone().")
-        extent = (1 + sum((size - 1) * stride for size, stride in spans)) * p.element_size() if p.numel() else 0
-        if extent and p.device.type != "meta":
-            ranges.append((str(p.device), p.data_ptr(), p.data_ptr() + extent, name, extent == p.nbytes))
-    ranges.sort()
-    for (device, start, end, name, dense), (beside, begin, _, other, dense_too) in pairwise(ranges):
-        # Columns of one matrix overlap as ranges and share no entry.
-        if device == beside and begin < end and (start == begin or (dense and dense_too)):
-            raise UsageError(f'"{name}" and "{other}" are two parameters on one memory; use one nn.Parameter for both.')
 
 
 def padding_rows(model: nn.Module | None, named: Mapping[str, Tensor]) -> dict[str, int]:

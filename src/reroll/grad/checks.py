@@ -1,4 +1,4 @@
-"""Whether ε can be seen in the weights, and what is known of models and losses from before."""
+"""Whether weights can be moved one by one, whether they show ε, and what is known of them from before."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reroll.errors import EpsilonTooSmall
+from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad.base import fetch
 
 WIDE = 64.0
@@ -49,6 +50,23 @@ def floors(parameters: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
     }
 
 
+def check_memory(named: Mapping[str, Tensor]) -> None:
+    """Raise `UsageError` if entries share memory, within a tensor or between two: each would be moved several times."""
+    ranges: list[tuple[str, int, int, str, bool]] = []
+    for name, p in named.items():
+        spans = [(size, stride) for size, stride in zip(p.shape, p.stride()) if size > 1]
+        if p.numel() and any(stride == 0 for _, stride in spans):
+            raise UsageError(f"{name} is an expanded tensor, whose entries share memory; make it with .clone().")
+        extent = (1 + sum((size - 1) * stride for size, stride in spans)) * p.element_size() if p.numel() else 0
+        if extent and p.device.type != "meta":
+            ranges.append((str(p.device), p.data_ptr(), p.data_ptr() + extent, name, extent == p.nbytes))
+    ranges.sort()
+    for (device, start, end, name, dense), (beside, begin, _, other, dense_too) in pairwise(ranges):
+        # Columns of one matrix overlap as ranges and share no entry.
+        if device == beside and begin < end and (start == begin or (dense and dense_too)):
+            raise UsageError(f'"{name}" and "{other}" are two parameters on one memory; use one nn.Parameter for both.')
+
+
 def check_epsilon(
     parameters: Mapping[str, Tensor], epsilon: float, scales: Mapping[str, float], dtype: torch.dtype | None
 ) -> None:
@@ -58,6 +76,8 @@ def check_epsilon(
     """
     seen = _seen.of(next(iter(parameters.values())))
     key = (tuple(parameters), dtype, tuple(scales.items()))
+    if key not in seen:
+        check_memory(parameters)
     if epsilon >= WIDE * seen.get(key, math.inf):
         return
     least = {name: floor / scales.get(name, 1.0) for name, floor in floors(parameters, dtype).items()}
