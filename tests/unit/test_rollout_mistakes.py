@@ -79,6 +79,14 @@ class Normed(Mixing):
         return torch.tanh(self.norm(state) + u)
 
 
+class Named(Mixing):
+    def init_state(self, batch_shape):
+        return {"h": torch.zeros(*batch_shape, 4)}
+
+    def step(self, u, state):
+        return {"h": torch.tanh(state["h"] + u)}
+
+
 X = torch.zeros(2, 9, 3)
 LONG = torch.zeros(2, 300, 4)
 NOISY = cell_from(lambda u, s: s + torch.rand_like(s), 3)
@@ -120,6 +128,11 @@ MISTAKES = {
     "state of a loop": (lambda: Sequential()(LSTM(3, 5), X, torch.zeros(2, 5)), r"LSTM takes \(\[2, 5\], \[2, 5\]\)"),
     "a branch on the batch": (lambda: quasi_deer()(Mixing(), torch.zeros(3, 300, 4)), "mixes sequences"),
     "a mean over the batch": (lambda: quasi_deer()(Averaging(), torch.zeros(3, 300, 4)), "mixes sequences"),
+    "a dict": (lambda: Sequential()(Named(), LONG), "Named.init_state returns a dict; .*tuple of tensors"),
+    "a dict, solved": (lambda: quasi_deer()(Named(), LONG), "Named.init_state returns a dict; .*tuple of tensors"),
+    "no tensor": (lambda: auto()(GRU(3, 5), None), "inputs has type NoneType; expected a tensor"),
+    "no tensor, read": (lambda: auto().read(GRU(3, 5), [1.0]), "inputs has type list; expected a tensor"),
+    "complex results": (lambda: quasi_deer()(cell_from(lambda u, s: s * (0.5 + 1j) + u, 4), LONG), "complex numbers"),
     "batch norm": (lambda: quasi_deer()(Normed(), LONG), "Normed.norm is a BatchNorm1d in training.*LayerNorm"),
     "another kind of state": (lambda: quasi_deer()(Forgetful(), LONG), "must keep the kind and the shape"),
     "nothing but nan": (lambda: predictability(GRU(3, 5), torch.full((1, 9, 3), torch.nan)), "not finite"),

@@ -93,7 +93,8 @@ def _run(
         leaf = inputs.detach()
         if leaf.is_floating_point():  # symbols have no gradient
             leaf.requires_grad_()
-        trajectory = rollout(cell, leaf, state, reset, lengths)
+        padded = {} if lengths is None else {"lengths": lengths}
+        trajectory = rollout(cell, leaf, state, reset, **padded)
         flat = _flat(trajectory)
         generator = torch.Generator().manual_seed(seed)
         weights = torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat)

@@ -16,7 +16,7 @@ from reroll.cells.base import Cell, State
 from reroll.kernels import dispatch
 from reroll.kernels.dispatch import Candidate
 from reroll.rollout import native
-from reroll.rollout.base import Rollout, Trajectory, check, has_tangent
+from reroll.rollout.base import Rollout, Trajectory, check, has_tangent, is_transformed, uncompiled
 from reroll.rollout.lengths import filled
 from reroll.rollout.presets import deer, quasi_deer
 from reroll.rollout.sequential import Sequential
@@ -52,6 +52,7 @@ class Auto:
     def __repr__(self) -> str:
         return f"auto({', '.join(f'{name}={value!r}' for name, value in self.options)})"
 
+    @uncompiled
     def __call__(
         self,
         cell: Cell,
@@ -65,6 +66,7 @@ class Auto:
         inputs = inputs if lengths is None else filled(inputs, lengths)[0]  # it is tried on some of them
         return self.choose(cell, inputs, state)(cell, inputs, state, reset, lengths)
 
+    @uncompiled
     def read(
         self,
         cell: Cell,
@@ -97,8 +99,8 @@ def _candidates(cell: Cell, inputs: Tensor, state: State | None, fused: bool) ->
     batch, time = inputs.shape[:2]
     if time < SHORT or batch == 0:
         return (Candidate("sequential", True, f"{time} steps of {batch} sequences are too few to share out"),)
-    if has_tangent(inputs):
-        return (Candidate("sequential", True, "forward-mode derivatives go through a loop only"),)
+    if has_tangent(inputs) or is_transformed(inputs) or any(map(is_transformed, cell.parameters())):
+        return (Candidate("sequential", True, "torch.func and forward-mode derivatives go through a loop only"),)
     if inputs.device.type != "cpu" and not dispatch.is_mapped():
         return (Candidate("quasi_deer", True, f"{time} steps of {batch} sequences at once"),)
     if dispatch.is_mapped() or (fused and cell.has_kernel):

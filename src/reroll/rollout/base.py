@@ -9,9 +9,10 @@ non-convergence is a value, never silent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -92,14 +93,35 @@ class Rollout(Protocol):
         ...
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def uncompiled(method: Method) -> Method:
+    """Let `torch.compile` break its graph at a method of a rollout, and run what is inside as it is."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
 def start(cell: Cell, inputs: Tensor, state: State | None) -> State:
     """Return the state before the first step: the one given, or the cell's, in the inputs' dtype and on their device.
+
+    Complex numbers stay complex, in the inputs' precision.
 
     Raises:
         UsageError: if the cell is none, the inputs are not [batch, time, features], or the state does not fit.
     """
     check(cell, inputs)
     initial = cell.init_state(inputs.shape[:1])
+    if (kind := _not_a_state(initial)) is not None:
+        raise UsageError(
+            f"{type(cell).__name__}.init_state returns a {kind}; a state is a tensor or a (named) tuple of tensors."
+        )
     for part in (initial,) if isinstance(initial, Tensor) else initial if isinstance(initial, tuple) else ():
         if isinstance(part, Tensor) and part.shape[:1] != inputs.shape[:1]:
             raise UsageError(
@@ -114,7 +136,17 @@ def start(cell: Cell, inputs: Tensor, state: State | None) -> State:
         return _like(state, initial)
     if not inputs.is_floating_point():
         return initial
-    return map_state(initial, lambda tensor: tensor.to(inputs.device, inputs.dtype))
+    dtype = inputs.dtype
+    return map_state(
+        initial, lambda tensor: tensor.to(inputs.device, dtype.to_complex() if tensor.is_complex() else dtype)
+    )
+
+
+def _not_a_state(state: Any) -> str | None:
+    """Return the type of what is neither a tensor nor a tuple of states; None where there is no such thing."""
+    if isinstance(state, tuple):
+        return next((kind for part in state if (kind := _not_a_state(part)) is not None), None)
+    return None if isinstance(state, Tensor) else type(state).__name__
 
 
 def check_reset(reset: Any, inputs: Tensor) -> None:
@@ -161,6 +193,15 @@ def require_one_dtype(cell: Cell, inputs: Tensor, state: State | None) -> None:
                 f"{name} has dtype {dtype_name(tensor)} and the weights of {type(cell).__name__} have "
                 f"{dtype_name(known)}; convert one: {name}.to({known}){change}."
             )
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Return whether `torch.func.grad` or `vmap` goes along with a tensor, which then has no memory of its own."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return True
+    return False
 
 
 def has_tangent(tensor: Tensor) -> bool:

@@ -29,7 +29,7 @@ from reroll.cells.base import Cell, State
 from reroll.errors import RunError, UsageError, require_count
 from reroll.outcome import Outcome
 from reroll.rollout import adjoint, native
-from reroll.rollout.base import Trajectory
+from reroll.rollout.base import Trajectory, uncompiled
 from reroll.rollout.damping import Damping, Kalman, Undamped
 from reroll.rollout.iterate import Iterate, largest
 from reroll.rollout.lengths import Padded, in_place
@@ -115,6 +115,7 @@ class Newton:
         )
         return f"Newton({', '.join(shown)})"
 
+    @uncompiled
     def __call__(
         self,
         cell: Cell,
@@ -159,6 +160,7 @@ class Newton:
             watch.see(trajectory, states)
         return trajectory
 
+    @uncompiled
     def read(
         self,
         cell: Cell,

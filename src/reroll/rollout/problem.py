@@ -24,6 +24,7 @@ from reroll.rollout.base import (
     check_reset,
     explaining_dtypes,
     has_tangent,
+    is_transformed,
     require_one_dtype,
     start,
     weights_dtype,
@@ -230,6 +231,11 @@ def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor 
         raise UsageError(
             "inputs carries a forward-mode derivative, which only a loop over the steps hands on; use "
             "rollout=Sequential()."
+        )
+    if is_transformed(inputs) or any(map(is_transformed, cell.parameters())):
+        raise UsageError(
+            f"inputs, or a weight of {type(cell).__name__}, is inside torch.func.grad or vmap, which only go through a "
+            "loop over the steps; use rollout=Sequential()."
         )
     inputs, state = _in_one_dtype(cell, inputs, state)
     with torch.autocast(inputs.device.type, enabled=False):

@@ -66,6 +66,8 @@ def require_pure(cell: Cell, problem: Problem) -> None:
         first, once = step(cell, layout, tried_u, tried_state), _buffers(cell)
         second, twice = step(cell, layout, u.clone(), state.clone()), _buffers(cell)
         alone = torch.cat([step(cell, layout, u[i : i + 1].clone(), state[i : i + 1].clone()) for i in range(ROWS)])
+    if first.is_complex():
+        raise UsageError(f"{name}.step returns complex numbers for a real state; use rollout=Sequential().")
     if not (_same(tried_u, u) and _same(tried_state, state)):
         raise UsageError(f"{name}.step changes its arguments in place; let it return new tensors.")
     for buffer in once:

@@ -28,6 +28,7 @@ from reroll.rollout.base import (
     explaining_dtypes,
     require_same_shapes,
     start,
+    uncompiled,
     where_reset,
 )  # fmt: skip
 from reroll.rollout.lengths import Padded, dropping, filled, packing
@@ -55,6 +56,7 @@ class Sequential:
         if self.kernel not in ("auto", "reference", "compiled"):
             raise UsageError(f'kernel="{self.kernel}" must be "auto", "reference" or "compiled".')
 
+    @uncompiled
     def __call__(
         self,
         cell: Cell,
@@ -77,6 +79,7 @@ class Sequential:
         states, final = self._run(run, cell, inputs, state, reset, lengths)
         return _trajectory(states, final, inputs)
 
+    @uncompiled
     def read(
         self,
         cell: Cell,
