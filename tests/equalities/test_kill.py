@@ -17,8 +17,9 @@ import pytest
 import safetensors.torch
 
 from reroll.cli import console, main
+from reroll.models import Interface
 from reroll.train import checkpoint, journal
-from reroll.train.build import Sizes, build_model
+from reroll.train.build import build_model
 from reroll.train.config import resolve
 from reroll.train.loop import train
 from reroll.train.run import RunFolder, read_config, read_json, read_metrics
@@ -70,7 +71,7 @@ def crash_after(allowed, config, path, **options):
 
 @pytest.fixture
 def initial(tmp_path):
-    model = build_model(resolve(small()).model, Sizes.of(small().task.build(0)), seed=99)
+    model = build_model(resolve(small()).model, Interface.of(small().task.build(0)), seed=99)
     return checkpoint.weights_of(model)
 
 

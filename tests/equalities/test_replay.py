@@ -9,6 +9,7 @@ import reroll
 from reroll.cli import main
 from reroll.errors import RunError, UsageError
 from reroll.grad.base import trainable
+from reroll.models import Interface
 from reroll.specs.task import Generated
 from reroll.train import build, checkpoint, journal
 from reroll.train.loop import train
@@ -71,7 +72,7 @@ def replayed(path):
 
 
 def initial_of(config):
-    return build.build_model(config.model, build.Sizes.of(config.task.build(0)), 11)
+    return build.build_model(config.model, Interface.of(config.task.build(0)), 11)
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_the_grid_is_that_of_the_epsilon_asked_for(tmp_path):
 
 def initial_weights(path):
     config, header = read_config(path), journal.read(path / "journal").header
-    return build.build_model(config.model, build.Sizes(**header["sizes"]), config.run.seed)
+    return build.build_model(config.model, Interface(**header["sizes"]), config.run.seed)
 
 
 @pytest.mark.parametrize("momentum, decay", [(0.0, 0.0), (0.0, 0.3), (0.9, 0.3)])

@@ -16,6 +16,7 @@ from reroll.errors import RunError, UsageError
 from reroll.grad import Backprop, CentralDifference, Dense
 from reroll.grad.base import Seeded, row_blocks, trainable
 from reroll.keys import Key
+from reroll.models import roles
 from reroll.optim import (
     CDRGE,
     OPTIMIZERS,
@@ -26,7 +27,6 @@ from reroll.optim import (
     build_optimizer,
     clip_norm,
     groups,
-    roles,
 )
 from reroll.outcome import Outcome
 from tests.models import a_batch, build
@@ -447,7 +447,7 @@ def test_backprop_names_bad_arguments(arguments, message):
 
 
 def test_what_needs_a_recurrent_model_says_so():
-    with pytest.raises(UsageError, match=r"truncate=4 needs a model with start\(\) and advance\(\)"):
+    with pytest.raises(UsageError, match=r"truncate=4 needs a model that carries a state"):
         Backprop(truncate=4)(build("foreign"), sequence_losses, a_batch(), KEY)
     with pytest.raises(UsageError, match="accumulate=9 cannot cut a batch of 6"):
         Backprop(accumulate=9)(build("gru"), sequence_losses, a_batch(), KEY)

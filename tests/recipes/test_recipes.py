@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from reroll.models import Interface
 from reroll.recipes import RECIPES
-from reroll.train.build import Sizes, build_model
+from reroll.train.build import build_model
 from reroll.train.config import resolve
 from reroll.train.evaluate import evaluate
 from reroll.train.loop import train
@@ -61,7 +62,7 @@ def untrained(config):
     """The held-out loss of the weights a run begins with."""
     config = resolve(config)
     task = config.task.build(config.run.seed)
-    model = build_model(config.model, Sizes.of(task), config.run.seed)
+    model = build_model(config.model, Interface.of(task), config.run.seed)
     return evaluate(model, task, task.splits[0])["loss"]
 
 

@@ -12,9 +12,9 @@ from reroll.bench import claims, demo, estimator, grid, memory, rollouts, timing
 from reroll.cli.bench import BENCHES
 from reroll.data.text import Text
 from reroll.grad.probes import expected_relative_error
+from reroll.models import Interface
 from reroll.passes import count_forward_passes
 from reroll.recipes import RECIPES
-from reroll.train.build import Sizes
 from reroll.train.config import resolve
 from reroll.train.measure import Measurement, measure
 
@@ -288,7 +288,7 @@ def test_the_demo_weighs_what_it_compares(monkeypatch, tmp_path):
     weighed = []
 
     def weigh(what):
-        assert what.sizes == Sizes.of(task)
+        assert what.sizes == Interface.of(task)
         weighed.append((what.what, what.time))
         if what.time == 8:
             what()

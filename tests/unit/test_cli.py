@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,14 @@ from safetensors.torch import load_file
 import reroll
 from reroll.cli import COMMANDS
 from reroll.cli.runs import DISPENSABLE
+from reroll.data.tokenizers import from_dict
 from reroll.errors import UsageError
+from reroll.models import Interface
 from reroll.recipes import RECIPES
 from reroll.train import checkpoint, toml
+from reroll.train.build import build_model
 from reroll.train.config import Config
-from reroll.train.load import open_model
+from reroll.train.load import export, open_model
 from reroll.train.run import read_config, read_metrics
 from tests.cli import TINY, TRAIN, contents, weights_of
 
@@ -157,6 +161,13 @@ def test_export_load_and_init(cli, smoke, tmp_path):
     assert weights_of(tmp_path / "from-smoke") == weights_of(tmp_path / "from-model.safetensors")
     # What was begun with other weights than the seed's is replayed from them.
     assert cli("replay", path, "--checksum").out.splitlines()[-1] == weights_of(path)
+    # A vocabulary may be larger than the tokenizer's; what is beyond is never drawn.
+    loaded = open_model(file)
+    padded = build_model(loaded.config.model, Interface(300, None, 300, "every"), 0)
+    export(replace(loaded, model=padded, tokenizer=from_dict({"name": "byte"})), file)
+    model = reroll.load(file)
+    assert (model.vocab, model.tokenizer.size) == (300, 256)
+    assert model.generate(model.tokenizer.encode("a").tolist(), 200, temperature=9.0).max() < 256
 
 
 def test_replay_gives_the_weights_of_every_checkpoint(cli, smoke, tmp_path):

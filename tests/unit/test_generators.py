@@ -7,13 +7,14 @@ from torch import nn
 from reroll.grad import Backprop, CentralDifference
 from reroll.grad.evaluate.probing import seeded_generators
 from reroll.keys import Key
+from reroll.models import Interface
 from reroll.specs.model import LSTM
-from reroll.train.build import Sizes, build_model
+from reroll.train.build import build_model
 
 USERS = {
     "central_difference": lambda net, x: CentralDifference(3, 0.01)(net, loss_fn, x, Key(0)),
     "backprop": lambda net, x: Backprop(accumulate=2)(net, loss_fn, x, Key(0)),
-    "build_model": lambda net, x: build_model(LSTM(embed=8), Sizes(5, None, 5, "every"), seed=3),
+    "build_model": lambda net, x: build_model(LSTM(embed=8), Interface(5, None, 5, "every"), seed=3),
 }
 
 

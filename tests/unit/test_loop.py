@@ -15,6 +15,7 @@ from reroll.cli.console import Console, Series
 from reroll.data.batch import START
 from reroll.data.synthetic import Copy
 from reroll.errors import RunError, UsageError
+from reroll.models import Interface
 from reroll.optim import Schedule
 from reroll.outcome import Outcome
 from reroll.train import build, checkpoint, journal, loop, process
@@ -67,7 +68,7 @@ def test_the_loss_and_the_norm_are_those_of_the_gradient(tmp_path):
     train(config, tmp_path)
     rows, task = rows_of(tmp_path), config.task.build(7)
     for saved in map(checkpoint.read, checkpoint.all_of(tmp_path / "checkpoints")[:-1]):
-        model = build.build_model(read_config(tmp_path).model, build.Sizes.of(task), 0)
+        model = build.build_model(read_config(tmp_path).model, Interface.of(task), 0)
         checkpoint.put_weights(model, saved.weights, "it")
         loss = task.loss(model, task.batch(saved.step)).mean()
         loss.backward()
@@ -136,7 +137,7 @@ def test_scores_are_of_the_weights_that_are_loaded(tmp_path, average):
 
 
 def test_every_setting_reaches_the_optimizer():
-    model = build.build_model(resolve(small()).model, build.Sizes(9, None, 9, "every"), 0)
+    model = build.build_model(resolve(small()).model, Interface(9, None, 9, "every"), 0)
     momentum, betas, decay = {"momentum": 0.7}, {"betas": (0.6, 0.5)}, {"weight_decay": 0.3}
     options = {"sgd": momentum | decay, "adamw": betas | decay, "muon": momentum | betas | decay}
     sgd, adamw, muon = (

@@ -1,14 +1,17 @@
 """The recurrent model: ways of running it that must agree, its first loss, its conversion to torch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from reroll.cells import CELLS, DNC, GRU, LSTM, RNN, cell_from
+from reroll.data.batch import START, Batch
+from reroll.data.task import sequence_losses
 from reroll.errors import UsageError
-from reroll.models import Recurrent
+from reroll.models import Recurrent, roles
 from reroll.outcome import Outcome
 from reroll.rollout import ROLLOUTS, Sequential
 from tests.unit.test_cells import build, leaves
@@ -110,6 +113,65 @@ def test_stacks_feed_one_another():
     torch.testing.assert_close(model(x), model.head(features), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("readout", ["every", "last", "mean"])
+def test_the_head_maps_features_to_outputs(readout):
+    model, ids = model_of(GRU, readout=readout), symbols(3, 6)
+    assert torch.equal(model.head(model.features(ids)), model(ids))
+    features, state = model.advance(ids, head=False)
+    logits, expected = model.advance(ids)
+    assert torch.equal(model.head(features), logits)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(state), leaves(expected)))
+    assert not Recurrent(cell=GRU(3, 4), inputs=3).headed
+
+
+class Cached(nn.Module):
+    """A model with methods that are called like those of a `Stateful` one, for other reasons."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+    def forward(self, ids):
+        return self.linear(self.embed(ids))
+
+    def advance(self, ids, cache):
+        raise AssertionError("advance was called")
+
+    start = features = time_chunk = advance
+
+
+def test_a_capability_is_declared_and_not_read_off_a_name():
+    ids = symbols(2, 6, high=7)
+    batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones(2, 5, dtype=torch.bool))
+    with torch.no_grad():
+        assert sequence_losses(Cached(), batch).shape == (2,)
+    with pytest.raises(UsageError, match="carry a state"):
+        sequence_losses(Cached(), replace(batch, state=START))
+
+
+class Step(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, u, state):
+        return torch.tanh(self.linear(state) + u)
+
+
+def test_roles_a_module_declares_come_before_those_of_its_shapes():
+    class Declares(Cached):
+        def roles(self):
+            return {"linear.weight": "matrix"}
+
+    model = nn.Sequential(Declares())
+    assert roles(model) == {"0.embed.weight": "embedding", "0.linear.weight": "matrix", "0.linear.bias": "vector"}
+    headless = roles(Recurrent(cell=cell_from(Step(), 3), inputs=3))
+    assert [role for name, role in headless.items() if name.endswith("linear.weight")] == ["matrix"]
+    Declares.roles = lambda self: {"oops": "matrix"}
+    with pytest.raises(UsageError, match="oops"):
+        roles(model)
+
+
 @pytest.mark.parametrize("build_torch", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize("layers, bias", [(1, True), (3, True), (2, False)])
 def test_torch_modules_convert_both_ways(build_torch, layers, bias):
@@ -137,6 +199,8 @@ def test_heads_and_initial_state_survive_the_conversion_to_torch():
 def test_what_torch_has_and_we_have_not_is_refused():
     with pytest.raises(UsageError, match="bidirectional=True"):
         Recurrent.from_torch(nn.LSTM(3, 4, bidirectional=True))
+    with pytest.raises(UsageError, match="batch_first"):
+        Recurrent.from_torch(nn.GRU(3, 4))
     with pytest.raises(UsageError, match="takes torch.nn.LSTM or torch.nn.GRU; got Linear"):
         Recurrent.from_torch(nn.Linear(3, 4))
     with pytest.raises(UsageError, match=r"these are GRU\(3, 4\), LSTM\(4, 4\)"):

@@ -19,10 +19,10 @@ from reroll.data.task import Task, sequence_losses
 from reroll.data.text import Text
 from reroll.grad import Backprop, CentralDifference
 from reroll.keys import Key
-from reroll.models import Recurrent
+from reroll.models import Interface, Recurrent
 from reroll.optim import apply, build_optimizer
 from reroll.specs.model import ModelSpec
-from reroll.train.build import Sizes, build_model
+from reroll.train.build import build_model
 from reroll.train.measure import measure
 
 LONG = 2048
@@ -43,7 +43,7 @@ class Row:
 class Weigh:
     """A step, or plain inference, of the demo's model on random symbols; built at the first call."""
 
-    def __init__(self, what: str, config: ModelSpec, sizes: Sizes, rows: int, time: int):
+    def __init__(self, what: str, config: ModelSpec, sizes: Interface, rows: int, time: int):
         self.what, self.config, self.sizes, self.rows, self.time = what, config, sizes, rows, time
         self.built: tuple[Recurrent, Batch, Any] | None = None
 
@@ -69,7 +69,7 @@ class Weigh:
 
 def memory_over_inference(config: ModelSpec, task: Task, rows: int, time: int) -> dict[str, tuple[int, int]]:
     """Return bytes above plain inference at the demo's length and at `LONG`: in place, as trained, by backprop."""
-    sizes = Sizes.of(task)
+    sizes = Interface.of(task)
     found: dict[str, list[int]] = {"probes": [], "batched": [], "backprop": []}
     for length in (time, LONG):
         peak = {w: measure(Weigh(w, config, sizes, rows, length)).peak_bytes for w in ("inference", *found)}
@@ -97,9 +97,8 @@ def rows_of(
 
 def sample(path: Path, length: int = 240) -> str:
     """Return some text that a run's model makes up."""
-    from reroll.train.load import open_model
+    from reroll.train.load import load
 
-    loaded = open_model(path)
-    assert loaded.tokenizer is not None
-    prompt = loaded.tokenizer.encode("The ").tolist()
-    return "The " + loaded.tokenizer.decode(loaded.model.generate(prompt, length, 0.7, None, 0).tolist())
+    model = load(path)
+    prompt = model.tokenizer.encode("The ").tolist()
+    return "The " + model.tokenizer.decode(model.generate(prompt, length, 0.7).tolist())

@@ -106,8 +106,8 @@ def _task(loaded: Any, request: Eval) -> Any:
     """What to score: the run's own task, or the whole of another file, which must be of the same kind."""
     from dataclasses import replace
 
+    from reroll.models import Interface
     from reroll.specs.task import FileTask
-    from reroll.train.build import Sizes
 
     spec = loaded.config.task
     if isinstance(spec, FileTask):
@@ -119,7 +119,7 @@ def _task(loaded: Any, request: Eval) -> Any:
     spec = replace(spec, path=request.path)
     with as_flags({"path"}):
         task = spec.build(loaded.config.run.seed, loaded.tokenizer, units=loaded.units, whole=True)
-    found, wanted = Sizes.of(task), Sizes.of(loaded.model)
+    found, wanted = Interface.of(task), Interface.of(loaded.model)
     if found.inputs != wanted.inputs:
         raise UsageError(
             f"--path {request.path} has {found.inputs} columns of numbers, but {request.model} reads {wanted.inputs}; "
@@ -153,6 +153,7 @@ def _notes(loaded: Any, task: Any, split: str, request: Eval) -> list[str]:
 
 
 def _sample(request: Sample) -> int:
+    from reroll.models.generate import generate
     from reroll.rollout.watch import watching
     from reroll.train.load import open_model
 
@@ -161,7 +162,7 @@ def _sample(request: Sample) -> int:
     _refuse_unknown(loaded, request.prompt)
     prompt = encode(request.prompt) if request.prompt else start
     with watching():  # a text needs no word on how the model came by it
-        new = loaded.model.generate(prompt, request.length, request.temperature, request.top_k, request.seed)
+        new = generate(loaded.model, prompt, request.length, request.temperature, request.top_k, request.seed)
     print(visible(request.prompt + decode(new.tolist())))
     return 0
 

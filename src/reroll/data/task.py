@@ -161,7 +161,8 @@ def sequence_losses(model: Any, batch: Batch) -> Tensor | Losses:
     """Return per-sequence losses [B] whose mean is Σ loss / scored: cross-entropy for symbols, squared error else.
 
     Args:
-        model: called as `model(inputs)`; if it has `advance`, long inputs are run window by window without a gradient.
+        model: called as `model(inputs)`; one that declares `stateful` (`reroll.models.base`) is run by `advance`, and
+            window by window where no gradient is needed.
         batch: the batch; with a `state` the result is `Losses(losses, state)`.
     """
     total, state = torch.zeros((), dtype=torch.float64, device=batch.inputs.device), None
@@ -205,7 +206,7 @@ def position_losses(outputs: Tensor, targets: Tensor) -> Tensor:
 def predictions(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]:
     """Yield (outputs, the part of the batch they belong to, the state after it).
 
-    A gradient needs the whole sequence at once, and so does a model without `advance`, or with one output per sequence.
+    A gradient needs the whole sequence at once, and so does a model that is not `stateful`, or one output per sequence.
     Everything else is run in windows of `model.time_chunk(B)` steps.
     """
     with one_pass():
@@ -213,13 +214,13 @@ def predictions(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]
 
 
 def _windows(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]:
-    advance = getattr(model, "advance", None)
-    if (advance is None or batch.mask.dim() == 1) and batch.state is not None:
+    stateful = getattr(model, "stateful", False)
+    if (not stateful or batch.mask.dim() == 1) and batch.state is not None:
         raise UsageError(
-            f"{type(model).__name__} cannot carry a state: it needs advance(inputs, state, reset) → (outputs, state) "
-            "and an output at every step. Turn carrying off, or use reroll.Recurrent."
+            f"{type(model).__name__} cannot carry a state: it needs advance(inputs, state, reset) → (outputs, state), "
+            "stateful = True and an output at every step. Turn carrying off, or use reroll.Recurrent."
         )
-    if advance is None or batch.mask.dim() == 1:
+    if not stateful or batch.mask.dim() == 1:
         outputs = model(batch.inputs) if batch.present is None else model(batch.inputs, present=batch.present)
         yield _first(outputs), batch, None
         return
@@ -227,7 +228,7 @@ def _windows(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]:
     state = None if batch.state is START else batch.state
     for begin in range(0, batch.time, max(chunk, 1)):
         part = batch.steps(begin, begin + chunk)
-        outputs, state = advance(part.inputs, state, part.reset)
+        outputs, state = model.advance(part.inputs, state, part.reset)
         yield outputs, replace(part, state=None), state
 
 

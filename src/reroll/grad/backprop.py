@@ -37,8 +37,8 @@ class Backprop:
         truncate: steps through which the gradient flows; None is all of them.
         checkpoint: keep states at window borders only and recompute, for memory that grows as √T.
 
-    `truncate` and `checkpoint` need a model with `start` and `advance` (`reroll.Recurrent`) and batches with `steps`
-    (`reroll.data.Batch`).
+    `truncate` and `checkpoint` need a model that carries a state (`reroll.models.Stateful`, such as `reroll.Recurrent`)
+    and batches with `steps` (`reroll.data.Batch`).
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -109,10 +109,10 @@ class Backprop:
 
     def _windows(self, model: Any, batch: Any) -> list[Any]:
         option = f"truncate={self.truncate}" if self.truncate else "checkpoint=True"
-        if not (hasattr(model, "start") and hasattr(batch, "steps") and batch.mask.dim() > 1):
+        if not (getattr(model, "stateful", False) and hasattr(batch, "steps") and batch.mask.dim() > 1):
             raise UsageError(
-                f"{option} needs a model with start() and advance() (reroll.Recurrent), a reroll Batch, and an output "
-                "at every step."
+                f"{option} needs a model that carries a state (reroll.models.Stateful, such as reroll.Recurrent), a "
+                "reroll Batch, and an output at every step."
             )
         length = self.truncate or math.isqrt(max(batch.time - 1, 0)) + 1
         return [replace(batch.steps(t, t + length), state=None) for t in range(0, max(batch.time, 1), length)]

@@ -28,6 +28,7 @@ from reroll.errors import UsageError, nearest
 from reroll.kernels.noise_axpy import Noise, Stream, layout, noise_axpy, noise_of
 from reroll.kernels.philox import stream_id
 from reroll.keys import Key
+from reroll.models.roles import canonical_name
 from reroll.outcome import Outcome
 
 LossFn = Callable[[Any, Any], Any]
@@ -307,19 +308,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     named = dict(pairs)
     check_streams(named)
     return named
-
-
-def canonical_name(name: str) -> str:
-    """Return a parameter's name without the prefixes that wrappers add.
-
-    Example:
-        >>> canonical_name("_orig_mod.module.cells.0._fsdp_wrapped_module.bias")
-        'cells.0.bias'
-    """
-    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_fsdp_wrapped_module")]
-    while len(parts) > 1 and parts[0] == "module":
-        parts.pop(0)
-    return ".".join(parts)
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -29,6 +29,11 @@ def cells_from_torch(module: nn.LSTM | nn.GRU) -> tuple[Cell, ...]:
     ):
         if value:
             raise UsageError(f"from_torch: {option}={value} has no counterpart here; use a module without it.")
+    if not module.batch_first:
+        raise UsageError(
+            "from_torch: this module has batch_first=False, and a Recurrent reads [batch, time, features]. Set "
+            "module.batch_first = True (the weights are the same) and give it inputs of that shape."
+        )
     kind = LSTM if isinstance(module, nn.LSTM) else GRU
     cells = []
     for layer in range(module.num_layers):

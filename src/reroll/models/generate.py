@@ -32,7 +32,7 @@ def generate(
     """Continue a prompt.
 
     Args:
-        model: with `vocab`, `advance` and `step`; see `reroll.models.Recurrent`.
+        model: of symbols and `Stateful` (`reroll.models.base`), such as `reroll.models.Recurrent`.
         prompt: symbols [time] or [batch, time], at least one.
         length: how many symbols to add.
         temperature: 1 samples the model's distribution, towards 0 the most likely symbol; 0 is exactly that.
@@ -52,25 +52,28 @@ def generate(
         torch.Size([5])
     """
     if isinstance(prompt, str):
-        raise UsageError("prompt is a text; give the symbols: task.tokenizer.encode(text), or use `reroll sample`.")
+        raise UsageError("prompt is a text; give its symbols, model.tokenizer.encode(text), or use `reroll sample`.")
     ids = torch.as_tensor(prompt, dtype=torch.int64)
     batched = ids.dim() == 2
     ids = (ids if batched else ids.unsqueeze(0)).to(next(model.parameters()).device)
     require_positive(length=length, top_k=top_k)
     if model.vocab is None:
         raise UsageError("generate needs a model of symbols; this one reads real-valued series (inputs=…).")
+    tokenizer = getattr(model, "tokenizer", None)
+    known = model.vocab if tokenizer is None else tokenizer.size  # a padded vocabulary has symbols that mean nothing
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise UsageError(f"prompt has shape {tuple(ids.shape)}; give at least one symbol, [time] or [batch, time].")
-    if not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab:
-        raise UsageError(f"prompt holds symbols in [{ids.min()}, {ids.max()}]; the vocabulary is [0, {model.vocab}).")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise UsageError(f"prompt holds symbols in [{ids.min()}, {ids.max()}]; the vocabulary is [0, {known}).")
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"temperature={temperature} must be zero or a positive number.")
     outputs, state = model.advance(ids)
-    logits, key, new = outputs[:, -1], Key(seed).at("generate"), []
+    logits, key, new = outputs[:, -1, :known], Key(seed).at("generate"), []
     for position in range(length):
         new.append(_draw(logits, temperature, top_k, key.at(position)))
         if position + 1 < length:
-            logits, state = model.step(new[-1], state)
+            outputs, state = model.advance(new[-1].unsqueeze(1), state)
+            logits = outputs[:, -1, :known]
     result = torch.stack(new, 1)
     return result if batched else result[0]
 

@@ -6,19 +6,23 @@ model = Recurrent(cell=GRU(3, 32), inputs=3, outputs=5, readout="last")      a s
 logits = model(ids)                                       [B, T] → [B, T, vocab]
 logits, state = model.advance(ids, state)                 the same, from a state and giving one back
 logits, state = model.step(ids_t, state)                  one symbol, O(1); model.start(batch) gives the first state
+logits = model.head(model.features(ids))                  the same as model(ids); features [B, T, D]
 ids = model.generate(prompt, length, temperature=0.8, top_k=40, seed=0)
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reroll.cells.base import Cell, State
+from reroll.data.task import Readout
+from reroll.data.tokenizers import Tokenizer
 from reroll.errors import UsageError, require_positive
 from reroll.models import convert
+from reroll.models.base import READOUTS
 from reroll.models.generate import generate
 from reroll.rollout.base import Rollout, require_rollout, start
 from reroll.rollout.sequential import Sequential
@@ -38,6 +42,10 @@ class Recurrent(nn.Module):
         embed: features of a symbol's embedding; None is the first cell's input size, the only value that fits it.
         rollout: how the cells are evaluated along time.
         readout: "every" step, the "last", or the "mean" over steps.
+        window_floats: numbers a window of steps may keep alive when no gradient is needed.
+
+    It is `Stateful` and, unless it is of series without `outputs`, `Headed` (`reroll.models.base`). `tokenizer` is that
+    of the run or file a model was loaded from (`reroll.load`), else None.
 
     Raises:
         UsageError: if sizes do not fit together; the message names the two that disagree.
@@ -51,6 +59,9 @@ class Recurrent(nn.Module):
         torch.Size([2, 5, 100])
     """
 
+    stateful = True
+    tokenizer: Tokenizer | None = None
+
     def __init__(
         self,
         cell: Cell | tuple[Cell, ...],
@@ -59,15 +70,16 @@ class Recurrent(nn.Module):
         outputs: int | None = None,
         embed: int | None = None,
         rollout: Rollout | None = None,
-        readout: Literal["every", "last", "mean"] = "every",
+        readout: Readout = "every",
+        window_floats: int = WINDOW_FLOATS,
     ):
         super().__init__()
         cells = (cell,) if isinstance(cell, Cell) else tuple(cell)
         _check_sizes(cells, vocab, inputs, embed, readout)
-        require_positive(outputs=outputs)
+        require_positive(outputs=outputs, window_floats=window_floats)
         self.vocab, self.inputs, self.readout = vocab, inputs, readout
         self.outputs = outputs or vocab or cells[-1].output_size
-        self.window_floats = WINDOW_FLOATS
+        self.window_floats = window_floats
         self.rollout: Rollout = Sequential() if rollout is None else rollout
         require_rollout(self.rollout)
         self.embed = nn.Embedding(vocab, cells[0].input_size) if vocab is not None else None
@@ -95,11 +107,20 @@ class Recurrent(nn.Module):
         Returns:
             [B, T, outputs] for readout "every", else [B, outputs].
         """
+        return self._outputs(self.features(inputs, present=present, lengths=lengths))
+
+    @property
+    def headed(self) -> bool:
+        """Whether the outputs are a linear map of the features."""
+        return self.head is not None
+
+    def features(self, inputs: Tensor, *, present: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Return what the head maps to the outputs, [B, T, D] or [B, D]; the arguments are those of `forward`."""
         if self.readout == "every":
-            return self.advance(inputs, lengths=lengths)[0]
+            return self._run(inputs, None, None, lengths)[0]
         if present is None and lengths is not None:
             present = torch.arange(inputs.shape[1], device=inputs.device) < lengths.unsqueeze(1)
-        return self._head(self._summary(inputs, present, lengths))
+        return self._summary(inputs, present, lengths)
 
     def advance(
         self,
@@ -107,6 +128,8 @@ class Recurrent(nn.Module):
         state: tuple[State, ...] | None = None,
         reset: Tensor | None = None,
         lengths: Tensor | None = None,
+        *,
+        head: bool = True,
     ) -> tuple[Tensor, tuple[State, ...]]:
         """Run some steps from a state.
 
@@ -115,12 +138,13 @@ class Recurrent(nn.Module):
             state: the state of every cell, as `start` or `advance` gives it; None starts afresh.
             reset: True at the steps before which the state starts afresh, [B, T].
             lengths: steps of each sequence, [B]; behind them the head sees zeros.
+            head: False leaves the head out and gives features.
 
         Returns:
             (outputs of every step, the state after the last).
         """
-        features, state = self._features(inputs, state, reset, lengths)
-        return self._head(features), state
+        features, state = self._run(inputs, state, reset, lengths)
+        return self._outputs(features) if head else features, state
 
     def start(self, batch: int) -> tuple[State, ...]:
         """Return the state of every cell before the first step, for this many sequences."""
@@ -157,7 +181,7 @@ class Recurrent(nn.Module):
         """Return the model that computes what a torch LSTM or GRU does: inputs [B, T, features] → hidden states.
 
         Raises:
-            UsageError: for a bidirectional or projected module, or one with dropout.
+            UsageError: for a bidirectional or projected module, one with dropout, or one with batch_first=False.
         """
         return cls(cell=convert.cells_from_torch(module), inputs=module.input_size)
 
@@ -181,7 +205,7 @@ class Recurrent(nn.Module):
     def _cells(self) -> tuple[Cell, ...]:
         return tuple(cell for cell in self.cells if isinstance(cell, Cell))
 
-    def _features(
+    def _run(
         self,
         inputs: Tensor,
         state: tuple[State, ...] | None,
@@ -218,7 +242,7 @@ class Recurrent(nn.Module):
                 f"inputs has symbols {low} … {high}; the model knows 0 … {embed.num_embeddings - 1}."
             ) from None
 
-    def _head(self, features: Tensor) -> Tensor:
+    def _outputs(self, features: Tensor) -> Tensor:
         return features if self.head is None else self.head(features)
 
     def _summary(self, inputs: Tensor, present: Tensor | None, lengths: Tensor | None) -> Tensor:
@@ -232,7 +256,7 @@ class Recurrent(nn.Module):
         for begin in range(0, max(time, 1), chunk):
             window = slice(begin, begin + chunk)
             left = None if lengths is None else (lengths - begin).clamp(0, inputs[:, window].shape[1])
-            features, state = self._features(inputs[:, window], state, None, left)
+            features, state = self._run(inputs[:, window], state, None, left)
             weight = present[:, window].to(features.dtype)
             if self.readout == "last":
                 steps = torch.arange(begin, begin + features.shape[1], device=inputs.device)
@@ -251,7 +275,7 @@ def _check_sizes(
     if (vocab is None) == (inputs is None):
         raise UsageError(f"Give vocab (symbols) or inputs (real-valued series); got vocab={vocab}, inputs={inputs}.")
     require_positive(vocab=vocab, inputs=inputs, embed=embed)
-    if readout not in ("every", "last", "mean"):
+    if readout not in READOUTS:
         raise UsageError(f'readout="{readout}" must be "every", "last" or "mean".')
     if embed is not None and vocab is None:
         raise UsageError(f"embed={embed} is for symbols; a model with inputs={inputs} has no embedding.")

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from reroll.errors import RunError, UsageError, require_count, require_positive
-from reroll.grad.base import Estimate, canonical_name, check_names, check_streams
+from reroll.grad.base import Estimate, check_names, check_streams
 from reroll.grad.central_difference import CentralDifference, Evaluate
 from reroll.grad.checks import visibly
 from reroll.keys import Key
+from reroll.models.roles import canonical_name
 from reroll.optim.sgd import SGD, check_group, restore_momentum
 from reroll.optim.step import StepResult, step
 from reroll.outcome import Outcome

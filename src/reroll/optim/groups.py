@@ -19,12 +19,9 @@ from torch import Tensor, nn
 
 from reroll.errors import UsageError, nearest, require_positive
 from reroll.grad.base import trainable
+from reroll.models.roles import ROLES, roles
 from reroll.optim.sgd import SGD
 from reroll.optim.together import Together
-
-ROLES = ("matrix", "kernel", "embedding", "head", "vector")
-"""What a parameter is to its model: features to features; of a convolution; a row per symbol; to the outputs; the rest.
-"""
 
 
 class Options(NamedTuple):
@@ -145,26 +142,3 @@ def groups(
                 group["params"].append(p)
                 group["param_names"].append(name)
     return list(made.values())
-
-
-def roles(model: nn.Module | Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the role of every trainable parameter, by type of module and shape; what it is called does not matter.
-
-    An embedding is the weight of an `nn.Embedding`, also where a head is tied to it. The head is the last module with a
-    matrix, if it is an `nn.Linear`. Of the rest, two axes make a matrix, more a kernel, fewer a vector.
-
-    Example:
-        >>> roles(nn.Sequential(nn.Embedding(9, 4), nn.Conv1d(4, 4, 3), nn.Linear(4, 9, bias=False)))
-        {'0.weight': 'embedding', '1.weight': 'kernel', '1.bias': 'vector', '2.weight': 'head'}
-    """
-    special: dict[int, str] = {}
-    if isinstance(model, nn.Module):
-        parameters = trainable(model)
-        with_matrix = [m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
-        if with_matrix and isinstance(with_matrix[-1], nn.Linear):
-            special[id(with_matrix[-1].weight)] = "head"
-        special |= {id(m.weight): "embedding" for m in with_matrix if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    else:
-        parameters = dict(model)
-    by_axes = {0: "vector", 1: "vector", 2: "matrix"}
-    return {name: special.get(id(p), by_axes.get(p.dim(), "kernel")) for name, p in parameters.items()}

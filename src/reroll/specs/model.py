@@ -76,7 +76,7 @@ class ModelSpec(Spec):
         """Return the module, with weights drawn from the global generator.
 
         Args:
-            sizes: what the model must know of its task, `reroll.train.build.Sizes`.
+            sizes: what the model must know of its task, `reroll.models.Interface`.
         """
         raise NotImplementedError
 
@@ -113,12 +113,11 @@ class Cells(ModelSpec):
         for _ in range(self.layers):
             cells.append(self.cell(size))
             size = cells[-1].output_size
-        model = runtime("models:Recurrent")(
+        return runtime("models:Recurrent")(
             tuple(cells), vocab=sizes.vocab, inputs=sizes.inputs, outputs=sizes.outputs, readout=sizes.readout,
             rollout=self.rollout.build(),
+            window_floats=self.window_floats,
         )  # fmt: skip
-        model.window_floats = self.window_floats
-        return model
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from reroll.data.arrays import READOUTS
-from reroll.data.task import Readout, Task
 from reroll.errors import UsageError
 from reroll.grad import CentralDifference
 from reroll.grad.base import Estimator, trainable
 from reroll.grad.evaluate.surroundings import seeded_generators
-from reroll.models import Recurrent
+from reroll.models import Interface
 from reroll.optim import Plateau, Schedule
 from reroll.specs.model import ModelSpec
 from reroll.train.config import Config
@@ -24,33 +22,7 @@ Units = tuple[list[float], list[float]]
 """The mean and std of every feature of series: what a model was trained to read them in."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a model must know of its task: enough to build it without the data."""
-
-    vocab: int | None
-    inputs: int | None
-    outputs: int
-    readout: Readout
-
-    @classmethod
-    def of(cls, task: Task) -> Sizes:
-        return cls(task.vocab, task.inputs, task.outputs, task.readout)
-
-    @classmethod
-    def read(cls, saved: Any) -> Sizes:
-        """Return the sizes that a file keeps as a dictionary; raise `ValueError` or `TypeError` if it is another."""
-        if not isinstance(saved, dict):
-            raise ValueError(f"sizes={saved!r} are those of no model")
-        sizes = cls(**saved)
-        counts = [sizes.outputs, *(n for n in (sizes.vocab, sizes.inputs) if n is not None)]
-        whole = len(counts) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in counts)
-        if not whole or sizes.readout not in READOUTS:
-            raise ValueError(f"sizes={saved!r} are those of no model")
-        return sizes
-
-
-def build_model(spec: ModelSpec, sizes: Sizes, seed: int) -> Recurrent:
+def build_model(spec: ModelSpec, sizes: Interface, seed: int) -> Any:
     """Return the model on the CPU, in fp32, with weights drawn from the seed; the global generator is left alone."""
     with seeded_generators(seed):
         return spec.build(sizes)

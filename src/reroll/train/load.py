@@ -15,11 +15,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from reroll.data.tokenizers import Tokenizer, from_dict
 from reroll.errors import RerollError, RunError, UsageError
-from reroll.models import Recurrent
+from reroll.models import Interface
 from reroll.specs.model import ObjectModel
 from reroll.train import build, checkpoint, toml
 from reroll.train.config import Config, resolve
@@ -34,18 +34,22 @@ UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, Re
 class Loaded:
     """A model with what it was trained with."""
 
-    model: Recurrent
+    model: nn.Module
     config: Config
     tokenizer: Tokenizer | None
     step: int
     units: build.Units | None = None
 
 
-def load(path: str | Path) -> Recurrent:
+def load(path: str | Path) -> Any:
     """Return a trained model, on the CPU, ready to be used.
 
     Args:
         path: a run folder, the name of one under runs/, or a .safetensors file of `reroll export`.
+
+    Returns:
+        The module that was trained, such as a `reroll.Recurrent`. Its `tokenizer` turns text into the model's symbols
+        and back (`encode`, `decode`); None if it was not trained on text.
 
     Raises:
         UsageError: if it is neither.
@@ -85,10 +89,10 @@ def export(loaded: Loaded, path: Path) -> list[Path]:
     """
     refuse_unwritable(path)
     model, config = loaded.model, loaded.config
-    sizes = {"vocab": model.vocab, "inputs": model.inputs, "outputs": model.outputs, "readout": model.readout}
     about = {
-        "format": checkpoint.FORMAT, "config": toml.dumps(config), "sizes": sizes, "step": loaded.step,
-        "tokenizer": loaded.tokenizer and loaded.tokenizer.to_dict(), "units": loaded.units,
+        "format": checkpoint.FORMAT, "config": toml.dumps(config), "step": loaded.step,
+        "sizes": Interface.of(model).to_dict(), "units": loaded.units,
+        "tokenizer": loaded.tokenizer and loaded.tokenizer.to_dict(),
     }  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,17 +152,18 @@ def _assemble(
     if isinstance(config.model, ObjectModel):
         config.model.build(None)  # says that only its maker has it
     try:
-        sizes = build.Sizes.read(about.get("sizes"))
+        sizes = Interface.read(about.get("sizes"))
         tokenizer = from_dict(about["tokenizer"]) if about.get("tokenizer") else None
         units = read_units(about.get("units"))
     except UsageError as error:
         raise UsageError(f"{described}: {error}") from None
     except UNREADABLE as error:
         raise _foreign(described, error) from None
-    if tokenizer is not None and tokenizer.size != sizes.vocab:
+    if tokenizer is not None and tokenizer.size > (sizes.vocab or 0):
         raise RunError(f"{described} is damaged: its model has {sizes.vocab} symbols, its tokenizer {tokenizer.size}.")
     model = build.build_model(config.model, sizes, seed=0)
     checkpoint.put_weights(model, weights, source)
+    model.tokenizer = tokenizer
     return Loaded(model.eval(), config, tokenizer, step, units)
 
 

@@ -20,6 +20,7 @@ from reroll.errors import RunError, UsageError
 from reroll.grad.base import Seeded, padding_rows, trainable
 from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.kernels.noise_axpy import noise_of
+from reroll.models import Interface
 from reroll.optim import apply, configure
 from reroll.specs.model import ObjectModel
 from reroll.train import build, checkpoint, journal, toml
@@ -77,7 +78,7 @@ def _again(path: Path, config: Config, record: journal.Journal, steps: int, sess
     """Draw the initial weights, check them, and take the steps."""
     header = record.header
     if session is None:
-        model: Any = build.build_model(config.model, build.Sizes.read(header["sizes"]), config.run.seed)
+        model: Any = build.build_model(config.model, Interface.read(header["sizes"]), config.run.seed)
         optimizer = build.build_optim(config, model, 1.0)  # every record says its own rate
     else:
         model, optimizer = session.model, session.optimizer

@@ -23,6 +23,7 @@ from reroll.grad.base import Estimator, LossFn, trainable
 from reroll.grad.central_difference import CentralDifference
 from reroll.grad.units import BranchStates
 from reroll.keys import Key
+from reroll.models import Interface
 from reroll.optim import Average, StepSettings
 from reroll.specs import gradient as specs
 from reroll.specs.base import OBJECT
@@ -185,7 +186,7 @@ class Session:
             raise UsageError(f"{source}: {error}") from None
         device = build.find_device(config.run.device)
         task = config.task.build(config.run.seed, tokenizer)
-        model = build.build_model(config.model, build.Sizes.of(task), config.run.seed).to(device)
+        model = build.build_model(config.model, Interface.of(task), config.run.seed).to(device)
         lr = 1.0 if config.optim.lr == "auto" else config.optim.lr
         estimator = build.build_estimator(config, config.gradient.epsilon_at(lr))
         return cls(config, task, model, estimator, build.build_optim(config, model, lr), mesh)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reroll.errors import UsageError
 from reroll.grad.base import TILE_BYTES, weight_bytes
 from reroll.grad.evaluate.warm import alone_in_place
-from reroll.models import Recurrent
+from reroll.models import Stateful
 
 MODES = ("in_place", "tiles", "batched")
 SMALL = 1 << 18
@@ -151,8 +151,9 @@ def _activations(model: nn.Module | None, batch: Any) -> int:
     positions = first.numel() if not first.is_floating_point() else first.numel() // max(first.shape[-1], 1)
     if model is None:
         return positions
-    if isinstance(model, Recurrent):
-        return min(positions * model.step_floats, model.window_floats)
+    if getattr(model, "stateful", False):
+        stateful = cast(Stateful, model)
+        return min(positions * stateful.step_floats, stateful.window_floats)
     # Unknown insides: as many numbers per position as the sides of all matrices have together.
     return positions * sum(sum(p.shape[-2:]) for p in model.parameters() if p.dim() > 1)
 
@@ -181,8 +182,3 @@ def _moves(module: nn.Module) -> bool:
     if isinstance(module, nn.LSTM | nn.GRU | nn.RNN | nn.MultiheadAttention | nn.RReLU):
         return getattr(module, "dropout", 1.0) > 0
     return isinstance(module, _STATISTICS)
-
-
-def describe(plan: Plan) -> dict[str, Any]:
-    """Return the plan as it is written into a journal's header."""
-    return {"evaluate": plan.evaluate, "chunk": plan.chunk, "threads": plan.threads}
