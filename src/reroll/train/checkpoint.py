@@ -200,7 +200,7 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tensor":
-        return tensors[content]
+        return tensors[content].clone()  # where a file has it is aligned to nothing, and sums depend on that
     if kind == "dict":
         return {key: _unflatten(item, tensors) for key, item in content}
     if kind in ("list", "tuple"):
