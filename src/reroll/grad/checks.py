@@ -17,7 +17,7 @@ from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad.base import fetch
 
 WIDE = 64.0
-"""An ε so many times above the floor is not looked at again: weights don't grow so much unseen."""
+"""An ε so many times above the floor is not looked at again at every step."""
 
 
 class Memo:
@@ -68,28 +68,30 @@ def check_memory(named: Mapping[str, Tensor]) -> None:
 
 
 def check_epsilon(
-    parameters: Mapping[str, Tensor], epsilon: float, scales: Mapping[str, float], dtype: torch.dtype | None
-) -> None:
+    parameters: Mapping[str, Tensor], epsilon: float, scales: Mapping[str, float], dtype: torch.dtype | None,
+    again: bool = False,
+) -> None:  # fmt: skip
     """Raise `EpsilonTooSmall` if ε is below the floor of a tensor.
 
-    That takes a pass over the weights: made the first time, and then while ε is near the floor that was seen.
+    That takes a pass over the weights: made the first time, then while ε is near the floor that was seen, and on
+    request: where no probe shows in the loss, the weights may have outgrown ε.
     """
     seen = _seen.of(next(iter(parameters.values())))
     key = (tuple(parameters), dtype, tuple(scales.items()))
     if key not in seen:
         check_memory(parameters)
-    if epsilon >= WIDE * seen.get(key, math.inf):
+    if not again and epsilon >= WIDE * seen.get(key, math.inf):
         return
-    least = {name: floor / scales.get(name, 1.0) for name, floor in floors(parameters, dtype).items()}
-    name = max(least, key=least.__getitem__)
-    if epsilon < least[name]:
+    least = {name: (floor / scales.get(name, 1.0), floor) for name, floor in floors(parameters, dtype).items()}
+    name, (smallest, floor) = max(least.items(), key=lambda item: item[1])
+    if epsilon < smallest:
         kind = str(dtype or parameters[name].dtype).removeprefix("torch.")
         raise EpsilonTooSmall(
-            f"epsilon={epsilon:g} is below two units in the last place of {name} ({least[name]:.2g} in {kind}); raise "
-            "it, or evaluate in a wider dtype.",
-            least[name],
+            f"epsilon={epsilon * scales.get(name, 1.0):g} is below two units in the last place of {name} "
+            f"({floor:.2g} in {kind}); raise it, or evaluate in a wider dtype.",
+            smallest,
         )
-    seen[key] = least[name]
+    seen[key] = smallest
 
 
 def visibly(estimate: Callable[[float], Any], epsilon: float) -> Any:

@@ -135,7 +135,7 @@ class CDRGE(torch.optim.Optimizer):
         sizes = {name: self._epsilon(group) for name, p, group in self._entries() if p.requires_grad}
         epsilon = next(iter(sizes.values()))
         scales = {name: size / epsilon for name, size in sizes.items() if size != epsilon}
-        tied = self.param_groups[0]["epsilon"] is None
+        tied = all(group["epsilon"] is None for group in self.param_groups)
 
         def estimate(model: Any, loss_fn: Any, batch: Any, key: Key) -> Estimate:
             at = lambda e: self._estimator(e).estimate(named, loss_fn, batch, key, model=model, scales=scales)

@@ -70,6 +70,7 @@ class Warnings:
             Outcome.solver_too_loose: row.get("solver_error", 0.0) > TOO_LOOSE,
             Outcome.fell_back: row.get("rollout_fell_back", 0) + row.get("valid_fell_back", 0) > 0,
             Outcome.gradient_not_finite: refused,
+            Outcome.no_difference: row.get("no_difference", False),
         }
         for outcome, shown in signs.items():
             if shown and outcome not in self.said:

@@ -8,6 +8,7 @@ from typing import Any
 
 from reroll.grad.base import trainable
 from reroll.optim import StepResult, StepSettings
+from reroll.outcome import Outcome
 from reroll.rollout.watch import Watch
 from reroll.train.process import peak_bytes
 from reroll.train.session import Session
@@ -90,6 +91,8 @@ def diagnostics(session: Session, taken: Taken) -> dict[str, Any]:
         row["gradient_norm"] = result.norm
     if rollouts.calls:
         row |= {"rollout_iterations": rollouts.iterations, "rollout_fell_back": rollouts.fell_back}
+    if result.outcome is Outcome.no_difference:
+        row["no_difference"] = True
     return row | {name: value for name, value in result.stats.items() if name in PROBING}
 
 

@@ -20,6 +20,7 @@ import torch
 from reroll.errors import EpsilonTooSmall, RunError
 from reroll.keys import Key
 from reroll.optim import StepSettings, step
+from reroll.rollout.watch import watching
 from reroll.train import checkpoint
 from reroll.train.session import Session
 
@@ -96,10 +97,12 @@ def trial(session: Session, lr: float, steps: int) -> float:
             # Far from the first batches, which the run itself will see.
             batch = session.batch(0 if config.task.overfit else 10**9 + number)
             try:
-                result = step(
-                    session.model, session.loss_fn, session.estimator, session.optimizer, batch, settings,
-                    key.at(number), clip=config.optim.clip, update=config.optim.update, tied=config.gradient.is_tied,
-                )  # fmt: skip
+                with watching():  # what a rate leads to is no news
+                    result = step(
+                        session.model, session.loss_fn, session.estimator, session.optimizer, batch, settings,
+                        key.at(number), clip=config.optim.clip, update=config.optim.update,
+                        tied=config.gradient.is_tied,
+                    )  # fmt: skip
             except EpsilonTooSmall:  # for this rate, or for what it has made of the weights
                 return math.inf
             if not result.outcome:

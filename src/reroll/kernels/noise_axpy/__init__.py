@@ -11,8 +11,7 @@ Three implementations give the same bits: `reference` (torch), `cpu` (Numba) and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -73,20 +72,11 @@ def noise_axpy(
         out.detach().copy_(p)
     elif p.numel():
         indices = np.asarray(probes, dtype=np.uint32)
-        with _row_as_it_is(p, out, stream, first_row):
-            stream.noise.add(p.detach(), out.detach(), stream, first_row, indices, alphas, sums or sums_for(p))
-
-
-@contextmanager
-def _row_as_it_is(p: Tensor, out: Tensor, stream: Stream, first_row: int) -> Iterator[None]:
-    """Leave the row of a tensor that has no noise as it was, if it is among these rows."""
-    row = None if stream.still is None else stream.still - first_row
-    if row is None or not 0 <= row < len(p):
-        yield
-        return
-    before = p[row].detach().clone()
-    yield
-    out[row] = before.to(out.dtype)
+        row = -1 if stream.still is None else stream.still - first_row
+        still = p[row].detach().to(out.dtype, copy=True) if 0 <= row < p.shape[0] else None
+        stream.noise.add(p.detach(), out.detach(), stream, first_row, indices, alphas, sums or sums_for(p))
+        if still is not None:
+            out[row] = still
 
 
 def perturber(p: Tensor, stream: Stream, out: Tensor) -> Callable[[int, float], None]:
