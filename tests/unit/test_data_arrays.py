@@ -421,7 +421,7 @@ INFINITE = np.where(np.arange(200).reshape(20, 5, 2) == 57, np.inf, 0)
         (lambda folder: Arrays(folder / "a.npy"), "a.npy does not exist"),
         (npy(X, readout="first"), "readout='first' is unknown"),
         (npy(X, length=0), "length=0 must be greater than zero"),
-        (npy(X, sep=";"), "sep=';' is for tables"),
+        (npy(X, sep=";"), "sep, .* are for tables"),
         (npy(np.zeros((2, 2, 2, 2))), r"shape \(2, 2, 2, 2\); expected \[T\], \[T, F\] or \[N, T, F\]"),
         (npy(np.zeros((0, 5))), r"shape \(0, 5\), which is empty"),
         (npy(np.array([{}, 1])), "pickles.* are never loaded"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from reroll.data.arrays import Arrays
-from reroll.data.tables import Reading, read_table
+from reroll.data.series import read_series
+from reroll.data.tables import Reading
 from reroll.errors import UsageError
 
 RANDOM = np.random.default_rng(3)
@@ -29,7 +30,7 @@ def german(value):
 
 def read(folder, name, content, **reading):
     (folder / name).write_bytes(content)
-    return read_table(folder / name, Reading(**reading))
+    return read_series(folder / name, Reading(**reading))
 
 
 HEADER = ("größe", "h")
@@ -79,7 +80,7 @@ def test_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     frame = pandas.DataFrame(VALUES, columns=HEADER, index=pandas.date_range("2020-01-01", periods=40))
     frame.assign(who="a").to_parquet(tmp_path / "a.parquet")
-    table = read_table(tmp_path / "a.parquet", Reading())
+    table = read_series(tmp_path / "a.parquet")
     np.testing.assert_array_equal(table.values, VALUES)
     assert table.note == "index tells the time, from 2020-01-01 to 2020-02-09; without who (no numbers)"
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and nothing")

@@ -77,9 +77,10 @@ def read_series(path: str | os.PathLike[str], reading: Reading | None = None) ->
         raise UsageError(f"path={where} does not exist, or is no file.")
     try:
         if is_table(where):
-            table = read_table(where, reading)
-            return Series(table.values, table.lengths, features=table.features, note=table.note)
-        reading.refuse(where)
+            values, features, lengths, note = read_table(where, reading)
+            return Series(values, lengths, features=features, note=note)
+        if reading != Reading():
+            raise UsageError(f"sep, decimal, columns, time and missing are for tables; {where} holds arrays.")
         with where.open("rb") as file:
             if file.peek(6)[:6] != b"\x93NUMPY":
                 return _read_npz(where, np.load(file, allow_pickle=False))

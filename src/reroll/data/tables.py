@@ -1,8 +1,6 @@
 """Tables as people have them, read by pandas: CSV in its dialects, compressed or not, and Parquet.
 
-    table = read_table(Path("power.txt"))    ; between cells, decimal commas, dates, ? where nothing is known
-    table.values, table.features             the numbers, a row for every step, and what they are called
-    table.note                               how it was read, for a person
+    values, features, lengths, note = read_table(Path("power.txt"), Reading(decimal=","))
 
 What a `Reading` does not say is worked out: separator, encoding, header, decimal mark. Columns that only count the rows
 (dates, an index, an epoch of constant step) are no features, and rows are put in the order of their dates.
@@ -16,12 +14,12 @@ import gzip
 import lzma
 import re
 import warnings
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from reroll.errors import UsageError, nearest
 
@@ -30,7 +28,6 @@ OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", r"\s+": "spaces"}
 WORDS = {"tab": "\t", r"\t": "\t", "space": r"\s+", " ": r"\s+"}
 MISSING = ("", "?", "-", "--", ".", "na", "n/a", "#n/a", "nan", "-nan", "null", "none", "nil", "missing", "<na>")
-SERIES_COLUMNS = ("series", "id")
 TIME = re.compile(r"date|time|epoch|unix|stamp|unnamed|^(t|ts|index|no\.?|row|step)$", re.IGNORECASE)
 NUMBER = re.compile(r"[+-]?[\d.,' ]*\d[\d.,' ]*(e[+-]?\d+)?", re.IGNORECASE)
 HEAD = 1 << 16  # bytes whose lines tell the form of a text
@@ -60,29 +57,9 @@ class Reading:
         if self.sep is not None and self.sep not in WORDS and (len(self.sep) != 1 or self.sep in '"\r\n'):
             raise UsageError(f"sep={self.sep!r} cannot separate cells; give one character, tab or space.")
 
-    def refuse(self, path: Path) -> None:
-        """Raise `UsageError` if anything is asked for, of a file that is no table."""
-        for field in fields(self):
-            if getattr(self, field.name) is not None:
-                raise UsageError(f"{field.name}={getattr(self, field.name)!r} is for tables; {path} holds arrays.")
-
-
-class Table(NamedTuple):
-    """Numbers [M, F], series by series; the names of the columns, the steps of every series, and how it was read."""
-
-    values: npt.NDArray[np.float64]
-    features: tuple[str, ...]
-    lengths: npt.NDArray[np.int64]
-    note: str
-
 
 def is_table(path: Path) -> bool:
-    """Return whether a name is that of a table.
-
-    Example:
-        >>> is_table(Path("a.CSV.gz")), is_table(Path("a.npz"))
-        (True, False)
-    """
+    """Return whether a name is that of a table."""
     inner = Path(path.stem) if path.suffix.lower() in OPEN else path
     return inner.suffix.lower() in (*TEXTS, *PARQUET)
 
@@ -97,12 +74,13 @@ def printable(name: object) -> str:
     return "".join(c if c.isprintable() else "�" for c in str(name).strip())[:100]
 
 
-def read_table(path: Path, reading: Reading = Reading()) -> Table:
-    """Return the numbers of a table.
+def read_table(path: Path, reading: Reading) -> tuple[Any, tuple[str, ...], Any, str]:
+    """Return the numbers of a table, [M, F], its columns' names, the steps of its series, and how it was read.
+
+    A column `series`, or an `id` that repeats, tells several series apart; they come one after the other.
 
     Raises:
         UsageError: if it has none, or has not what is asked for.
-        OSError, ValueError: if it cannot be read.
     """
     notes: list[str] = []
     with warnings.catch_warnings():
@@ -111,19 +89,18 @@ def read_table(path: Path, reading: Reading = Reading()) -> Table:
         names = [printable(name) for name in frame.columns]
         frame.columns = [name if names.count(name) == 1 else f"{name}.{place}" for place, name in enumerate(names)]
         if frame.empty:
-            raise UsageError(f"path={path} has {'a header and no rows' if len(frame.columns) else 'nothing in it'}.")
+            raise UsageError(f"path={path} has {'a header and no rows' if names else 'nothing in it'}.")
         wanted = [_column(path, frame, "columns", c) for c in reading.columns.split(",")] if reading.columns else None
-        group = next((name for name in SERIES_COLUMNS if name in frame and frame[name].duplicated().any()), None)
-        frame = _in_order(path, frame, reading, {group, *(wanted or ())}, group, notes)
-        names = wanted or _features(path, frame, decimal, group, notes)
+        several = (name for name in ("series", "id") if name in frame and frame[name].duplicated().any())
+        group = next((name for name in several if name not in (wanted or ())), None)
+        series = np.zeros(len(frame), int) if group is None else _pandas().factorize(frame[group])[0]
+        features = frame.drop(columns=[group] if group else [])
+        features, series = _in_order(path, features, series, reading, wanted or (), notes)
+        names = wanted or _features(path, features, series, decimal, notes)
         for name in names:
-            _require_numbers(path, frame[name], decimal)
-    lengths = np.array([len(frame)], dtype=np.int64)
-    if group is not None:
-        number = _pandas().factorize(frame[group], use_na_sentinel=False)[0]
-        frame, lengths = frame.iloc[np.argsort(number, kind="stable")], np.bincount(number).astype(np.int64)
-    values = frame[names].to_numpy(dtype=np.float64, na_value=np.nan)
-    return Table(values, tuple(names), lengths, "; ".join(notes))
+            _require_numbers(path, features[name], decimal)
+    values = features[names].to_numpy(dtype=np.float64, na_value=np.nan)[np.argsort(series, kind="stable")]
+    return values, tuple(names), np.unique(series, return_counts=True)[1], "; ".join(notes)
 
 
 def _pandas() -> Any:
@@ -138,69 +115,59 @@ def _parquet(path: Path) -> tuple[Any, str]:
     except ImportError:
         raise UsageError(f"path={path} needs pyarrow: pip install 'reroll[data]'; or save it as .csv.") from None
     frame = frame if isinstance(frame.index, _pandas().RangeIndex) else frame.reset_index()
-    _take_numbers(frame, ".")
-    return frame, "."
-
-
-def _take_numbers(frame: Any, decimal: str) -> None:
-    """Make columns of text whose cells are all numbers columns of numbers."""
-    for name in frame:
-        if _is_text(frame[name]):
-            numbers, known = _numbers(frame[name], decimal)
-            if known.any() and numbers[known].notna().all():
-                frame[name] = numbers
+    return _take_numbers(frame, "."), "."
 
 
 def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
     """The cells of a text, columns of numbers where all cells are numbers; and the decimal mark."""
-    with _open(path) as file:
+
+    def open_file() -> Any:
+        return OPEN[path.suffix.lower()](path) if path.suffix.lower() in OPEN else path.open("rb")
+
+    with open_file() as file:
         head = file.read(HEAD)
     encoding, lines = _lines(path, head)
     comments = any(line.startswith("#") for line in lines)
     lines = [line for line in lines if line.strip() and not line.startswith("#")][:20]
-    sep, rows = _cells(path, lines, reading.sep and WORDS.get(reading.sep, reading.sep))
+    sep, rows = _cells(lines, reading.sep and WORDS.get(reading.sep, reading.sep))
     header = _is_header(rows[0], rows[1:])
     row_names = len(rows) > 1 and all(len(row) == len(rows[0]) + 1 and row[-1] for row in rows[1:])
     missing = [*MISSING, *(word.strip() for word in (reading.missing or "").split(","))]
 
-    def read(encoding: str, **options: Any) -> Any:
-        with _open(path) as file:
+    def read(**options: Any) -> Any:
+        with open_file() as file:
             return _pandas().read_csv(
-                file, sep=sep, encoding=encoding, header=0 if header else None, index_col=0 if row_names else False,
+                file, sep=sep, header=0 if header else None, index_col=0 if row_names else False, skipinitialspace=True,
                 comment="#" if comments else None, na_values=[*missing, *map(str.upper, missing), "None", "Null"],
-                skipinitialspace=True, **options,
+                **options,
             )  # fmt: skip
 
     try:
-        frame = read(encoding)
+        frame = read(encoding=encoding)
     except UnicodeDecodeError:
-        frame = read(encoding := "Latin-1")
+        frame = read(encoding=(encoding := "Latin-1"))
     decimal = reading.decimal or _decimal([frame[name] for name in frame if _is_text(frame[name])], sep)
     if decimal == ",":
-        frame = read(encoding, decimal=",")  # which leaves 1.234, maybe 1234, as text
-    _take_numbers(frame, decimal)
+        frame = read(encoding=encoding, decimal=",")  # which leaves 1.234, maybe 1234, as text
+    frame = _take_numbers(frame.reset_index(drop=True), decimal)
     if not header:
         frame.columns = [str(number) for number in range(1, len(frame.columns) + 1)]
-    notes += [
-        *([f"{SEPARATORS.get(sep, repr(sep))} between cells"] if sep != "," else []),
-        *(["decimal commas"] if decimal == "," else []),
-        *([encoding] if encoding != "utf-8-sig" else []),
-        *(["comments after #"] if comments else []),
-        *(["no header line, columns are named 1, 2, …"] if not header else []),
-    ]
-    return frame.reset_index(drop=True), decimal
-
-
-def _open(path: Path) -> Any:
-    return OPEN[path.suffix.lower()](path) if path.suffix.lower() in OPEN else path.open("rb")
+    said = {
+        f"{SEPARATORS.get(sep, repr(sep))} between cells": sep != ",", "decimal commas": decimal == ",",
+        encoding: encoding != "utf-8-sig", "comments after #": comments,
+        "no header line, columns are named 1, 2, …": not header,
+    }  # fmt: skip
+    notes += [note for note, is_so in said.items() if is_so]
+    return frame, decimal
 
 
 def _lines(path: Path, head: bytes) -> tuple[str, list[str]]:
     """The encoding, and the whole lines of the beginning of a file."""
     encoding = "utf-8-sig"
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) * 4 > len(head):
-        odd = head[1::2].count(0) > head[::2].count(0)
-        encoding = "UTF-16" if head[:1] in (b"\xff", b"\xfe") else "UTF-16-LE" if odd else "UTF-16-BE"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "UTF-16"
+    elif head.count(0) * 4 > len(head):
+        encoding = "UTF-16-LE" if head[1::2].count(0) > head[::2].count(0) else "UTF-16-BE"
     elif b"\0" in head:
         raise UsageError(f"path={path} is no text (it holds NUL bytes), whatever its name says.")
     lines = head.decode(encoding, "replace").splitlines()[: None if len(head) < HEAD else -1]
@@ -209,33 +176,32 @@ def _lines(path: Path, head: bytes) -> tuple[str, list[str]]:
     return encoding, lines
 
 
-def _cells(path: Path, lines: list[str], sep: str | None) -> tuple[str, list[list[str]]]:
+def _cells(lines: list[str], sep: str | None) -> tuple[str, list[list[str]]]:
     """The separator, and the cells of lines: of the first that cuts them all into as many cells, else into several."""
-    cut: dict[str, list[list[str]]] = {}
+    several = {}
     for candidate in [sep] if sep else SEPARATORS:
         spaces = candidate == r"\s+"
         rows = [x.split() for x in lines] if spaces else csv.reader(lines, delimiter=candidate, skipinitialspace=True)
-        cut[candidate] = [[cell.strip() for cell in row] for row in rows]
-    several = {candidate: rows for candidate, rows in cut.items() if max(map(len, rows)) > 1}
-    for candidate, rows in several.items():
+        rows = [[cell.strip() for cell in row] for row in rows]
         counts = {len(row) for row in rows[1:]} or {len(rows[0])}
-        if len(counts) == 1 and len(rows[0]) in (min(counts), min(counts) - 1):
+        if max(counts) > 1 and len(counts) == 1 and len(rows[0]) in (max(counts), max(counts) - 1):
             return candidate, rows
-    usual = sep or next(iter(several.keys() - {r"\s+"}), ",")
-    return usual, cut[usual]
+        if max(counts) > 1 and not spaces:
+            several.setdefault(candidate, rows)
+    return next(iter(several.items()), (sep or ",", [[line] for line in lines]))
 
 
 def _is_header(first: list[str], rest: list[list[str]]) -> bool:
     """Whether the first line names columns: it has a word above numbers, or no number at all."""
+
+    def is_value(cell: str) -> bool:
+        return bool(NUMBER.fullmatch(cell)) or bool(_date_formats(cell))
+
     for column, cell in enumerate(first):
         below = [row[column] for row in rest if len(row) > column and row[column].lower() not in MISSING]
-        if below and not _is_value(cell) and all(map(_is_value, below)):
+        if below and not is_value(cell) and all(map(is_value, below)):
             return cell == "" or cell.lower() not in MISSING
-    return not any(map(_is_value, first))
-
-
-def _is_value(cell: str) -> bool:
-    return bool(NUMBER.fullmatch(cell)) or bool(_date_formats(cell))
+    return not any(map(is_value, first))
 
 
 def _is_text(column: Any) -> bool:
@@ -254,6 +220,15 @@ def _numbers(column: Any, decimal: str) -> tuple[Any, Any]:
     cells = cells.mask(grouped, cells.str.replace(rf"[{mark}' \u00a0]", "", regex=True))
     cells = cells.str.replace(",", ".", regex=False) if decimal == "," else cells
     return _pandas().to_numeric(cells.where(known), errors="coerce").astype(float), known
+
+
+def _take_numbers(frame: Any, decimal: str) -> Any:
+    """Make columns of text whose cells are all numbers columns of numbers."""
+    for name in frame:
+        if _is_text(frame[name]):
+            numbers, known = _numbers(frame[name], decimal)
+            frame[name] = numbers if known.any() and numbers[known].notna().all() else frame[name]
+    return frame
 
 
 def _decimal(texts: list[Any], sep: str) -> str:
@@ -278,9 +253,9 @@ def _date_formats(cell: str) -> list[str]:
 
 
 def _dates(column: Any) -> Any | None:
-    """A column of text as dates, None if it holds others: in the way that reads most of them."""
-    if not (_is_text(column) and column.notna().any()):
-        return None
+    """A column as dates, None if it holds others: in the way that reads most of them, or has them in order."""
+    if column.dtype.kind == "M" or not (_is_text(column) and column.notna().any()):
+        return column if column.dtype.kind == "M" else None
     cells = column.astype(str).str.strip()
     read = [
         _pandas().to_datetime(cells, format=form, errors="coerce", utc=True)
@@ -300,45 +275,44 @@ def _column(path: Path, frame: Any, option: str, asked: str) -> str:
     return asked
 
 
-def _in_order(path: Path, frame: Any, reading: Reading, other: Any, group: str | None, notes: list[str]) -> Any:
-    """The rows in the order of their dates, which are columns no longer."""
-    times = {name: frame[name] for name in frame if frame[name].dtype.kind == "M" and name not in other}
-    if reading.time is not None:
-        name = _column(path, frame, "time", reading.time)
-        dates = _dates(frame[name])
-        times = {name: frame[name] if dates is None else dates}
-    elif not times:
-        times = {name: dates for name in frame if name not in other and (dates := _dates(frame[name])) is not None}
+def _in_order(
+    path: Path, frame: Any, series: Any, reading: Reading, wanted: Collection[str], notes: list[str]
+) -> tuple[Any, Any]:
+    """The rows, and their series, in the order of their dates, which are columns no longer."""
+    asked = None if reading.time is None else _column(path, frame, "time", reading.time)
+    dates = {name: _dates(frame[name]) for name in ([asked] if asked else frame) if name not in wanted or asked}
+    times = {name: frame[name] if time is None else time for name, time in dates.items() if asked or time is not None}
     if not times:
-        return frame
+        return frame, series
     name, time = next(iter(times.items()))
     if _is_text(time):
         raise UsageError(f"time={name!r} holds neither dates nor numbers; give another column, or none.")
     first, last = (str(t).removesuffix("+00:00").removesuffix(" 00:00:00") for t in (time.min(), time.max()))
     notes.append(f"{_shown(times)} tells the time, from {first} to {last}")
-    parts = [time] if group is None else [part for _, part in time.groupby(frame[group])]
-    if time.notna().all() and not all(part.is_monotonic_increasing for part in parts):
-        frame = frame.iloc[np.argsort(time.to_numpy(), kind="stable")]
-        notes[-1] += ", in whose order the rows are put"
-    return frame.drop(columns=[*times])
+    frame = frame.drop(columns=[*times])
+    if time.isna().any() or all(part.is_monotonic_increasing for _, part in time.groupby(series)):
+        return frame, series
+    notes[-1] += ", in whose order the rows are put"
+    order = np.argsort(time.to_numpy(), kind="stable")
+    return frame.iloc[order], series[order]
 
 
-def _features(path: Path, frame: Any, decimal: str, group: str | None, notes: list[str]) -> list[str]:
+def _features(path: Path, frame: Any, series: Any, decimal: str, notes: list[str]) -> list[str]:
     """The columns of numbers that do not only count the rows."""
-    numbers = [name for name in frame if name != group and _has_numbers(frame[name], decimal)]
+    numbers = [name for name in frame if _has_numbers(frame[name], decimal)]
     if not numbers:
         raise UsageError(f"path={path} has no column of numbers; its columns are {', '.join(frame)[:500]}.")
-    counting = {name for place, name in enumerate(frame) if name in numbers and _counts(frame, name, group, place)}
+    counting = [name for name in numbers if _counts(frame[name], series)]
+    # Where all of them count, one that is called a time is it.
     names = [name for name in numbers if name not in counting]
     names = names or [name for name in numbers if not TIME.search(name)] or numbers
-    words = [name for name in frame if name not in (*numbers, group) and not name.startswith("Unnamed")]
-    counting = [name for name in numbers if name not in names]
-    for reason, left in (("no numbers", words), ("only counts the rows", counting)):
-        notes += [f"without {_shown(left)} ({reason})"] if left else []
+    words = [name for name in frame if name not in numbers and not name.startswith("Unnamed")]
+    left = {"no numbers": words, "only counts the rows": [name for name in numbers if name not in names]}
+    notes += [f"without {_shown(columns)} ({reason})" for reason, columns in left.items() if columns]
     return names
 
 
-def _shown(names: Any) -> str:
+def _shown(names: Collection[str]) -> str:
     """Names of columns, for a person."""
     return ", ".join(re.sub(r"^Unnamed: (\d+)$", lambda m: f"the unnamed column {int(m[1]) + 1}", n) for n in names)
 
@@ -351,19 +325,19 @@ def _has_numbers(column: Any, decimal: str) -> bool:
     return bool(known.any()) and bool(numbers[known].notna().iloc[0])
 
 
-def _counts(frame: Any, name: str, group: str | None, place: int) -> bool:
-    """Whether a column goes on by one step from row to row, or is called a time and never goes back."""
-    if _is_text(frame[name]):
+def _counts(column: Any, series: Any) -> bool:
+    """Whether a column goes on by one step from row to row, or has the name of a time and never goes back."""
+    if _is_text(column):
         return False
-    column = frame[name].astype(float)
-    if place == 0 and name.startswith("Unnamed"):
-        return not column.duplicated().any()
-    groups = [column] if group is None else [part for _, part in column.groupby(frame[group])]
-    steps = np.concatenate([np.diff(part) for part in groups])
+    values = column.astype(float).to_numpy()
+    if column.name == "Unnamed: 0":
+        return len(np.unique(values)) == len(values)
+    order = np.argsort(series, kind="stable")
+    steps = np.diff(values[order])[np.diff(series[order]) == 0]
     if len(steps) < 2 or not np.isfinite(steps).all() or not steps[0]:
         return False
-    rounding = 4e-16 * float(column.abs().max()) + 1e-6 * abs(steps[0])
-    return bool((abs(steps - steps[0]) <= rounding).all() or (TIME.search(name) and (steps > 0).all()))
+    rounding = 4e-16 * np.abs(values).max() + 1e-6 * abs(steps[0])
+    return bool((abs(steps - steps[0]) <= rounding).all() or (TIME.search(column.name) and (steps > 0).all()))
 
 
 def _require_numbers(path: Path, column: Any, decimal: str) -> None:
