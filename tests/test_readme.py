@@ -116,7 +116,7 @@ def test_flags_named_alone_exist():
     from reroll.cli.flags import flag_fields
     from reroll.cli.train import EXTRA
 
-    known = {name.replace("_", "-") for name in [*flag_fields(), *(n for n, *_ in EXTRA)]} | {"help", "debug"}
+    known = {name.replace("_", "-") for name in [*flag_fields(), *EXTRA]} | {"help", "debug"}
     for page in PAGES:
         for code in inline_code(page):
             if code.startswith("--"):

@@ -21,7 +21,7 @@ FLAGS = {
     "path", "length", "batch", "tokenizer", "overfit", "cell", "rollout", "hidden", "heads", "layers", "gradient",
     "probes",
     "epsilon", "noise", "evaluate", "optimizer", "lr", "momentum", "clip", "schedule", "steps", "seed", "device",
-    "dtype", "threads", "max-seconds", "target-loss",
+    "dtype", "threads", "max-seconds", "target-loss", "field", "sep", "decimal", "columns", "time", "missing",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from reroll.errors import UsageError
 from reroll.specs.base import OBJECT, Handed, Spec, exclude, option, runtime
 
-SERIES = (".csv", ".npy", ".npz")
+SERIES = (".csv", ".tsv", ".parquet", ".npy", ".npz")
 """Endings of files with numbers."""
 
 
@@ -68,7 +68,7 @@ class Generated(TaskSpec):
 class FileTask(TaskSpec):
     """A task whose data are in files."""
 
-    path: str | None = option(None, "file, folder or glob of text; .npy, .npz or .csv; or stdlib", flag="path")
+    path: str | None = option(None, "file, folder or glob of text; a table, .npy or .npz; or stdlib", flag="path")
     eval_batches: int = option(64, "most batches of an evaluation; 0: the whole held-out part", within="[0, 2**24]")
 
     def named(self) -> str:
@@ -85,7 +85,7 @@ class Text(FileTask):
     kind: str = option("text", "the task")
     tokenizer: Literal["byte", "char", "word", "gpt2"] = option("byte", "what a symbol of a text is", flag="tokenizer")
     max_vocab: int | None = option(None, "largest vocabulary of char and word; none: 1024 and 10000")
-    field: str = option("text", "field of a JSON line that holds the text")
+    field: str = option("text", "field of a JSON line that holds the text; a.b is b inside a", flag="field")
     carry: bool = option(False, "read a text on and on, and carry the state from window to window")
 
     def check(self) -> None:
@@ -122,11 +122,17 @@ class Arrays(FileTask):
 
     kind: str = option("arrays", "the task")
     readout: Literal["last", "mean", "every"] = option("last", "where the answer is read, for one target per series")
+    sep: str | None = option(None, "of a table: what is between cells (a character, tab, space)", flag="sep")
+    decimal: Literal[".", ","] | None = option(None, "of a table: the decimal mark", flag="decimal")
+    columns: str | None = option(None, "of a table: the columns to learn, by name or number, a,b", flag="columns")
+    time: str | None = option(None, "of a table: the column in whose order the rows are", flag="time")
+    missing: str | None = option(None, "of a table: further marks of a missing value, a,b", flag="missing")
 
     def build(self, seed: int, tokenizer: Any = None, *, units: Any = None, whole: bool = False) -> Any:
         return runtime("data.arrays:Arrays")(
             self.named(), self.length, self.batch, seed, readout=self.readout, eval_batches=self.eval_batches or None,
-            whole=whole, units=units,
+            whole=whole, units=units, sep=self.sep, decimal=self.decimal, columns=self.columns, time=self.time,
+            missing=self.missing,
         )  # fmt: skip
 
 
