@@ -54,13 +54,13 @@ def test_the_test_file_of_a_folder_is_held_out(tmp_path, values, capsys):
         prepare(tmp_path, tmp_path / "w.npz")
 
 
-@pytest.mark.slow
 def test_training_on_prepared_series_begins(tmp_path, capsys):
-    values = np.random.default_rng().normal(size=(7, 101, 2)).astype(np.float32)
+    values = np.random.default_rng().normal(size=(7, 31, 2)).astype(np.float32)
     (tmp_path / "w.ts").write_text(text_of(values, "abcabca"))
     main(["data", "prepare", "ts", "--path", str(tmp_path), "--to", str(tmp_path)])
     arguments = capsys.readouterr().out.splitlines()[-1].split("reroll ")[1].split()
-    assert main([*arguments, "--steps", "2", "--run-dir", str(tmp_path / "run")]) == 0
+    small = ("--steps", "2", "--probes", "2", "--hidden", "8", "--run-dir", str(tmp_path / "run"))
+    assert main([*arguments, *small]) == 0
 
 
 @pytest.mark.parametrize(

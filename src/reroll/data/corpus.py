@@ -167,21 +167,20 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
         return Corpus(name, _standard_library(prose_only=name == "stdlib:prose"), field)
     where = Path(name).expanduser()
     if where.is_dir():
-        files = [Path(folder, file) for folder, _, found in _walk(where) for file in found]
-        corpus = _choose(name, where, files, field)
-    elif where.exists():
-        corpus = Corpus(name, (File(where.name, where),), field)
+        files = _once(name, [Path(folder, file) for folder, _, found in _walk(where) for file in found])
+        return _choose(name, where, files, field)
+    if where.exists():
+        file = File(where.name, where)
         _refuse_unreadable(name, where)
-        if not corpus.files[0].lines and not _is_text(where):
+        if not file.lines and not _is_text(where):
             log.info("%s is not text: its bytes are learned as they are, which tokenizer='byte' alone can do.", name)
-    elif glob.has_magic(name):
-        files = _matches(where)
-        if not any(map(os.path.isfile, files)):
-            raise UsageError(f"path={name!r} matches no file; quote it for the shell, and try it with ls.")
-        corpus = _choose(name, Path(os.path.commonpath([file.parent for file in files])), files, field)
-    else:
+        return Corpus(name, (file,), field)
+    if not glob.has_magic(name):
         raise UsageError(f"path={name!r} does not exist. Give {KINDS}.")
-    return corpus
+    files = _once(name, _matches(where))
+    if not files:
+        raise UsageError(f"path={name!r} matches no file; quote it for the shell, and try it with ls.")
+    return _choose(name, Path(os.path.commonpath([file.parent for file in files])), files, field)
 
 
 def whole(corpus: Corpus) -> Corpus:
@@ -263,7 +262,6 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 def _choose(name: str, root: Path, files: list[Path], field: str) -> Corpus:
     """The corpus of several files: those named after splits if there are such, else all that hold text."""
-    files = _once(name, files)
     splits = _named_splits(files)
     if splits:
         log.info("%s: the splits are %s.", name, ", ".join(f"{split} = {file.name}" for split, file in splits.items()))
@@ -280,13 +278,14 @@ def _choose(name: str, root: Path, files: list[Path], field: str) -> Corpus:
 
 def _once(name: str, files: list[Path]) -> list[Path]:
     """Every file once, by its own name if it has one here; pipes, sockets and broken links are left out."""
-    regular = [file for file in files if os.path.isfile(file)]
-    if other := [file.name for file in files if file not in regular]:
+    other = [file.name for file in files if not os.path.isfile(file)]
+    if other:
         log.info("%s: %d entries are no files and left out, such as %r.", name, len(other), other[0])
     real: dict[str, Path] = {}
-    for file in sorted(regular, key=os.path.islink):
+    for file in sorted(filter(os.path.isfile, files), key=os.path.islink):
         real.setdefault(os.path.realpath(file), file)
-    return [file for file in regular if real[os.path.realpath(file)] == file]
+    once = set(real.values())
+    return [file for file in files if file in once]
 
 
 def _matches(pattern: Path) -> list[Path]:
