@@ -340,6 +340,9 @@ def test_nan_is_a_missing_value_in_every_file(tmp_path):
     batch = Arrays(saved(tmp_path / "a.npy", values), batch=50).batch(0)
     assert torch.equal(batch.mask, batch.targets[..., 0] != 0)
     assert 0.6 < batch.mask.float().mean() < 0.9
+    signalling = np.where(np.isnan(values), np.uint32(0x7FA00000), values.astype(np.float32).view(np.uint32))
+    again = Arrays(saved(tmp_path / "b.npy", signalling.view(np.float32)), batch=50).batch(0)
+    assert torch.equal(again.mask, batch.mask)
     targets = np.where(np.arange(60) % 3 == 0, np.nan, np.arange(60.0))
     batch = Arrays(save(tmp_path / "a.npz", x=values, y=targets), batch=50).batch(0)
     assert batch.targets.isfinite().all()

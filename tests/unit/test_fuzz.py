@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import typing
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def examples(count):
 def call(*arguments):
     """Call the command line, check what must hold for any of them, and return its exit code and error."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said of a run, such as that nothing depends on the weights
         code = main([str(argument) for argument in arguments])
     out, err = (stream.buffer.getvalue().decode() for stream in streams)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]

@@ -287,6 +287,7 @@ class Arrays(Task):
                     "it, or all of its targets are missing; mend them."
                 )
 
+    @np.errstate(invalid="ignore")  # a signalling NaN
     def _gather(self, windows: Windows, steps: int) -> Batch:
         """The batch of some windows: their first `steps` steps, filled up with what is not scored."""
         later = int(self.predicts == "next")

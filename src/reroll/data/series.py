@@ -97,6 +97,7 @@ def read_series(path: str | os.PathLike[str], reading: Reading | None = None) ->
         raise UsageError(f"path={where} cannot be read ({printable(said)}); is it whole, and yours to read?") from None
 
 
+@np.errstate(invalid="ignore", over="ignore")  # a signalling NaN, or squares beyond 1e308
 def moments(values: Array, used: BoolArray) -> tuple[Array, Array]:
     """Return mean and standard deviation of every feature, [F] each; of a constant feature 1 as its deviation.
 
