@@ -1,4 +1,4 @@
-"""The command line: parse, call, print; no logic of its own.
+"""The command line: parse, call, print.
 
     reroll COMMAND …          `reroll` alone lists the commands, each with an example
 

@@ -17,13 +17,17 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from reroll.data.batch import START, Batch
 from reroll.errors import UsageError
+from reroll.kernels.cross_entropy import cross_entropy
 from reroll.keys import Key
 from reroll.passes import one_pass
+
+LOGITS = 1 << 26
+"""Logits held at once (256 MB of fp32); the head of a `Headed` model with more is taken in chunks."""
 
 
 class Score(NamedTuple):
@@ -168,7 +172,7 @@ def sequence_losses(model: Any, batch: Batch) -> Tensor | Losses:
     total, state = torch.zeros((), dtype=torch.float64, device=batch.inputs.device), None
     dtype = torch.float32
     for outputs, part, after in predictions(model, batch):
-        each = position_losses(outputs, part.targets)
+        each, _ = outputs.against(part.targets)
         # fp32 sums of thousands of terms would lose what a central difference looks for.
         total = total + (each * part.mask).view(len(batch), -1).sum(1, dtype=torch.float64)
         dtype, state = each.dtype, after
@@ -183,10 +187,9 @@ def sequence_score(model: Any, batch: Batch) -> tuple[Score, Any]:
     wrong = torch.zeros(len(batch), dtype=torch.bool, device=batch.inputs.device)
     for outputs, part, after in predictions(model, batch):
         state = after
-        each = position_losses(outputs, part.targets) * part.mask
-        total += each.sum(dtype=torch.float64).item()
-        if not part.targets.is_floating_point():
-            hit = outputs.argmax(-1) == part.targets
+        each, hit = outputs.against(part.targets, hits=True)
+        total += (each * part.mask).sum(dtype=torch.float64).item()
+        if hit is not None:
             correct += (hit & part.mask).sum().item()
             missed = ~hit & part.mask
             wrong |= missed if missed.dim() == 1 else missed.flatten(1).any(1)
@@ -203,7 +206,21 @@ def position_losses(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
-def predictions(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]:
+class Outputs(NamedTuple):
+    """What a model gives at some positions; with a head, the features it has yet to map to logits."""
+
+    values: Tensor
+    head: nn.Linear | None = None
+
+    def against(self, targets: Tensor, hits: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return the loss of every position, and if asked for whether its largest logit is the target symbol."""
+        if self.head is not None:
+            return cross_entropy(self.values, self.head.weight, self.head.bias, targets)
+        losses = position_losses(self.values, targets)
+        return losses, self.values.argmax(-1) == targets if hits and not targets.is_floating_point() else None
+
+
+def predictions(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:
     """Yield (outputs, the part of the batch they belong to, the state after it).
 
     A gradient needs the whole sequence at once, and so does a model that is not `stateful`, or one output per sequence.
@@ -213,7 +230,7 @@ def predictions(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]
         yield from _windows(model, batch)
 
 
-def _windows(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]:
+def _windows(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:
     stateful = getattr(model, "stateful", False)
     if (not stateful or batch.mask.dim() == 1) and batch.state is not None:
         raise UsageError(
@@ -221,15 +238,26 @@ def _windows(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch, Any]]:
             "stateful = True and an output at every step. Turn carrying off, or use reroll.Recurrent."
         )
     if not stateful or batch.mask.dim() == 1:
-        outputs = model(batch.inputs) if batch.present is None else model(batch.inputs, present=batch.present)
-        yield _first(outputs), batch, None
+        head = _large_head(model, batch)
+        run = model if head is None else model.features
+        outputs = run(batch.inputs) if batch.present is None else run(batch.inputs, present=batch.present)
+        yield Outputs(_first(outputs), head), batch, None
         return
     chunk = batch.time if torch.is_grad_enabled() else _even(batch.time, model.time_chunk(len(batch)))
     state = None if batch.state is START else batch.state
     for begin in range(0, batch.time, max(chunk, 1)):
         part = batch.steps(begin, begin + chunk)
-        outputs, state = model.advance(part.inputs, state, part.reset)
-        yield outputs, replace(part, state=None), state
+        head = _large_head(model, part)
+        options = {} if head is None else {"head": False}
+        outputs, state = model.advance(part.inputs, state, part.reset, **options)
+        yield Outputs(outputs, head), replace(part, state=None), state
+
+
+def _large_head(model: Any, batch: Batch) -> nn.Linear | None:
+    """The head of a model whose logits for a batch are too many to hold at once."""
+    head = model.head if getattr(model, "headed", False) else None
+    large = head is not None and batch.targets.numel() * head.out_features > LOGITS
+    return head if large and not batch.targets.is_floating_point() else None
 
 
 def _even(time: int, most: int) -> int:

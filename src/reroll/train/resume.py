@@ -173,7 +173,7 @@ def _begin(session: Session, folder: RunFolder, init: dict[str, torch.Tensor] | 
         init = checkpoint.load_file(folder.init)
     if init is not None:
         checkpoint.put_weights(session.model, init, "--init")
-    folder.make()  # only now, when all that was asked for is known to be there
+    folder.make()  # only now, when task, model and weights are there
     if init is not None or session.of_objects:
         folder.write_init(checkpoint.weights_of(session.model))
     folder.write_config(session.config)  # what `--resume` looks for: it comes last
