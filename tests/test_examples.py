@@ -54,6 +54,15 @@ def test_char_lstm(run, capsys):
     assert "a sample: 'The " in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore")  # of theirs
+def test_hugging_face(run):
+    for package in ("transformers", "accelerate", "peft"):
+        pytest.importorskip(package, reason=f"the example is for {package}")
+    found = run("hugging_face.py", 12)
+    assert found["trainer"] < math.log(16) - 0.05  # the mean over the run; the first loss is that of guessing
+    assert found["after"] < found["before"]
+
+
 def test_every_example_is_short_and_tested():
     for path in EXAMPLES.glob("*.py"):
         assert f"test_{path.stem}" in globals(), f"{path.name} has no test here"

@@ -93,6 +93,16 @@ def test_every_step_is_made_again(tmp_path, without_data, name):
     assert replayed(tmp_path) == expected
 
 
+@pytest.mark.filterwarnings("ignore:ε, tied to the learning rate", "ignore:The two losses")
+def test_an_epsilon_that_had_to_be_raised_is_recorded_as_it_was_raised(tmp_path):
+    """With restore="grid" it is what the grid of the weights is made from."""
+    gradient = {"epsilon": None, "epsilon_min": 1e-12, "evaluate": "in_place", "restore": "grid"}
+    expected = recorded(tmp_path, small(gradient=gradient, optim={"lr": 1e-9, "momentum": 0.0}))
+    records = list(journal.read(tmp_path / "journal").iterate())
+    assert all(record.settings.epsilon > 1e-8 for record in records)
+    assert replayed(tmp_path) == expected
+
+
 @pytest.mark.parametrize("options", [{}, {"carry": True}, {"carry": True, "episode": 4}], ids=str)
 def test_a_text_may_be_gone(tmp_path, monkeypatch, options):
     cache, path = tmp_path / "cache", tmp_path / "run"

@@ -4,6 +4,7 @@ import copy
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -744,3 +745,90 @@ def test_a_parameter_frozen_after_construction_is_left_alone():
     model.weight.requires_grad_(False)
     with pytest.raises(UsageError, match="every parameter is frozen"):
         optimizer.step(closure)
+
+
+def test_buffers_of_the_model_of_a_closure_come_back_and_else_a_warning_names_them():
+    x = torch.randn(8, 4)
+    for change in (lambda: nn.BatchNorm1d(4), lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))):
+        model = nn.Sequential(change(), nn.Linear(4, 1))
+        before = copy.deepcopy(dict(model.named_buffers()))
+        closure = lambda model=model: model(x).square().mean()
+        optimizer = CDRGE(model.named_parameters(), 0.05, 3, model=model)
+        optimizer.step(closure)
+        assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+        optimizer = CDRGE(model.named_parameters(), 0.05, 3)
+        with pytest.warns(UserWarning, match=r"changes (BatchNorm1d\.running_mean|_SpectralNorm\._u)"):
+            optimizer.step(closure)
+        optimizer.step(closure)  # said once
+
+
+def test_the_facade_evaluates_in_another_dtype():
+    model, x = nn.Linear(64, 1), torch.randn(8, 64)
+    seen = set()
+    closure = lambda: (seen.add(model(x).dtype), model(x).float().square().mean())[1]
+    CDRGE(model.named_parameters(), 0.05, 3, dtype=torch.bfloat16, model=model).step(closure)
+    assert seen == {torch.bfloat16}
+    assert model.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("evaluate", ["in_place", "tiles"])
+def test_the_facade_under_autocast_is_itself_with_weights_rounded(evaluate):
+    """Autocast keeps the weights it has cast: of the first branch for all, were they not dropped."""
+    x, models = torch.randn(16, 32), [nn.Linear(32, 1) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, autocast in zip(models, (True, False)):
+        optimizer = CDRGE(model.named_parameters(), 0.1, 8, epsilon=0.25, evaluate=evaluate)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            optimizer.step(lambda model=model: model(x).float().square().mean())
+        assert optimizer.last.stats["spread"] > 0
+    torch.testing.assert_close(models[0].weight, models[1].weight, rtol=0.02, atol=0.02)
+
+
+def test_an_epsilon_tied_to_a_falling_rate_stops_where_the_weights_cannot_show_it():
+    model, x = nn.Linear(16, 4, dtype=torch.bfloat16), torch.randn(8, 16, dtype=torch.bfloat16)
+    optimizer = CDRGE(model.named_parameters(), lr=0.1, probes=4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    used = []
+
+    def run(count):
+        for _ in range(count):
+            optimizer.step(lambda: model(x).float().square().mean())
+            used.append((optimizer.param_groups[0]["lr"], optimizer.last.stats["epsilon"]))
+            scheduler.step()
+
+    with pytest.warns(UserWarning, match="the least that they can show"):
+        run(11)
+    assert used[0][0] == used[0][1]
+    ulp = torch.finfo(torch.bfloat16).eps
+    for rate, epsilon in used:
+        typical = model.weight.detach().square().mean().sqrt().item()
+        assert epsilon == rate or ulp * typical / 4 < epsilon < ulp * typical * 8
+    fixed = CDRGE(model.named_parameters(), lr=0.1, probes=4, epsilon=1e-5)
+    with pytest.raises(UsageError, match="epsilon=1e-05 is below two units in the last place"):
+        fixed.step(lambda: model(x).float().square().mean())
+
+
+class Output(dict):
+    """What a Hugging Face model returns."""
+
+    @property
+    def loss(self):
+        return self["loss"]
+
+
+@pytest.mark.parametrize(
+    "kind", [float, lambda t: t.numpy(), lambda t: np.float32(t), lambda t: Output(loss=t, logits=t), lambda t: t[None]]
+)
+def test_the_facade_takes_every_kind_of_loss(kind):
+    x, models = torch.randn(8, 4, dtype=torch.float64), [nn.Linear(4, 1, dtype=torch.float64) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, of in zip(models, (kind, lambda t: t)):
+        optimizer = CDRGE(model.named_parameters(), 0.1, 4, model=model)
+        optimizer.step(lambda model=model, of=of: of(model(x).square().mean().detach()))
+    torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-4, atol=1e-6)
+
+
+def test_two_parameters_on_one_memory_are_refused():
+    shared = torch.ones(3)
+    with pytest.raises(UsageError, match='"a" and "b" are two parameters on one memory'):
+        CDRGE([("a", nn.Parameter(shared)), ("b", nn.Parameter(shared))], 0.1)

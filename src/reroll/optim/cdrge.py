@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from reroll.errors import RunError, UsageError, require_count, require_positive
 from reroll.grad.base import Estimate, check_names, check_streams
@@ -141,13 +142,13 @@ class CDRGE(torch.optim.Optimizer):
             at = lambda e: self._estimator(e).estimate(named, loss_fn, batch, key, model=model, scales=scales)
             return visibly(at, epsilon) if tied else at(epsilon)
 
-        # The rule shares groups and states with this optimizer.
-        rule = SGD(self.param_groups, lr=0.0)
+        rule = SGD(self.param_groups, lr=0.0)  # shares groups and, from here on, states with this optimizer
         rule.state = self.state
+        call = closure if self.last is not None or self.model is not None else _noting_buffers(closure)
         key = self.key.at(self.param_groups[0]["step"])
         try:
             result = step(
-                self.model, lambda model, batch: closure(), estimate, rule, None, None, key, update="fused"
+                self.model, lambda model, batch: call(), estimate, rule, None, None, key, update="fused"
             )  # fmt: skip
         except RuntimeError as error:
             if "does not require grad" in str(error):
@@ -217,6 +218,33 @@ class CDRGE(torch.optim.Optimizer):
             names = group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
             entries += [(canonical_name(name), p, group) for name, p in zip(names, group["params"])]
         return entries
+
+
+def _noting_buffers(closure: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the closure, which warns after its first call if that has changed a buffer of some module."""
+    called = False
+
+    def call() -> Any:
+        nonlocal called
+        if called:
+            return closure()
+        called, before = True, {}
+
+        def note(module: torch.nn.Module, _: Any) -> None:
+            for name, buffer in module.named_buffers(recurse=False):
+                before.setdefault((type(module).__name__, name, id(buffer)), (buffer, buffer.detach().clone()))
+
+        with register_module_forward_pre_hook(note):
+            result = closure()
+        moved = [f"{kind}.{name}" for (kind, name, _), (now, old) in before.items() if not torch.equal(now, old)]
+        if moved:
+            warnings.warn(
+                f"every evaluation changes {moved[0]}, 2 · probes times a step; pass CDRGE(model=…), which undoes it.",
+                stacklevel=2,
+            )
+        return result
+
+    return call
 
 
 def _not_empty(params: Iterable[Any]) -> list[Any]:

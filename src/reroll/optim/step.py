@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from reroll.grad.base import Estimator, Gradient, LossFn
+from reroll.grad.base import Estimate, Estimator, Gradient, LossFn
 from reroll.grad.checks import visibly
 from reroll.keys import Key
 from reroll.optim.apply import apply, clip_norm, drop_grads
@@ -32,6 +32,7 @@ class StepResult:
         norm: ‖g‖ before clipping; None where nobody asked for it.
         state: the state after the batch's last step, when the batch carried one.
         stats: numbers from the estimator; always `forward_passes`.
+        settings: what it was taken with: as given, ε raised where it had to be.
     """
 
     loss: Tensor
@@ -40,6 +41,7 @@ class StepResult:
     norm: float | None
     state: Any
     stats: dict[str, Any]
+    settings: StepSettings | None = None
 
 
 def step(
@@ -86,11 +88,14 @@ def step(
     """
     if settings is not None:
         configure(optimizer, settings)
-        estimator = at_epsilon(estimator, settings.epsilon)
-    if tied and settings is not None and settings.epsilon is not None:
-        estimate = visibly(lambda e: at_epsilon(estimator, e)(model, loss_fn, batch, key), settings.epsilon)
-    else:
-        estimate = estimator(model, loss_fn, batch, key)
+
+    def at(epsilon: float | None) -> Estimate:
+        nonlocal settings
+        settings = settings and replace(settings, epsilon=epsilon)
+        return at_epsilon(estimator, epsilon)(model, loss_fn, batch, key)
+
+    asked = settings and settings.epsilon
+    estimate = at(asked) if asked is None or not tied else visibly(at, asked)
     gradient, outcome, size = estimate.gradient, estimate.outcome, None
     if outcome and (clip is not None or norm):
         size = gradient.norm()
@@ -98,7 +103,7 @@ def step(
         outcome = Outcome.gradient_not_finite
     if outcome and clip is not None:
         gradient, size = clip_norm(gradient, clip, size)
-    result = StepResult(estimate.loss, outcome, gradient, size, estimate.state, estimate.stats)
+    result = StepResult(estimate.loss, outcome, gradient, size, estimate.state, estimate.stats, settings)
     if not outcome:
         drop_grads(optimizer)
         return result

@@ -198,7 +198,7 @@ def take_step(session: Session) -> dict[str, Any]:
         if session.journal is not None and isinstance(result.gradient, Seeded):
             terms = result.gradient.terms if result.outcome else ()  # a step that was not taken has none
             # ε as it was asked for: with restore="grid", it is what the grid of the weights is made from.
-            session.journal.write(Record(number, float(result.loss), settings, terms))
+            session.journal.write(Record(number, float(result.loss), result.settings or settings, terms))
 
     try:
         with watching() as rollouts:
