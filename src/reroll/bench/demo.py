@@ -20,7 +20,7 @@ from reroll.data.text import Text
 from reroll.grad import Backprop, CentralDifference
 from reroll.keys import Key
 from reroll.models import Interface, Recurrent
-from reroll.optim import apply, build_optimizer
+from reroll.optim import build_optimizer, step
 from reroll.specs.model import ModelSpec
 from reroll.train.build import build_model
 from reroll.train.measure import measure
@@ -60,11 +60,11 @@ class Weigh:
             with torch.no_grad():
                 sequence_losses(model, batch)
         elif self.what == "backprop":
-            apply(Backprop()(model, sequence_losses, batch, Key(0)).gradient, optimizer)
+            step(model, sequence_losses, Backprop(), optimizer, batch, None, Key(0))
         else:
             lean = self.what == "probes"
             estimator = CentralDifference(4 if lean else 96, 0.01, evaluate="in_place" if lean else "auto")
-            apply(estimator(model, sequence_losses, batch, Key(0)).gradient, optimizer, "fused")
+            step(model, sequence_losses, estimator, optimizer, batch, None, Key(0), update="fused")
 
 
 def memory_over_inference(config: ModelSpec, task: Task, rows: int, time: int) -> dict[str, tuple[int, int]]:

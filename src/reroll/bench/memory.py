@@ -16,7 +16,7 @@ from reroll.data.task import sequence_losses
 from reroll.grad import Backprop, CentralDifference
 from reroll.keys import Key
 from reroll.models import Recurrent
-from reroll.optim import apply
+from reroll.optim import step
 from reroll.train.measure import measure
 
 PROBES = 8
@@ -48,8 +48,8 @@ class OneStep:
             with torch.no_grad():
                 sequence_losses(model, batch)
             return
-        estimate = estimator(model, sequence_losses, batch, Key(0))
-        apply(estimate.gradient, optimizer, "fused" if isinstance(estimator, CentralDifference) else "write")
+        update = "fused" if isinstance(estimator, CentralDifference) else "write"
+        step(model, sequence_losses, estimator, optimizer, batch, None, Key(0), update=update)
 
     def _build(self) -> tuple[Recurrent, Batch, torch.optim.Optimizer]:
         from reroll.cells import LSTM

@@ -28,7 +28,7 @@ from reroll.kernels.noise_axpy import Stream, noise_axpy
 from reroll.kernels.threads import torch_threads
 from reroll.keys import Key
 from reroll.models import Recurrent
-from reroll.optim import apply
+from reroll.optim import SGD, step
 from reroll.rollout import Sequential
 from reroll.train.measure import measure
 from reroll.train.run import commit, hardware
@@ -83,10 +83,12 @@ class Case:
 
     def step(self, probes: int = PROBES, epsilon: float = 0.01, **options: Any) -> Tensor:
         """A whole step: estimate and fused update (with a rate of nothing to speak of); returns the coefficients."""
-        estimate = CentralDifference(probes, epsilon, **options)(self.model, sequence_losses, self.batch, Key(0).at(0))
-        apply(estimate.gradient, torch.optim.SGD(self.model.parameters(), lr=1e-12), "fused")
-        assert isinstance(estimate.gradient, Seeded)
-        return estimate.gradient.coefficients
+        estimator = CentralDifference(probes, epsilon, **options)
+        optimizer = SGD(self.model.parameters(), lr=1e-12)
+        key = Key(0).at(0)
+        result = step(self.model, sequence_losses, estimator, optimizer, self.batch, None, key, update="fused")
+        assert isinstance(result.gradient, Seeded)
+        return result.gradient.coefficients
 
 
 def _dense(rounds: int) -> dict[str, Any]:
