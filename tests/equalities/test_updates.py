@@ -830,5 +830,6 @@ def test_the_facade_takes_every_kind_of_loss(kind):
 
 def test_two_parameters_on_one_memory_are_refused():
     shared = torch.ones(3)
+    pair = [(name, nn.Parameter(shared)) for name in ("a", "b")]
     with pytest.raises(UsageError, match='"a" and "b" are two parameters on one memory'):
-        CDRGE([("a", nn.Parameter(shared)), ("b", nn.Parameter(shared))], 0.1)
+        CDRGE(pair, 0.1).step(lambda: (pair[0][1] * pair[1][1]).sum())

@@ -24,7 +24,7 @@ from reroll.grad.central_difference import CentralDifference, Evaluate
 from reroll.grad.checks import visibly
 from reroll.keys import Key
 from reroll.models.roles import canonical_name
-from reroll.optim.sgd import SGD, check_group, restore_momentum
+from reroll.optim.sgd import SGD
 from reroll.optim.step import StepResult, step
 from reroll.outcome import Outcome
 
@@ -35,7 +35,7 @@ _EXAMPLE = (
 )
 
 
-class CDRGE(torch.optim.Optimizer):
+class CDRGE(SGD):
     """Gradient descent on central differences along random directions.
 
     The closure is called 2N times per step, under `no_grad`, with perturbed weights; it must see the same batch each
@@ -96,24 +96,16 @@ class CDRGE(torch.optim.Optimizer):
         self.key, self.model = Key(seed), model
         self.last: StepResult | None = None
         self._estimator(1.0)  # says what is wrong with these now, not at the first step
-        numbers = {"lr": lr, "epsilon": epsilon, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(_not_empty(params), {**numbers, "step": 0})
+        params = list(params)
+        if not params:
+            raise UsageError("params is empty; give model.parameters() or model.named_parameters().")
+        super().__init__(params, lr, momentum, weight_decay, epsilon=epsilon, step=0)
         check_streams(self._named())
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; see `torch.optim.Optimizer`. It may have its own lr, epsilon, momentum and weight_decay.
-
-        Raises:
-            UsageError: if a number is out of range, or a tensor has the name of another.
-        """
-        super().add_param_group(param_group)
-        try:
-            check_names(name for name, _, _ in self._entries())
-            check_group(self.param_groups[-1])
-            require_positive(epsilon=self.param_groups[-1]["epsilon"])
-        except UsageError:
-            self.param_groups.pop()
-            raise
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        require_positive(epsilon=group["epsilon"])
+        check_names(name for name, _, _ in self._entries())
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]: torch returns None without a closure, this needs one
@@ -142,14 +134,10 @@ class CDRGE(torch.optim.Optimizer):
             at = lambda e: self._estimator(e).estimate(named, loss_fn, batch, key, model=model, scales=scales)
             return visibly(at, epsilon) if tied else at(epsilon)
 
-        rule = SGD(self.param_groups, lr=0.0)  # shares groups and, from here on, states with this optimizer
-        rule.state = self.state
         call = closure if self.last is not None or self.model is not None else _noting_buffers(closure)
         key = self.key.at(self.param_groups[0]["step"])
         try:
-            result = step(
-                self.model, lambda model, batch: call(), estimate, rule, None, None, key, update="fused"
-            )  # fmt: skip
+            result = step(self.model, lambda *_: call(), estimate, self, None, None, key, update="fused")
         except RuntimeError as error:
             if "does not require grad" in str(error):
                 raise UsageError(_EXAMPLE) from error
@@ -183,7 +171,6 @@ class CDRGE(torch.optim.Optimizer):
                 "other noise. Give CDRGE the same parameters in the same way."
             )
         super().load_state_dict(state_dict)
-        restore_momentum(self, state_dict)
         for name in _SAVED:
             setattr(self, name, own[name])
         self.key = Key.from_bytes(bytes.fromhex(own["key"]))
@@ -245,13 +232,6 @@ def _noting_buffers(closure: Callable[[], Any]) -> Callable[[], Any]:
         return result
 
     return call
-
-
-def _not_empty(params: Iterable[Any]) -> list[Any]:
-    params = list(params)
-    if not params:
-        raise UsageError("params is empty; give model.parameters() or model.named_parameters().")
-    return params
 
 
 def _some(names: list[str]) -> str:

@@ -28,6 +28,7 @@ class SGD(torch.optim.Optimizer):
         lr: η.
         momentum: μ, in [0, 1); without it, nothing is kept per weight.
         weight_decay: λ.
+        more: further defaults of a group.
 
     Raises:
         UsageError: if a number is out of range.
@@ -42,8 +43,8 @@ class SGD(torch.optim.Optimizer):
         tensor([0.4000, 0.4000], requires_grad=True)
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.0, weight_decay: float = 0.0, **more: Any):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, **more})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see `torch.optim.Optimizer`.
@@ -53,10 +54,18 @@ class SGD(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            check_group(self.param_groups[-1])
+            self._check(self.param_groups[-1])
         except UsageError:
             self.param_groups.pop()
             raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        for name, high in (("lr", math.inf), ("momentum", 1), ("weight_decay", math.inf)):
+            value = group[name]
+            if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+                raise UsageError(f"{name}={value!r} must be a number.")
+            if not 0 <= float(value) < high:
+                raise UsageError(f"{name}={value} must lie in [0, {high}).")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -74,17 +83,14 @@ class SGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` returned, the momentum in its own precision."""
         super().load_state_dict(state_dict)
-        restore_momentum(self, state_dict)
-
-
-def check_group(group: dict[str, Any]) -> None:
-    """Raise `UsageError` unless rate, momentum and decay are numbers in their ranges."""
-    for name, high in (("lr", math.inf), ("momentum", 1), ("weight_decay", math.inf)):
-        value = group[name]
-        if isinstance(value, bool) or not isinstance(value, Real | Tensor):
-            raise UsageError(f"{name}={value!r} must be a number.")
-        if not 0 <= float(value) < high:
-            raise UsageError(f"{name}={value} must lie in [0, {high}).")
+        # torch casts a state to the dtype of its weight, which bf16 loses by.
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(indices, tensors):
+            saved = state_dict["state"].get(index, {}).get("momentum_buffer")
+            if saved is not None:
+                wide = torch.promote_types(p.dtype, torch.float32)
+                self.state[p]["momentum_buffer"] = saved.to(device=p.device, dtype=wide, copy=True)
 
 
 def descend(p: Tensor, group: dict[str, Any], state: Any, add: Callable[[Tensor, float], Any]) -> None:
@@ -110,14 +116,3 @@ def descend(p: Tensor, group: dict[str, Any], state: Any, add: Callable[[Tensor,
     buffer = own["momentum_buffer"].mul_(momentum)
     add(buffer, 1.0)
     p.add_(buffer.to(p.dtype), alpha=-lr)
-
-
-def restore_momentum(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Take the momentum from what was saved: torch casts a state to the dtype of its weight, which bf16 loses by."""
-    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-    tensors = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, p in zip(indices, tensors):
-        saved = state_dict["state"].get(index, {}).get("momentum_buffer")
-        if saved is not None:
-            wide = torch.promote_types(p.dtype, torch.float32)
-            optimizer.state[p]["momentum_buffer"] = saved.to(device=p.device, dtype=wide, copy=True)
