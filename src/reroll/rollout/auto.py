@@ -54,13 +54,9 @@ class Auto:
 
     @uncompiled
     def __call__(
-        self,
-        cell: Cell,
-        inputs: Tensor,
-        state: State | None = None,
-        reset: Tensor | None = None,
+        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> Trajectory:
+    ) -> Trajectory:  # fmt: skip
         """Return all states; see `Rollout`."""
         check(cell, inputs)
         inputs = inputs if lengths is None else filled(inputs, lengths)[0]  # it is tried on some of them
@@ -68,13 +64,9 @@ class Auto:
 
     @uncompiled
     def read(
-        self,
-        cell: Cell,
-        inputs: Tensor,
-        state: State | None = None,
-        reset: Tensor | None = None,
+        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, State]:  # fmt: skip
         """Return the readouts and the final state; see `Rollout`."""
         check(cell, inputs)
         fused = reset is None and type(cell).fused is not Cell.fused

@@ -62,13 +62,9 @@ class Rollout(Protocol):
     """A way to evaluate a cell along time."""
 
     def __call__(
-        self,
-        cell: Cell,
-        inputs: Tensor,
-        state: State | None = None,
-        reset: Tensor | None = None,
+        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> Trajectory:
+    ) -> Trajectory:  # fmt: skip
         """Return all states; see `Trajectory`.
 
         Args:
@@ -82,13 +78,9 @@ class Rollout(Protocol):
         ...
 
     def read(
-        self,
-        cell: Cell,
-        inputs: Tensor,
-        state: State | None = None,
-        reset: Tensor | None = None,
+        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, State]:  # fmt: skip
         """Return the readouts [batch, time, output_size] and the state after the last step."""
         ...
 

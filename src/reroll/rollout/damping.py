@@ -32,6 +32,11 @@ class Damping(Protocol):
         """Whether steps may be short, so that their size says nothing about convergence."""
         ...
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether trust follows the residual."""
+        ...
+
     def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
         """Return δ, [D, T, B].
 
@@ -74,6 +79,7 @@ class Undamped:
     """The whole Newton step."""
 
     damped: bool = False
+    adaptive = False
 
     def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
         return solve(transition, residual)
@@ -89,6 +95,7 @@ class Scale:
 
     k: float
     damped: bool = True
+    adaptive = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.k <= 1:
@@ -109,6 +116,7 @@ class Clip:
 
     limit: float = 1.0
     damped: bool = True
+    adaptive = False
 
     def __post_init__(self) -> None:
         require_positive(limit=self.limit)

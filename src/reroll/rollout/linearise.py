@@ -20,6 +20,7 @@ from torch import Tensor
 
 from reroll.cells import jacobian
 from reroll.cells.base import Cell
+from reroll.cells.jacobian import Structure
 from reroll.cells.layout import Layout
 from reroll.cells.tracked import Tracked
 from reroll.errors import require_count
@@ -52,6 +53,11 @@ class Linearisation(Protocol):
         """The structure of what is kept."""
         ...
 
+    @property
+    def every(self) -> int:
+        """Iterations for which a Jacobian is used."""
+        ...
+
     def __call__(
         self, cell: Cell, layout: Layout, u: Tracked, state: Tensor, steps: int, fresh: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -67,19 +73,33 @@ class Linearisation(Protocol):
         ...
 
 
+class Followed:
+    """What is read off the operations of a step, by torch or by compiled code."""
+
+    structure: Structure | None
+    every: int = 1
+    count: int | None = None
+
+    def blocks(self, layout: Layout) -> int:
+        """Return K, for a Jacobian in blocks."""
+        return self.count or len(layout.sizes)
+
+    def __call__(self, cell, layout, u, state, steps, fresh):
+        if self.structure is None or not fresh:
+            return jacobian.advance(cell, layout, u, state), None
+        return jacobian.linearise(cell, layout, u, state, self.structure, self.blocks(layout))
+
+
 @dataclass(frozen=True)
-class Dense:
+class Dense(Followed):
     """The whole Jacobian: Newton's method, DEER (Lim et al., arXiv:2309.12252)."""
 
     kind: Kind = "dense"
-    structure: str | None = "dense"
-
-    def __call__(self, cell, layout, u, state, steps, fresh):
-        return jacobian.linearise(cell, layout, u, state, "dense")
+    structure: Structure | None = "dense"
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Followed):
     """The K×K block of every channel: feature c of part k by feature c of part l.
 
     Args:
@@ -88,14 +108,11 @@ class Block:
 
     count: int | None = None
     kind: Kind = "block"
-    structure: str | None = "block"
-
-    def __call__(self, cell, layout, u, state, steps, fresh):
-        return jacobian.linearise(cell, layout, u, state, "block", self.count or len(layout.sizes))
+    structure: Structure | None = "block"
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(Followed):
     """The diagonal: quasi-DEER (Gonzalez et al., arXiv:2407.19115).
 
     Args:
@@ -105,15 +122,10 @@ class Diagonal:
 
     every: int = 1
     kind: Kind = "diagonal"
-    structure: str | None = "diagonal"
+    structure: Structure | None = "diagonal"
 
     def __post_init__(self) -> None:
         require_count(every=self.every)
-
-    def __call__(self, cell, layout, u, state, steps, fresh):
-        if not fresh:
-            return jacobian.advance(cell, layout, u, state), None
-        return jacobian.linearise(cell, layout, u, state, "diagonal")
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,7 @@ class Hutchinson:
     products: int = 4
     seed: int = 0
     kind: Kind = "diagonal"
+    every = 1
 
     def __post_init__(self) -> None:
         require_count(products=self.products)
@@ -146,25 +159,19 @@ class Hutchinson:
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Followed):
     """A ≈ 1: Picard iteration; good for small steps of a differential equation."""
 
     kind: Kind = "identity"
-    structure: str | None = None
-
-    def __call__(self, cell, layout, u, state, steps, fresh):
-        return jacobian.advance(cell, layout, u, state), None
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True)
-class Zero:
+class Zero(Followed):
     """A ≈ 0: Jacobi iteration; good where a step forgets nearly everything."""
 
     kind: Kind = "zero"
-    structure: str | None = None
-
-    def __call__(self, cell, layout, u, state, steps, fresh):
-        return jacobian.advance(cell, layout, u, state), None
+    structure: Structure | None = None
 
 
 Written = Dense | Block | Diagonal | Identity | Zero

@@ -117,13 +117,9 @@ class Newton:
 
     @uncompiled
     def __call__(
-        self,
-        cell: Cell,
-        inputs: Tensor,
-        state: State | None = None,
-        reset: Tensor | None = None,
+        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> Trajectory:
+    ) -> Trajectory:  # fmt: skip
         """Return all states; see `Rollout`.
 
         Raises:
@@ -162,13 +158,9 @@ class Newton:
 
     @uncompiled
     def read(
-        self,
-        cell: Cell,
-        inputs: Tensor,
-        state: State | None = None,
-        reset: Tensor | None = None,
+        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, State]:  # fmt: skip
         """Return the readouts and the final state; see `Rollout`."""
         padded = self._padded(cell, inputs, state, reset, lengths)
         trajectory = padded.trajectory
@@ -217,10 +209,9 @@ class Newton:
         linearise = self.linearise
         if not (undamped and is_written(linearise)) or observed or (isinstance(guess, str) and guess != "f0"):
             return []
-        blocks = getattr(linearise, "count", None) or len(problem.layout.sizes)
         method = native.Method(
-            linearise.kind, linearise.structure, blocks, self.window,
-            self._tolerances(problem.start.dtype), self._limit, getattr(linearise, "every", 1),
+            linearise.kind, linearise.structure, linearise.blocks(problem.layout), self.window,
+            self._tolerances(problem.start.dtype), self._limit, linearise.every,
         )  # fmt: skip
         solved = native.newton(problem, method, guess if isinstance(guess, Tensor) else None)
         if solved is None or solved[1].steps == 0:
@@ -233,8 +224,7 @@ class Newton:
         """Solve the steps from `done` on in torch operations; `first` holds the state before, if not the start."""
         time = field.shape[1]
         if is_written(self.linearise):
-            blocks = getattr(self.linearise, "count", None) or len(field.layout.sizes)
-            field = field.compiled(self.linearise.structure, blocks)
+            field = field.compiled(self.linearise.structure, self.linearise.blocks(field.layout))
         width = self._width(field)
         before = first[0] if first else field.start
         windows: list[Solution] = []
@@ -282,11 +272,11 @@ class Newton:
         watch = current()
         batch, device = field.shape[2], guess.device
         atol, rtol = self._tolerances(guess.dtype)
-        every = getattr(self.linearise, "every", 1)
+        every = self.linearise.every
         found = Iterate.at(field, guess, self.linearise)
         iterations, resets = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
         converged = (found.error == 0).all(0)
-        trust = torch.ones(batch, dtype=guess.dtype, device=device) if getattr(damping, "adaptive", False) else None
+        trust = torch.ones(batch, dtype=guess.dtype, device=device) if damping.adaptive else None
         for iteration in range(1, self._limit(field.shape[1]) + 1):
             if bool(converged.all()):
                 break

@@ -58,13 +58,9 @@ class Sequential:
 
     @uncompiled
     def __call__(
-        self,
-        cell: Cell,
-        inputs: Tensor,
-        state: State | None = None,
-        reset: Tensor | None = None,
+        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> Trajectory:
+    ) -> Trajectory:  # fmt: skip
         """Return all states; see `Rollout`."""
         padded = self._in_compiled_code(cell, inputs, state, reset, lengths)
         if padded is not None:
@@ -81,13 +77,9 @@ class Sequential:
 
     @uncompiled
     def read(
-        self,
-        cell: Cell,
-        inputs: Tensor,
-        state: State | None = None,
-        reset: Tensor | None = None,
+        self, cell: Cell, inputs: Tensor, state: State | None = None, reset: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, State]:  # fmt: skip
         """Return the readouts and the final state; see `Rollout`."""
         padded = self._in_compiled_code(cell, inputs, state, reset, lengths)
         if padded is not None:
