@@ -8,7 +8,7 @@ from reroll import Recurrent
 from reroll.cells import CELLS, DNC, GRU, LSTM, ParaGRU, cell_from
 from reroll.errors import UsageError
 from reroll.kernels.linear_scan import linear_scan
-from reroll.rollout import ROLLOUTS, Sequential, auto, deer, quasi_deer
+from reroll.rollout import ROLLOUTS, Sequential, auto, quasi_deer
 from reroll.trees import map_state
 from tests.equalities.test_rollouts import ALL, MORE, contractive, tightened
 
@@ -111,8 +111,8 @@ def test_a_scan_of_padded_sequences(structure, reverse, first):
 def test_gru_against_packed_sequences_of_torch():
     """nn.GRU on a PackedSequence is a reference that is not ours."""
     torch.manual_seed(0)
-    lengths = torch.tensor([300, 7, 299, 1, 120, 33])
-    inputs = padded(lengths.tolist(), 5, 300, torch.float32)
+    lengths = torch.tensor([260, 7, 31])
+    inputs = padded(lengths.tolist(), 5, 260, torch.float32)
     module, step = nn.GRU(5, 8, batch_first=True), nn.GRUCell(5, 8)
     with torch.no_grad():
         for name, p in step.named_parameters():
@@ -122,7 +122,7 @@ def test_gru_against_packed_sequences_of_torch():
     expected = nn.utils.rnn.pad_packed_sequence(expected, batch_first=True)[0]
     exact = torch.autograd.grad(expected.square().sum() + last.sum(), list(module.parameters()))
     cell = cell_from(step, 8)
-    for rollout in (Sequential(), Sequential("reference"), Sequential("compiled"), auto(), deer(), quasi_deer()):
+    for rollout in (Sequential(), Sequential("compiled"), auto(), quasi_deer()):
         leaf = inputs.clone().requires_grad_()
         with torch.no_grad():
             trajectory = rollout(cell, inputs, lengths=lengths)
@@ -150,7 +150,7 @@ def test_lengths_of_nothing_and_lengths_that_do_not_fit():
         for lengths, message in (
             ([1, 2], "lengths is a list; expected whole numbers"),
             (torch.tensor([1.0, 2.0]), r"dtype float32; expected whole numbers of shape \(2,\)"),
-            (torch.tensor([1, 10]), "lengths lie in 1 … 10; inputs has 9 steps"),
+            (torch.tensor([1, 10]), "lengths lie in 1 … 10; there are 9 steps"),
         ):
             with pytest.raises(UsageError, match=message):
                 rollout(cell, inputs, lengths=lengths)

@@ -21,6 +21,7 @@ from reroll.cells.base import Cell, State
 from reroll.data.task import Readout
 from reroll.data.tokenizers import Tokenizer
 from reroll.errors import UsageError, require_positive
+from reroll.kernels.lengths import steps_of
 from reroll.models import convert
 from reroll.models.base import READOUTS
 from reroll.models.generate import generate
@@ -119,7 +120,7 @@ class Recurrent(nn.Module):
         if self.readout == "every":
             return self._run(inputs, None, None, lengths)[0]
         if present is None and lengths is not None:
-            present = torch.arange(inputs.shape[1], device=inputs.device) < lengths.unsqueeze(1)
+            present = steps_of(lengths, inputs)[1]
         return self._summary(inputs, present, lengths)
 
     def advance(
@@ -222,8 +223,7 @@ class Recurrent(nn.Module):
             features = inputs
         else:
             if lengths is not None:  # padding may be no symbol
-                valid = torch.arange(inputs.shape[1], device=inputs.device) < lengths.unsqueeze(1)
-                inputs = torch.where(valid, inputs, 0)
+                inputs = torch.where(steps_of(lengths, inputs)[1], inputs, 0)
             features = self._embedded(self.embed, inputs)
         states, padded = [], {} if lengths is None else {"lengths": lengths}
         for i, cell in enumerate(self._cells):

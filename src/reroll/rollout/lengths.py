@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from reroll.cells.base import Cell, State
-from reroll.errors import UsageError
+from reroll.kernels.lengths import steps_of
 from reroll.rollout.base import Trajectory, check, check_reset, start
 from reroll.trees import combine_states, map_state
 
@@ -42,24 +42,9 @@ class Padded(NamedTuple):
         return map_state(tree, lambda t: torch.where(valid.view(*valid.shape, *[1] * (t.dim() - 2)), t, 0))
 
 
-def check_lengths(lengths: Any, inputs: Tensor) -> Tensor:
-    """Return the lengths as int64 on the device of the inputs, or raise if they do not fit these."""
-    batch, time = inputs.shape[:2]
-    expected = f"expected whole numbers of shape ({batch},)"
-    if not isinstance(lengths, Tensor):
-        raise UsageError(f"lengths is a {type(lengths).__name__}; {expected}: torch.tensor(lengths).")
-    if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        name = str(lengths.dtype).removeprefix("torch.")
-        raise UsageError(f"lengths has shape {tuple(lengths.shape)} and dtype {name}; {expected}.")
-    if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= time:
-        raise UsageError(f"lengths lie in {int(lengths.min())} … {int(lengths.max())}; inputs has {time} steps.")
-    return lengths.to(inputs.device, torch.int64)
-
-
 def filled(inputs: Tensor, lengths: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return inputs whose padding is the first input of the sequence, the steps that exist [B, T], and the lengths."""
-    lengths = check_lengths(lengths, inputs)
-    valid = torch.arange(inputs.shape[1], device=inputs.device) < lengths.unsqueeze(1)
+    lengths, valid = steps_of(lengths, inputs)
     if not bool(valid.any()):
         return torch.zeros_like(inputs), valid, lengths
     rows = torch.arange(len(lengths), device=inputs.device)
@@ -92,7 +77,7 @@ def packing(
         return in_place(solve, cell, inputs, state, reset, lengths)
     check(cell, inputs)
     check_reset(reset, inputs)
-    lengths = check_lengths(lengths, inputs)
+    lengths, valid = steps_of(lengths, inputs)
     batch, time = inputs.shape[:2]
     lanes, begins = _lanes(lengths.tolist())
     if not lanes:
@@ -122,7 +107,7 @@ def packing(
         states=states, final=_last(states, cell, inputs, None, lengths), iterations=trajectory.iterations[lane_of],
         residual=trajectory.residual[lane_of], converged=trajectory.converged[lane_of],
     )  # fmt: skip
-    return Padded(trajectory, torch.arange(time, device=inputs.device) < lengths.unsqueeze(1))
+    return Padded(trajectory, valid)
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
@@ -152,7 +137,7 @@ def dropping(run: Run, inputs: Tensor, state: State, reset: Tensor | None, lengt
     Returns:
         What `run` gives of every step, zero behind the end, and the state after each sequence's last step.
     """
-    lengths = check_lengths(lengths, inputs)
+    lengths, _ = steps_of(lengths, inputs)
     batch, time = inputs.shape[:2]
     order = lengths.argsort(descending=True)
     back, lengths = order.argsort(), lengths[order]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from reroll.errors import UsageError, nearest
 from reroll.kernels import dispatch
+from reroll.kernels.lengths import steps_of
 from reroll.kernels.linear_scan.operators import AFFINE, Affine
 
 
@@ -79,13 +80,8 @@ def _padded(
 ) -> Tensor:
     """Scan with steps behind the end of a sequence that hand the state on, so that one from behind arrives."""
     name = check(A, b, initial, structure).name
-    batch, time = b.shape[:2]
-    if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
-        raise UsageError(f"linear_scan: lengths is {_describe(lengths)}; expected whole numbers of shape ({batch},).")
-    if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= time:
-        raise UsageError(f"linear_scan: lengths lie in {int(lengths.min())} … {int(lengths.max())} of {time} steps.")
-    valid = torch.arange(time, device=b.device) < lengths.to(b.device).unsqueeze(1)
-    in_A, in_b = (valid.view(batch, time, *[1] * (t.dim() - 2)) for t in (A, b))
+    _, valid = steps_of(lengths, b)
+    in_A, in_b = (valid.view(*valid.shape, *[1] * (t.dim() - 2)) for t in (A, b))
     one = torch.ones((), dtype=A.dtype, device=A.device)
     if name != "diagonal":
         one = torch.eye(b.shape[2] if name == "block" else b.shape[-1], dtype=A.dtype, device=A.device)
