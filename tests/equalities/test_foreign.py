@@ -1,7 +1,6 @@
 """Modules and losses that read weights in ways of their own: evaluators give a plain loop's slopes, or refuse."""
 
 import copy
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -180,14 +179,22 @@ def test_every_evaluator_gives_the_slopes_of_a_plain_loop_or_refuses(name):
         assert not getattr(model, "kept", torch.zeros(3)).numpy().any()
 
 
-def test_a_way_that_is_left_is_said_once():
-    model, loss_fn = mlp().double(), lambda m, b: mean_square(m, b).item()
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:The PyTorch API of nested tensors")
+def test_a_way_that_would_be_wrong_is_said_once():
+    model, loss_fn = encoder(wrap=False)
     estimator = CentralDifference(PROBES, EPSILON)
-    with pytest.warns(UserWarning, match=r'evaluate="batched" cannot .*item.*"in_place" is used'):
+    with pytest.warns(UserWarning, match='evaluate="batched" would be wrong here.*"in_place" is used'):
         estimator(model, loss_fn, X, KEY)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert estimator(model, loss_fn, X, KEY).stats["evaluate"] == "in_place"
+    again = estimator(model, loss_fn, X, KEY)  # warnings are errors here
+    assert again.stats["evaluate"] == "in_place"
+    assert "batched cannot" in again.stats["reason"]
+
+
+def test_where_a_way_raises_auto_takes_another_without_a_word():
+    model, loss_fn = mlp().double(), lambda m, b: mean_square(m, b).item()
+    estimate = CentralDifference(PROBES, EPSILON)(model, loss_fn, X, KEY)
+    assert estimate.stats["evaluate"] == "in_place"
+    assert "item" in estimate.stats["reason"]
 
 
 @pytest.mark.parametrize("mode", ["in_place", "tiles", "batched"])

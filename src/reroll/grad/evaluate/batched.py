@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reroll.data.batch import START
-from reroll.grad.evaluate.probing import Probing, Result, Unit, split_result, with_state
+from reroll.grad.evaluate.probing import Evaluator, Probing, Result, Unit, split_result, with_state
 from reroll.grad.evaluate.substitute import Substitute
 from reroll.kernels import dispatch
 from reroll.kernels.noise_axpy import noise_axpy_each
@@ -22,20 +22,13 @@ from reroll.passes import add_passes
 from reroll.trees import combine_states, map_state
 
 
-class Batched:
+class Batched(Evaluator):
     """Evaluate units under vmap. Several threads may call `losses` at once."""
 
     def __init__(self, probing: Probing):
         self.probing = probing
 
-    def __enter__(self) -> Batched:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        return None
-
     def losses(self, unit: Unit) -> Result:
-        """Return the losses of a unit; see `Result`."""
         probing = self.probing
         branches = list(probing.branches(unit))
         stacks = {name: self._stack(name, p, branches) for name, p in probing.parameters.items()}

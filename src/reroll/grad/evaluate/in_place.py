@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad.base import fetch
-from reroll.grad.evaluate.probing import Probing, Result, Unit
+from reroll.grad.evaluate.probing import Evaluator, Probing, Result, Unit
 from reroll.kernels.noise_axpy import RADEMACHER, Noise, noise_axpy
 
 
-class InPlace:
+class InPlace(Evaluator):
     """Evaluate units by overwriting the weights; one unit at a time."""
 
     def __init__(self, probing: Probing, restore: str = "copy"):
@@ -54,7 +54,6 @@ class InPlace:
             self.drift = sum(a != b for a, b in zip(self.before, bit_sums(self.probing.parameters)))
 
     def losses(self, unit: Unit) -> Result:
-        """Return the losses of a unit; see `Result`."""
         losses = [torch.tensor(0.0)] * (len(self.probing.sides) * len(unit.probes))
         states: list[Any] = [None] * len(losses)
         # Probe by probe, both signs in turn, so that the grid policy needs one pass over the weights between them.

@@ -8,10 +8,11 @@ a rank takes whole.
 from __future__ import annotations
 
 import numbers
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -129,14 +130,18 @@ class Probing:
                 around.restore()
 
 
-class Evaluator(Protocol):
+class Evaluator(ABC):
     """A way to compute the losses of units. It is a context: whatever it changes is put back when it ends."""
 
-    def __enter__(self) -> Evaluator: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *error: Any) -> None: ...
+    def __exit__(self, *error: Any) -> None:
+        return None
 
-    def losses(self, unit: Unit) -> Result: ...
+    @abstractmethod
+    def losses(self, unit: Unit) -> Result:
+        """Return the losses of a unit; see `Result`."""
 
 
 def split_result(result: Any, single: bool = False) -> tuple[Tensor, Any]:

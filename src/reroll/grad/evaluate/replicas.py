@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reroll.grad.evaluate.probing import Probing, Result, Unit
+from reroll.grad.evaluate.probing import Evaluator, Probing, Result, Unit
 from reroll.kernels.noise_axpy import perturber
 
 
@@ -27,7 +27,7 @@ class Replica(NamedTuple):
     perturb: dict[str, Callable[[int, float], None]]
 
 
-class Replicas:
+class Replicas(Evaluator):
     """Evaluate units on copies of the model. Several threads may call `losses` at once.
 
     Args:
@@ -40,14 +40,7 @@ class Replicas:
         self.thread = threading.local()
         self.copying = threading.Lock()
 
-    def __enter__(self) -> Replicas:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        return None
-
     def losses(self, unit: Unit) -> Result:
-        """Return the losses of a unit; see `Result`."""
         replica = self._own()
         losses, states = [], []
         with self.probing.isolated(replica.model) as rewind:

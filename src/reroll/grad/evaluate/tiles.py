@@ -27,14 +27,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from reroll.grad.base import TILE_BYTES
-from reroll.grad.evaluate.probing import Probing, Result, Unit
+from reroll.grad.evaluate.probing import Evaluator, Probing, Result, Unit
 from reroll.grad.evaluate.substitute import Substitute
 from reroll.kernels import dispatch
 from reroll.kernels.lstm_scan import lstm_scan
 from reroll.kernels.noise_axpy import layout, noise_axpy, noise_axpy_rows
 
 
-class Tiles:
+class Tiles(Evaluator):
     """Evaluate units without touching the weights. Several threads may call `losses` at once."""
 
     def __init__(self, probing: Probing, budget: int = TILE_BYTES):
@@ -42,14 +42,7 @@ class Tiles:
         self.whole = 0
         self.thread = threading.local()
 
-    def __enter__(self) -> Tiles:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        return None
-
     def losses(self, unit: Unit) -> Result:
-        """Return the losses of a unit; see `Result`."""
         losses, states = [], []
         if not hasattr(self.thread, "scratch"):
             self.thread.scratch = Scratch()

@@ -109,7 +109,7 @@ class Evaluation:
             self._next()
         if reason is not None and self.plan.evaluate != first:
             self._say(first, reason)
-        memo[key] = {"evaluate": self.plan.evaluate, "whole": self.plan.whole, "isolate": self.plan.isolate}
+        memo[key] = {name: getattr(self.plan, name) for name in ("evaluate", "whole", "isolate", "reason")}
         return results
 
     def _take(self, isolate: bool, **changes: Any) -> None:
@@ -136,9 +136,9 @@ class Evaluation:
             raise UsageError(
                 f'evaluate="{first}" cannot evaluate this model and loss: {reason}. Use evaluate="{taken}" or "auto".'
             )
-        warnings.warn(
-            f'evaluate="{first}" cannot evaluate this model and loss ({reason}); "{taken}" is used.', stacklevel=3
-        )
+        self.plan = replace(self.plan, reason=f"{first} cannot: {reason}")
+        if reason == UNREACHED:  # where a way raises, another is simply taken
+            warnings.warn(f'evaluate="{first}" would be wrong here: {reason}; "{taken}" is used.', stacklevel=3)
 
     def _agrees(self, unit: Unit, result: Result) -> bool:
         """Whether the first probe of a unit has the losses that it has by the last way."""
