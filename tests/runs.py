@@ -8,7 +8,7 @@ import torch
 from reroll.train import checkpoint
 from reroll.train.config import Config
 from reroll.train.loop import Quiet, train
-from reroll.train.run import read_metrics
+from reroll.train.records import read_metrics
 
 TIMING = {"seconds", "total_seconds", "peak_bytes"}
 """What differs between two runs that are the same."""

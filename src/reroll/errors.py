@@ -43,6 +43,17 @@ class RunError(RerollError, RuntimeError):
     exit_code = 1
 
 
+def visible(text: str) -> str:
+    r"""Return a text with a symbol for every control character but newline and tab: a terminal would obey them.
+
+    Example:
+        >>> visible("a\x1b[2J\r\n\x7f\x9b")
+        'a␛[2J␍\n␡�'
+    """
+    symbols = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡"}
+    return text.translate(symbols | dict.fromkeys(range(0x80, 0xA0), "�"))
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean "x"?` for the closest known word, or the list of all of them when none is close.
 

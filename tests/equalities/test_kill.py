@@ -22,7 +22,8 @@ from reroll.train import checkpoint, journal
 from reroll.train.build import build_model
 from reroll.train.config import resolve
 from reroll.train.loop import train
-from reroll.train.run import RunFolder, read_config, read_json, read_metrics
+from reroll.train.records import read_config, read_json, read_metrics
+from reroll.train.run import RunFolder
 from tests.runs import Abandoned, Interrupt, differences, interrupted, left, small
 
 pytestmark = pytest.mark.usefixtures("quick_steps")

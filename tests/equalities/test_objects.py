@@ -13,8 +13,8 @@ from reroll.grad.evaluate.probing import seeded_generators
 from reroll.train import Session, checkpoint, train
 from reroll.train.load import load
 from reroll.train.mesh import Alone
+from reroll.train.records import read_config, read_metrics
 from reroll.train.replay import replay
-from reroll.train.run import read_config, read_metrics
 from tests.runs import TIMING, Abandoned, Interrupt, differences, left, small
 
 pytestmark = pytest.mark.usefixtures("quick_steps")

@@ -13,8 +13,8 @@ from reroll.models import Interface
 from reroll.specs.task import Generated
 from reroll.train import build, checkpoint, journal
 from reroll.train.loop import train
+from reroll.train.records import read_config, read_metrics
 from reroll.train.replay import replay
-from reroll.train.run import read_config, read_metrics
 from tests.runs import Abandoned, Interrupt, interrupted, left, small, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_steps")

@@ -3,6 +3,9 @@
 import logging
 import os
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -10,8 +13,9 @@ from reroll.errors import RunError, UsageError
 from reroll.train import checkpoint, journal
 from reroll.train.config import resolve
 from reroll.train.loop import train
+from reroll.train.records import find, holder, read_config
 from reroll.train.resume import FREE, agree
-from reroll.train.run import RunFolder, process_start, read_config, read_json
+from reroll.train.run import RunFolder
 from tests.runs import Abandoned, Interrupt, differences, interrupted, left, small, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_steps")
@@ -414,11 +418,66 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     assert contents(tmp_path) == {"mine.txt": b"mine"}
 
 
-def test_a_run_of_a_living_process_is_refused(tmp_path):
-    path, parent = tmp_path / "run", os.getppid()
-    train(small(), path, report=Interrupt(3))
-    RunFolder(path).write_status("running")
-    status = read_json(path / "status.json") | {"pid": parent, "started": process_start(parent)}
-    (path / "status.json").write_text(str(status).replace("'", '"'))
-    with pytest.raises(UsageError, match=f"is being trained by process {parent}.*reroll runs stop"):
+# ---- one folder, one process
+
+
+WAITS = """
+import sys
+from tests.runs import Interrupt, small
+from reroll.train.loop import train
+from pathlib import Path
+
+class Wait(Interrupt):
+    def step(self, row, config):
+        if row["step"] == 1:
+            print("training", flush=True)
+            sys.stdin.readline()
+
+print(train(small(), Path(sys.argv[1]), resume=sys.argv[2] == "resume", report=Wait())["state"], flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["start", "resume"])
+def test_of_two_processes_one_trains_and_the_other_says_who(tmp_path, how, capfd):
+    """Real ones, since a lock is the system's: the record is that of one, and ends with it however it ends."""
+    train(small(), tmp_path / "straight")
+    path = tmp_path / "run"
+    if how == "resume":
+        train(small(), path, report=Interrupt(0))
+        os.unlink(path / "status.json")  # as if it had not been written yet
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS, path, how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    if how == "start":
+        assert process.stdout.readline() == "training\n"
+    else:
+        while not holder(path):
+            time.sleep(0.01)
+    before = contents(path) if how == "start" else None
+    for resume in (False, True) if how == "start" else (True,):
+        with pytest.raises(UsageError, match="is not empty" if not resume else f"trained by process {process.pid}"):
+            train(small(), path, resume=resume)
+    assert before in (None, contents(path))
+    assert find(tmp_path)[0]["state"] == "running"
+    if how == "start":
+        process.kill()
+        process.communicate()
+        assert holder(path) is None
         train(small(), path, resume=True)
+    else:
+        assert process.communicate("\n")[0].splitlines()[-1] == "done"
+    assert differences(left(tmp_path / "straight"), left(path)) == []
+
+
+def test_a_damaged_row_costs_that_row(tmp_path):
+    train(small(), tmp_path / "straight")
+    path = tmp_path / "run"
+    train(small(), path, report=Interrupt(5))
+    lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b'"step"', b'"st\xff')
+    (path / "metrics.jsonl").write_bytes(b"".join(lines))
+    _, report = interrupted(small(), path)
+    assert "1 damaged row" in report.notes[0]
+    a, b = left(tmp_path / "straight"), left(path)
+    del a["rows"][2]
+    assert differences(a, b) == []

@@ -12,7 +12,7 @@ from reroll.train.build import build_model
 from reroll.train.config import resolve
 from reroll.train.evaluate import evaluate
 from reroll.train.loop import train
-from reroll.train.run import read_metrics
+from reroll.train.records import read_metrics
 
 GENERATED = ("copy", "repeat_copy", "reverse", "sort", "add", "parity", "recall")
 STEPS = {"memorise": 40, "smoke": 80} | dict.fromkeys(GENERATED, 250)

@@ -46,6 +46,26 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [p.name for p in checkpoint.all_of(tmp_path)] == ["step-00000009", "step-00000010"]
 
 
+def test_steps_are_numbers_however_long(tmp_path):
+    for step in (99_999_999, 100_000_000, 1_000_000_001):
+        checkpoint.save(tmp_path, step, nn.Linear(1, 1), {}, keep=2)
+    assert checkpoint.newest(tmp_path).step == 1_000_000_001
+    assert [checkpoint.step_of(path) for path in checkpoint.all_of(tmp_path)] == [100_000_000, 1_000_000_001]
+    checkpoint.set_aside(tmp_path, 100_000_000)
+    assert checkpoint.newest(tmp_path).step == 100_000_000
+
+
+@pytest.mark.parametrize("step", [float("inf"), float("nan"), None, [3]])
+def test_a_step_that_is_no_number_is_one_line(tmp_path, step):
+    path = checkpoint.save(tmp_path, 1, nn.Linear(1, 1), {}, keep=1)
+    content = json.loads((path / "state.json").read_text()) | {"step": step}
+    del content["own_sha256"]
+    content["own_sha256"] = checkpoint._sha256_of(content)
+    (path / "state.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match="no checkpoint that can be read"):
+        checkpoint.read(path)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "state.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing", "pickle"])
 def test_a_damaged_one_is_passed_over(tmp_path, caplog, file, damage):

@@ -26,7 +26,7 @@ from reroll.train import checkpoint, toml
 from reroll.train.build import build_model
 from reroll.train.config import Config
 from reroll.train.load import export, open_model
-from reroll.train.run import read_config, read_metrics
+from reroll.train.records import read_config, read_metrics
 from tests.cli import TINY, TRAIN, contents, weights_of
 
 # What is printed without any work
@@ -489,3 +489,16 @@ def test_doctor(cli):
     assert lines["torch"] == f"ok    {'torch':<14} {torch.__version__}"
     assert "same bits as the reference" in lines["cpu kernels"]
     assert {"python", "card", "threads", "text cache", "disk", "extra plot"} <= set(lines)
+
+
+def test_export_writes_over_its_own_config_and_no_other(cli, run, tmp_path):
+    assert cli("export", "run", "--to", "x.safetensors").code == 0
+    assert cli("export", "run", "--to", "x.safetensors").code == 0
+    mine = "recipe = 'mine'\n"
+    (tmp_path / "x.toml").write_text(mine)
+    (tmp_path / "y.toml").write_text(mine)
+    for name in ("x", "y"):
+        for command in (("export", "run", "--to"), ("replay", "run", "--out")):
+            assert f"{name}.toml" in cli(*command, f"{name}.safetensors").error
+        assert (tmp_path / f"{name}.toml").read_text() == mine
+    assert not (tmp_path / "y.safetensors").exists()

@@ -23,9 +23,9 @@ from reroll.train.config import resolve
 from reroll.train.evaluate import evaluate
 from reroll.train.load import load
 from reroll.train.loop import train
+from reroll.train.records import read_config, read_json, read_metrics
 from reroll.train.replay import replay
 from reroll.train.resume import open_session
-from reroll.train.run import read_config, read_json, read_metrics
 from reroll.train.session import Session
 from tests.runs import Interrupt, differences, left, small, write_text
 

@@ -4,19 +4,18 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from reroll.cli import main
 from reroll.errors import RunError, UsageError
-from reroll.train import run
+from reroll.train import records
 from reroll.train.loop import train
-from reroll.train.run import RunFolder, find_run, is_alive, new_folder, process_start, read_json, read_metrics
+from reroll.train.records import find_run, holder, read_json, read_metrics
+from reroll.train.run import RunFolder, new_folder
 from tests.runs import Abandoned, Interrupt, small
 
 pytestmark = pytest.mark.usefixtures("quick_steps")
@@ -149,8 +148,16 @@ def test_json_that_cannot_be_read_is_empty(tmp_path):
 # ---- processes
 
 
-def status_of(pid, **more):
-    return {"state": "running", "pid": pid, "started": process_start(pid), "host": socket.gethostname(), **more}
+HOLDS = """
+import fcntl, os, signal, sys, time
+from pathlib import Path
+file = Path(sys.argv[1], "lock").open("a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.truncate(0)
+file.write(sys.argv[2] if len(sys.argv) > 2 else str(os.getpid()))
+file.flush()
+"""
+WAITS = "print('ready', flush=True); time.sleep(600)"
 
 
 @pytest.fixture
@@ -158,8 +165,9 @@ def living():
     """Starts processes that live until the test ends."""
     started = []
 
-    def start(code="import time; time.sleep(600)", *arguments):
+    def start(code, *arguments):
         started.append(subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE))
+        assert started[-1].stdout.readline() == b"ready\n"
         return started[-1]
 
     yield start
@@ -168,43 +176,41 @@ def living():
         process.communicate()
 
 
-def test_who_is_alive(living):
-    process = living()
-    status = status_of(process.pid)
-    assert is_alive(status)
-    assert is_alive(status_of(os.getpid()))
-    assert not is_alive(status | {"started": str(int(status["started"]) - 1)})  # its number was given to another
-    assert not is_alive(status | {"started": None})
-    assert not is_alive(status | {"host": "elsewhere"})
-    assert not is_alive(status | {"pid": None})
-    assert not is_alive({})
-    process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert Path(f"/proc/{process.pid}").exists()
-    assert not is_alive(status)  # it has ended, and only its entry is left
-    process.wait()
-    assert not is_alive(status)
-
-
-def test_where_the_kernel_tells_nothing_the_number_has_to_do(living, monkeypatch):
-    process = living()
-    status = status_of(process.pid)
-    monkeypatch.setattr(run, "process_start", lambda pid: None)
-    monkeypatch.setattr(Path, "exists", lambda self: False)
-    assert is_alive(status)
+def test_a_folder_is_of_one_process_until_it_ends(folder, living):
+    assert holder(folder.path) is None
+    folder.lock()
+    assert folder.locked
+    assert holder(folder.path) == os.getpid()
+    other = RunFolder(folder.path)
+    with pytest.raises(UsageError, match=f"is being trained by process {os.getpid()}.*reroll runs stop"):
+        other.lock()
+    folder.close()
+    other.lock()
+    other.close()
+    process = living(HOLDS + WAITS, folder.path)
+    assert holder(folder.path) == process.pid
+    with pytest.raises(UsageError, match=f"process {process.pid}"):
+        folder.lock()
     process.kill()
     process.wait()
-    assert not is_alive(status)
+    assert holder(folder.path) is None
+
+
+def test_a_lock_that_names_another_process_names_none(folder, living):
+    innocent = living("import time;" + WAITS)
+    (folder.path / "lock").write_text(str(innocent.pid))
+    assert holder(folder.path) is None  # nobody has it
+    for forged in (innocent.pid, "-1", "x", ""):
+        (folder.path / "lock").write_text("")
+        process = living(HOLDS + WAITS, folder.path, forged)
+        assert holder(folder.path) == 0
+        assert main(["runs", "stop", str(folder.path)]) == 2
+        process.kill()
+        process.wait()
+    assert innocent.poll() is None
 
 
 # ---- every run under a folder
-
-
-def training(folder, pid, **more):
-    """A run whose status says that a process trains it."""
-    path = folder.path if isinstance(folder, RunFolder) else folder
-    (path / "status.json").write_text(json.dumps(status_of(pid, step=1, steps=9, **more)))
-    return path
 
 
 @pytest.fixture
@@ -213,13 +219,10 @@ def runs(tmp_path, living):
     train(small(run={"steps": 3}), tmp_path / "done")
     train(small(task={"overfit": True}, optim={"lr": 30.0}), tmp_path / "deep" / "diverged")
     train(small(), tmp_path / "stopped", report=Interrupt(1))
-    process, gone = living(), living()
-    for name, pid in (("running", process.pid), ("dead", gone.pid)):
+    for name in ("running", "dead"):
         with pytest.raises(Abandoned):
             train(small(), tmp_path / name, report=Interrupt(3, "abandoned"))
-        training(tmp_path / name, pid)
-    gone.kill()
-    gone.wait()
+    process = living(HOLDS + WAITS, tmp_path / "running")
     (tmp_path / "no run").mkdir()
     (tmp_path / "no run" / "config.toml").touch()
     return tmp_path, process
@@ -264,61 +267,43 @@ def test_a_folder_without_runs_and_none_at_all(tmp_path, capsys):
     assert "absent does not exist" in capsys.readouterr().err
 
 
-SAVES_AND_ENDS = """
-import json, signal, sys, time
-from pathlib import Path
-
+SAVES_AND_ENDS = (
+    HOLDS
+    + """
 def end(*_):
-    file = Path(sys.argv[1])
-    whole = file.with_name("new")
-    whole.write_text(json.dumps(json.loads(file.read_text()) | {"state": "stopped", "step": 5}))
-    whole.replace(file)
+    Path(sys.argv[1], "status.json").write_text('{"state": "stopped", "step": 5}')
     sys.exit(1)
 
 signal.signal(signal.SIGTERM, end)
-print("ready", flush=True)
-time.sleep(600)
 """
+)
 
 
-def test_stop_asks_the_process_that_is_recorded_and_no_other(tmp_path, living, capsys, monkeypatch):
+def test_stop_asks_the_process_that_has_the_folder_and_no_other(tmp_path, living, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     processes = {}
     for name in ("mine", "other"):
         path = tmp_path / "runs" / name
         path.mkdir(parents=True)
-        processes[name] = living(SAVES_AND_ENDS, path / "status.json")
-        processes[name].stdout.readline()
-        training(path, processes[name].pid)
+        (path / "config.toml").touch()
+        processes[name] = living(SAVES_AND_ENDS + WAITS, path)
+    (tmp_path / "runs/mine/status.json").write_text(json.dumps({"state": "running", "pid": processes["other"].pid}))
     assert main(["runs", "stop", "mine"]) == 0
     assert capsys.readouterr().out == "runs/mine: stopped at step 5. Go on: reroll train --run-dir runs/mine --resume\n"
     assert processes["mine"].wait() == 1
     assert processes["other"].poll() is None
     assert main(["runs", "stop", "mine"]) == 2
-    assert "runs/mine is not running on this machine (state stopped)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("wrong", [{"started": "1"}, {"host": "elsewhere"}, {"state": "done"}], ids=str)
-def test_stop_leaves_alone_who_is_not_the_run(tmp_path, living, capsys, wrong):
-    process = living()
-    training(tmp_path, process.pid, **wrong)
-    assert main(["runs", "stop", str(tmp_path)]) == 2
-    assert "is not running on this machine" in capsys.readouterr().err
-    time.sleep(0.05)
-    assert process.poll() is None
+    assert "runs/mine is not running on this machine" in capsys.readouterr().err
 
 
 def test_stop_of_what_is_no_run(tmp_path, capsys):
     assert main(["runs", "stop", str(tmp_path)]) == 2
-    assert "no status.json there" in capsys.readouterr().err
+    assert "is no run" in capsys.readouterr().err
 
 
 def test_stop_says_when_it_takes_too_long(tmp_path, living, capsys):
-    process = living(
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
-    )
-    process.stdout.readline()
-    training(tmp_path, process.pid)
+    (tmp_path / "config.toml").touch()
+    process = living(HOLDS + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAITS, tmp_path)
     assert main(["runs", "stop", str(tmp_path), "--wait", "0.2"]) == 1
     assert "has not ended after 0.2 seconds" in capsys.readouterr().err
     assert process.poll() is None
@@ -330,10 +315,69 @@ def test_a_run_in_this_process_can_be_stopped_by_its_name(tmp_path):
     class Stop(Interrupt):
         def step(self, row, config):
             status = read_json(tmp_path / "run" / "status.json")
-            assert (status["state"], is_alive(status)) == ("running", True)
+            assert (status["state"], holder(tmp_path / "run")) == ("running", status["pid"])
             if row["step"] == 2:
                 os.kill(status["pid"], signal.SIGTERM)
 
     summary = train(small(), tmp_path / "run", report=Stop())
     assert (summary["state"], summary["step"]) == ("stopped", 4)
     assert read_json(tmp_path / "run" / "status.json")["state"] == "stopped"
+
+
+class StopsTheSearch(Interrupt):
+    def note(self, line):
+        super().note(line)
+        if line.startswith("Trying") and len(self.notes) < 5:
+            os.kill(holder(self.path), signal.SIGTERM)
+
+
+def test_a_search_for_a_rate_counts_as_running_and_can_be_stopped(tmp_path):
+    report = StopsTheSearch()
+    report.path = tmp_path / "run"
+    search = {"lr": "auto", "search_low": 0.01, "search_high": 0.1, "search_steps": 1}
+    assert train(small(optim=search), report.path, report=report)["state"] == "stopped"
+    assert sum(note.startswith("Trying") for note in report.notes) == 1
+
+
+# ---- rows that are read again and again, and names that would command a terminal
+
+
+def test_rows_are_read_once(folder, monkeypatch):
+    tallies, seen = {}, []
+    (folder.path / "config.toml").touch()
+    (folder.path / "status.json").write_text('{"state": "done"}')
+    parse = records.parse_row
+    monkeypatch.setattr(records, "parse_row", lambda line: seen.append(line) or parse(line))
+    assert records.find(folder.path, tallies)[0]["step"] == 3
+    assert len(seen) == 3
+    folder.record({"step": 3, "loss": 1.5})
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('broken\n{"step": 4, "lo')
+    (row,) = records.find(folder.path, tallies)
+    assert (row["step"], row["loss"], row["best"], row["damaged_rows"]) == (4, 1.5, 0.1 + 0.2, 1)
+    assert len(seen) == 6
+    assert folder.cut_metrics(2) == 1
+    folder.close()
+    assert records.find(folder.path, tallies)[0]["step"] == 2
+
+
+def test_one_folder_that_cannot_be_read_does_not_hide_the_others(runs, capsys):
+    folder, _ = runs
+    (folder / "done" / "metrics.jsonl").unlink()
+    (folder / "done" / "metrics.jsonl").mkdir()
+    assert main(["runs", str(folder), "--json"]) == 0
+    rows = {row["name"]: row["state"] for row in strictly(capsys.readouterr().out)}
+    assert len(rows) == 5
+    assert rows["done"] == "unreadable"
+
+
+def test_names_and_records_do_not_command_the_terminal(tmp_path, capsys):
+    path = tmp_path / "a\x1b[2Jb\x9b"
+    train(small(run={"steps": 1}), path)
+    for file, key in (("environment.json", "hardware"), ("status.json", "state")):
+        content = read_json(path / file)
+        (path / file).write_text(json.dumps(content | {key: "\x1b]0;x\x07"}))
+    for arguments in (["runs", str(tmp_path)], ["show", str(path)], ["replay", str(path)], ["eval", str(path / "x")]):
+        main(arguments)
+        captured = capsys.readouterr()
+        assert not set("\x1b\x07\x9b") & set(captured.out + captured.err), arguments

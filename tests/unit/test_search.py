@@ -15,8 +15,8 @@ from reroll.grad.base import trainable
 from reroll.train import build, checkpoint, search
 from reroll.train.config import resolve
 from reroll.train.loop import train
+from reroll.train.records import read_config, read_json, read_metrics
 from reroll.train.resume import open_session
-from reroll.train.run import read_config, read_json, read_metrics
 from reroll.train.search import grid, middles, search_lr
 from tests.runs import Interrupt, differences, left, small, write_text
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from reroll.data.cache import cache_folder
 from reroll.errors import UsageError, nearest
-from reroll.train.run import commit, hardware, read_json
+from reroll.train.machine import commit, hardware
+from reroll.train.records import read_json
 
 SHIPPED = Path(__file__).with_name("measured.json")
 
@@ -160,7 +161,7 @@ def _memorise(full: bool) -> dict[str, Any]:
 
     from reroll.recipes import RECIPES
     from reroll.train.loop import train
-    from reroll.train.run import read_metrics
+    from reroll.train.records import read_metrics
 
     found: dict[str, Any] = {"losses": []}
     for seed in range(3):

@@ -20,7 +20,7 @@ from reroll.grad.base import trainable
 from reroll.grad.probes import expected_relative_error
 from reroll.keys import Key
 from reroll.models import Recurrent
-from reroll.train.run import commit, hardware
+from reroll.train.machine import commit, hardware
 
 EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 

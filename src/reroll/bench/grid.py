@@ -21,7 +21,7 @@ from reroll.bench.rollouts.cells import like
 from reroll.bench.timing import in_turn
 from reroll.cells import cell_from
 from reroll.rollout import Sequential, auto, deer, quasi_deer
-from reroll.train.run import commit, hardware
+from reroll.train.machine import commit, hardware
 
 BATCH = 16
 CORNER = ((1, 4, 16), (1000, 10_000))

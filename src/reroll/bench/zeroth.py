@@ -30,8 +30,8 @@ from reroll.keys import Key
 from reroll.models import Recurrent
 from reroll.optim import SGD, step
 from reroll.rollout import Sequential
+from reroll.train.machine import commit, hardware
 from reroll.train.measure import measure
-from reroll.train.run import commit, hardware
 
 PROBES = 96
 LARGE = {"hidden": 66_000, "heads": 220}

@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reroll.errors import RerollError, UsageError, nearest
+from reroll.errors import RerollError, UsageError, nearest, visible
 
 COMMANDS = {
     "train": ("train", "train a recipe: a model, on a task, by a gradient", "reroll train copy --steps 300"),
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for handler in logging.root.handlers:
+        handler.setFormatter(_Visible())
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character, or the name of a file that is no text, must not end a run.
         if isinstance(stream, io.TextIOWrapper):
@@ -63,9 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {visible(explain(error))}", file=sys.stderr)
         _drop_output()
         return error.exit_code if isinstance(error, RerollError) else 1
+
+
+class _Visible(logging.Formatter):
+    """Warnings name folders, whose names could command a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(record.getMessage())
 
 
 def _run(arguments: list[str]) -> int:

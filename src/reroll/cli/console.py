@@ -11,6 +11,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from reroll.errors import visible
 from reroll.train.config import Config
 
 EVERY = 10.0
@@ -41,7 +42,7 @@ class Console:
 
     def note(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
-        (self.bar.console if self.bar is not None else self.terminal).print(line, markup=False)
+        (self.bar.console if self.bar is not None else self.terminal).print(visible(line), markup=False)
 
     def step(self, row: dict[str, Any], config: Config) -> None:
         """Show a step."""
@@ -64,7 +65,7 @@ class Console:
             lines.append("held-out " + "  ".join(words))
         if summary["state"] == "done":
             lines.append(f"run folder {path}; try: reroll eval {path}")
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
     def _advance(self, row: dict[str, Any], config: Config) -> None:
         if self.bar is None:

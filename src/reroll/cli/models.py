@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from reroll.cli.flags import as_flags, parse
-from reroll.errors import UsageError
+from reroll.errors import UsageError, visible
 
 if TYPE_CHECKING:
     from reroll.train.load import Loaded
@@ -180,17 +180,6 @@ def _refuse_unknown(loaded: Loaded, prompt: str) -> None:
         print(f"--prompt: read as <unk>, since the model does not know them: {', '.join(unknown)}", file=sys.stderr)
 
 
-def visible(text: str) -> str:
-    r"""Return a text with a symbol for every control character but newline and tab: a terminal would obey them.
-
-    Example:
-        >>> visible("a\x1b[2J\r\n\x7f\x9b")
-        'a␛[2J␍\n␡�'
-    """
-    symbols = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡"}
-    return text.translate(symbols | dict.fromkeys(range(0x80, 0xA0), "�"))
-
-
 def _symbols(loaded: Any) -> tuple[Any, Any, list[int]]:
     """How text becomes symbols and back, for a model of text or of a generated task; and what to begin with."""
     if loaded.tokenizer is not None:
@@ -206,31 +195,25 @@ def _export(request: Export) -> int:
     from reroll.train.load import export, open_model
 
     written = export(open_model(request.model), request.to)
-    print(f"written: {', '.join(map(str, written))}")
+    print(visible(f"written: {', '.join(map(str, written))}"))
     return 0
 
 
 def _replay(request: Replay) -> int:
     from reroll.train import checkpoint
-    from reroll.train.load import Loaded, export, refuse_unwritable
+    from reroll.train.load import Loaded, export, read_about, refuse_unwritable
+    from reroll.train.records import find_run, read_config, read_json
     from reroll.train.replay import replay
-    from reroll.train.run import find_run, read_config
 
     path = find_run(request.run)
     if request.out is not None:
         refuse_unwritable(request.out)
     model, steps = replay(path, request.to)
-    print(f"replayed {steps} steps of {path}")
+    print(visible(f"replayed {steps} steps of {path}"))
     if request.out is not None:
-        from reroll.data.tokenizers import from_dict
-        from reroll.train.load import read_units
-        from reroll.train.run import read_json
-
-        about = read_json(path / "environment.json")
-        saved = about.get("tokenizer")
-        tokenizer = from_dict(saved) if saved else None
-        loaded = Loaded(model, read_config(path), tokenizer, steps, read_units(about.get("units")))
-        print(f"written: {', '.join(map(str, export(loaded, request.out)))}")
+        _, tokenizer, units = read_about(read_json(path / "environment.json"), str(path / "environment.json"))
+        loaded = Loaded(model, read_config(path), tokenizer, steps, units)
+        print(visible(f"written: {', '.join(map(str, export(loaded, request.out)))}"))
     if request.checksum:
         print(checkpoint.checksum(checkpoint.weights_of(model)))
     return 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import os
 import signal
 import time
@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import tyro
 
 from reroll.cli.flags import parse
-from reroll.errors import RunError, UsageError
-from reroll.train.run import ROOT, is_alive, read_json, read_metrics
+from reroll.errors import RunError, UsageError, visible
+from reroll.train.records import ROOT, Tally, find, find_run, holder, read_json
 
 
 @dataclass(frozen=True)
@@ -54,51 +54,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def find(folder: Path) -> list[dict[str, Any]]:
-    """Return a row for every run under a folder, newest first."""
-    configs = [path for path in folder.rglob("config.toml") if (path.parent / "environment.json").exists()]
-    return [row_of(path.parent, folder) for path in sorted(configs, key=_age)]
-
-
-def _age(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:  # it was deleted meanwhile
-        return math.inf
-
-
-def row_of(path: Path, root: Path) -> dict[str, Any]:
-    """Return what is known of a run: state, step, losses, seconds, memory, time to go."""
-    status = read_json(path / "status.json")
-    rows = list(read_metrics(path))
-    state = str(status.get("state", "unknown"))
-    if state == "running" and not is_alive(status):
-        state = "dead"
-    last = rows[-1] if rows else {}
-    losses, valid, recent = _numbers(rows, "loss"), _numbers(rows, "valid_loss"), _numbers(rows[-20:], "seconds")
-    step, steps = (last["step"] + 1 if last else 0), _last(_numbers([status], "steps"))
-    left = (steps - step) * sum(recent) / len(recent) if state == "running" and recent and steps else None
-    return {
-        "name": str(path.relative_to(root)) if path != root else path.name, "path": str(path), "state": state,
-        "step": step, "steps": steps, "loss": _last(losses), "best": min(losses, default=None),
-        "valid_loss": _last(valid), "seconds": _last(_numbers([last], "total_seconds")),
-        "peak_bytes": _last(_numbers([last], "peak_bytes")), "seconds_left": left,
-    }  # fmt: skip
-
-
-def _numbers(rows: list[dict[str, Any]], name: str) -> list[Any]:
-    """The finite numbers of this name; a record may be damaged, and a loss that diverged is not finite."""
-    values = [row.get(name) for row in rows]
-    return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e300]
-
-
-def _last(values: list[Any]) -> Any:
-    return values[-1] if values else None
-
-
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "run": lambda row: row["name"],
-    "state": lambda row: row["state"],
+    "run": lambda row: visible(row["name"]),
+    "state": lambda row: visible(row["state"]),
     "step": lambda row: f"{row['step']}/{row['steps'] or '?'}",
     "loss": lambda row: _number(row["loss"]),
     "best": lambda row: _number(row["best"]),
@@ -129,17 +87,17 @@ def table(rows: list[dict[str, Any]], width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    found = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     names = fitting(rows, width)[0] if rows else list(COLUMNS)
     for name in names:
-        found.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=bool(rows))
+        shown.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=bool(rows))
     for row in rows:
         # As Text: in a plain string, brackets in the name of a folder would be markup.
         colours = {"state": COLOURS.get(row["state"], "yellow")}
-        found.add_row(*(Text(COLUMNS[name](row), colours.get(name, "")) for name in names))
+        shown.add_row(*(Text(COLUMNS[name](row), colours.get(name, "")) for name in names))
     if not rows:
-        found.add_row("no runs here yet: reroll train")
-    return found
+        shown.add_row("no runs here yet: reroll train")
+    return shown
 
 
 def _console(least: int = 0) -> Any:
@@ -153,31 +111,30 @@ def _console(least: int = 0) -> Any:
 def _follow(folder: Path) -> int:
     from rich.live import Live
 
-    try:
+    tallies: dict[Path, Tally] = {}
+    with contextlib.suppress(KeyboardInterrupt):
         console = _console()
-        with Live(table(find(folder), console.width), console=console, auto_refresh=False) as live:
+        with Live(console=console, auto_refresh=False) as live:
             while True:
+                live.update(table(find(folder, tallies), console.width), refresh=True)
                 time.sleep(2)
-                live.update(table(find(folder), console.width), refresh=True)
-    except KeyboardInterrupt:
-        return 0
+    return 0
 
 
 def _stop(request: Stop) -> int:
-    path = next((p for p in (Path(request.name), ROOT / request.name) if (p / "status.json").is_file()), None)
-    if path is None:
-        raise UsageError(f"NAME={request.name!r} is no run: no status.json there, nor under {ROOT}. See `reroll runs`.")
-    status = read_json(path / "status.json")
-    if status.get("state") != "running" or not is_alive(status):
-        raise UsageError(f"{path} is not running on this machine (state {status.get('state', 'unknown')}).")
-    os.kill(status["pid"], signal.SIGTERM)
+    path = find_run(request.name)
+    pid = holder(path)
+    if not pid:
+        state = read_json(path / "status.json").get("state", "unknown")
+        why = f"state {state}" if pid is None else "its lock names no process that has it"
+        raise UsageError(visible(f"{path} is not running on this machine, as a process of yours ({why})."))
+    os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + request.wait
     while time.monotonic() < deadline:
-        now = read_json(path / "status.json")
-        if now.get("state") != "running" or not is_alive(now):
-            print(
-                f"{path}: {now.get('state')} at step {now.get('step')}. Go on: reroll train --run-dir {path} --resume"
-            )
+        if holder(path) is None:
+            now = read_json(path / "status.json")
+            how = f"{now.get('state')} at step {now.get('step')}"
+            print(visible(f"{path}: {how}. Go on: reroll train --run-dir {path} --resume"))
             return 0
         time.sleep(0.1)
     raise RunError(f"{path} has not ended after {request.wait:g} seconds; it was asked to, and ends after its step.")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from reroll.cli.flags import parse
 from reroll.cli.train import Request, read, resolved
-from reroll.errors import UsageError
+from reroll.errors import UsageError, visible
 from reroll.recipes import RECIPES
 from reroll.specs.base import leaves
 from reroll.specs.model import LSTM
 from reroll.train import toml
 from reroll.train.config import Config
-from reroll.train.run import ROOT, read_config, read_json
+from reroll.train.records import ROOT, look_for, read_config, read_json
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if folder is not None:
         if len(arguments) > 1:
             raise UsageError(f"{arguments[1]!r} changes nothing of a run; `reroll show {folder}` shows what it did.")
-        print(toml.dumps(read_config(folder)), end="")
         about = read_json(folder / "environment.json")
         status = read_json(folder / "status.json")
-        print(f"\n# {status.get('state', 'unknown')} at step {status.get('step')}; {about.get('parameters')} weights")
-        print(f"# made by reroll {about.get('reroll')} ({about.get('commit')}) on {about.get('hardware')}")
+        state = f"{status.get('state', 'unknown')} at step {status.get('step')}; {about.get('parameters')} weights"
+        made = f"made by reroll {about.get('reroll')} ({about.get('commit')}) on {about.get('hardware')}"
+        print(visible(f"{toml.dumps(read_config(folder))}\n# {state}\n# {made}"))
         return 0
     request = read(
         "show", arguments, "Show the config of RECIPE, changed by flags and files, and where its values are from."
@@ -55,9 +55,9 @@ def _run_folder(arguments: Sequence[str]) -> Path | None:
     """The run folder the first argument names, if it names one and no recipe."""
     if not arguments or arguments[0].startswith("-") or arguments[0] in RECIPES:
         return None
-    for path in (Path(arguments[0]), ROOT / arguments[0]):
-        if (path / "config.toml").is_file():
-            return path
+    path = look_for(arguments[0])
+    if path is not None:
+        return path
     if os.sep in arguments[0] or "/" in arguments[0] or (ROOT / arguments[0]).exists():
         raise UsageError(
             f"{arguments[0]!r} is no run: it holds no config.toml. See `reroll runs`, or `reroll recipes`."

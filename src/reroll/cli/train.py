@@ -17,7 +17,8 @@ from reroll.specs.base import leaves
 from reroll.specs.task import SERIES
 from reroll.train import toml
 from reroll.train.config import Config, resolve
-from reroll.train.run import new_folder, read_config
+from reroll.train.records import read_config
+from reroll.train.run import new_folder
 
 EXTRA: dict[str, dict[str, Any]] = {
     "run-dir": {"type": Path, "help": "the run folder itself; none: a new name under runs/"},

@@ -31,6 +31,17 @@ from reroll.errors import RunError
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+UNREADABLE = (
+    OSError,
+    ArithmeticError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    SafetensorError,
+)
+"""What reading files that are not ours, or not whole, can raise."""
 _FILES = ("model.safetensors", "state.safetensors")
 
 
@@ -91,13 +102,19 @@ def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], keep:
 
 def all_of(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, oldest first; they may be damaged."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
+    named = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+    return sorted(named, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step that a checkpoint is named after."""
+    return int(path.name.removeprefix("step-"))
 
 
 def set_aside(folder: Path, step: int) -> None:
     """Rename checkpoints of later steps: a run that could not be resumed from them must not count them as its own."""
     for path in all_of(folder):
-        if path.name > f"step-{step:08d}":
+        if step_of(path) > step:
             target = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(target, ignore_errors=True)
             path.rename(target)
@@ -130,7 +147,7 @@ def read(path: Path) -> Checkpoint:
                 raise RunError(f"{path} is damaged: {name} does not have the checksum it was saved with.")
         weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
         return Checkpoint(int(content["step"]), weights, _unflatten(content["state"], tensors))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise RunError(f"{path} is no checkpoint that can be read ({type(error).__name__}: {error}).") from None
 
 
@@ -183,7 +200,7 @@ def checksum(weights: Mapping[str, Tensor]) -> str:
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Put tensors aside under their path, and return what is left as JSON."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
+        tensors[path] = value.detach().cpu().contiguous()
         return {"tensor": path}
     if isinstance(value, Mapping):
         # JSON has string keys only; optimizers number their parameters.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from reroll.models import Interface
 from reroll.specs.model import ObjectModel
 from reroll.train import build, checkpoint, toml
 from reroll.train.config import Config, resolve
-from reroll.train.run import find_run, read_config, read_json
+from reroll.train.records import find_run, read_config, read_json
 
 METADATA = "reroll"
 UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -113,6 +115,18 @@ def refuse_unwritable(path: Path) -> None:
             f"the weights cannot be written to {str(path)!r}: what is written is safetensors, so name it "
             f"{path.stem}.safetensors."
         )
+    beside = path.with_suffix(".toml")
+    if os.path.lexists(beside) and not _is_ours(beside, path):
+        raise UsageError(f"{beside}, where the config would go, is there and not of an export; name another file.")
+
+
+def _is_ours(beside: Path, path: Path) -> bool:
+    """Whether a config is the one that was written with the weights in `path`."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})[METADATA])["config"] == beside.read_text(encoding="utf-8")
+    except (OSError, SafetensorError, *UNREADABLE):
+        return False
 
 
 def rescue(run: Path, config: Config) -> str:
@@ -145,26 +159,35 @@ def _from_file(path: Path) -> Loaded:
 
 
 def _assemble(
-    config: Config, about: dict[str, Any], weights: dict[str, Tensor], step: int, source: str, described: str
+    config: Config, about: dict[str, Any], weights: dict[str, Tensor], step: int, source: str, where: str
 ) -> Loaded:
-    """The model of some weights; `source` is where they are from, `described` what says their sizes and symbols."""
+    """The model of some weights; `source` is where they are from, `where` what says their sizes and symbols."""
     config = resolve(config)  # refuses sizes that no model can have
     if isinstance(config.model, ObjectModel):
         config.model.build(None)  # says that only its maker has it
-    try:
-        sizes = Interface.read(about.get("sizes"))
-        tokenizer = from_dict(about["tokenizer"]) if about.get("tokenizer") else None
-        units = read_units(about.get("units"))
-    except UsageError as error:
-        raise UsageError(f"{described}: {error}") from None
-    except UNREADABLE as error:
-        raise _foreign(described, error) from None
+    sizes, tokenizer, units = read_about(about, where)
     if tokenizer is not None and tokenizer.size > (sizes.vocab or 0):
-        raise RunError(f"{described} is damaged: its model has {sizes.vocab} symbols, its tokenizer {tokenizer.size}.")
+        raise RunError(f"{where} is damaged: its model has {sizes.vocab} symbols, its tokenizer {tokenizer.size}.")
     model = build.build_model(config.model, sizes, seed=0)
     checkpoint.put_weights(model, weights, source)
     model.tokenizer = tokenizer
     return Loaded(model.eval(), config, tokenizer, step, units)
+
+
+def read_about(about: Mapping[str, Any], where: str) -> tuple[Interface, Tokenizer | None, build.Units | None]:
+    """Return what environment.json, or the metadata of an exported file, says of a model: sizes, symbols, units.
+
+    Args:
+        about: its content.
+        where: its name, for errors.
+    """
+    try:
+        tokenizer = from_dict(about["tokenizer"]) if about.get("tokenizer") else None
+        return Interface.read(about.get("sizes")), tokenizer, read_units(about.get("units"))
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    except UNREADABLE as error:
+        raise _foreign(where, error) from None
 
 
 def read_units(saved: Any) -> build.Units | None:

@@ -27,8 +27,8 @@ from reroll.train.journal import Record
 from reroll.train.mesh import ALONE, Mesh
 from reroll.train.observers import OBSERVERS, Taken
 from reroll.train.process import signals
+from reroll.train.records import read_config, read_json
 from reroll.train.resume import agree, open_session, start_record
-from reroll.train.run import read_config, read_json
 from reroll.train.search import search_lr, trial
 from reroll.train.session import Session
 

@@ -25,7 +25,7 @@ from reroll.optim import apply, configure
 from reroll.specs.model import ObjectModel
 from reroll.train import build, checkpoint, journal, toml
 from reroll.train.config import Config, resolve
-from reroll.train.run import read_config
+from reroll.train.records import read_config
 from reroll.train.session import Session
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from reroll.train import checkpoint, journal, toml
 from reroll.train.config import Config
 from reroll.train.load import rescue
 from reroll.train.mesh import ALONE, Mesh
-from reroll.train.run import Reader, RunFolder, read_config, read_json
+from reroll.train.records import read_config, read_json
+from reroll.train.run import Reader, RunFolder
 from reroll.train.session import Session
 
 
@@ -51,11 +52,22 @@ def open_session(
     mesh = given.mesh if given else mesh
     config = what.config if isinstance(what, Session) else what
     folder = RunFolder(path) if mesh.writes else Reader(path)
+    try:
+        return _open(given, config, folder, resume, init, mesh)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _open(
+    given: Session | None, config: Config, folder: RunFolder, resume: bool, init: Any, mesh: Mesh
+) -> tuple[Session, str]:
+    path = folder.path
     there = resume and (path / "config.toml").is_file()
     if not there and not (resume and folder.is_unbegun()):
         folder.refuse_used(resume)
     if there:
-        folder.refuse_running()
+        folder.lock()
         saved = checkpoint.newest(folder.checkpoints)
         if saved is not None or checkpoint.all_of(folder.checkpoints):
             return _go_on(given, agree(read_config(path), config), folder, saved, mesh)
@@ -104,8 +116,11 @@ def _go_on(
         note += f" The {last['step'] + 1 - saved.step} steps recorded after it are made again."
     # From here on, what is later than the checkpoint goes: it is about to be made again.
     folder.write_config(config)
-    folder.cut_metrics(saved.step)
-    checkpoint.set_aside(folder.checkpoints, saved.step)
+    damaged = folder.cut_metrics(saved.step)
+    if damaged:
+        note += f" {damaged} damaged rows of metrics.jsonl are left out."
+    if mesh.writes:
+        checkpoint.set_aside(folder.checkpoints, saved.step)
     folder.clear_temporary()
     return session, note
 
@@ -173,7 +188,12 @@ def _begin(session: Session, folder: RunFolder, init: dict[str, torch.Tensor] | 
         init = checkpoint.load_file(folder.init)
     if init is not None:
         checkpoint.put_weights(session.model, init, "--init")
+    begun = folder.locked
     folder.make()  # only now, when task, model and weights are there
+    folder.lock()
+    if not begun and (folder.path / "config.toml").exists():  # by another process, meanwhile
+        folder.refuse_used()
+    folder.clear_temporary()
     if init is not None or session.of_objects:
         folder.write_init(checkpoint.weights_of(session.model))
     folder.write_config(session.config)  # what `--resume` looks for: it comes last

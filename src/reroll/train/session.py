@@ -16,8 +16,7 @@ import torch
 
 from reroll.data.batch import START, Batch
 from reroll.data.task import Task
-from reroll.data.tokenizers import from_dict
-from reroll.errors import RunError, UsageError
+from reroll.errors import RunError
 from reroll.grad import Backprop
 from reroll.grad.base import Estimator, LossFn, trainable
 from reroll.grad.central_difference import CentralDifference
@@ -34,6 +33,7 @@ from reroll.specs.task import ObjectTask
 from reroll.train import build, checkpoint, journal
 from reroll.train.config import Config, resolve
 from reroll.train.evaluate import Precision
+from reroll.train.load import read_about
 from reroll.train.mesh import ALONE, Mesh
 from reroll.train.process import Clock
 from reroll.train.run import RunFolder
@@ -180,10 +180,7 @@ class Session:
         cls, config: Config, mesh: Mesh = ALONE, extra: Mapping[str, Any] | None = None, source: str = ""
     ) -> Session:
         """Build everything from a config; `extra` is the environment.json, at `source`, of a run to go on with."""
-        try:
-            tokenizer = from_dict(extra["tokenizer"]) if extra and extra.get("tokenizer") else None
-        except UsageError as error:
-            raise UsageError(f"{source}: {error}") from None
+        tokenizer = None if extra is None else read_about(extra, source)[1]
         device = build.find_device(config.run.device)
         task = config.task.build(config.run.seed, tokenizer)
         model = build.build_model(config.model, Interface.of(task), config.run.seed).to(device)

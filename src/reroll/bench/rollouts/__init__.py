@@ -21,7 +21,7 @@ import torch
 
 from reroll.bench.rollouts import card, cpu
 from reroll.rollout import quasi_deer
-from reroll.train.run import commit, hardware
+from reroll.train.machine import commit, hardware
 
 
 def run(rounds: int = 7, path: Path | None = None, steps: int = 10_000) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""What run folders say, for whoever reads them: `reroll runs`, `show`, `load`; nothing here writes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reroll.errors import UsageError
+from reroll.train import toml
+from reroll.train.config import Config
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes from one folder there
+    fcntl = None  # type: ignore[assignment]
+
+ROOT = Path("runs")
+LOCK = "lock"
+
+
+def look_for(name: str) -> Path | None:
+    """Return the folder of a run, a path or a name under runs/; None if there is no such run."""
+    with contextlib.suppress(OSError, ValueError):  # of what cannot be a path
+        return next((path for path in (Path(name), ROOT / name) if (path / "config.toml").is_file()), None)
+    return None
+
+
+def find_run(name: str) -> Path:
+    """Return the folder of a run: a path, or a name under runs/.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    path = look_for(name)
+    if path is None:
+        raise UsageError(
+            f"RUN={name!r} is no run: neither {name} nor {ROOT / name} holds a config.toml. See `reroll runs`."
+        )
+    return path
+
+
+def read_config(path: Path) -> Config:
+    """Return the config of a run."""
+    return toml.overlay(Config(), toml.load(path / "config.toml"), str(path / "config.toml"))
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Return a row of metrics.jsonl; None if it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole rows of metrics.jsonl."""
+    if (path / "metrics.jsonl").exists():
+        with (path / "metrics.jsonl").open("rb") as lines:
+            yield from (row for row in map(parse_row, lines) if row is not None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file of a run; an empty one if it is missing or torn."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def holder(path: Path) -> int | None:
+    """Return the number of the process that trains the run in a folder now, 0 if it cannot be told, None if none does.
+
+    The lock is the system's and ends with its process; that the process named in the file is the one, /proc says.
+    """
+    if fcntl is None:
+        return None
+    try:
+        with (path / LOCK).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except BlockingIOError:
+                pid = int(file.read(20) or 0)
+    except OSError:
+        return None
+    except ValueError:
+        return 0
+    return pid if pid > 0 and _has_open(pid, path / LOCK) else 0
+
+
+def _has_open(pid: int, file: Path) -> bool:
+    if not Path("/proc/self/fd").exists():
+        return True
+    with contextlib.suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if descriptor.samefile(file):
+                    return True
+    return False
+
+
+class Tally:
+    """What the rows of a run come to; each is read once, also of a run that goes on.
+
+    Args:
+        path: the run folder.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._clear(0)
+
+    def _clear(self, file: int) -> None:
+        self.file, self.offset, self.damaged = file, 0, 0
+        self.last: dict[str, Any] = {}
+        self.loss, self.best, self.valid = None, None, None
+        self.recent: deque[float] = deque(maxlen=20)
+
+    def read(self) -> None:
+        """Take in the rows that were added; all of them if the file is another one (the run was resumed)."""
+        try:
+            lines = (self.path / "metrics.jsonl").open("rb")
+        except FileNotFoundError:
+            return
+        with lines:
+            about = os.fstat(lines.fileno())
+            if about.st_ino != self.file or about.st_size < self.offset:
+                self._clear(about.st_ino)
+            lines.seek(self.offset)
+            for line in lines:
+                row = parse_row(line)
+                if row is None and not line.endswith(b"\n"):
+                    break  # it is being written
+                self.offset += len(line)
+                self.damaged += row is None
+                if row is not None:
+                    self._take(row)
+
+    def _take(self, row: dict[str, Any]) -> None:
+        self.last = row
+        loss, seconds = number(row, "loss"), number(row, "seconds")
+        self.loss = self.loss if loss is None else loss
+        if loss is not None:
+            self.best = loss if self.best is None else min(self.best, loss)
+        valid = number(row, "valid_loss")
+        self.valid = self.valid if valid is None else valid
+        if seconds is not None:
+            self.recent.append(seconds)
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Return what is known of the run: state, step, losses, seconds, memory, time to go."""
+        status, running = read_json(self.path / "status.json"), holder(self.path) is not None
+        state = str(status.get("state", "unknown"))
+        state = "running" if running else "dead" if state == "running" and fcntl is not None else state
+        try:
+            self.read()
+        except OSError:  # one that is not ours to read, and no reason not to show the others
+            state = "unreadable"
+        step, steps = (self.last["step"] + 1 if self.last else 0), number(status, "steps")
+        left = (steps - step) * sum(self.recent) / len(self.recent) if running and self.recent and steps else None
+        return {
+            "name": name, "path": str(self.path), "state": state, "step": step, "steps": steps, "loss": self.loss,
+            "best": self.best, "valid_loss": self.valid, "seconds": number(self.last, "total_seconds"),
+            "peak_bytes": number(self.last, "peak_bytes"), "seconds_left": left, "damaged_rows": self.damaged,
+        }  # fmt: skip
+
+
+def number(row: dict[str, Any], name: str) -> Any:
+    """The finite number of this name; a record may be damaged, and a loss that diverged is not finite."""
+    value = row.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
+
+
+def find(folder: Path, tallies: dict[Path, Tally] | None = None) -> list[dict[str, Any]]:
+    """Return a row for every run under a folder, newest first.
+
+    Args:
+        folder: searched however deep; links are not followed.
+        tallies: what was read before, by run; it is kept up.
+    """
+    tallies = {} if tallies is None else tallies
+    rows = []
+    for base, inside, files in os.walk(folder):
+        if "config.toml" in files and {"environment.json", "status.json"} & set(files):
+            inside.clear()
+            path, age = Path(base), math.inf
+            with contextlib.suppress(OSError):  # it was deleted meanwhile
+                age = -(path / "config.toml").stat().st_mtime
+            name = str(path.relative_to(folder)) if path != folder else path.name
+            rows.append((age, tallies.setdefault(path, Tally(path)).row(name)))
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
