@@ -25,14 +25,14 @@ def values():
 
 def test_missing_values_and_unequal_lengths(tmp_path):
     (tmp_path / "w.ts").write_text(HEADER.format(2) + "1,?,3:4,5,6:c\n\n# between\n7:8:a\n")
-    found = read_ts(tmp_path / "w.ts")
-    np.testing.assert_array_equal(found.series[0], [[1, 4], [np.nan, 5], [3, 6]])
-    np.testing.assert_array_equal(found.series[1], [[7, 8]])
-    assert (found.targets, found.labels) == ([2, 0], ("a", "b", "c"))
+    found, *classes = read_ts(tmp_path / "w.ts")
+    np.testing.assert_array_equal(found[0], [[1, 4], [np.nan, 5], [3, 6]])
+    np.testing.assert_array_equal(found[1], [[7, 8]])
+    assert classes == [[2, 0], ("a", "b", "c")]
     prepare(tmp_path / "w.ts", tmp_path / "w.npz")
     series = read_series(tmp_path / "w.npz")
     assert series.lengths.tolist() == [3, 1]
-    np.testing.assert_array_equal(series.values, np.concatenate(found.series))
+    np.testing.assert_array_equal(series.values, np.concatenate(found))
     assert series.labels == ("a", "b", "c")
 
 

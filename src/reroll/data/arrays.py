@@ -114,11 +114,18 @@ class Arrays(Task):
         self.length = self._window_length(data.lengths, length)
         windows = cut(data.lengths, self.length, shift=int(self.predicts == "next"))
         self._windows, training = self._hold_out(windows, data)
-        self._refuse_unscored()
-        self.mean, self.std = self._units(training, data.lengths) if units is None else self._given(units)
+        rows = training[np.cumsum(data.lengths) - 1] if self.predicts == "sequence" else training
+        for split in self._windows:
+            known: Any = True if self._known is None else self._known
+            if not ((rows if split == "train" or whole else ~rows) & known).any():
+                raise UsageError(
+                    f"path={self.path}: nothing in the split {split!r} is scored. The mask or held_out leaves none of "
+                    "it, or all of its targets are missing; mend them."
+                )
+        self.mean, self.std = self._units(training, rows) if units is None else self._given(units)
         if self._targets is not None and not self.categorical:
             targets = (self._targets - self.mean[self.inputs :]) / self.std[self.inputs :]
-            self._targets = np.where(self._known[:, None], targets, 0).astype(np.float32)
+            self._targets = np.where(np.asarray(self._known)[:, None], targets, 0).astype(np.float32)
         self._description = self._described(data)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -183,14 +190,13 @@ class Arrays(Task):
         goals = {"next": "predicts the next row", "every": f"predicts {what} for every step"}
         return goals.get(self.predicts, f"predicts {what} for every series")
 
-    def _units(self, training: BoolArray, lengths: IntArray) -> tuple[Array, Array]:
+    def _units(self, training: BoolArray, rows: BoolArray) -> tuple[Array, Array]:
         """Mean and std of the features over the training part, and of real targets behind them."""
         # With targets of every step the mask is about the targets; the inputs are all there.
         used = training if self._mask is None or self.predicts == "every" else training & self._mask
         units = moments(self._values, used)
         if self._targets is None or self.categorical:
             return units
-        rows = training if self.predicts == "every" else training[np.cumsum(lengths) - 1]
         of_targets = moments(self._targets, rows & np.asarray(self._known))
         return np.concatenate([units[0], of_targets[0]]), np.concatenate([units[1], of_targets[1]])
 
@@ -268,24 +274,6 @@ class Arrays(Task):
             held_out, training = chosen[windows.series], np.repeat(~chosen, lengths)
         parts = {"train": ~held_out, "valid": held_out}
         return {split: Windows(*(part[which] for part in windows)) for split, which in parts.items()}, training
-
-    def _refuse_unscored(self) -> None:
-        """Refuse a split of which nothing is scored."""
-        known: Any = self._known
-        for split, windows in self._windows.items():
-            if known is None:
-                scored = len(windows.begin)
-            elif self.predicts == "sequence":
-                scored = known[windows.series].any()
-            else:
-                counts = np.concatenate([[0], np.cumsum(known)])
-                last = np.minimum(windows.begin + self.length + (self.predicts == "next"), windows.end)
-                scored = (counts[last] > counts[windows.begin]).any()
-            if not scored:
-                raise UsageError(
-                    f"path={self.path}: nothing in the split {split!r} is scored. The mask or held_out leaves none of "
-                    "it, or all of its targets are missing; mend them."
-                )
 
     @np.errstate(invalid="ignore")  # a signalling NaN
     def _gather(self, windows: Windows, steps: int) -> Batch:

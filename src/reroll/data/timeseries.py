@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,22 +25,8 @@ from reroll.errors import UsageError
 LONGEST = 1 << 24  # characters of a line
 
 
-class TimeSeries(NamedTuple):
-    """What a .ts file holds.
-
-    Args:
-        series: [T, F] float32 each; NaN where a value is missing.
-        targets: the class of every series: its place in `labels`.
-        labels: the classes' names, in the order of the header.
-    """
-
-    series: list[npt.NDArray[np.float32]]
-    targets: list[int]
-    labels: tuple[str, ...]
-
-
-def read_ts(path: str | os.PathLike[str]) -> TimeSeries:
-    """Read a .ts file.
+def read_ts(path: str | os.PathLike[str]) -> tuple[list[npt.NDArray[np.float32]], list[int], tuple[str, ...]]:
+    """Return the series of a .ts file, [T, F] each, NaN where a value is missing; their classes; the classes' names.
 
     Raises:
         UsageError: if it cannot be read or is not of that form; with the line.
@@ -70,7 +56,7 @@ def read_ts(path: str | os.PathLike[str]) -> TimeSeries:
         raise UsageError(
             f"path={path}: its series have {features} dimensions, the header says {printable(declared)}; mend it."
         )
-    return TimeSeries([values for values, _ in rows], [label for _, label in rows], tuple(labels))
+    return [values for values, _ in rows], [label for _, label in rows], tuple(labels)
 
 
 def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, str]]:
@@ -138,19 +124,19 @@ def prepare(path: str | os.PathLike[str], target: Path, every: int = 1) -> dict[
             "Name one of them."
         )
     parts = [read_ts(file) for file in files]
-    if len({(part.labels, part.series[0].shape[1]) for part in parts}) > 1:
+    if len({(labels, series[0].shape[1]) for series, _, labels in parts}) > 1:
         raise UsageError(f"path={path}: its files have different classes or dimensions; name one of them.")
-    series = [values[::every] for part in parts for values in part.series]
+    series = [values[::every] for several, *_ in parts for values in several]
     lengths = np.array([len(values) for values in series])
     inputs = np.full((len(series), lengths.max(), series[0].shape[1]), np.nan, dtype=np.float32)
     for row, values in zip(inputs, series):
         row[: len(values)] = values
     arrays = {
-        "inputs": inputs, "lengths": lengths, "targets": np.concatenate([part.targets for part in parts]),
-        "labels": np.array(parts[0].labels),
+        "inputs": inputs, "lengths": lengths, "targets": np.concatenate([classes for _, classes, _ in parts]),
+        "labels": np.array(parts[0][2]),
     }  # fmt: skip
     if len(files) > 1:
-        arrays["held_out"] = np.repeat(held_out, [len(part.targets) for part in parts])
+        arrays["held_out"] = np.repeat(held_out, [len(classes) for _, classes, _ in parts])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:
