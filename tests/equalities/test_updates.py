@@ -17,7 +17,7 @@ from reroll.errors import RunError, UsageError
 from reroll.grad import Backprop, CentralDifference, Dense
 from reroll.grad.base import Seeded, row_blocks, trainable
 from reroll.keys import Key
-from reroll.models import roles
+from reroll.models.roles import ROLES, roles
 from reroll.optim import (
     CDRGE,
     OPTIMIZERS,
@@ -29,6 +29,7 @@ from reroll.optim import (
     clip_norm,
     groups,
 )
+from reroll.optim.groups import RULES
 from reroll.outcome import Outcome
 from tests.models import a_batch, build
 
@@ -833,3 +834,12 @@ def test_two_parameters_on_one_memory_are_refused():
     pair = [(name, nn.Parameter(shared)) for name in ("a", "b")]
     with pytest.raises(UsageError, match='"a" and "b" are two parameters on one memory'):
         CDRGE(pair, 0.1).step(lambda: (pair[0][1] * pair[1][1]).sum())
+
+
+def test_a_rule_and_an_optimizer_are_a_row_each(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    monkeypatch.setitem(RULES, "toy", lambda groups, lr, momentum, betas: torch.optim.Rprop(groups, lr))
+    monkeypatch.setitem(OPTIMIZERS, "mixed", dict.fromkeys(ROLES, "sgd") | {"matrix": "toy"})
+    optimizer = build_optimizer("mixed", model, 0.01)
+    assert {rule: type(o).__name__ for rule, o in optimizer.optimizers.items()} == {"sgd": "SGD", "toy": "Rprop"}
+    assert [g["param_names"] for g in optimizer.optimizers["toy"].param_groups] == [["0.weight"]]

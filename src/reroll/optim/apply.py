@@ -10,7 +10,6 @@ gives the optimizer tensors of one shape together, as many as the budget holds.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
@@ -64,7 +63,8 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write", budget: int | 
     drop_grads(optimizer, {id(p) for p in gradient.parameters.values()} if how == "write" else ())
     if how == "fused":
         for name, p in gradient.parameters.items():
-            descend(p, groups[name], optimizer.state, functools.partial(_add, gradient, name))
+            add = lambda target, factor, name=name: gradient.add_to(target, name, factor)
+            descend(p, groups[name], optimizer.state, add)
     else:
         for names in _pieces(gradient.parameters, math.inf if how == "write" else budget):
             for p, g in gradient.each(names):
@@ -73,10 +73,6 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write", budget: int | 
             for name in names:
                 gradient.parameters[name].grad = None
     drop_grads(optimizer)
-
-
-def _add(gradient: Gradient, name: str, target: Tensor, factor: float) -> None:
-    gradient.add_to(target, name, factor)
 
 
 def _pieces(parameters: Mapping[str, Tensor], budget: float | None) -> Iterator[list[str]]:

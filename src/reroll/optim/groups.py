@@ -12,7 +12,7 @@ for a matrix that maps features to features; the rows of an embedding and of a h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +23,15 @@ from reroll.models.roles import ROLES, roles
 from reroll.optim.sgd import SGD
 from reroll.optim.together import Together
 
-
-class Options(NamedTuple):
-    """Numbers of all rules; each takes its own.
-
-    Args:
-        momentum: of sgd and muon.
-        betas: of adamw.
-    """
-
-    momentum: float = 0.9
-    betas: tuple[float, float] = (0.9, 0.999)
-
-
 Groups = list[dict[str, Any]]
-RULES: dict[str, Callable[[Groups, float, Options], torch.optim.Optimizer]] = {
-    "sgd": lambda groups, lr, o: SGD(groups, lr, o.momentum),
-    "adamw": lambda groups, lr, o: torch.optim.AdamW(groups, lr, o.betas),
-    "muon": lambda groups, lr, o: torch.optim.Muon(
-        groups, lr, momentum=o.momentum, adjust_lr_fn="match_rms_adamw"
+Betas = tuple[float, float]
+RULES: dict[str, Callable[[Groups, float, float, Betas], torch.optim.Optimizer]] = {
+    "sgd": lambda groups, lr, momentum, betas: SGD(groups, lr, momentum),
+    "adamw": lambda groups, lr, momentum, betas: torch.optim.AdamW(groups, lr, betas),
+    "muon": lambda groups, lr, momentum, betas: torch.optim.Muon(
+        groups, lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"
     ),
-}  # fmt: skip
+}
 """Every update rule, over groups that say their own weight decay."""
 
 OPTIMIZERS: dict[str, dict[str, str]] = {
@@ -60,7 +48,7 @@ def build_optimizer(
     lr: float,
     *,
     momentum: float = 0.9,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: Betas = (0.9, 0.999),
     weight_decay: float = 0.0,
     lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
@@ -88,9 +76,9 @@ def build_optimizer(
         raise UsageError(f'optimizer="{name}" is not known.{nearest(name, OPTIMIZERS)}')
     all_groups = groups(model, OPTIMIZERS[name], weight_decay, lr_scales)
     by_rule = {rule: [g for g in all_groups if g["rule"] == rule] for rule in dict.fromkeys(OPTIMIZERS[name].values())}
-    if not by_rule.get(name):
+    if not by_rule[OPTIMIZERS[name]["matrix"]]:
         raise UsageError(f'optimizer="{name}" needs matrices besides embedding and head; use optimizer="adamw".')
-    built = {rule: RULES[rule](some, lr, Options(momentum, betas)) for rule, some in by_rule.items() if some}
+    built = {rule: RULES[rule](some, lr, momentum, betas) for rule, some in by_rule.items() if some}
     return next(iter(built.values())) if len(built) == 1 else Together(built)
 
 
@@ -130,15 +118,11 @@ def groups(
     ):
         raise UsageError("an embedding or a head cannot be told from a matrix by its shape; pass the model itself.")
     made: dict[tuple[str, float, float], dict[str, Any]] = {}
-    for role in ROLES:
+    for name, p in sorted(parameters.items(), key=lambda item: ROLES.index(role_of[item[0]])):
+        role = role_of[name]
         numbers = rules[role], scales.get(role, 1.0), weight_decay if role != "vector" else 0.0
-        for name, p in parameters.items():
-            if role_of[name] == role:
-                rule, scale, decay = numbers
-                group = made.setdefault(
-                    numbers,
-                    {"params": [], "param_names": [], "rule": rule, "lr_scale": scale, "weight_decay": decay},
-                )
-                group["params"].append(p)
-                group["param_names"].append(name)
+        fresh = {"params": [], "param_names": [], **dict(zip(("rule", "lr_scale", "weight_decay"), numbers))}
+        group = made.setdefault(numbers, fresh)
+        group["params"].append(p)
+        group["param_names"].append(name)
     return list(made.values())
