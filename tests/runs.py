@@ -7,7 +7,7 @@ import torch
 
 from reroll.train import checkpoint
 from reroll.train.config import Config
-from reroll.train.loop import Quiet, train
+from reroll.train.loop import Reporter, train
 from reroll.train.records import read_metrics
 
 TIMING = {"seconds", "total_seconds", "peak_bytes"}
@@ -38,7 +38,7 @@ class Abandoned(BaseException):
     """The process is gone: nothing that would catch an error is run."""
 
 
-class Interrupt(Quiet):
+class Interrupt(Reporter):
     """A reporter that ends the run after a step, by a signal or without a word; it keeps what it is told.
 
     Args:

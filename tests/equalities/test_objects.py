@@ -12,7 +12,7 @@ from reroll.errors import UsageError
 from reroll.grad.evaluate.probing import seeded_generators
 from reroll.train import Session, checkpoint, train
 from reroll.train.load import load
-from reroll.train.mesh import Alone
+from reroll.train.mesh import Mesh
 from reroll.train.records import read_config, read_metrics
 from reroll.train.replay import replay
 from tests.runs import TIMING, Abandoned, Interrupt, differences, left, small
@@ -141,7 +141,7 @@ def backwards(evaluator, units):
 @pytest.mark.parametrize("of", ["objects", "config"])
 def test_only_one_process_of_a_mesh_writes(tmp_path, of):
     """The others take the same steps, whoever evaluates their units, and leave nothing."""
-    meshes, summaries = [Alone(), Alone(1, 2, writes=False, execute=backwards)], []
+    meshes, summaries = [Mesh(), Mesh(1, 2, writes=False, execute=backwards)], []
     for mesh in meshes:
         what, options = (session(mesh=mesh), {}) if of == "objects" else (small(), {"mesh": mesh})
         summaries.append(train(what, tmp_path / str(mesh.rank), **options))

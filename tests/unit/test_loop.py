@@ -93,10 +93,10 @@ def test_a_plateau_halves_a_fixed_epsilon_down_to_its_floor(tmp_path):
     seen = []
     for multiplier in (1.0, 0.5, 0.25, 0.125):
         session.plateau.multiplier = multiplier
-        seen.append(session.epsilon(0.1))
+        seen.append(session.settings(0.1).epsilon)
     assert seen == [0.02, 0.01, 0.005, 0.004]
     session.config = session.config.replace(gradient={"epsilon": 0.001})
-    assert session.epsilon(0.1) == 0.001
+    assert session.settings(0.1).epsilon == 0.001
 
 
 def test_a_plateau_halves_rate_and_epsilon_together(tmp_path):

@@ -13,13 +13,14 @@ from rich.table import Column
 
 from reroll.errors import visible
 from reroll.train.config import Config
+from reroll.train.loop import Reporter
 
 EVERY = 10.0
 """Seconds between lines where there is no terminal."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-class Console:
+class Console(Reporter):
     """A reporter for `reroll.train.loop.train`."""
 
     def __init__(self, config: Config):

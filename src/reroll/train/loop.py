@@ -9,7 +9,7 @@ import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -36,24 +36,14 @@ SAVE_SECONDS = 60.0
 """A run that is killed loses no more than this, and the step it is at."""
 
 
-class Reporter(Protocol):
-    """Who is told what happens; see `reroll.cli.console`."""
+class Reporter:
+    """Who is told what happens; this one says nothing. See `reroll.cli.console`."""
 
     def note(self, line: str) -> None:
         """Something worth a line."""
 
     def step(self, row: dict[str, Any], config: Config) -> None:
         """A step was taken."""
-
-
-class Quiet:
-    """A reporter that says nothing."""
-
-    def note(self, line: str) -> None:
-        return None
-
-    def step(self, row: dict[str, Any], config: Config) -> None:
-        return None
 
 
 def train(
@@ -84,7 +74,7 @@ def train(
         UsageError: if something asked for cannot be done.
         RunError: if it fails on the way; what was saved before is intact.
     """
-    report = report or Quiet()
+    report = report or Reporter()
     what = what if isinstance(what, Session) else resolve(what)
     config = what.config if isinstance(what, Session) else what
     finished = _finished(config, path) if resume else None

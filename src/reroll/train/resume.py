@@ -10,10 +10,7 @@ from typing import Any
 import torch
 
 from reroll.errors import RunError, UsageError
-from reroll.grad.base import trainable
 from reroll.grad.central_difference import CentralDifference
-from reroll.kernels.noise_axpy import layout
-from reroll.kernels.philox import stream_id
 from reroll.specs.base import leaves
 from reroll.train import checkpoint, journal, toml
 from reroll.train.config import Config
@@ -221,10 +218,5 @@ def start_record(session: Session) -> None:
             "update": config.optim.update,
             "sums": session.estimator.sums,
             "init": folder.init.exists(),
-            "parameters": [
-                {"name": name, "shape": list(p.shape), "layout": layout(p.shape), "id": stream_id(name)}
-                for name, p in trainable(model).items()
-            ],
-            "plan": [session.estimator.evaluate, session.estimator.chunk, config.run.threads],
         }  # fmt: skip
         session.journal = journal.Writer.create(folder.journal, json.loads(json.dumps(header)))

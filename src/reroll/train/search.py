@@ -19,7 +19,7 @@ import torch
 
 from reroll.errors import EpsilonTooSmall, RunError
 from reroll.keys import Key
-from reroll.optim import StepSettings, step
+from reroll.optim import step
 from reroll.rollout.watch import watching
 from reroll.train import checkpoint
 from reroll.train.session import Session
@@ -91,7 +91,7 @@ def trial(session: Session, lr: float, steps: int) -> float:
     config, losses = session.config, []
     before = {name: tensor.clone() for name, tensor in checkpoint.weights_of(session.model).items()}
     state = copy.deepcopy(session.optimizer.state_dict())
-    key, settings = Key(config.run.seed).at("lr search"), StepSettings(lr, epsilon=session.epsilon(lr))
+    key, settings = Key(config.run.seed).at("lr search"), session.settings(lr)
     try:
         for number in range(steps):
             # Far from the first batches, which the run itself will see.

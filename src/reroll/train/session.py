@@ -216,16 +216,13 @@ class Session:
         """Return the key of the present step: the windows of an episode share one."""
         return Key(self.config.run.seed).at(self.config.gradient.episode_begin(self.progress.step))
 
-    def settings(self) -> StepSettings:
-        """Return the settings of the present step: base rate, schedule, plateau, and the ε tied to them."""
-        base = self.config.optim.lr
-        assert isinstance(base, float)
-        lr = base * self.schedule(self.progress.step) * self.plateau.multiplier
-        return StepSettings(lr, epsilon=self.epsilon(lr))
-
-    def epsilon(self, lr: float) -> float:
-        """Return ε: tied to the current learning rate, or fixed but for plateaus, with a floor."""
-        return self.config.gradient.epsilon_at(lr, self.plateau.multiplier)
+    def settings(self, lr: float | None = None) -> StepSettings:
+        """Return the settings of the present step: η by base rate, schedule and plateau, or a given one, and its ε."""
+        if lr is None:
+            base = self.config.optim.lr
+            assert isinstance(base, float)
+            lr = base * self.schedule(self.progress.step) * self.plateau.multiplier
+        return StepSettings(lr, epsilon=self.config.gradient.epsilon_at(lr, self.plateau.multiplier))
 
     def save(self) -> None:
         """Write a checkpoint of the present step, behind the record of all steps that led to it."""
