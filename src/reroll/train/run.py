@@ -195,6 +195,9 @@ class RunFolder:
                 file.close()
         self._metrics = self._lock = None
 
+    def __del__(self) -> None:
+        self.close()  # a session that nobody has any more does not keep others out
+
 
 class Reader(RunFolder):
     """The folder of a run that another process writes: what would change it does nothing."""
