@@ -287,7 +287,7 @@ def test_the_demo_weighs_what_it_compares(monkeypatch, tmp_path):
     config = resolve(RECIPES["demo"]().replace(model={"hidden": 8, "embed": 4})).model
     weighed = []
 
-    def weigh(what):
+    def weigh(what, warmup):
         assert what.sizes == Interface.of(task)
         weighed.append((what.what, what.time))
         if what.time == 8:
@@ -297,8 +297,9 @@ def test_the_demo_weighs_what_it_compares(monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo, "measure", weigh)
     found = demo.memory_over_inference(config, task, 2, 8)
-    assert len(weighed) == 8
-    assert found == {"probes": (16, 2 * demo.LONG), "batched": (160, 20 * demo.LONG), "backprop": (0, 0)}
+    assert len(weighed) == 6
+    assert found == {"probes": [None, 2 * demo.LONG], "batched": [160, None], "backprop": [0, 0]}
+    assert set(map(tuple, demo.memory_over_inference(config, task, 2, 8, 0.0).values())) == {(None, None)}
     summary = {"valid_bits": 2.0, "forward_passes": 5, "total_seconds": 1.0}
     rows = demo.rows_of(task, summary, summary | {"valid_bits": 1.0}, found)
     assert [row.bits for row in rows[:3]] == list(task.baselines("valid")[:3])
@@ -312,22 +313,32 @@ def test_a_demo_that_is_stopped_says_how_to_go_on_and_ends(monkeypatch, capsys, 
     from reroll.cli import demo as command
 
     states = iter(ended)
+    monkeypatch.setattr(demo, "steps_in", lambda *arguments: 3)
     summary = {"reason": "Interrupted. Go on with: reroll train …", "total_seconds": 1.0}
     monkeypatch.setattr("reroll.train.loop.train", lambda config, path, report: {"state": next(states), **summary})
     assert command.run("demo", ["--run-dir", str(tmp_path / "demo")]) == 1
     said = capsys.readouterr().out
     assert "Go on with: reroll train" in said
-    assert "Weighing" not in said
+    assert "Measuring" not in said
     assert next(states, None) is None
 
 
+def test_the_verdict_is_what_was_measured():
+    from reroll.cli.demo import _verdict
+
+    memory = {"backprop": [1_000_000, None]}
+    assert "CD-RGE reached 2.000 bits and backprop 3.000" in _verdict(2.0, 3.0, 4.0, memory)[0]
+    assert "backprop reached 3.000 bits and CD-RGE 5.000" in _verdict(5.0, 3.0, 4.0, memory)[0]
+    assert len(_verdict(5.0, 3.0, 4.0, memory)) + 1 == len(_verdict(5.0, 3.0, 4.0, {"backprop": [1, 2]}))
+
+
 def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path):
-    found = cli("demo", "--steps", 3, "--run-dir", "demo")
+    found = cli("demo", "--seconds", 0.3, "--run-dir", "demo")
     assert (found.code, found.err) == (0, "")
     for words in ("unigram entropy", "bigram entropy", "gzip -9", "CD-RGE", "backprop", "memory*", "a sample of what"):
         assert words in found.out
-    assert "NOT below the unigram entropy" in found.out  # after three steps: said as it is
-    assert "run folder: demo " in found.out
+    assert "NOT below the unigram entropy" in found.out  # after so little: said as it is
+    assert "reroll sample demo" in found.out
     assert (tmp_path / "demo" / "journal").is_file()
     assert (tmp_path / "demo-backprop" / "config.toml").is_file()
 

@@ -126,7 +126,7 @@ def mistakes(folder):
         (("bench", "zeroth", "--json", "nothing"), 2, ["--json 'nothing'", "folder"]),
         (("bench", "zeroth", "--json", "short.txt/x"), 2, ["--json", "short.txt/x"]),
         (("reproduce", "memroise"), 2, ['"memroise"', 'mean "memorise"']),
-        (("demo", "--steps", "0"), 2, ["steps=0"]),
+        (("demo", "--seconds", "0"), 2, ["seconds=0"]),
         (("doctor", "now"), 2, ["now"]),
     ]  # fmt: skip
 

@@ -2,12 +2,14 @@
 
 Memory is the peak of a step above that of plain inference, each in a fresh process: at the demo's sequence length,
 where it hardly matters, and at a long one, where backpropagation has to keep every step and probes do not. The demo
-trains in the faster batched evaluation, whose copies are weighed too; the lean one is in place.
+trains in the faster batched evaluation, whose copies are measured at its own length; the lean one is in place.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ class Row:
     bits: float
     forward_passes: int | None = None
     seconds: float | None = None
-    memory: tuple[int, int] | None = None
+    memory: Sequence[int | None] = (None, None)
 
 
 class Weigh:
@@ -67,19 +69,38 @@ class Weigh:
             step(model, sequence_losses, estimator, optimizer, batch, None, Key(0), update="fused")
 
 
-def memory_over_inference(config: ModelSpec, task: Task, rows: int, time: int) -> dict[str, tuple[int, int]]:
-    """Return bytes above plain inference at the demo's length and at `LONG`: in place, as trained, by backprop."""
-    sizes = Interface.of(task)
-    found: dict[str, list[int]] = {"probes": [], "batched": [], "backprop": []}
-    for length in (time, LONG):
-        peak = {w: measure(Weigh(w, config, sizes, rows, length)).peak_bytes for w in ("inference", *found)}
-        for what, numbers in found.items():
-            numbers.append(max(0, peak[what] - peak["inference"]))
-    return {what: (numbers[0], numbers[1]) for what, numbers in found.items()}
+def steps_in(seconds: float, config: ModelSpec, task: Task, rows: int, time_steps: int) -> int:
+    """Return about how many steps of CD-RGE this machine takes in some seconds, from a step that is timed."""
+    step = Weigh("batched", config, Interface.of(task), rows, time_steps)
+    step()  # compiles, and fills caches
+    began = time.perf_counter()
+    step()
+    return max(1, int(seconds / (time.perf_counter() - began)))
+
+
+def memory_over_inference(
+    config: ModelSpec, task: Task, rows: int, short: int, seconds: float = math.inf
+) -> dict[str, list[int | None]]:
+    """Return bytes above plain inference at the demo's length and at `LONG`: in place, as trained, by backprop.
+
+    What is not begun after `seconds` is None, and so is what would take long and says little.
+    """
+    peaks: dict[tuple[str, int], int] = {}
+    began = time.perf_counter()
+    for length, ways in ((LONG, ("inference", "backprop", "probes")), (short, ("inference", "backprop", "batched"))):
+        for way in ways:
+            if time.perf_counter() - began < seconds:
+                peaks[way, length] = measure(Weigh(way, config, Interface.of(task), rows, length), warmup=1).peak_bytes
+
+    def over(way: str, length: int) -> int | None:
+        known = (way, length) in peaks and ("inference", length) in peaks
+        return max(0, peaks[way, length] - peaks["inference", length]) if known else None
+
+    return {way: [over(way, short), over(way, LONG)] for way in ("probes", "batched", "backprop")}
 
 
 def rows_of(
-    task: Text, probes: dict[str, Any], backprop: dict[str, Any], memory: dict[str, tuple[int, int]]
+    task: Text, probes: dict[str, Any], backprop: dict[str, Any], memory: dict[str, list[int | None]]
 ) -> list[Row]:
     """Return the table: both runs below what needs no model."""
     base = task.baselines("valid")
