@@ -12,11 +12,13 @@ from torch import nn
 from reroll.errors import RunError
 from reroll.train import checkpoint
 
+SHARED = torch.randn(2, 3)
 STATE = {
     "numbers": [1, 2.5, None, True, "text", float("inf")],
     "optimizer": {"state": {0: {"step": torch.tensor(3.0)}, 1: {"m": torch.randn(2, 3)}}, "groups": [{"params": [0]}]},
     "pair": (torch.ones(1, dtype=torch.bfloat16), {"deep": torch.arange(3)}),
     "empty": {},
+    "shared": (SHARED, SHARED, SHARED[1]),
 }
 
 

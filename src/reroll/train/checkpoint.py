@@ -80,6 +80,11 @@ def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], keep:
     try:
         tensors: dict[str, Tensor] = {}
         skeleton = _flatten(state, "", tensors)
+        seen: set[int] = set()
+        for name, tensor in tensors.items():  # safetensors refuses two on one storage, as a carried (h, h) is
+            place = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.clone() if place in seen else tensor
+            seen.add(place)
         save_file(weights_of(model), temporary / _FILES[0])
         save_file(tensors, temporary / _FILES[1])
         hashes = {name: _sha256(temporary / name) for name in _FILES}
