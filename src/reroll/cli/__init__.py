@@ -26,7 +26,7 @@ COMMANDS = {
     "show": ("show", "the config of a recipe or run, and where its values are from", "reroll show copy --lr 0.2"),
     "runs": ("runs", "every run under a folder, and how it is doing; stop one", "reroll runs --follow"),
     "eval": ("models", "score a run or file on held-out data, or on a file", "reroll eval RUN --path more.txt"),
-    "sample": ("models", "let a model of symbols go on with a prompt", 'reroll sample RUN --prompt "The "'),
+    "sample": ("models", "generate text from a prompt", 'reroll sample RUN --prompt "The "'),
     "export": ("models", "write a model as safetensors and config", "reroll export RUN --to model.safetensors"),
     "replay": ("models", "the weights of any step again, without the data", "reroll replay RUN --to 100 --checksum"),
     "data": ("data", "turn files of an archive into one to train on", "reroll data prepare eigenworms --path FOLDER"),
@@ -127,6 +127,6 @@ def overview() -> str:
         "",
         "commands:",
     ]
-    lines += [f"  {name:<10} {about:<64} {example}" for name, (_, about, example) in COMMANDS.items()]
+    lines += [f"  {name:<10} {about}\n             $ {example}" for name, (_, about, example) in COMMANDS.items()]
     lines += ["", "`reroll COMMAND --help` says more about one. A mistake ends with exit code 2, a failure with 1."]
     return "\n".join(lines)

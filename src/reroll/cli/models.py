@@ -34,7 +34,7 @@ class Sample:
     model: Annotated[str, Positional]
     """a run folder, the name of one under runs/, or a file of `reroll export`"""
     prompt: str = ""
-    """text to go on with; none: a newline, or the first symbol"""
+    """text to continue; none: a newline, or the first symbol"""
     length: int = 200
     """symbols to add"""
     temperature: float = 0.8
@@ -68,7 +68,7 @@ class Replay:
 REQUESTS: dict[str, type[Any]] = {"eval": Eval, "sample": Sample, "export": Export, "replay": Replay}
 ABOUT = {
     "eval": "Score a model on held-out data.",
-    "sample": "Let a model of symbols go on with a prompt.",
+    "sample": "Generate text from a prompt.",
     "export": "Write a model as safetensors, with its config beside it.",
     "replay": "Make the weights of a step again from seed and journal, without the data.",
 }
@@ -103,7 +103,7 @@ def _eval(request: Eval) -> int:
 
 
 def _task(loaded: Any, request: Eval) -> Any:
-    """What to score: the run's own task, or the whole of another file, which must be of the same kind."""
+    """What to score: the run's own task, or all of another file of the same kind."""
     from dataclasses import replace
 
     from reroll.models import Interface

@@ -324,7 +324,7 @@ class Recall(Transduction):
 
 
 class Memorise(Generated):
-    """Learn random sequences by heart: B rows of L + 1 symbols, of which every next symbol is scored.
+    """Memorise random sequences: B rows of L + 1 symbols, of which every next symbol is scored.
 
     There is nothing to learn but the sequences themselves, so the loss says what a model can hold. `batch` gives the
     same batch at every step and for every split, and a smaller `length` its first steps. The vocabulary is the S

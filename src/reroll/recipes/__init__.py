@@ -36,7 +36,7 @@ def demo_backprop() -> Config:
 
 
 def smoke() -> Config:
-    """Nine symbols learned by heart by CD-RGE, in seconds: does this installation train?"""
+    """Nine symbols memorised by CD-RGE, in seconds: does this installation train?"""
     return Config(recipe="smoke").replace(
         task={"kind": "memorise", "length": 9, "batch": 1, "symbols": 100},
         model={"kind": "lstm", "hidden": 64, "heads": 4, "embed": 32},
