@@ -6,38 +6,32 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from reroll.cli.flags import parse
+from reroll.cli.flags import parse, positional
 from reroll.errors import UsageError, nearest
+from reroll.specs.base import option
 
 BENCHES = ("zeroth", "estimator", "rollouts", "grid")
 
 
 @dataclass(frozen=True)
 class Bench:
-    name: Annotated[str, tyro.conf.Positional]
-    """zeroth (speed and memory of CD-RGE), estimator (its gradient), rollouts (ways along time) or grid (DEER's)"""
-    json: Path | None = None
-    """write the result to this file"""
-    rounds: int | None = None
-    """times everything is measured, of which the median counts; none: 5, and 7 for rollouts"""
+    name: str = positional(
+        "zeroth (speed and memory of CD-RGE), estimator (its gradient), rollouts (ways along time) or grid (DEER's)"
+    )
+    json: Path | None = option(None, "write the result to this file")
+    rounds: int | None = option(
+        None, "times everything is measured, of which the median counts; none: 5, and 7 for rollouts"
+    )
 
 
 @dataclass(frozen=True)
 class Reproduce:
-    name: Annotated[str | None, tyro.conf.Positional] = None
-    """the claim to measure; none: list them"""
-    list: bool = False
-    """list all claims with their last measured values"""
-    full: bool = False
-    """at the published size, which may need a GPU or hours"""
-    to: Path | None = None
-    """folder for the table and the figure; none: reproduce/ in the cache folder"""
-    json: Path | None = None
-    """write the result to this file"""
+    name: str | None = positional("the claim to measure; none: list them", None)
+    list: bool = option(False, "list all claims with their last measured values")
+    full: bool = option(False, "at the published size, which may need a GPU or hours")
+    to: Path | None = option(None, "folder for the table and the figure; none: reproduce/ in the cache folder")
+    json: Path | None = option(None, "write the result to this file")
 
 
 def run(command: str, arguments: Sequence[str]) -> int:

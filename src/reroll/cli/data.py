@@ -5,28 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from reroll.cli.flags import parse
+from reroll.cli.flags import parse, positional
 from reroll.errors import UsageError, nearest
+from reroll.specs.base import option
 
 ARCHIVES = ("eigenworms", "ts")
 
 
 @dataclass(frozen=True)
 class Data:
-    action: Annotated[str, tyro.conf.Positional]
-    """prepare"""
-    name: Annotated[str, tyro.conf.Positional]
-    """eigenworms, or ts for any other classified series in .ts files"""
-    path: Path | None = None
-    """a .ts file, or a folder with NAME_TRAIN.ts and NAME_TEST.ts; nothing is downloaded"""
-    to: Path | None = None
-    """folder for NAME.npz; none: the cache folder, where `reroll reproduce elk-fig3` finds it"""
-    every: int = 1
-    """keep every k-th step"""
+    action: str = positional("prepare")
+    name: str = positional("eigenworms, or ts for any other classified series in .ts files")
+    path: Path | None = option(None, "a .ts file, or a folder with NAME_TRAIN.ts and NAME_TEST.ts; nothing is downloaded")
+    to: Path | None = option(
+        None, "folder for NAME.npz; none: the cache folder, where `reroll reproduce elk-fig3` finds it"
+    )
+    every: int = option(1, "keep every k-th step")
 
 
 def run(command: str, arguments: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from reroll.cli.flags import parse
 from reroll.errors import require_positive
 from reroll.recipes import RECIPES
+from reroll.specs.base import option
 from reroll.train.config import Config, resolve
 from reroll.train.run import new_folder
 
@@ -21,12 +22,9 @@ MEASURING = 20.0
 
 @dataclass(frozen=True)
 class Demo:
-    seconds: float = 45.0
-    """time to train by each gradient"""
-    seed: int = 0
-    """names all randomness"""
-    run_dir: Path | None = None
-    """the folder of the CD-RGE run; none: a new name under runs/"""
+    seconds: float = option(45.0, "time to train by each gradient")
+    seed: int = option(0, "names all randomness")
+    run_dir: Path | None = option(None, "the folder of the CD-RGE run; none: a new name under runs/")
 
 
 def run(command: str, arguments: Sequence[str]) -> int:

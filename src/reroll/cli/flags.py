@@ -1,69 +1,71 @@
-"""Flags: from dataclasses to a command line by tyro, with every mistake in one line.
+"""Flags: from dataclasses to a command line by argparse, with every mistake in one line.
 
-tyro writes its errors as boxes of several lines; here they are caught and told as one: what was wrong, and the nearest
-flag or the flag's own help. All use of tyro is in this file.
+Values stay texts until they are laid over a config, whose fields know their types, so that a command line is read once
+and what was given is known.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
-import io
 import os
-import re
+import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from reroll.errors import UsageError, nearest
-from reroll.specs.base import OBJECT, hints, leaves
+from reroll.errors import UsageError
+from reroll.specs.base import OBJECT, convert, hints, leaves
 from reroll.train.config import Config
 from reroll.train.toml import parse_value, put
 
 T = TypeVar("T")
 
 
-def parse(kind: type[T], arguments: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
+def positional(help: str, default: Any = dataclasses.MISSING) -> Any:
+    """A field of a command that is given without a flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "positional": True})
+
+
+def parse(kind: type[T], arguments: Sequence[str], prog: str, description: str) -> T:
     """Return a dataclass filled from arguments.
 
     Args:
-        kind: a dataclass; its fields are the flags.
+        kind: a dataclass whose fields are flags, by `reroll.specs.base.option`, or `positional`.
         arguments: the command line after the command.
         prog: how the command is called.
         description: what `--help` says first.
-        default: where values that are not given come from.
 
     Raises:
         UsageError: one line, for anything wrong.
         SystemExit: with 0, after `--help`.
     """
-    import tyro
+    fields = dataclasses.fields(typing.cast(Any, kind))
+    places = [f for f in fields if "positional" in f.metadata]
+    parser = Parser(prog, description, "".join(f" {f.name.upper()}" for f in places))
+    for f in fields:
+        if f in places:
+            parser.add_argument(f.name, nargs="?", metavar=f.name.upper(), help=f.metadata["help"])
+        else:
+            options = {"action": "store_true"} if f.default is False else {"metavar": "VALUE"}
+            parser.flag(f.name.replace("_", "-"), f.metadata["help"], f.default, **options)
+    given = parser.read(arguments)
+    for f in places:
+        if f.name not in given and f.default is dataclasses.MISSING:
+            raise UsageError(f"{prog}: {f.name.upper()} is missing. Give {f.metadata['help']}.")
+    return kind(**{name: _typed(value, hints(kind)[name], name.replace("_", "-")) for name, value in given.items()})
 
-    refuse_unusable(arguments)
-    wide = {} if {"-h", "--help"} & set(arguments) else {"COLUMNS": "1000"}
-    before = {name: os.environ.get(name) for name in wide}
-    os.environ.update(wide)
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            options: dict[str, Any] = {} if default is None else {"default": default}
-            return tyro.cli(
-                tyro.conf.OmitArgPrefixes[kind],  # pyright: ignore[reportInvalidTypeForm]: tyro takes types made at run time
-                args=list(arguments), prog=prog, description=description, **options,
-            )  # fmt: skip
-    except SystemExit as end:
-        if end.code in (0, None):
-            raise
-        known = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]: T is a dataclass
-        raise UsageError(f"{prog}: {one_line(errors.getvalue(), known)}") from None
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    """A value of a command line as the type of a field."""
+    kinds = get_args(kind) or (kind,)
+    if value in ("none", "None") and type(None) in kinds:
+        return None
+    if Path in kinds:
+        return Path(value)
+    return value if isinstance(value, bool) or str in kinds else convert(parse_value(value), kind, f"--{name}")
 
 
 def refuse_unusable(arguments: Sequence[str]) -> None:
@@ -77,39 +79,6 @@ def refuse_unusable(arguments: Sequence[str]) -> None:
         raise UsageError(f"the argument {argument!r} holds a character that no file's name can have; leave it out.")
 
 
-def one_line(box: str, known: Sequence[str]) -> str:
-    """Return what one of tyro's boxes says in a line, and the remedy.
-
-    Args:
-        box: what tyro printed.
-        known: the flags there are.
-
-    Example:
-        >>> box = "╭─ Unrecognized ─╮\\n│ Unrecognized options: --stpes, 3 │\\n│ ──── │\\n│ Perhaps you meant: │"
-        >>> one_line(box, ["--steps"])
-        '--stpes is unknown. Did you mean --steps?'
-    """
-    lines = []
-    for raw in box.splitlines():
-        line = re.sub(r"\x1b\[[0-9;]*m", "", raw).strip().strip("│").strip()
-        if not line or set(line) <= set("─╭╮╰╯-") or line.startswith(("╭", "╰", "For full helptext")):
-            continue
-        lines.append(line)
-    if "╭" not in box:  # where there is no UTF-8, tyro draws no box, and the title is a line of its own
-        lines = lines[1:]
-    text = " ".join(" ".join(lines).split())
-    choice = re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", text)
-    if choice:
-        value, flag, choices = choice.groups()
-        known = re.findall("'([^']*)'", choices)
-        return f"{flag} {value!r} is unknown.{nearest(value, known)}"
-    if text.startswith("Unrecognized options: "):
-        return _unknown(lines[0].removeprefix("Unrecognized options: ").split(", "), known)
-    if text.startswith("Missing from "):
-        return _missing(lines[1:])
-    return text.rstrip(".") + "."
-
-
 def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
     """What is said of words that are no options; what follows an unknown flag is its value."""
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -117,13 +86,6 @@ def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
     named = ", ".join(flags or words)
     remedy = f"Did you mean {', '.join(close)}?" if close else "Leave it out; --help lists the options."
     return f"{named} {'are' if len(flags or words) > 1 else 'is'} unknown. {remedy}"
-
-
-def _missing(lines: Sequence[str]) -> str:
-    """What is said of a required argument: tyro gives its name, for a flag, and then what it is."""
-    names = [line.split()[0] for line in lines if line.startswith("--")] or ["an argument"]
-    what = next((line.partition(" (required)")[0] for line in lines if "(required)" in line), "see --help")
-    return f"{', '.join(names)} is missing. Give {what}."
 
 
 @contextmanager
@@ -147,19 +109,18 @@ def as_flags(given: Collection[str]) -> Iterator[None]:
 class Parser(argparse.ArgumentParser):
     """A parser that knows only what was given: a flag that is not on the command line has no value."""
 
-    def __init__(self, prog: str, description: str):
-        formatter = argparse.RawDescriptionHelpFormatter
+    def __init__(self, prog: str, description: str, places: str = ""):
         super().__init__(
-            prog, usage=f"{prog} [flags]", description=description, formatter_class=formatter, allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
+            prog, usage=f"{prog}{places} [flags]", description=description, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
         )  # fmt: skip
         self.flags: list[str] = []
 
-    def flag(self, name: str, help: str, default: Any = None, **options: Any) -> None:
-        """Add a flag; `default` is only told in the help."""
+    def flag(self, name: str, help: str, default: Any = None, group: Any = None, **options: Any) -> None:
+        """Add a flag, in a group of the help; `default` is only told there."""
         self.flags.append(f"--{name}")
-        shown = "" if default is None or default is False else f" (default: {default})"
-        self.add_argument(f"--{name}", help=f"{help}{shown}".replace("%", "%%"), **options)
+        shown = "" if default in (None, False, "") else f" (default: {default})"
+        (group or self).add_argument(f"--{name}", help=f"{help}{shown}".replace("%", "%%"), **options)
 
     def read(self, arguments: Sequence[str]) -> dict[str, Any]:
         """Return the values of the flags on a command line, by name with underscores.
@@ -200,12 +161,12 @@ def flag_fields() -> dict[str, tuple[str, Any, dataclasses.Field[Any]]]:
 
 def add_config(parser: Parser, config: Config) -> None:
     """Add the flags of a config; the help tells its values."""
-    values = leaves(config)
+    values, groups = leaves(config), {f.name: parser.add_argument_group(f.name) for f in dataclasses.fields(config)[1:]}
     for flag, (name, kind, f) in flag_fields().items():
         options: dict[str, Any] = {"metavar": "|".join(get_args(kind)) if get_origin(kind) is Literal else "VALUE"}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        parser.flag(flag, f.metadata["help"], values.get(name), **options)
+        parser.flag(flag, f.metadata["help"], values.get(name), groups[name.partition(".")[0]], **options)
 
 
 def tables_of(given: Mapping[str, Any]) -> dict[str, Any]:

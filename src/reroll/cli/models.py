@@ -6,63 +6,48 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from reroll.cli.flags import as_flags, parse
+from reroll.cli.flags import as_flags, parse, positional
 from reroll.errors import UsageError, visible
+from reroll.specs.base import option
 
 if TYPE_CHECKING:
     from reroll.train.load import Loaded
 
-Positional = tyro.conf.Positional
-
 
 @dataclass(frozen=True)
 class Eval:
-    model: Annotated[str, Positional]
-    """a run folder, the name of one under runs/, or a file of `reroll export`"""
-    path: str | None = None
-    """data to score instead of the run's own held-out part: all of it; of files named train and valid, the latter"""
-    split: str | None = None
-    """valid, test or longer; none: the first there is"""
+    model: str = positional("a run folder, the name of one under runs/, or a file of `reroll export`")
+    path: str | None = option(
+        None,
+        "data to score instead of the run's own held-out part: all of it; of files named train and valid, the latter",
+    )
+    split: str | None = option(None, "valid, test or longer; none: the first there is")
 
 
 @dataclass(frozen=True)
 class Sample:
-    model: Annotated[str, Positional]
-    """a run folder, the name of one under runs/, or a file of `reroll export`"""
-    prompt: str = ""
-    """text to continue; none: a newline, or the first symbol"""
-    length: int = 200
-    """symbols to add"""
-    temperature: float = 0.8
-    """towards 0: the most likely symbols only; 1: as the model says"""
-    top_k: int | None = None
-    """draw from so many most likely symbols only"""
-    seed: int = 0
-    """another seed, another text"""
+    model: str = positional("a run folder, the name of one under runs/, or a file of `reroll export`")
+    prompt: str = option("", "text to continue; none: a newline, or the first symbol")
+    length: int = option(200, "symbols to add")
+    temperature: float = option(0.8, "towards 0: the most likely symbols only; 1: as the model says")
+    top_k: int | None = option(None, "draw from so many most likely symbols only")
+    seed: int = option(0, "another seed, another text")
 
 
 @dataclass(frozen=True)
 class Export:
-    model: Annotated[str, Positional]
-    """a run folder, or the name of one under runs/"""
-    to: Path = Path("model.safetensors")
-    """the file to write; its config goes beside it"""
+    model: str = positional("a run folder, or the name of one under runs/")
+    to: Path = option(Path("model.safetensors"), "the file to write; its config goes beside it")
 
 
 @dataclass(frozen=True)
 class Replay:
-    run: Annotated[str, Positional]
-    """a run folder trained by probes, or the name of one under runs/"""
-    to: int | None = None
-    """steps to replay; none: all"""
-    checksum: bool = False
-    """print the weights' checksum, alone on the last line"""
-    out: Path | None = None
-    """write the weights to this file, as `reroll export` does"""
+    run: str = positional("a run folder trained by probes, or the name of one under runs/")
+    to: int | None = option(None, "steps to replay; none: all")
+    checksum: bool = option(False, "print the weights' checksum, alone on the last line")
+    out: Path | None = option(None, "write the weights to this file, as `reroll export` does")
 
 
 REQUESTS: dict[str, type[Any]] = {"eval": Eval, "sample": Sample, "export": Export, "replay": Replay}

@@ -10,31 +10,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from reroll.cli.flags import parse
+from reroll.cli.flags import parse, positional
 from reroll.errors import RunError, UsageError, visible
+from reroll.specs.base import option
 from reroll.train.records import ROOT, Tally, find, find_run, holder, read_json
 
 
 @dataclass(frozen=True)
 class Runs:
-    folder: Annotated[Path, tyro.conf.Positional] = ROOT
-    """the folder whose runs are listed, however deep"""
-    follow: bool = False
-    """show the table again every two seconds, until Ctrl-C"""
-    json: bool = False
-    """print one JSON list instead of a table"""
+    folder: Path = positional("the folder whose runs are listed, however deep", ROOT)
+    follow: bool = option(False, "show the table again every two seconds, until Ctrl-C")
+    json: bool = option(False, "print one JSON list instead of a table")
 
 
 @dataclass(frozen=True)
 class Stop:
-    name: Annotated[str, tyro.conf.Positional]
-    """a run folder, or the name of one under runs/"""
-    wait: float = 60.0
-    """seconds to wait until it has saved and ended"""
+    name: str = positional("a run folder, or the name of one under runs/")
+    wait: float = option(60.0, "seconds to wait until it has saved and ended")
 
 
 def run(command: str, arguments: Sequence[str]) -> int:

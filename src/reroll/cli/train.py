@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from reroll.cli.flags import Parser, add_config, as_flags, tables_of
 from reroll.errors import UsageError, nearest
-from reroll.recipes import RECIPES
+from reroll.recipes import RECIPES, by
 from reroll.specs.base import leaves
 from reroll.specs.task import SERIES
 from reroll.train import toml
@@ -78,23 +78,27 @@ def read(command: str, arguments: Sequence[str], about: str = "Train RECIPE, cha
     arguments = list(arguments)
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     recipe = None if name is None else _recipe(name)
-    parser = Parser(f"reroll {command} {name or '[RECIPE]'}", _description(name, about))
+    parser = Parser(f"reroll {command}", _description(command, name, about), f" {name or '[RECIPE]'}")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="where to begin (see `reroll recipes`); none: demo")
     for flag, options in EXTRA.items():
-        parser.flag(flag, **options)
-    arguments_of = signature(recipe or RECIPES["demo"]).parameters
+        if command == "train" or flag in ("config", "set"):
+            parser.flag(flag, **options)
+    arguments_of = signature(recipe or RECIPES["demo"], eval_str=True).parameters
     for argument in arguments_of.values():
         choices = get_args(argument.annotation) or None
         parser.flag(argument.name, f"{argument.name} of the recipe", argument.default, choices=choices)
     add_config(parser, (recipe or RECIPES["demo"])())
     given = parser.read(arguments)
+    if "recipe" in given:
+        raise UsageError(f"{given['recipe']} is unknown here: what is trained comes first, and flags behind it.")
     flags = SimpleNamespace(**dict.fromkeys(flag.replace("-", "_") for flag in EXTRA) | given)
-    base = _base(name, recipe, flags, {n: value for n, value in given.items() if n in arguments_of})
+    layers = [(toml.load(path), str(path)) for path in flags.config or ()]
+    layers += [(toml.parse_pairs(flags.set or ()), "--set"), (tables_of(given), "")]
+    base = _base(name, recipe, flags, {n: value for n, value in given.items() if n in arguments_of}, layers)
     config, origin = base, dict.fromkeys(leaves(base), f"recipe {base.recipe}")
-    for path in flags.config or ():
-        config, origin = _lay(config, toml.load(path), str(path), origin)
-    config, origin = _lay(config, toml.parse_pairs(flags.set or ()), "--set", origin)
     with as_flags(given):
-        config, origin = _lay(config, tables_of(given), "", origin)
+        for tables, source in layers:
+            config, origin = _lay(config, tables, source, origin)
     return Request(config, origin, flags, given)
 
 
@@ -110,16 +114,24 @@ def _suggestion(path: str) -> str:
     return f"reroll train {'arrays' if Path(path).suffix.lower() in SERIES else 'text'} --path {path}"
 
 
-def _base(name: str | None, recipe: Callable[..., Config] | None, flags: Any, arguments: dict[str, Any]) -> Config:
+def _base(
+    name: str | None,
+    recipe: Callable[..., Config] | None,
+    flags: Any,
+    arguments: dict[str, Any],
+    layers: list[tuple[dict[str, Any], str]],
+) -> Config:
     """The config that everything is laid over: a resumed run's, the recipe's, or plain defaults under --config."""
     if flags.resume and flags.run_dir is not None and (flags.run_dir / "config.toml").is_file():
         saved = read_config(flags.run_dir)
         if recipe is not None and not flags.config and saved.recipe != recipe().recipe:
             raise UsageError(f'--run-dir {flags.run_dir} holds a run of the recipe "{saved.recipe}", not of "{name}".')
         return saved
-    if recipe is not None:
-        return recipe(**arguments)
-    return Config() if flags.config else RECIPES["demo"](**arguments)
+    config = Config() if recipe is None and flags.config else (recipe or RECIPES["demo"])(**arguments)
+    for tables, _ in layers:
+        gradient = tables.get("gradient", {})
+        config = by(config, str(gradient.get("kind") if isinstance(gradient, dict) else gradient))
+    return config
 
 
 def _lay(config: Config, tables: dict[str, Any], source: str, origin: dict[str, str]) -> tuple[Config, dict[str, str]]:
@@ -137,8 +149,7 @@ def _names(tables: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _description(name: str | None, about: str) -> str:
-    if name is not None:
-        about = (_recipe(name).__doc__ or "").strip().splitlines()[0]
-    example = f"example: reroll train {name or 'copy'} --steps 300 --probes 128"
-    return f"{about}\n\n{example}\n\nAny command takes --debug, which shows the traceback of an error."
+def _description(command: str, name: str | None, about: str) -> str:
+    doc = (_recipe(name).__doc__ or "").strip().splitlines()[:1] if name else []
+    example = f"example: reroll {command} {name or 'copy'} --steps 300 --probes 128"
+    return "\n\n".join([about, *doc, example, "Any command takes --debug, which shows the traceback of an error."])

@@ -1,15 +1,34 @@
 """Every result as a function that returns one config. A recipe is where to start: change it by flags, files, or code.
 
     RECIPES["copy"]().replace(gradient={"probes": 512})
+    RECIPES["memorise"](size="large")                        reroll train memorise --size large
 
-Plain data, no torch. The first line of a function's docstring is what `reroll recipes` prints.
+Plain data, no torch. The first line of a function's docstring is what `reroll recipes` prints; its arguments are flags.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 from reroll.train.config import Config
+
+OPTIM = {
+    "probes": {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "clip": None},
+    "backprop": {"kind": "adamw", "lr": 0.003, "clip": 1.0, "schedule": "constant"},
+}
+"""The optimizer a recipe takes when it is trained by another gradient than its own."""
+
+
+def by(config: Config, gradient: str) -> Config:
+    """Return a config trained by a gradient of a kind, with an optimizer that suits it.
+
+    Example:
+        >>> by(demo(), "backprop").optim.kind
+        'adamw'
+    """
+    other = gradient != config.gradient.kind and gradient in OPTIM
+    return config.replace(gradient=gradient, optim=OPTIM[gradient]) if other else config
 
 
 def demo() -> Config:
@@ -27,12 +46,7 @@ def demo() -> Config:
 
 def demo_backprop() -> Config:
     """The demo's model and data, trained by backpropagation through time with AdamW."""
-    return demo().replace(
-        recipe="demo_backprop",
-        gradient="backprop",
-        optim={"kind": "adamw", "lr": 0.003, "clip": 1.0, "schedule": "constant"},
-        run={"steps": 3000},
-    )
+    return by(demo(), "backprop").replace(recipe="demo_backprop", run={"steps": 3000})
 
 
 def smoke() -> Config:
@@ -46,11 +60,17 @@ def smoke() -> Config:
     )
 
 
-def memorise() -> Config:
-    """The paper's smoke test at small size: nine symbols, the 1.1 M "small" LSTM, 96 probes, ε = η = 0.1."""
+Size = Literal["tiny", "small", "medium", "large", "xlarge"]
+SIZES = dict(zip(get_args(Size), ((240, 12), (1600, 32), (9600, 64), (66_000, 220), (297_500, 350))))
+"""The paper's LSTMs, (hidden, heads): 0.15 M, 1.1 M, 11 M, 113 M and 1.2 B weights."""
+
+
+def memorise(size: Size = "small") -> Config:
+    """The paper's smoke test: nine symbols, its LSTM of 1.1 M weights (or --size), 96 probes, ε = η = 0.1."""
+    hidden, heads = SIZES[size]
     return Config(recipe="memorise").replace(
         task={"kind": "memorise", "length": 9, "batch": 1, "symbols": 100},
-        model={"kind": "lstm", "hidden": 1600, "heads": 32, "embed": 100},
+        model={"kind": "lstm", "hidden": hidden, "heads": heads, "embed": 100},
         gradient={"kind": "probes", "probes": 96, "epsilon": None},
         optim={"kind": "sgd", "lr": 0.1, "momentum": 0.9},
         run={"steps": 20, "target_loss": 0.1, "eval_every": 20},
@@ -110,12 +130,11 @@ def parallel_elk() -> Config:
 
 def parallel_probes() -> Config:
     """A GRU by CD-RGE through quasi-DEER: every probe begins at the trajectory of the weights as they are."""
-    return parallel().replace(
+    return by(parallel(), "probes").replace(
         recipe="parallel_probes",
         task={"length": 128},
         model={"hidden": 24, "rollout": {"rtol": 1e-6}},
-        gradient={"kind": "probes", "probes": 32, "epsilon": 0.02},
-        optim={"kind": "sgd", "lr": 0.05, "momentum": 0.9, "clip": None},
+        gradient={"probes": 32, "epsilon": 0.02},
     )
 
 
@@ -134,7 +153,7 @@ def _generated(name: str, **task: int) -> Callable[[], Config]:
     return recipe
 
 
-RECIPES: dict[str, Callable[[], Config]] = {
+RECIPES: dict[str, Callable[..., Config]] = {
     recipe.__name__: recipe
     for recipe in (
         demo,
