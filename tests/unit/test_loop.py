@@ -16,8 +16,8 @@ from reroll.data.batch import START
 from reroll.data.synthetic import Copy
 from reroll.errors import RunError, UsageError
 from reroll.models import Interface
-from reroll.optim import Schedule
 from reroll.outcome import Outcome
+from reroll.specs.optim import SCHEDULES
 from reroll.train import build, checkpoint, journal, loop, process
 from reroll.train.config import resolve
 from reroll.train.evaluate import evaluate
@@ -82,7 +82,7 @@ def test_rates_follow_the_schedule_and_epsilon_follows_the_rate(tmp_path, schedu
     optim = {"schedule": {"kind": schedule, "warmup": 2}, "lr": 0.01}
     gradient = {"epsilon": None, "epsilon_ratio": 3.0, "epsilon_min": 0.02}
     train(small(optim=optim, gradient=gradient), tmp_path)
-    expected = [0.01 * Schedule(9, schedule, warmup=2)(step) for step in range(9)]
+    expected = [0.01 * SCHEDULES[schedule](schedule, warmup=2)(step, 9) for step in range(9)]
     assert [row["lr"] for row in rows_of(tmp_path)] == pytest.approx(expected)
     assert [row["epsilon"] for row in rows_of(tmp_path)] == pytest.approx([max(3 * lr, 0.02) for lr in expected])
     assert [r.settings.lr for r in journal.read(tmp_path / "journal").iterate()] == pytest.approx(expected)

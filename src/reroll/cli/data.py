@@ -17,7 +17,9 @@ ARCHIVES = ("eigenworms", "ts")
 class Data:
     action: str = positional("prepare")
     name: str = positional("eigenworms, or ts for any other classified series in .ts files")
-    path: Path | None = option(None, "a .ts file, or a folder with NAME_TRAIN.ts and NAME_TEST.ts; nothing is downloaded")
+    path: Path | None = option(
+        None, "a .ts file, or a folder with NAME_TRAIN.ts and NAME_TEST.ts; nothing is downloaded"
+    )
     to: Path | None = option(
         None, "folder for NAME.npz; none: the cache folder, where `reroll reproduce elk-fig3` finds it"
     )

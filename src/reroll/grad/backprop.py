@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from reroll.data.batch import START
-from reroll.errors import UsageError, require_positive
+from reroll.errors import UsageError
 from reroll.grad.base import Dense, Estimate, LossFn, trainable
 from reroll.grad.evaluate.probing import batch_rows, batch_size, read_loss, with_state
 from reroll.grad.evaluate.surroundings import cuda_devices, seed_of, seeded_generators
 from reroll.keys import Key
 from reroll.outcome import Outcome
+from reroll.specs.gradient import BackpropOptions
 from reroll.trees import combine_states, map_state
 
 
 @dataclass(frozen=True)
-class Backprop:
+class Backprop(BackpropOptions):
     """Compute the gradient by automatic differentiation, into `.grad`.
 
     Args:
@@ -47,14 +48,8 @@ class Backprop:
         (torch.Size([1, 3]), 1)
     """
 
-    accumulate: int = 1
-    truncate: int | None = None
-    checkpoint: bool = False
-
     def __post_init__(self) -> None:
-        require_positive(accumulate=self.accumulate, truncate=self.truncate)
-        if self.checkpoint and self.truncate:
-            raise UsageError(f"truncate={self.truncate} and checkpoint=True exclude each other; choose one.")
+        self.check()
 
     def __call__(self, model: nn.Module, loss_fn: LossFn, batch: Any, key: Key) -> Estimate:
         """Compute the gradient; see `reroll.grad.base.Estimator`. Random numbers in the model come from the key."""

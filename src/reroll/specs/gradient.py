@@ -127,10 +127,9 @@ class Probes(ProbeOptions, GradientSpec):
 
 
 @dataclass(frozen=True)
-class Backprop(GradientSpec):
-    """Automatic differentiation."""
+class BackpropOptions(Options):
+    """What `reroll.Backprop` and the config of a run by backprop have in common."""
 
-    kind: str = option("backprop", "probes: forward passes only (CD-RGE); backprop: automatic differentiation")
     accumulate: int = option(1, "parts the batch is cut into")
     truncate: int | None = option(None, "steps through which the gradient flows; none: all")
     checkpoint: bool = option(False, "recompute on the way back, memory as √T")
@@ -144,6 +143,13 @@ class Backprop(GradientSpec):
                 "windows are cut or recomputed",
             )
         )
+
+
+@dataclass(frozen=True)
+class Backprop(BackpropOptions, GradientSpec):
+    """Automatic differentiation."""
+
+    kind: str = option("backprop", "probes: forward passes only (CD-RGE); backprop: automatic differentiation")
 
     def build(self, epsilon: float, run: Any) -> Any:
         return runtime("grad:Backprop")(self.accumulate, self.truncate, self.checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,26 +12,48 @@ from reroll.specs.base import OBJECT, Handed, Spec, option, runtime
 
 @dataclass(frozen=True)
 class ScheduleSpec(Spec):
-    """A constant learning rate, after a warm-up."""
+    """A multiplier of the learning rate for every step: a linear warm-up, and then constant.
+
+    Example:
+        >>> [round(Linear(warmup=2, warmdown=4)(t, 10), 2) for t in range(10)]
+        [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
 
     kind: str = option("constant", "learning rate over time")
     warmup: int = option(0, "steps of linear warm-up", within="[0, 2**31]")
 
+    def __call__(self, step: int, steps: int) -> float:
+        """Return the multiplier of a step, counted from 0, of so many. Beyond the end it stays where it ended."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return self.shape(max(steps - step, 0), max(steps - self.warmup, 1))
+
+    def shape(self, left: int, rest: int) -> float:
+        """Return the multiplier with so many steps left of all the steps after the warm-up."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class Cosine(ScheduleSpec):
-    """A falling one."""
+    """floor + (1 − floor) · ½ (1 + cos π x), x from 0 to 1 after the warm-up."""
 
     kind: str = option("cosine", "learning rate over time")
     floor: float = option(0.0, "where the schedule ends, as a share of the learning rate", within="[0, 1]")
 
+    def shape(self, left: int, rest: int) -> float:
+        return self.floor + (1 - self.floor) * (0.5 * (1 - math.cos(math.pi * min(left / rest, 1.0))))
+
 
 @dataclass(frozen=True)
-class Linear(Cosine):
-    """One that falls at the end."""
+class Linear(ScheduleSpec):
+    """1 until the last steps, then down to `floor` ("warm-down", the trapezoid of the speedruns)."""
 
     kind: str = option("linear", "learning rate over time")
+    floor: float = option(0.0, "where the schedule ends, as a share of the learning rate", within="[0, 1]")
     warmdown: int | None = option(None, "steps of the final descent; none: all after the warm-up", within="[1, 2**31]")
+
+    def shape(self, left: int, rest: int) -> float:
+        return self.floor + (1 - self.floor) * min(left / min(self.warmdown or rest, rest), 1.0)
 
 
 SCHEDULES: dict[str, type[ScheduleSpec]] = {"constant": ScheduleSpec, "linear": Linear, "cosine": Cosine}

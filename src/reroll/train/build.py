@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from reroll.grad import CentralDifference
 from reroll.grad.base import Estimator, trainable
 from reroll.grad.evaluate.surroundings import seeded_generators
 from reroll.models import Interface
-from reroll.optim import Plateau, Schedule
 from reroll.specs.model import ModelSpec
 from reroll.train.config import Config
 
@@ -36,14 +34,6 @@ def build_estimator(config: Config, epsilon: float) -> Estimator:
 def build_optim(config: Config, model: nn.Module, lr: float) -> Any:
     """Return the optimizer over the trainable parameters."""
     return config.optim.build(model, lr)
-
-
-def build_schedule(config: Config) -> tuple[Schedule, Plateau]:
-    """Return the schedule of the learning rate, and the rule that lowers it on a plateau."""
-    optim = config.optim
-    options = {f.name: getattr(optim.schedule, f.name) for f in fields(optim.schedule) if f.name != "kind"}
-    schedule = Schedule(config.run.steps, optim.schedule.kind, **options)  # pyright: ignore[reportArgumentType]
-    return schedule, Plateau(optim.plateau, optim.plateau_factor)
 
 
 def plan_units(config: Config, estimator: Estimator, model: nn.Module, batch: Any) -> tuple[Config, str]:

@@ -23,7 +23,7 @@ from reroll.grad.central_difference import CentralDifference
 from reroll.grad.units import BranchStates
 from reroll.keys import Key
 from reroll.models import Interface
-from reroll.optim import Average, StepSettings
+from reroll.optim import Average, Plateau, StepSettings
 from reroll.specs import gradient as specs
 from reroll.specs.base import OBJECT
 from reroll.specs.gradient import GradientSpec
@@ -108,7 +108,7 @@ class Session:
     def __post_init__(self) -> None:
         config = self.config
         self.device = next(self.model.parameters()).device
-        self.schedule, self.plateau = build.build_schedule(config)
+        self.plateau = Plateau(config.optim.plateau, config.optim.plateau_factor)
         average = config.optim.average
         self.average = None if average is None else Average(trainable(self.model), average)
         self.progress = Progress(length=config.task.curriculum_start)
@@ -219,9 +219,9 @@ class Session:
     def settings(self, lr: float | None = None) -> StepSettings:
         """Return the settings of the present step: η by base rate, schedule and plateau, or a given one, and its ε."""
         if lr is None:
-            base = self.config.optim.lr
-            assert isinstance(base, float)
-            lr = base * self.schedule(self.progress.step) * self.plateau.multiplier
+            optim, run = self.config.optim, self.config.run
+            assert isinstance(optim.lr, float)
+            lr = optim.lr * optim.schedule(self.progress.step, run.steps) * self.plateau.multiplier
         return StepSettings(lr, epsilon=self.config.gradient.epsilon_at(lr, self.plateau.multiplier))
 
     def save(self) -> None:
