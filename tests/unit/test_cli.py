@@ -45,6 +45,7 @@ def test_every_command_has_help(cli, command):
     found = cli(command, "--help")
     assert found.code == 0
     assert found.out.startswith(f"usage: reroll {command}")
+    assert command not in ("train", "show") or "RECIPE  " in found.out
     assert cli("runs", "stop", "--help").out.startswith("usage: reroll runs stop")
 
 
@@ -318,6 +319,36 @@ def test_precedence(cli, tmp_path):
     assert lines["keep"] == "4  # --set"
     assert lines["seed"] == "9  # flag"
     assert cli("show", "copy", "--config", "a.toml", "b.toml", *pairs, "--seed", "9", "--momentum=0.9") == found
+
+
+def test_a_recipe_takes_arguments_and_any_spelling(cli):
+    assert "hidden = 240  # recipe memorise\n" in cli("show", "memorise", "--size", "tiny").out
+    assert "hidden = 1600" in cli("show", "memorise").out
+    assert cli("show", "memorise", "--size", "huge").code == 2
+    assert cli("show", "repeat-copy") == cli("show", "repeat_copy")
+    assert re.search(r"--size .*tiny", cli("train", "memorise", "--help").out)
+
+
+def test_another_gradient_has_its_own_optimizer_but_for_what_was_given(cli):
+    lines = dict(re.findall(r"^(\w+) = (.*)$", cli("show", "copy", "--gradient", "backprop").out, re.MULTILINE))
+    assert (lines["lr"], lines["clip"]) == ("0.003  # recipe copy", "1.0  # recipe copy")
+    assert "betas" in lines
+    pairs = ("--set", "gradient.kind=backprop", "optim.lr=0.2")
+    mixed = cli("show", "copy", *pairs, "--optimizer", "sgd").out
+    assert "lr = 0.2  # --set\n" in mixed
+    assert "momentum = 0.9" in mixed
+
+
+def test_options_come_with_their_kind(cli):
+    assert cli("show", "copy", "--cell", "gru").code == 0
+    assert "--heads=2 is for model lstm or dnc" in cli("show", "copy", "--cell", "gru", "--heads", "2").error
+    for recipe in ("text", "arrays", "ptb"):
+        assert 'path = "none"' in cli("show", recipe).out
+    assert "needs --path" in cli("train", "text").error
+
+
+def test_what_is_resumed_has_its_weights(cli, run):
+    assert "--init" in cli(*TRAIN, "--run-dir", run, "--resume", "--init", run).error
 
 
 def test_none_is_written_as_the_help_writes_it(cli):
