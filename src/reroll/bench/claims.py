@@ -120,25 +120,32 @@ def _own() -> Path:
 
 
 def table() -> str:
-    """Return all claims with their last measured values."""
-    last, lines = measured(), []
-    for claim in CLAIMS.values():
-        m = last.get(claim.name)
-        size = ", --full" if m is not None and m.get("full") else ""
-        value = (
-            "not measured yet"
-            if m is None
-            else f"{m['value']:.4g}, {m['status']} ({m['commit']}, {m['hardware']}{size})"
-        )
-        lines += [
+    """Return a line for every claim: its name, its last measured value, what it says."""
+    rows = [(claim.name, _last(claim, short=True), claim.says) for claim in CLAIMS.values()]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {says}" for name, value, says in rows)
+
+
+def details(claim: Claim) -> str:
+    """Return all about a claim, with its last measured value."""
+    return "\n".join(
+        [
             f"{claim.name}: {claim.says}",
             f"    source     {claim.source}",
             f"    published  {claim.published}",
-            f"    measured   {claim.key} = {value}",
+            f"    measured   {claim.key} = {_last(claim)}",
             f"    holds if   {claim.tolerance}; about {claim.minutes:g} min on two cores; recipes: "
             + (", ".join(claim.recipes) or "none"),
         ]
-    return "\n".join(lines)
+    )
+
+
+def _last(claim: Claim, short: bool = False) -> str:
+    m = measured().get(claim.name)
+    if m is None:
+        return "not measured yet"
+    size = ", --full" if m.get("full") else ""
+    return f"{m['value']:.4g}, {m['status']}" + ("" if short else f" ({m['commit']}, {m['hardware']}{size})")
 
 
 # ---- the claims

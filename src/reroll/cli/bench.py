@@ -28,7 +28,7 @@ class Bench:
 @dataclass(frozen=True)
 class Reproduce:
     name: str | None = positional("the claim to measure; none: list them", None)
-    list: bool = option(False, "list all claims with their last measured values")
+    list: bool = option(False, "list all claims with their last measured values; with a name, all about it")
     full: bool = option(False, "at the published size, which may need a GPU or hours")
     to: Path | None = option(None, "folder for the table and the figure; none: reproduce/ in the cache folder")
     json: Path | None = option(None, "write the result to this file")
@@ -74,7 +74,12 @@ def _reproduce(arguments: Sequence[str]) -> int:
     from reroll.data.cache import cache_folder
 
     if request.list or request.name is None:
-        print(claims.table())
+        if request.name in claims.CLAIMS:
+            print(claims.details(claims.CLAIMS[request.name]))
+        elif request.name is None:
+            print(claims.table(), "reroll reproduce NAME --list says more about one.", sep="\n\n")
+        else:
+            raise UsageError(f'"{request.name}" is no claim.')
         return 0
     _make_room(request.json)
     folder = request.to or cache_folder() / "reproduce"
