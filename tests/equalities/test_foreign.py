@@ -305,7 +305,7 @@ def test_floating_inputs_are_cast_to_the_dtype_of_the_evaluation(mode):
 
 @pytest.mark.parametrize("value", [2.5, True])
 def test_a_number_of_probes_that_is_none_is_named(value):
-    with pytest.raises(UsageError, match=f"probes={value!r} must be a whole number"):
+    with pytest.raises(UsageError, match=f"probes={value!r} must be an integer"):
         CentralDifference(value, 0.1)
 
 

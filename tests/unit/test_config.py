@@ -117,7 +117,10 @@ def test_another_kind_keeps_what_it_can():
         ({"model": {"kind": "gru", "heads": 2}}, "heads=2 is for model lstm or dnc; this one is gru"),
         ({"model": {"rollout": {"variance": 2.0}}}, "variance=2.0 is for model.rollout elk or quasi_elk"),
         ({"gradient": {"truncate": 3}}, "truncate=3 is for gradient backprop; this one is probes"),
-        ({"gradient": {"noise": "wite"}}, "gradient.noise='wite' must be rademacher, .*sparse"),
+        (
+            {"gradient": {"evaluate": "tile"}},
+            "gradient.evaluate='tile' must be auto, .*batched. Did you mean \"tiles\"",
+        ),
         ({"format": 1}, "format=1 is of another version of reroll"),
         ({"recipe": 3}, "recipe=3 must be a text"),
     ],

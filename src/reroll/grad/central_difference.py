@@ -16,27 +16,28 @@ import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from reroll.errors import UsageError, require_count, require_positive
+from reroll.errors import UsageError, nearest
 from reroll.grad.base import Estimate, LossFn, Seeded, padding_rows, trainable
 from reroll.grad.checks import check_epsilon
 from reroll.grad.evaluate.in_place import snap_to_grid
-from reroll.grad.evaluate.plan import MODES, Plan, make_plan
+from reroll.grad.evaluate.plan import Plan, make_plan
 from reroll.grad.evaluate.probing import Probing, Unit, batch_size, split_result, with_state
 from reroll.grad.evaluate.verify import Evaluation
 from reroll.grad.evaluate.warm import TOO_LOOSE, WarmStarts, iterates
 from reroll.grad.execute import Execute
-from reroll.grad.probes import RULES, SHAPINGS, Coefficients, coefficients
+from reroll.grad.probes import RULES, Coefficients, coefficients
 from reroll.grad.units import cut, gather, parts
 from reroll.kernels.noise_axpy import Noise, noise_of
 from reroll.keys import Key
 from reroll.outcome import Outcome
 from reroll.rollout.watch import current, watching
+from reroll.specs.gradient import ProbeOptions
 from reroll.trees import combine_states, map_state
 
 Evaluate = Literal["auto", "in_place", "tiles", "batched"]
@@ -44,7 +45,7 @@ Evaluate = Literal["auto", "in_place", "tiles", "batched"]
 
 
 @dataclass(frozen=True)
-class CentralDifference:
+class CentralDifference(ProbeOptions):
     """Estimate a gradient by central differences along N random directions.
 
     Args:
@@ -78,60 +79,30 @@ class CentralDifference:
         (<Outcome.ok: ...>, 16, None)
     """
 
-    probes: int
-    epsilon: float
-    noise: str | Noise = "rademacher"
-    evaluate: Evaluate = "auto"
-    batch: Literal["shared", "split"] = "shared"
+    probes: int = field()
+    epsilon: float = field()
+    noise: str | Noise = "rademacher"  # pyright: ignore[reportIncompatibleVariableOverride]: a name, or what it names
+    _: KW_ONLY
     dtype: torch.dtype | None = None
-    shaping: Literal["raw", "zscore", "rank", "sign"] = "raw"
-    difference: Literal["central", "one_sided"] = "central"
-    density: float | None = None
-    restore: Literal["copy", "grid"] = "copy"
-    micro_batch: int | None = None
     per_branch_state: bool = False
-    chunk: int | None = None
     threads: int | None = None
-    workers: int | None = None
-    sums: Literal["fp32", "fp64"] = "fp32"
     execute: Execute | None = None
 
     def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in ("probes", "micro_batch", "chunk", "threads", "workers")}
-        require_positive(**counts, epsilon=self.epsilon, density=self.density)
-        require_count(**counts)
-        choices = {
-            "batch": ("shared", "split"),
-            "shaping": SHAPINGS,
-            "difference": RULES,
-            "restore": ("copy", "grid"),
-            "sums": ("fp32", "fp64"),
-            "evaluate": ("auto", *MODES),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UsageError(f'{name}="{getattr(self, name)}" must be {" or ".join(known)}.')
+        if self.difference not in RULES:
+            raise UsageError(f'difference="{self.difference}" is no rule.{nearest(self.difference, RULES)}')
+        self.check()
         _ = self.directions  # says what is wrong with it
-        one_sided = RULES[self.difference].clean
-        pairs = [
-            (one_sided and self.batch == "split", 'batch="split" and difference="one_sided"',
-             "a probe's loss is of its own sequences, the unperturbed one of all"),
-            (one_sided and self.per_branch_state, 'per_branch_state=True and difference="one_sided"',
-             "the unperturbed model has no state of its own among the branches"),
-            (self.per_branch_state and self.micro_batch, f"per_branch_state=True and micro_batch={self.micro_batch}",
-             "the states of branches are not cut by sequences"),
-        ]  # fmt: skip
-        for broken, pair, reason in pairs:
-            if broken:
-                raise UsageError(f"{pair} exclude each other: {reason}. Drop one of them.")
+
+    @property
+    def takes_clean_loss(self) -> bool:
+        return RULES[self.difference].clean
 
     @functools.cached_property
     def directions(self) -> Noise:
         """What directions are made of, density included."""
         if isinstance(self.noise, Noise) or self.density is None:
             return noise_of(self.noise) if isinstance(self.noise, str) else self.noise
-        if self.noise != "sparse":
-            raise UsageError(f'density={self.density} is for noise="sparse"; noise is "{self.noise}".')
         return noise_of(f"sparse:{self.density}")
 
     def __call__(self, model: nn.Module, loss_fn: LossFn, batch: Any, key: Key) -> Estimate:

@@ -211,7 +211,9 @@ def convert(value: Any, kind: Any, key: str) -> Any:
         if isinstance(value, Real) and not isinstance(value, bool) and value == value:
             with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
                 return float(value)
-    elif isinstance(value, Integral if kind is int else kind) and (kind is bool or not isinstance(value, bool)):
+    elif isinstance(value, Integral if kind is int else origin or kind) and (
+        kind is bool or not isinstance(value, bool)
+    ):
         return value
     raise UsageError(f"{key}={value!r} must be {describe(kind)}.")
 

@@ -52,14 +52,14 @@ class ProbeOptions(Options):
 
     probes: int = option(96, "directions per step: the cost grows with it, the error as 1/√N", flag="probes")
     epsilon: float | None = option(None, "size of a probe; none: tied to the learning rate", flag="epsilon")
-    noise: Literal["rademacher", "normal", "sparse"] = option("rademacher", "what a direction is made of", flag="noise")
+    noise: str = option("rademacher", "what a direction is made of: rademacher, normal or sparse", flag="noise")
     evaluate: Literal["auto", "in_place", "tiles", "batched"] = option(
         "auto", "how perturbed losses are computed", flag="evaluate"
     )
     batch: Literal["shared", "split"] = option("shared", "every probe sees the whole batch, or they share it out")
     _: KW_ONLY
     shaping: Literal["raw", "zscore", "rank", "sign"] = option("raw", "what of a loss difference is kept")
-    difference: Literal["central", "one_sided"] = option("central", "both signs of a probe, or one and the clean loss")
+    difference: str = option("central", "central: both signs of a probe; one_sided: one, and the clean loss")
     density: float | None = option(None, "share of non-zero coordinates of sparse noise: 1/2, 1/4 …")
     restore: Literal["copy", "grid"] = option("copy", "in_place: keep a copy, or round the weights to a grid")
     micro_batch: int | None = option(None, "most sequences evaluated at once; none: the batch")
@@ -71,21 +71,20 @@ class ProbeOptions(Options):
         super().check()
         if self.density is not None and self.noise != "sparse":
             raise UsageError(f'density={self.density} is for noise="sparse"; noise is "{self.noise}".')
-        one_sided = self.difference == "one_sided"
-        states = self.per_branch_state
+        clean, states = self.takes_clean_loss, bool(getattr(self, "per_branch_state", False))
         exclude(
-            (one_sided and self.batch == "split", 'difference="one_sided" and batch="split"',
+            (clean and self.batch == "split", f'difference="{self.difference}" and batch="split"',
              "a probe's loss is of its own sequences, the unperturbed one of all"),
-            (one_sided and states, 'a state per branch and difference="one_sided"',
+            (clean and states, f'a state per branch and difference="{self.difference}"',
              "the unperturbed model has no state of its own among the branches"),
             (states and self.micro_batch, f"a state per branch and micro_batch={self.micro_batch}",
              "the states of branches are not cut by sequences"),
         )  # fmt: skip
 
     @property
-    def per_branch_state(self) -> bool:
-        """Whether every branch carries a state of its own."""
-        return False
+    def takes_clean_loss(self) -> bool:
+        """Whether the loss of the unperturbed weights is needed too."""
+        return self.difference == "one_sided"
 
 
 @dataclass(frozen=True)
