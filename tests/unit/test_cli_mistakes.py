@@ -119,7 +119,7 @@ def mistakes(folder):
         (("replay", "nope"), 2, ["RUN='nope'"]),
         (("eval", "short.txt"), 1, ["short.txt", "no safetensors file", "Pickles"]),
         (("runs", "nope"), 2, ["nope", "does not exist"]),
-        (("runs", "stop", "nope"), 2, ["NAME='nope'"]),
+        (("runs", "stop", "nope"), 2, ["RUN='nope'"]),
         (("recipes", "copy"), 2, ["copy"]),
         (("bench", "zero"), 2, ['"zero"', 'mean "zeroth"']),
         (("bench", "zeroth", "--rounds", "0"), 2, ["rounds=0"]),
