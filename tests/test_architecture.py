@@ -53,3 +53,13 @@ def test_files_do_not_import_one_another_in_circles():
     assert not graph, (
         f"These import one another, or what does: { ({name: sorted(used) for name, used in graph.items()}) }"
     )
+
+
+def test_functions_fit_a_screen():
+    long = [
+        f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}, {node.end_lineno - node.lineno + 1} lines"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60
+    ]
+    assert not long

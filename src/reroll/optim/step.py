@@ -62,22 +62,15 @@ def step(
     """Take one step.
 
     Args:
-        model, loss_fn, batch, key: for the estimator.
-        estimator: where the gradient comes from.
-        optimizer: what takes it; see `reroll.optim.apply`.
+        model, loss_fn, batch, key: for the estimator, which gives the gradient.
+        optimizer, update: what takes it, and how ("write", "stream" or "fused"); see `reroll.optim.apply`.
         settings: of this step, set in the optimizer and (ε) in the estimator; None leaves both as they are.
-        clip: largest norm of the gradient.
-        update: "write", "stream" or "fused".
-        norm: return the norm even if nothing is clipped.
+        clip, norm: largest norm of the gradient; whether to return its norm though nothing is clipped.
         tied: ε follows the learning rate; where the weights cannot show it, the least that they can is taken.
         record: called with the result before the weights move, so that a record of the step precedes its effect.
 
-    Raises:
-        UsageError: what estimator and `apply` raise.
-
     Example:
-        >>> import torch
-        >>> from reroll import CentralDifference
+        >>> import torch; from reroll import CentralDifference
         >>> model = torch.nn.Linear(3, 1)
         >>> sgd = torch.optim.SGD(model.parameters(), lr=1.0)
         >>> loss_fn = lambda model, x: model(x).square().mean()

@@ -62,21 +62,18 @@ def train(
             make their session again as it was at the start, and give it with `resume`.
         path: the run folder, new or (with `resume`) one to go on with.
         resume: go on from the newest checkpoint; on a finished run nothing is done.
-        init: weights to begin with.
-        report: who is told.
+        init, report: weights to begin with; who is told.
         mesh: the processes that train it together, each with this call; a session has its own.
 
     Returns:
-        The last row of the metrics, with `state`: "done", "stopped" (a signal: it can be resumed) or "diverged"; and
-        `reason`, a sentence.
+        The last row of the metrics, with `state`: "done", "stopped" (it can be resumed) or "diverged"; and `reason`.
 
     Raises:
         UsageError: if something asked for cannot be done.
         RunError: if it fails on the way; what was saved before is intact.
     """
     report = report or Reporter()
-    what = what if isinstance(what, Session) else resolve(what)
-    config = what.config if isinstance(what, Session) else what
+    config = what.config if isinstance(what, Session) else (what := resolve(what))
     finished = _finished(config, path) if resume else None
     if finished is not None:
         report.note(f"{path} is finished ({finished['state']} at step {finished['step']}); nothing to do.")

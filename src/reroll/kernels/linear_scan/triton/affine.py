@@ -72,11 +72,9 @@ def _affine(
     b += b_first + row * b_row
     out += o_first + row * o_row
     starts += row * s_row + chunk * s_chunk + c * s_c
-    real: tl.constexpr = b.dtype.element_ty
-    s0 = tl.zeros((BLOCK_C,), real)
+    s0 = tl.zeros((BLOCK_C,), b.dtype.element_ty)
     s1 = s0
-    p00, p11 = s0 + 1.0, s0 + 1.0
-    p01, p10 = s0, s0
+    p00, p01, p10, p11 = s0 + 1.0, s0, s0, s0 + 1.0
     if not REDUCE:
         s0 = tl.load(starts, mask=c < channels, other=0.0)
         if K == 2:
