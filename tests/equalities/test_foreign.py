@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
+from reroll.cells import LSTM
 from reroll.errors import UsageError
 from reroll.grad import Backprop, CentralDifference
 from reroll.grad.base import trainable
@@ -367,3 +368,43 @@ def test_a_noise_and_a_rule_are_a_row_each(monkeypatch):
     gradient = found[0].gradient
     expected = sum(c * noise(KEY, p.shape, k, name, kind="waves") for k, c in enumerate(gradient.coefficients))
     torch.testing.assert_close(gradient.tensor(name).float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rounding_of_a_loss_near_zero_is_no_weight_out_of_reach(monkeypatch):
+    """A model that has learned its data has losses that are small differences of large logits."""
+    import reroll.grad.evaluate.verify as verify
+
+    def loss_fn(model, batch):
+        return functional.cross_entropy(model(batch).float(), torch.zeros(5, dtype=torch.int64))
+
+    def run(size):
+        model = mlp().float()
+        with torch.no_grad():
+            model[2].bias.copy_(torch.tensor([6.0, 0.0]))
+        once = verify.Evaluation._once
+
+        def rounded(self, probing, unit, plan):
+            losses = once(self, probing, unit, plan)
+            return losses + size if probing.epsilon and plan.evaluate == "in_place" else losses
+
+        monkeypatch.setattr(verify.Evaluation, "_once", rounded)
+        return CentralDifference(3, 0.1, evaluate="batched")(model, loss_fn, X.float(), KEY).outcome
+
+    assert run(3e-7)
+    with pytest.raises(UsageError, match="not all that the loss reads"):
+        run(3e-5)
+
+
+def test_what_is_reroll_s_own_needs_no_second_look():
+    from reroll.data.synthetic import Copy
+    from reroll.grad.evaluate.verify import is_ours
+    from reroll.models import Recurrent
+
+    class Mine(Copy):
+        """Its loss may close over anything."""
+
+    model = Recurrent(cell=LSTM(4, 8), vocab=Copy(3, 2).vocab)
+    assert is_ours(model, Copy(3, 2).loss)
+    assert not is_ours(model, Mine(3, 2).loss)
+    assert not is_ours(model, lambda model, batch: Copy(3, 2).loss(model, batch))
+    assert not is_ours(nn.Sequential(model, nn.TransformerEncoderLayer(4, 1)), Copy(3, 2).loss)
