@@ -13,7 +13,8 @@ from reroll.data.task import sequence_losses
 from reroll.errors import UsageError
 from reroll.models import Recurrent, roles
 from reroll.outcome import Outcome
-from reroll.rollout import ROLLOUTS, Sequential
+from reroll.rollout import ROLLOUTS, Sequential, auto
+from reroll.trees import map_state
 from tests.unit.test_cells import build, leaves
 
 
@@ -273,3 +274,22 @@ def test_wrong_inputs_are_named():
 def test_a_function_cell_takes_the_dtype_of_its_inputs():
     model = Recurrent(cell=cell_from(lambda u, s: torch.tanh(s + u), 3), inputs=3)
     assert model(torch.randn(2, 4, 3, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("cell", [GRU, LSTM, RNN], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("method", ["project", "step", "readout"])
+def test_a_subclass_with_a_step_of_its_own_runs_no_kernel_of_its_parent(cell, method):
+    def doubled(self, *arguments):
+        value = getattr(cell, method)(self, *arguments)
+        return map_state(value, lambda t: 2 * t)
+
+    changed = type("Changed", (cell,), {method: doubled})(3, 5)
+    x, states = torch.randn(2, 7, 3), []
+    state = changed.init_state((2,))
+    for t in range(7):
+        state = changed.step(changed.project(x[:, t]), state)
+        states.append(changed.readout(state))
+    for rollout in (Sequential(), auto()):
+        with torch.no_grad():
+            outputs, _ = rollout.read(changed, x)
+        torch.testing.assert_close(outputs, torch.stack(states, 1), rtol=1e-5, atol=1e-5)

@@ -77,6 +77,12 @@ class Cell(nn.Module, ABC):
         """Return what the next layer sees, [..., output_size]."""
         return state
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A kernel is written for the step of its own class: a subclass that computes another has none."""
+        super().__init_subclass__(**options)
+        if {"step", "project", "readout"} & vars(cls).keys() and "fused" not in vars(cls):
+            cls.fused, cls.has_kernel = Cell.fused, False
+
     def fused(self, inputs: Tensor, state: State) -> tuple[Tensor, State] | None:
         """Run a whole sequence by a faster kernel, if there is one that computes the same thing.
 
