@@ -4,13 +4,25 @@ from reroll.optim.apply import apply, clip_norm
 from reroll.optim.cdrge import CDRGE
 from reroll.optim.ema import Average
 from reroll.optim.groups import OPTIMIZERS, build_optimizer, groups
+from reroll.optim.multi import MultiOptimizer
 from reroll.optim.schedule import Plateau
 from reroll.optim.settings import StepSettings, configure
 from reroll.optim.sgd import SGD
 from reroll.optim.step import StepResult, step
-from reroll.optim.together import Together
 
 __all__ = [
-    "CDRGE", "OPTIMIZERS", "SGD", "Average", "Plateau", "StepResult", "StepSettings", "Together", "apply",
-    "build_optimizer", "clip_norm", "configure", "groups", "step",
+    "CDRGE",
+    "OPTIMIZERS",
+    "SGD",
+    "Average",
+    "MultiOptimizer",
+    "Plateau",
+    "StepResult",
+    "StepSettings",
+    "apply",
+    "build_optimizer",
+    "clip_norm",
+    "configure",
+    "groups",
+    "step",
 ]  # fmt: skip

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from reroll.errors import UsageError, nearest, require_positive
 from reroll.grad.base import trainable
 from reroll.models.roles import ROLES, roles
+from reroll.optim.multi import MultiOptimizer
 from reroll.optim.sgd import SGD
-from reroll.optim.together import Together
 
 Groups = list[dict[str, Any]]
 Betas = tuple[float, float]
@@ -79,7 +79,7 @@ def build_optimizer(
     if not by_rule[OPTIMIZERS[name]["matrix"]]:
         raise UsageError(f'optimizer="{name}" needs matrices besides embedding and head; use optimizer="adamw".')
     built = {rule: RULES[rule](some, lr, momentum, betas) for rule, some in by_rule.items() if some}
-    return next(iter(built.values())) if len(built) == 1 else Together(built)
+    return next(iter(built.values())) if len(built) == 1 else MultiOptimizer(built)
 
 
 def groups(

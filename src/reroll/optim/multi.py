@@ -11,7 +11,7 @@ from torch import Tensor
 from reroll.errors import UsageError
 
 
-class Together(torch.optim.Optimizer):
+class MultiOptimizer(torch.optim.Optimizer):
     """Optimizers by name, as one.
 
     Args:
@@ -22,7 +22,7 @@ class Together(torch.optim.Optimizer):
 
     Example:
         >>> p, q = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
-        >>> both = Together({"sgd": torch.optim.SGD([p], lr=0.1), "adamw": torch.optim.AdamW([q], lr=0.01)})
+        >>> both = MultiOptimizer({"sgd": torch.optim.SGD([p], lr=0.1), "adamw": torch.optim.AdamW([q], lr=0.01)})
         >>> [group["lr"] for group in both.param_groups], list(both.state_dict())
         ([0.1, 0.01], ['sgd', 'adamw'])
     """
