@@ -243,6 +243,22 @@ def test_a_rescaled_embedding_comes_back_from_the_grid():
     assert torch.equal(first.gradient.coefficients, again.gradient.coefficients)
 
 
+def test_where_another_way_was_planned_weights_come_back_without_a_grid():
+    model = mlp()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def loss_fn(model, batch):
+        loss = mean_square(model, batch)
+        return loss if loss.item() >= 0 else -loss
+
+    for step in range(2):  # the first time, and once it is known
+        found = CentralDifference(8, 0.013, restore="grid")(model, loss_fn, X.float(), KEY.at(step))
+        copied = CentralDifference(8, 0.013, evaluate="in_place")(model, loss_fn, X.float(), KEY.at(step))
+        assert found.stats["evaluate"] == "in_place"
+        assert torch.equal(found.gradient.coefficients, copied.gradient.coefficients)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize("width", [4, 40])
 def test_padding_rows_stay(width):
     model = nn.Sequential(nn.Embedding(6, width, padding_idx=2), nn.Linear(width, 2))

@@ -154,7 +154,9 @@ class CentralDifference(ProbeOptions):
             batch, self.probes, plan.chunk, split=self.batch == "split", micro_batch=self.micro_batch,
             states=states if self.per_branch_state else None,
         )  # fmt: skip
-        evaluation = Evaluation(probing, plan, self.restore, self.evaluate != "auto", self.execute)
+        # Weights that were planned to be copied are not on a grid, should they be evaluated in place after all.
+        restore = self.restore if plan.evaluate == "in_place" else "copy"
+        evaluation = Evaluation(probing, plan, restore, self.evaluate != "auto", self.execute)
         with _casting(model, self.dtype):
             if warm is not None and model is not None:
                 with probing.isolated() as rewind:
