@@ -8,7 +8,7 @@ import torch
 import reroll
 from reroll.cli import main
 from reroll.errors import RunError, UsageError
-from reroll.grad.base import trainable
+from reroll.grad.base import Seeded, trainable
 from reroll.models import Interface
 from reroll.specs.task import Generated
 from reroll.train import build, checkpoint, journal
@@ -100,6 +100,17 @@ def test_an_epsilon_that_had_to_be_raised_is_recorded_as_it_was_raised(tmp_path)
     expected = recorded(tmp_path, small(gradient=gradient, optim={"lr": 1e-9, "momentum": 0.0}))
     records = list(journal.read(tmp_path / "journal").iterate())
     assert all(record.settings.epsilon > 1e-8 for record in records)
+    assert replayed(tmp_path) == expected
+
+
+def test_the_grid_of_a_step_that_was_not_taken_is_made_again(tmp_path, monkeypatch):
+    """It rounds the weights by an ε of its own, and the next step rounds them again by another."""
+    seen = []
+    monkeypatch.setattr(Seeded, "is_finite", lambda *args: seen.append(0) or len(seen) != 1)
+    gradient = {"epsilon": None, "epsilon_min": 1e-12, "evaluate": "in_place", "restore": "grid"}
+    config = small(gradient=gradient, optim={"lr": 0.5, "momentum": 0.0, "schedule": "cosine"})
+    expected = recorded(tmp_path, config)
+    assert [bool(taken.terms) for taken in journal.read(tmp_path / "journal").iterate()] == [False] + 5 * [True]
     assert replayed(tmp_path) == expected
 
 

@@ -93,10 +93,10 @@ def _again(path: Path, config: Config, record: journal.Journal, steps: int, sess
     still = padding_rows(model, parameters)
     sums = torch.float64 if header["sums"] == "fp64" else None
     for taken in record.iterate(to=steps):
+        if header["restore"] == "grid":  # by a step that was not taken, too
+            snap_to_grid(parameters, taken.settings.epsilon or 0.0)
         if not taken.terms:  # its gradient was not finite, and the step not taken
             continue
-        if header["restore"] == "grid":
-            snap_to_grid(parameters, taken.settings.epsilon or 0.0)
         configure(optimizer, taken.settings)
         gradient = Seeded(taken.terms, noise_of(header["noise"]), parameters, sums=sums, still=still)
         apply(gradient, optimizer, header["update"])
