@@ -11,10 +11,11 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 from reroll.cells import LSTM
-from reroll.errors import UsageError
+from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad import Backprop, CentralDifference
 from reroll.grad.base import trainable
 from reroll.grad.checks import floors
+from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.grad.evaluate.surroundings import seed_of
 from reroll.grad.probes import RULES, Rule, Slopes
 from reroll.kernels.noise_axpy import NOISES, Noise, layout, noise
@@ -257,6 +258,15 @@ def test_where_another_way_was_planned_weights_come_back_without_a_grid():
         assert found.stats["evaluate"] == "in_place"
         assert torch.equal(found.gradient.coefficients, copied.gradient.coefficients)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_an_epsilon_below_the_grid_moves_nothing_and_names_one_that_is_not():
+    p = torch.tensor([8 - 2**-20, 0.3, 1e-7])  # so close to a power of two that ε itself makes the grid coarser
+    before = p.clone()
+    with pytest.raises(EpsilonTooSmall) as error:
+        snap_to_grid({"p": p}, 1e-8)
+    assert torch.equal(p, before)
+    assert snap_to_grid({"p": p}, error.value.least) == error.value.least
 
 
 @pytest.mark.parametrize("width", [4, 40])

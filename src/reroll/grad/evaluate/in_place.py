@@ -122,17 +122,18 @@ def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: Noise 
             raise UsageError(f'restore="grid" needs fp32 weights; {name} is {p.dtype}. Use restore="copy".')
     some = {name: p.detach() for name, p in parameters.items() if p.numel()}
     largest = dict(zip(some, fetch([torch.linalg.vector_norm(p, float("inf")) for p in some.values()])))
-    units = {}
-    for name in parameters:
-        bound = largest[name] + 2 * epsilon if name in largest else epsilon
-        units[name] = 2.0 ** (math.frexp(bound)[1] - 24) if math.isfinite(bound) else 1.0
-    for name, p in parameters.items():
-        # Dividing by a power of two and rounding are exact; so is the product.
-        p.detach().div_(units[name]).round_().mul_(units[name])
+
+    def grids(epsilon: float) -> dict[str, float]:
+        bounds = {name: largest[name] + 2 * epsilon if name in largest else epsilon for name in parameters}
+        return {n: 2.0 ** (math.frexp(b)[1] - 24) if math.isfinite(b) else 1.0 for n, b in bounds.items()}
+
+    units = grids(epsilon)
     coarsest = max(units.values())
     multiple = round(epsilon / coarsest)
     if multiple < 1:
-        raise EpsilonTooSmall(
-            f"epsilon={epsilon:g} is below the grid of the weights, {coarsest:g}; raise it.", coarsest
-        )
+        least = max(grids(coarsest).values())  # itself it may make the grid coarser
+        raise EpsilonTooSmall(f"epsilon={epsilon:g} is below the grid of the weights, {least:g}; raise it.", least)
+    for name, p in parameters.items():
+        # Dividing by a power of two and rounding are exact; so is the product.
+        p.detach().div_(units[name]).round_().mul_(units[name])
     return multiple * coarsest
