@@ -1,6 +1,7 @@
 """Modules and losses that read weights in ways of their own: evaluators give a plain loop's slopes, or refuse."""
 
 import copy
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +16,7 @@ from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad import Backprop, CentralDifference
 from reroll.grad.base import trainable
 from reroll.grad.checks import floors
+from reroll.grad.evaluate import verify
 from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.grad.evaluate.surroundings import seed_of
 from reroll.grad.probes import RULES, Rule, Slopes
@@ -398,7 +400,6 @@ def test_a_noise_and_a_rule_are_a_row_each(monkeypatch):
 
 def test_rounding_of_a_loss_near_zero_is_no_weight_out_of_reach(monkeypatch):
     """A model that has learned its data has losses that are small differences of large logits."""
-    import reroll.grad.evaluate.verify as verify
 
     def loss_fn(model, batch):
         return functional.cross_entropy(model(batch).float(), torch.zeros(5, dtype=torch.int64))
@@ -419,6 +420,38 @@ def test_rounding_of_a_loss_near_zero_is_no_weight_out_of_reach(monkeypatch):
     assert run(3e-7)
     with pytest.raises(UsageError, match="not all that the loss reads"):
         run(3e-5)
+
+
+def of(gru, batch):
+    return gru(batch)[0].square().mean()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda net: functools.partial(lambda net, m, b: of(net or m, b), net),
+        lambda net: lambda m, b, net=net: of(net or m, b),
+        lambda net: (lambda nets: lambda m, b: of(nets[0] or m, b))([net]),
+    ],
+    ids=["partial", "default", "list"],
+)
+def test_a_loss_of_the_same_code_and_another_model_is_another_loss(loss):
+    model, batch = nn.GRU(3, 4, batch_first=True).double(), torch.randn(5, 6, 3, dtype=torch.float64)
+    expected = CentralDifference(4, EPSILON, evaluate="in_place")(model, loss(None), batch, KEY).gradient.coefficients
+    for net in (None, model):
+        found = CentralDifference(4, EPSILON, evaluate="tiles")(model, loss(net), batch, KEY).gradient.coefficients
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_a_loss_made_anew_at_every_step_is_looked_at_once(monkeypatch):
+    looked = []
+    once = verify.Evaluation._once
+    monkeypatch.setattr(verify.Evaluation, "_once", lambda *args: looked.append(0) or once(*args))
+    model = mlp().double()
+    for step in range(3):
+        weight = torch.tensor(1.0 + step)
+        CentralDifference(4, EPSILON)(model, lambda m, b, w=weight: w * mean_square(m, b), X, KEY.at(step))
+    assert len(looked) == 1
 
 
 def test_what_is_reroll_s_own_needs_no_second_look():

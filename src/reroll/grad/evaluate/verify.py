@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +50,9 @@ SHARE = 0.1
 AMPLIFIED = 6.0
 """Square roots of a unit in the last place by which unperturbed losses may differ: 0.2 % in fp32."""
 UNREACHED = "its losses differ from those of another way, so not all that the loss reads is perturbed"
+
+REMEMBERED = 64
+"""Losses of a model that are remembered."""
 
 _settled = Memo()
 
@@ -86,11 +90,14 @@ class Evaluation:
             UsageError: if the mode was asked for and cannot evaluate this model and loss.
         """
         probing, model = self.probing, self.probing.model
-        key = (self.plan.evaluate, self.plan.whole, probing.dtype, model and model.training, identity(loss_fn))
+        loss, objects = identity(loss_fn)
+        key = (self.plan.evaluate, self.plan.whole, probing.dtype, model and model.training, loss)
         memo = _settled.of(next(iter(probing.parameters.values())) if model is None else model)
-        known = key in memo
+        refs, settled = memo.get(key, ((), {}))
+        # While all of them live, their ids are nobody else's.
+        known = key in memo and all(ref() is not None for ref in refs)
         if known:
-            self._take(**memo[key])
+            self._take(**settled)
         else:
             known = is_ours(model, loss_fn)
         around = Surroundings(model, cuda_devices(probing.parameters))
@@ -116,7 +123,10 @@ class Evaluation:
             self._next()
         if reason is not None and self.plan.evaluate != first:
             self._say(first, reason)
-        memo[key] = {name: getattr(self.plan, name) for name in ("evaluate", "whole", "isolate", "reason")}
+        if len(memo) >= REMEMBERED and key not in memo:
+            memo.clear()
+        settled = {name: getattr(self.plan, name) for name in ("evaluate", "whole", "isolate", "reason")}
+        memo[key] = tuple(map(_reference, objects)), settled
         return results
 
     def _take(self, isolate: bool, **changes: Any) -> None:
@@ -205,28 +215,53 @@ def evaluator(plan: Plan, probing: Probing, restore: str) -> Evaluator:
     return InPlace(probing, restore)
 
 
-def identity(function: Any, depth: int = 3) -> Any:
-    """Return what tells a loss from another: its code and the modules and functions it closes over.
+def identity(function: Any) -> tuple[Any, list[Any]]:
+    """Return what tells a loss from another, and the objects whose ids are in it.
 
-    A lambda that is made anew at every step is the same loss.
+    That is its code, and the modules, parameters and functions that it is bound to, closes over or has as defaults. A
+    lambda that is made anew at every step is the same loss.
     """
-    while isinstance(function, functools.partial):
-        function = function.func
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    if code is None:
-        return type(function), id(function)
-    cells = getattr(getattr(function, "__func__", function), "__closure__", None) or ()
-    inside = []
-    for cell in cells:
-        try:
-            content = cell.cell_contents
-        except ValueError:  # not yet filled
-            continue
-        if isinstance(content, nn.Module):
-            inside.append(id(content))
-        elif isinstance(content, types.FunctionType) and depth:
-            inside.append(identity(content, depth - 1))
-    return code, id(getattr(function, "__self__", None)), tuple(inside)
+    objects: list[Any] = []
+
+    def name(thing: Any) -> Any:
+        objects.append(thing)
+        return id(thing)
+
+    def of(value: Any, depth: int) -> Any:
+        if isinstance(value, nn.Module | nn.Parameter):
+            return name(value)
+        if depth and isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+            return told(value, depth - 1)
+        if depth and isinstance(value, list | tuple | dict):
+            inside = value.values() if isinstance(value, dict) else value
+            return tuple(part for part in (of(each, depth - 1) for each in inside) if part is not None)
+        return None
+
+    def told(function: Any, depth: int) -> Any:
+        bound: list[Any] = []
+        while isinstance(function, functools.partial):
+            bound += [function.args, function.keywords]
+            function = function.func
+        plain = getattr(function, "__func__", function)
+        if getattr(plain, "__code__", None) is None:
+            return type(function), name(function), of(bound, depth)
+        owner = getattr(function, "__self__", None)
+        for cell in plain.__closure__ or ():
+            try:
+                bound.append(cell.cell_contents)
+            except ValueError:  # not yet filled
+                continue
+        bound += [plain.__defaults__, plain.__kwdefaults__]
+        return plain.__code__, None if owner is None else name(owner), of(bound, depth)
+
+    return told(function, 5), objects
+
+
+def _reference(thing: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(thing)
+    except TypeError:
+        return lambda: thing
 
 
 def _affordable(parameters: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
