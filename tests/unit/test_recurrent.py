@@ -278,12 +278,14 @@ def test_a_function_cell_takes_the_dtype_of_its_inputs():
 
 @pytest.mark.parametrize("cell", [GRU, LSTM, RNN], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("method", ["project", "step", "readout"])
-def test_a_subclass_with_a_step_of_its_own_runs_no_kernel_of_its_parent(cell, method):
+@pytest.mark.parametrize("mixed", [False, True], ids=["own", "of a mixin"])
+def test_a_subclass_with_a_step_of_its_own_runs_no_kernel_of_its_parent(cell, method, mixed):
     def doubled(self, *arguments):
         value = getattr(cell, method)(self, *arguments)
         return map_state(value, lambda t: 2 * t)
 
-    changed = type("Changed", (cell,), {method: doubled})(3, 5)
+    kinds, body = ((type("Mixin", (), {method: doubled}), cell), {}) if mixed else ((cell,), {method: doubled})
+    changed = type("Changed", kinds, body)(3, 5)
     x, states = torch.randn(2, 7, 3), []
     state = changed.init_state((2,))
     for t in range(7):

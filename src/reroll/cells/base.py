@@ -14,6 +14,7 @@ Your own cell is a subclass with `step` and `init_state`, or a plain function th
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -80,7 +81,8 @@ class Cell(nn.Module, ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         """A kernel is written for the step of its own class: a subclass that computes another has none."""
         super().__init_subclass__(**options)
-        if {"step", "project", "readout"} & vars(cls).keys() and "fused" not in vars(cls):
+        before = itertools.takewhile(lambda kind: "fused" not in vars(kind), cls.__mro__)  # a mixin's step counts
+        if "fused" not in vars(cls) and any({"step", "project", "readout"} & vars(kind).keys() for kind in before):
             cls.fused, cls.has_kernel = Cell.fused, False
 
     def fused(self, inputs: Tensor, state: State) -> tuple[Tensor, State] | None:
