@@ -155,3 +155,20 @@ def test_what_is_no_table_is_refused_in_a_line(tmp_path, content, reading, messa
     with pytest.raises(UsageError, match=message) as caught:
         Arrays(tmp_path / "a.csv", **reading)
     assert str(caught.value).isprintable()
+
+
+LONE = {
+    "plain": ("kW\n1,5\n2,5\n4,25\n12\n", {}, [1.5, 2.5, 4.25, 12]),
+    "thousands": ("kW\n2.345,67\n1.100,50\n999,1\n", {}, [2345.67, 1100.5, 999.1]),
+    "said": ("kW\n1,10\n2,20\n3,30\n", {"decimal": ","}, [1.1, 2.2, 3.3]),
+    "counted rows": ("kW\n1,10\n2,20\n3,30\n", {}, [10, 20, 30]),
+    "commas said": ("kW\n1,5\n2,5\n4,25\n", {"sep": ","}, [5, 5, 25]),
+}
+
+
+@pytest.mark.parametrize("case", LONE)
+def test_one_column_of_decimal_commas_is_not_cut_at_them(tmp_path, case):
+    content, reading, expected = LONE[case]
+    data = read(tmp_path, "a.csv", content.encode(), **reading)
+    assert data.values.ravel().tolist() == expected
+    assert "between cells" not in data.note

@@ -129,7 +129,8 @@ def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
     encoding, lines = _lines(path, head)
     comments = any(line.startswith("#") for line in lines)
     lines = [line for line in lines if line.strip() and not line.startswith("#")][:20]
-    sep, rows = _cells(lines, reading.sep and WORDS.get(reading.sep, reading.sep))
+    lone = _is_lone_column(lines, reading)
+    sep, rows = _cells(lines, ";" if lone else reading.sep and WORDS.get(reading.sep, reading.sep))
     header = _is_header(rows[0], rows[1:])
     row_names = len(rows) > 1 and all(len(row) == len(rows[0]) + 1 and row[-1] for row in rows[1:])
     missing = [*MISSING, *(word.strip() for word in (reading.missing or "").split(","))]
@@ -153,7 +154,7 @@ def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
     if not header:
         frame.columns = [str(number) for number in range(1, len(frame.columns) + 1)]
     said = {
-        f"{SEPARATORS.get(sep, repr(sep))} between cells": sep != ",", "decimal commas": decimal == ",",
+        f"{SEPARATORS.get(sep, repr(sep))} between cells": sep != "," and not lone, "decimal commas": decimal == ",",
         encoding: encoding != "utf-8-sig", "comments after #": comments,
         "no header line, columns are named 1, 2, …": not header,
     }  # fmt: skip
@@ -189,6 +190,18 @@ def _cells(lines: list[str], sep: str | None) -> tuple[str, list[list[str]]]:
         if max(counts) > 1 and not spaces:
             several.setdefault(candidate, rows)
     return next(iter(several.items()), (sep or ",", [[line] for line in lines]))
+
+
+def _is_lone_column(lines: list[str], reading: Reading) -> bool:
+    """Whether below a name stand decimal commas, as 2.345,67: one column, not names of rows and their numbers."""
+    name, *cells = lines
+    if reading.sep or reading.decimal == "." or not cells or NUMBER.fullmatch(name) or re.search(r"[,;|\t]", name):
+        return False
+    if not all(re.fullmatch(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?", cell.strip()) for cell in cells):
+        return False
+    whole = [cell.strip().partition(",")[0] for cell in cells]
+    counts_rows = [str(int(whole[0]) + n) for n in range(len(whole))] == whole if whole[0].isdigit() else False
+    return any("," in cell for cell in cells) and (reading.decimal == "," or not counts_rows)
 
 
 def _is_header(first: list[str], rest: list[list[str]]) -> bool:
