@@ -150,6 +150,10 @@ def test_only_one_process_of_a_mesh_writes(tmp_path, of):
     assert differences(a, b) == []
 
 
+def test_it_can_be_printed_before_it_is_trained():
+    assert repr(session()).startswith("Session(")
+
+
 def test_it_is_public():
     assert reroll.Session is Session
     assert reroll.train.train is train

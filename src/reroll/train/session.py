@@ -102,7 +102,7 @@ class Session:
     optimizer: Any
     mesh: Mesh = ALONE
     run: str = field(init=False, default="")
-    folder: RunFolder = field(init=False)
+    folder: RunFolder = field(init=False, repr=False)  # there is none before `train`
     journal: journal.Writer | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
