@@ -221,7 +221,7 @@ def test_a_journal_shorter_than_its_checkpoint_is_refused(tmp_path):
         train(small(), path, report=Interrupt(7, "abandoned"))
     journal.Writer.append(journal.read(path / "journal"), 3).close()
     before = contents(path)
-    with pytest.raises(RunError, match="has 3 of the 6 steps the checkpoint has"):
+    with pytest.raises(RunError, match="has 3 of the 6 steps the checkpoint has. .*later steps than 3"):
         train(small(), path, resume=True)
     assert contents(path) == before
 

@@ -88,7 +88,11 @@ class Journal:
     def require(self, steps: int) -> None:
         """Raise `RunError` unless the journal has so many steps, naming its damage if that is why."""
         if steps > self.steps:
-            raise RunError(self.damage or f"{self.path} has {self.steps} of the {steps} steps the checkpoint has.")
+            raise RunError(
+                self.damage
+                or f"{self.path} has {self.steps} of the {steps} steps the checkpoint has. Bring back a copy of it, or "
+                f"move the checkpoints of later steps than {self.steps} elsewhere: an earlier one is then gone on from."
+            )
 
     def iterate(self, from_step: int = 0, to: int | None = None) -> Iterator[Record]:
         """Yield the records of the steps from `from_step` up to, without, `to`; one is in memory at a time.
