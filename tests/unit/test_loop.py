@@ -245,6 +245,7 @@ def test_a_loss_that_is_not_finite_at_the_start_names_what_to_change(tmp_path, m
     poison(monkeypatch, 0, value)
     with pytest.raises(RunError, match=r"The loss is not finite at step 0\. .*Lower --") as error:
         train(small(gradient=method), tmp_path)
+    assert str(error.value).count("The loss is not finite") == 1
     status = read_json(tmp_path / "status.json")
     assert (status["state"], status["step"], status["reason"]) == ("failed", 0, str(error.value))
     assert rows_of(tmp_path) == []

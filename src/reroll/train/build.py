@@ -40,7 +40,8 @@ def plan_units(config: Config, estimator: Estimator, model: nn.Module, batch: An
     """Fill in how probes are evaluated (mode, chunk, threads), by static rules; return the config and a sentence."""
     if not config.gradient.seeded or not isinstance(estimator, CentralDifference):
         threads = config.run.threads or torch.get_num_threads()
-        return config.replace(run={"threads": threads}), f"Gradient by backpropagation, on {threads} threads."
+        words = "1 thread" if threads == 1 else f"{threads} threads"
+        return config.replace(run={"threads": threads}), f"Gradient by backpropagation, on {words}."
     if estimator.micro_batch is not None:
         batch = batch.rows(0, min(estimator.micro_batch, len(batch)))
     plan = estimator.plan(model, trainable(model), batch)

@@ -214,7 +214,7 @@ def take_step(session: Session) -> dict[str, Any]:
 def _lost(session: Session, reason: str) -> dict[str, Any]:
     """There is no gradient: an error at the first step, the end of the run at a later one."""
     if session.progress.step == 0:
-        raise RunError(f"The loss is not finite at step 0. {reason}")
+        raise RunError(f"The loss is not finite at step 0. {reason.removeprefix('The loss is not finite. ')}")
     return {"step": session.progress.step, "loss": math.nan, "reason": reason}
 
 

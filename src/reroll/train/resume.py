@@ -115,7 +115,7 @@ def _go_on(
     folder.write_config(config)
     damaged = folder.cut_metrics(saved.step)
     if damaged:
-        note += f" {damaged} damaged rows of metrics.jsonl are left out."
+        note += f" {damaged} damaged {'row' if damaged == 1 else 'rows'} of metrics.jsonl left out."
     if mesh.writes:
         checkpoint.set_aside(folder.checkpoints, saved.step)
     folder.clear_temporary()
