@@ -121,7 +121,7 @@ def explain(error: Exception) -> str:
 def overview() -> str:
     """Return what `reroll --help` prints."""
     lines = [
-        "reroll: train sequence models past the three walls of backpropagation through time.",
+        "reroll: train recurrent models by forward passes alone, or by backpropagation through time.",
         "",
         "start here:   reroll train                trains a small model on text that every Python brings along",
         "",
