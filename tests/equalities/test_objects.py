@@ -154,6 +154,12 @@ def test_it_can_be_printed_before_it_is_trained():
     assert repr(session()).startswith("Session(")
 
 
+def test_a_rate_of_zero_is_refused():
+    module = Net()
+    with pytest.raises(UsageError, match="lr=0.0 must be greater than zero"):
+        Session.of(Largest(), module, Backprop(), torch.optim.SGD(module.parameters(), lr=0.0), steps=3)
+
+
 def test_it_is_public():
     assert reroll.Session is Session
     assert reroll.train.train is train

@@ -121,7 +121,7 @@ def explain(error: Exception) -> str:
 def overview() -> str:
     """Return what `reroll --help` prints."""
     lines = [
-        "reroll: train recurrent models by forward passes alone, or by backpropagation through time.",
+        "reroll: train sequence models by forward passes alone, in parallel along time, or by backpropagation.",
         "",
         "start here:   reroll train                trains a small model on text that every Python brings along",
         "",

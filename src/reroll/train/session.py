@@ -16,7 +16,7 @@ import torch
 
 from reroll.data.batch import START, Batch
 from reroll.data.task import Task
-from reroll.errors import RunError
+from reroll.errors import RunError, require_positive
 from reroll.grad import Backprop
 from reroll.grad.base import Estimator, LossFn, trainable
 from reroll.grad.central_difference import CentralDifference
@@ -163,6 +163,7 @@ class Session:
             0.1
         """
         base, first = float(optimizer.param_groups[0]["lr"]), task.batch(0)
+        require_positive(lr=base)  # of the first group, which those of the others are relative to
         for group in optimizer.param_groups:
             group.setdefault("lr_scale", float(group["lr"]) / base)
         gradient, also = described(estimator)
