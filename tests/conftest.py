@@ -6,6 +6,10 @@ import shutil
 import tempfile
 
 import pytest
+
+# Workers beside each other (pytest -n) share the cores: two that spin on two threads each take several times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 CUDA = torch.cuda.is_available()

@@ -32,7 +32,7 @@ def test_the_visible_flags_are_these():
 
 SECTIONS = {"task": TASKS, "model": MODELS, "gradient": GRADIENTS, "optim": OPTIMIZERS, "run": {"": RunSpec}}
 NESTED = {"rollout": ROLLOUTS, "schedule": SCHEDULES}
-KINDS = {kind for table in (*SECTIONS.values(), *NESTED.values()) for kind in table.values()}
+KINDS = list(dict.fromkeys(kind for table in (*SECTIONS.values(), *NESTED.values()) for kind in table.values()))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
