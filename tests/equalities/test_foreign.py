@@ -18,7 +18,7 @@ from reroll.grad.base import trainable
 from reroll.grad.checks import floors
 from reroll.grad.evaluate import verify
 from reroll.grad.evaluate.in_place import snap_to_grid
-from reroll.grad.evaluate.surroundings import seed_of
+from reroll.grad.evaluate.snapshot import seed_of
 from reroll.grad.probes import RULES, Rule, Slopes
 from reroll.kernels.noise_axpy import NOISES, Noise, layout, noise
 from reroll.keys import Key
@@ -410,9 +410,9 @@ def test_rounding_of_a_loss_near_zero_is_no_weight_out_of_reach(monkeypatch):
             model[2].bias.copy_(torch.tensor([6.0, 0.0]))
         once = verify.Evaluation._once
 
-        def rounded(self, probing, unit, plan):
-            losses = once(self, probing, unit, plan)
-            return losses + size if probing.epsilon and plan.evaluate == "in_place" else losses
+        def rounded(self, probes, unit, plan):
+            losses = once(self, probes, unit, plan)
+            return losses + size if probes.epsilon and plan.evaluate == "in_place" else losses
 
         monkeypatch.setattr(verify.Evaluation, "_once", rounded)
         return CentralDifference(3, 0.1, evaluate="batched")(model, loss_fn, X.float(), KEY).outcome

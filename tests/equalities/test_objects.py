@@ -9,7 +9,7 @@ from reroll import Backprop, CentralDifference, Key
 from reroll.data.batch import Batch
 from reroll.data.task import Task
 from reroll.errors import UsageError
-from reroll.grad.evaluate.probing import seeded_generators
+from reroll.grad.evaluate.snapshot import seeded_generators
 from reroll.train import Session, checkpoint, train
 from reroll.train.load import load
 from reroll.train.mesh import Mesh

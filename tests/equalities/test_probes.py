@@ -14,10 +14,11 @@ from reroll.data.task import sequence_losses
 from reroll.errors import UsageError
 from reroll.grad import Backprop, CentralDifference, Seeded
 from reroll.grad.base import trainable
+from reroll.grad.evaluate.base import ProbeContext
 from reroll.grad.evaluate.in_place import InPlace, snap_to_grid
-from reroll.grad.evaluate.probing import Probing, Unit
 from reroll.grad.evaluate.tiles import Perturbed, Tiles
 from reroll.grad.probes import coefficients, expected_relative_error
+from reroll.grad.units import Unit
 from reroll.kernels import dispatch
 from reroll.kernels.noise_axpy import Stream, noise, noise_axpy, noise_of
 from reroll.keys import Key
@@ -123,12 +124,12 @@ def test_all_modes_give_the_same_losses(name):
 def test_weights_in_pieces_are_the_weights(name, budget):
     """With a budget of a few rows every product is cut, heads are cut, and the losses do not change."""
     model, batch = build(name, torch.float64), a_batch()
-    probing = Probing(trainable(model), sequence_losses, KEY, 0.05, model=model)
+    probes = ProbeContext(trainable(model), sequence_losses, KEY, 0.05, model=model)
     unit = Unit(range(2, 4), batch)
     with torch.no_grad():
-        with InPlace(probing) as evaluator:
+        with InPlace(probes) as evaluator:
             expected = evaluator.losses(unit).losses
-        with Tiles(probing, budget) as evaluator:
+        with Tiles(probes, budget) as evaluator:
             torch.testing.assert_close(evaluator.losses(unit).losses, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -142,8 +143,8 @@ def test_what_is_held_of_many_layers_is_within_the_budget(name, budget):
     batch = torch.randn(3, 64) if name == "wide" else a_batch()
     loss_fn = (lambda m, x: m(x).square().mean()) if name == "wide" else sequence_losses
     assert sum(p.numel() * 4 for p in model.parameters()) > budget
-    probing = Probing(trainable(model), loss_fn, KEY, 0.05, model=model)
-    evaluator, held = Tiles(probing, budget), []
+    probes = ProbeContext(trainable(model), loss_fn, KEY, 0.05, model=model)
+    evaluator, held = Tiles(probes, budget), []
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         fill = Perturbed._fill
 
@@ -155,7 +156,7 @@ def test_what_is_held_of_many_layers_is_within_the_budget(name, budget):
         patch.setattr(Perturbed, "_fill", noting)
         losses = evaluator.losses(Unit(range(3), batch)).losses
     assert budget // 4 < max(held) <= budget
-    with torch.no_grad(), InPlace(probing) as other:
+    with torch.no_grad(), InPlace(probes) as other:
         torch.testing.assert_close(losses, other.losses(Unit(range(3), batch)).losses, rtol=1e-5, atol=1e-6)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from reroll.grad import Backprop, CentralDifference
-from reroll.grad.evaluate.probing import seeded_generators
+from reroll.grad.evaluate.snapshot import seeded_generators
 from reroll.keys import Key
 from reroll.models import Interface
 from reroll.specs.model import LSTM

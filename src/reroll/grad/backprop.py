@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from reroll.data.batch import START
 from reroll.errors import UsageError
 from reroll.grad.base import Dense, Estimate, LossFn, trainable
-from reroll.grad.evaluate.probing import batch_rows, batch_size, read_loss, with_state
-from reroll.grad.evaluate.surroundings import cuda_devices, seed_of, seeded_generators
+from reroll.grad.evaluate.base import read_loss
+from reroll.grad.evaluate.snapshot import cuda_devices, seed_of, seeded_generators
+from reroll.grad.units import batch_rows, batch_size, with_state
 from reroll.keys import Key
 from reroll.outcome import Outcome
 from reroll.specs.gradient import BackpropOptions

@@ -25,14 +25,13 @@ from torch import Tensor, nn
 from reroll.errors import UsageError, nearest
 from reroll.grad.base import Estimate, LossFn, Seeded, padding_rows, trainable
 from reroll.grad.checks import check_epsilon
+from reroll.grad.evaluate.base import ProbeContext, split_result
 from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.grad.evaluate.plan import Plan, make_plan
-from reroll.grad.evaluate.probing import Probing, Unit, batch_size, split_result, with_state
 from reroll.grad.evaluate.verify import Evaluation
 from reroll.grad.evaluate.warm import TOO_LOOSE, WarmStarts, iterates
-from reroll.grad.execute import Execute
 from reroll.grad.probes import RULES, Coefficients, coefficients
-from reroll.grad.units import cut, gather, parts
+from reroll.grad.units import Execute, batch_size, cut, gather, with_state
 from reroll.kernels.noise_axpy import Noise, noise_of
 from reroll.keys import Key
 from reroll.outcome import Outcome
@@ -147,7 +146,7 @@ class CentralDifference(ProbeOptions):
         plan, rule = self.plan(model, parameters, batch), RULES[self.difference]
         # Without a module to look at, whether something iterates inside the loss shows when it is called.
         warm = WarmStarts(loss_fn) if model is None or iterates(model) else None
-        probing = self._probing(parameters, warm or loss_fn, key, plan, model, scales or {})
+        probes = self._context(parameters, warm or loss_fn, key, plan, model, scales or {})
         states = getattr(batch, "state", None)
         carried = states is not None and not self.per_branch_state
         units = cut(
@@ -156,10 +155,10 @@ class CentralDifference(ProbeOptions):
         )  # fmt: skip
         # Weights that were planned to be copied are not on a grid, should they be evaluated in place after all.
         restore = self.restore if plan.evaluate == "in_place" else "copy"
-        evaluation = Evaluation(probing, plan, restore, self.evaluate != "auto", self.execute)
+        evaluation = Evaluation(probes, plan, restore, self.evaluate != "auto", self.execute)
         with _casting(model, self.dtype):
             if warm is not None and model is not None:
-                with probing.isolated() as rewind:
+                with probes.isolated(model) as rewind:
                     rewind()
                     warm.prepare(model, [with_state(unit.batch, unit.states and unit.states[0]) for unit in units])
             with watching() as seen:
@@ -169,67 +168,62 @@ class CentralDifference(ProbeOptions):
             clean, after, passes = None, None, 0
             if rule.clean or carried:
                 clean, after, passes = self._clean(evaluation, batch)
-        taken = coefficients(losses, probing.epsilon, self.shaping, self.difference, clean if rule.clean else None)
+        taken = coefficients(losses, probes.epsilon, self.shaping, self.difference, clean if rule.clean else None)
         gradient = Seeded.of(
-            key, taken.values, self.directions, parameters, scales={n: 1.0 / s for n, s in probing.scales.items()},
-            sums=torch.float64 if self.sums == "fp64" else None, still=probing.still,
+            key, taken.values, self.directions, parameters, scales={n: 1.0 / s for n, s in probes.scales.items()},
+            sums=torch.float64 if self.sums == "fp64" else None, still=probes.still,
         )  # fmt: skip
         passes += sum(len(unit.probes) * len(rule.sides) for unit in units) + (warm.passes if warm else 0)
         stats = {"forward_passes": passes, **self._stats(taken, evaluation)}
         outcome = _outcome(taken, error, stats)
         if outcome is Outcome.no_difference:
-            check_epsilon(parameters, self.epsilon, probing.scales, self.dtype, again=True)
+            check_epsilon(parameters, self.epsilon, probes.scales, self.dtype, again=True)
             if current() is None:  # who watches says it
                 warnings.warn(outcome.value, stacklevel=2)
         return Estimate(taken.loss, gradient, outcome, stats, branches if self.per_branch_state else after)
 
-    def _probing(
+    def _context(
         self, parameters: Mapping[str, Tensor], call: LossFn, key: Key, plan: Plan, model: nn.Module | None,
         scales: Mapping[str, float],
-    ) -> Probing:  # fmt: skip
+    ) -> ProbeContext:  # fmt: skip
         """The probes of a step, at an ε that the weights can show, and on their grid where one restores them."""
         check_epsilon(parameters, self.epsilon, scales, self.dtype)
         epsilon = self.epsilon
         if plan.evaluate == "in_place" and self.restore == "grid":
             epsilon = snap_to_grid(parameters, epsilon, self.directions)
-        return Probing(
+        return ProbeContext(
             parameters=parameters, call=call, key=key, epsilon=epsilon, noise=self.directions, dtype=self.dtype,
             sides=RULES[self.difference].sides, scales=scales, model=model, isolate=plan.isolate,
             still=padding_rows(model, parameters),
         )  # fmt: skip
 
     def _stats(self, taken: Coefficients, evaluation: Evaluation) -> dict[str, Any]:
-        plan, probing = evaluation.plan, evaluation.probing
+        plan, probes = evaluation.plan, evaluation.probes
         return {
-            "lost_probes": taken.lost, "spread": taken.spread, "probe_snr": taken.snr, "epsilon": probing.epsilon,
+            "lost_probes": taken.lost, "spread": taken.spread, "probe_snr": taken.snr, "epsilon": probes.epsilon,
             "evaluate": plan.evaluate, "chunk": plan.chunk, "threads": plan.threads, "workers": plan.workers,
-            "reason": plan.reason, "extra_bytes": plan.extra_bytes(probing.parameters, self.restore, self.dtype),
+            "reason": plan.reason, "extra_bytes": plan.extra_bytes(probes.parameters, self.restore, self.dtype),
         } | ({} if evaluation.drift is None else {"drift": evaluation.drift})  # fmt: skip
 
     def _clean(self, evaluation: Evaluation, batch: Any) -> tuple[Tensor, Any, int]:
-        """Evaluate the unperturbed model as branches are, in their dtype and micro-batches.
-
-        Returns:
-            Its loss, the state it carries on, and the number of evaluations.
-        """
-        probing, pieces, found = evaluation.probing, parts(batch, self.micro_batch), []
+        """The unperturbed model's loss, in the dtype and micro-batches of branches; the state after it; evaluations."""
+        units = cut(batch, 1, 1, micro_batch=self.micro_batch)
+        probes, results = evaluation.probes, []
         if self.dtype is None:
             # The weights themselves are what the branches are perturbed copies of.
-            with probing.isolated() as rewind:
-                for part in pieces:
+            with probes.isolated(probes.model) as rewind:
+                for unit in units:
                     rewind()
-                    found.append(split_result(probing.call(probing.model, part)))
+                    results.append(split_result(probes.call(probes.model, unit.batch)))
         else:
             # A branch of size zero is the model in another dtype.
-            still = replace(evaluation, probing=replace(probing, epsilon=0.0, sides=(1,)))
-            results = still.run([Unit(range(1), part) for part in pieces])
-            found = [(result.losses.flatten()[0], result.states[0]) for result in results]
-        if len(pieces) == 1:
-            return found[0][0].cpu(), found[0][1], 1
-        rows = [batch_size(part) or 1 for part in pieces]
-        total = sum(loss.cpu().double() * count for (loss, _), count in zip(found, rows)) / sum(rows)
-        assert isinstance(total, Tensor)
-        return total.to(found[0][0].dtype), combine_states([state for _, state in found], torch.cat), len(pieces)
+            still = replace(evaluation, probes=replace(probes, epsilon=0.0, sides=(1,)))
+            results = [(result.losses.flatten()[0], result.states[0]) for result in still.run(units)]
+        if len(units) == 1:
+            return results[0][0].cpu(), results[0][1], 1
+        rows = [batch_size(unit.batch) or 1 for unit in units]
+        total = torch.stack([loss.cpu().double() * count for (loss, _), count in zip(results, rows)]).sum() / sum(rows)
+        return total.to(results[0][0].dtype), combine_states([state for _, state in results], torch.cat), len(units)
 
 
 def _outcome(taken: Coefficients, error: float | None, stats: dict[str, Any]) -> Outcome:

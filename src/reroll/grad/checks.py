@@ -1,17 +1,16 @@
-"""Whether weights can be moved one by one, whether they show ε, and what is known of them from before."""
+"""Whether weights can be moved one by one, and whether they show ε."""
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad.base import fetch
@@ -20,22 +19,8 @@ WIDE = 64.0
 """An ε so many times above the floor is not looked at again at every step."""
 
 
-class Memo:
-    """What is known of objects, by their identity, and forgotten with them."""
-
-    def __init__(self) -> None:
-        self.entries: dict[int, tuple[weakref.ref[Any], dict[Any, Any]]] = {}
-
-    def of(self, owner: Any) -> dict[Any, Any]:
-        """Return the dict of one object."""
-        entry = self.entries.get(id(owner))
-        if entry is None or entry[0]() is not owner:
-            forget = functools.partial(lambda key, _: self.entries.pop(key, None), id(owner))
-            entry = self.entries[id(owner)] = (weakref.ref(owner, forget), {})
-        return entry[1]
-
-
-_seen = Memo()
+_smallest: MutableMapping[Any, dict[Any, float]] = WeakIdKeyDictionary()
+"""The least ε of a set of tensors as it was last seen, by the first of them and what else it depends on."""
 
 
 def floors(parameters: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, float]:
@@ -73,10 +58,10 @@ def check_epsilon(
 ) -> None:  # fmt: skip
     """Raise `EpsilonTooSmall` if ε is below the floor of a tensor.
 
-    That takes a pass over the weights: made the first time, then while ε is near the floor that was seen, and on
-    request: where no probe shows in the loss, the weights may have outgrown ε.
+    That takes a pass over the weights: made the first time, while ε is near the floor that was seen, and on request
+    (`again`): where no probe shows in the loss, the weights may have outgrown ε.
     """
-    seen = _seen.of(next(iter(parameters.values())))
+    seen = _smallest.setdefault(next(iter(parameters.values())), {})
     key = (tuple(parameters), dtype, tuple(scales.items()))
     if key not in seen:
         check_memory(parameters)

@@ -1,52 +1,102 @@
-"""Cut a step into units, and put their results together again.
+"""Units, the pieces of work that a thread or a rank takes whole: how a step is cut, evaluated, and put together again.
 
-Probes are cut by `chunk`, the batch by `micro_batch`; or the probes share the batch out and every group of them sees
-its own sequences ("split").
+A unit is some consecutive probes, both signs together, on a fixed part of the batch. Probes are cut by `chunk`, the
+batch by `micro_batch`; or the probes share the batch out and every group of them sees its own sequences ("split").
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextvars
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.grad.evaluate.probing import Result, Unit, batch_rows, batch_size
+from reroll.kernels.threads import pool, torch_threads
+
+
+class Unit(NamedTuple):
+    """Consecutive probes on a part of the batch.
+
+    Args:
+        probes: indices of the probes.
+        batch: the part of the batch they see.
+        states: one carried state per branch, [(side, probe)], sides outermost; None: the batch's own.
+        single: True if the part is a single sequence of several, so that the loss must come per sequence.
+    """
+
+    probes: range
+    batch: Any
+    states: list[Any] | None = None
+    single: bool = False
+
+
+class Result(NamedTuple):
+    """Losses [sides, probes of the unit], and the state after each branch, in the order of `Unit.states`."""
+
+    losses: Tensor
+    states: list[Any]
 
 
 class BranchStates(list[Any]):
     """The carried states of all branches of a step, L⁺ of every probe and then L⁻; `Batch.state` for NRES."""
 
 
+# ---- who evaluates the units
+
+
+Execute = Callable[[Any, Sequence[Unit]], list[Result]]
+"""(evaluator, units) → results in the order of the units. Everything else is a function of all of them, so it never
+matters who computed which: threads of this process (`threads`, the default), or the ranks of a mesh."""
+
+
+def threads(workers: int, each: int) -> Execute:
+    """Return the executor of this process: so many units at the same time, each with so many threads of torch."""
+
+    def execute(evaluator: Any, units: Sequence[Unit]) -> list[Result]:
+        precision = [(d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+
+        def one(unit: Unit) -> Result:
+            with torch.no_grad(), ExitStack() as stack:
+                for device, dtype in precision:
+                    # The thread that asked autocasts, and so do we; cast weights of a branch hold for no other.
+                    stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+                return evaluator.losses(unit)
+
+        if workers > 1:
+            # Each unit runs in a copy of this context, so that a forced implementation holds in the workers too.
+            shared = pool(workers, each)
+            futures = [shared.submit(contextvars.copy_context().run, one, unit) for unit in units]
+            return [future.result() for future in futures]
+        with torch_threads(each):
+            return [one(unit) for unit in units]
+
+    return execute
+
+
+# ---- cutting a step, and gathering its losses
+
+
 def cut(
     batch: Any, probes: int, chunk: int, *, split: bool = False, micro_batch: int | None = None, states: Any = None
 ) -> list[Unit]:
-    """Return the units of a step.
-
-    Args:
-        batch: the whole batch.
-        probes: N.
-        chunk: probes of a unit.
-        split: give every group of probes its own sequences.
-        micro_batch: most sequences of a unit.
-        states: the states of branches, where every branch carries its own.
-    """
+    """Return the units of a step of so many probes; `states` are those of branches, where each carries its own."""
     size = batch_size(batch)
-    shares = _shares(size, probes) if split else [(range(probes), 0, size, False)]
+    shares: list[Any] = _shares(size, probes) if split else [(range(probes), 0, size)]
     units = []
-    for group, begin, end, single in shares:
-        for row in _pieces(begin, end, micro_batch):
-            part = batch if row is None or row == (0, size) else batch_rows(batch, *row)
+    for group, begin, end in shares:
+        single = split and end == begin + 1 and size != 1
+        for rows in _ranges(begin, end, micro_batch):
+            part = batch if rows is None or rows == (0, size) else batch_rows(batch, *rows)
             for first in range(group.start, group.stop, chunk):
                 some = range(first, min(first + chunk, group.stop))
                 units.append(Unit(some, part, _states_of(states, some, probes), single))
     return units
-
-
-def parts(batch: Any, micro_batch: int | None) -> list[Any]:
-    """Return the batch in parts of at most `micro_batch` sequences."""
-    return [unit.batch for unit in cut(batch, 1, 1, micro_batch=micro_batch)]
 
 
 def gather(units: list[Unit], results: list[Result], probes: int) -> tuple[Tensor, BranchStates]:
@@ -67,21 +117,18 @@ def gather(units: list[Unit], results: list[Result], probes: int) -> tuple[Tenso
     return (total / weight).to(dtype), BranchStates(states)
 
 
-def _shares(size: int | None, probes: int) -> list[tuple[range, int | None, int | None, bool]]:
-    """Give every group of probes its own sequences: as many groups as there are probes or sequences."""
+def _shares(size: int | None, probes: int) -> list[tuple[range, int, int]]:
+    """Every group of probes and its own sequences: as many groups as there are probes or sequences."""
     if size is None:
         raise UsageError('batch="split" needs a batch that can be cut by sequences; this one has no first axis.')
-    groups = min(probes, size)
-    shares = []
-    for g in range(groups):
-        begin, end = size * g // groups, size * (g + 1) // groups
-        some = range(probes * g // groups, probes * (g + 1) // groups)
-        shares.append((some, begin, end, end - begin == 1 and size > 1))
-    return shares
+    count = min(probes, size)
+    edges = [(probes * g // count, size * g // count) for g in range(count + 1)]
+    return [(range(p, q), begin, end) for (p, begin), (q, end) in pairwise(edges)]
 
 
-def _pieces(begin: int | None, end: int | None, most: int | None) -> list[tuple[int, int] | None]:
-    if begin is None or end is None:
+def _ranges(begin: int, end: int | None, most: int | None) -> list[tuple[int, int] | None]:
+    """Ranges of at most `most` sequences; [None]: there is nothing to cut by."""
+    if end is None:
         return [None]
     step = most or max(end - begin, 1)
     return [(first, min(first + step, end)) for first in range(begin, end, step)] or [(begin, end)]
@@ -94,3 +141,46 @@ def _states_of(states: Any, probes: range, total: int) -> list[Any] | None:
     if not isinstance(states, BranchStates):
         return [states] * (2 * len(probes))
     return [states[side * total + k] for side in range(len(states) // total) for k in probes]
+
+
+# ---- batches of any kind
+
+
+def batch_size(batch: Any) -> int | None:
+    """Return the number of sequences of a batch: its `len` if it can be cut by rows, or that of its first tensor."""
+    if hasattr(batch, "rows"):
+        return len(batch)
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, tuple | list):
+        return next((size for size in map(batch_size, batch) if size is not None), None)
+    return None
+
+
+def batch_rows(batch: Any, begin: int, end: int) -> Any:
+    """Return some of the sequences of a batch: its own `rows`, or the rows of every tensor in it."""
+    cut_part = lambda part: batch_rows(part, begin, end)
+    if hasattr(batch, "rows"):
+        return batch.rows(begin, end)
+    if isinstance(batch, Tensor):
+        return batch[begin:end] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {name: cut_part(value) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(*map(cut_part, batch)) if hasattr(batch, "_fields") else type(batch)(map(cut_part, batch))
+    return batch
+
+
+def first_tensor(batch: Any) -> Tensor | None:
+    """Return the first tensor of a batch: of its inputs, if it has them."""
+    first = getattr(batch, "inputs", batch)
+    while isinstance(first, tuple | list | dict) and first:
+        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+    return first if isinstance(first, Tensor) else None
+
+
+def with_state(batch: Any, state: Any) -> Any:
+    """Return the batch with this carried state; None leaves it as it is."""
+    return batch if state is None else replace(batch, state=state)

@@ -11,7 +11,7 @@ from torch import nn
 from reroll.errors import UsageError
 from reroll.grad import CentralDifference
 from reroll.grad.base import Estimator, trainable
-from reroll.grad.evaluate.surroundings import seeded_generators
+from reroll.grad.evaluate.snapshot import seeded_generators
 from reroll.models import Interface
 from reroll.specs.model import ModelSpec
 from reroll.train.config import Config

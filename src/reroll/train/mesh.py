@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from reroll.grad.execute import Execute
+from reroll.grad.units import Execute
 
 
 @dataclass(frozen=True)

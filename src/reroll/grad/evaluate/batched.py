@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from reroll.data.batch import START
-from reroll.grad.evaluate.probing import Evaluator, Probing, Result, Unit, split_result, with_state
-from reroll.grad.evaluate.substitute import Substitute
+from reroll.grad.evaluate.base import Evaluator, ProbeContext, split_result
+from reroll.grad.evaluate.intercept import Intercept
+from reroll.grad.units import Result, Unit, with_state
 from reroll.kernels import dispatch
 from reroll.kernels.noise_axpy import noise_axpy_each
 from reroll.passes import add_passes
@@ -25,48 +26,45 @@ from reroll.trees import combine_states, map_state
 class Batched(Evaluator):
     """Evaluate units under vmap. Several threads may call `losses` at once."""
 
-    def __init__(self, probing: Probing):
-        self.probing = probing
-
     def losses(self, unit: Unit) -> Result:
-        probing = self.probing
-        branches = list(probing.branches(unit))
-        stacks = {name: self._stack(name, p, branches) for name, p in probing.parameters.items()}
-        states, batch = unit.states, unit.batch
+        probes, model, batch = self.probes, self.probes.model, unit.batch
+        branches = probes.branches(unit)
+        stacks = {name: self._stack(name, p, branches) for name, p in probes.parameters.items()}
+        states = unit.states
         if states is not None and states[0] is START:
             states, batch = None, with_state(batch, START)
         states = None if states is None else combine_states(states, torch.stack)
 
         def one(weights: dict[str, Tensor], state: Any) -> Any:
-            with Substitute(_Slices(probing, weights)):
-                loss, after = split_result(probing.call(probing.model, with_state(batch, state)), unit.single)
+            with Intercept(_Slices(probes, weights)):
+                loss, after = split_result(probes.call(model, with_state(batch, state)), unit.single)
             return loss if after is None else (loss, after)  # vmap returns tensors only
 
-        with dispatch.mapped(), probing.isolated():
+        with dispatch.mapped(), probes.isolated(model):
             axes = (0, None if states is None else 0)
             result = torch.vmap(one, in_dims=axes, randomness="same")(stacks, states)
         add_passes(len(branches) - 1)
         losses, after = result if isinstance(result, tuple) else (result, None)
-        return Result(losses.view(len(probing.sides), -1), [_pick(after, index) for index in range(len(branches))])
+        after = [map_state(after, lambda tensor, i=i: tensor[i]) for i in range(len(branches))]
+        return Result(losses.view(len(probes.sides), -1), after)
 
-    def _stack(self, name: str, p: Tensor, branches: list[tuple[int, int, int]]) -> Tensor:
+    def _stack(self, name: str, p: Tensor, branches: list[tuple[int, int]]) -> Tensor:
         """One perturbed copy per branch, [branches, *p.shape]."""
-        out = torch.empty(len(branches), *p.shape, dtype=self.probing.dtype or p.dtype, device=p.device)
-        probes = [probe for _, _, probe in branches]
-        alphas = [self.probing.alpha(name, side) for _, side, _ in branches]
-        noise_axpy_each(p, self.probing.stream(name), probes, alphas, out=out)
+        out = torch.empty(len(branches), *p.shape, dtype=self.probes.dtype or p.dtype, device=p.device)
+        alphas = [self.probes.alpha(name, side) for side, _ in branches]
+        noise_axpy_each(p, self.probes.stream(name), [probe for _, probe in branches], alphas, out=out)
         return out
 
 
 class _Slices:
-    """The slices of the stacks that vmap is looking at, as a source for `Substitute`."""
+    """The slices of the stacks that vmap is looking at, in place of the weights."""
 
-    def __init__(self, probing: Probing, weights: dict[str, Tensor]):
+    def __init__(self, probes: ProbeContext, weights: dict[str, Tensor]):
         self.rules = {functional.linear: self.linear}
-        self.slices = {id(p): weights[name] for name, p in probing.parameters.items()}
-        if probing.dtype is not None and probing.model is not None:
-            for p in probing.model.parameters():
-                self.slices.setdefault(id(p), p.detach().to(probing.dtype) if p.is_floating_point() else p)
+        self.slices = {id(p): weights[name] for name, p in probes.parameters.items()}
+        if probes.dtype is not None and probes.model is not None:
+            for p in probes.model.parameters():
+                self.slices.setdefault(id(p), p.detach().to(probes.dtype_of(p)))
         self.ids = set(self.slices)
 
     def tensor(self, p: Tensor) -> Tensor:
@@ -79,7 +77,3 @@ class _Slices:
         rows = input.reshape(-1, input.shape[-1])
         product = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
         return product.view(*input.shape[:-1], -1)
-
-
-def _pick(state: Any, index: int) -> Any:
-    return map_state(state, lambda tensor: tensor[index])

@@ -15,68 +15,64 @@ The rounding moves a weight by at most half a unit, 2⁻²⁴ of the tensor's la
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad.base import fetch
-from reroll.grad.evaluate.probing import Evaluator, Probing, Result, Unit
+from reroll.grad.evaluate.base import BranchByBranch, ProbeContext
 from reroll.kernels.noise_axpy import RADEMACHER, Noise, noise_axpy
 
 
-class InPlace(Evaluator):
+class InPlace(BranchByBranch):
     """Evaluate units by overwriting the weights; one unit at a time."""
 
-    def __init__(self, probing: Probing, restore: str = "copy"):
-        if probing.dtype is not None:
-            raise UsageError('evaluate="in_place" cannot change the dtype of the weights; use evaluate="tiles".')
-        self.probing, self.restore = probing, restore
-        self.copies: dict[str, Tensor] = {}
-        self.drift: int | None = None
-        """Tensors that came back changed; counted where there is no copy to put back."""
+    drift: int | None = None
+    """Tensors that came back changed; counted where there is no copy to put back."""
 
-    def __enter__(self) -> InPlace:
+    def __init__(self, probes: ProbeContext, restore: str = "copy"):
+        super().__init__(probes)
+        if probes.dtype is not None:
+            raise UsageError('evaluate="in_place" cannot change the dtype of the weights; use evaluate="tiles".')
+        self.on_grid = restore == "grid"
+        self.copies: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        named = self.probes.parameters
         # A forward pass that renormalises a weight moves it off the grid.
-        named = self.probing.parameters
-        copied = named if self.restore == "copy" else renormalised(self.probing.model, named)
+        copied = renormalised(self.probes.model, named) if self.on_grid else named
         self.copies = {name: named[name].detach().clone() for name in copied}
-        self.before = bit_sums(named) if self.restore == "grid" else []
+        self.before = bit_sums(named) if self.on_grid else []
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for name, copy in self.copies.items():
-            self.probing.parameters[name].detach().copy_(copy)
+        self._put_back()
         self.copies = {}
-        if self.restore == "grid":
-            self.drift = sum(a != b for a, b in zip(self.before, bit_sums(self.probing.parameters)))
+        if self.on_grid:
+            self.drift = sum(a != b for a, b in zip(self.before, bit_sums(self.probes.parameters)))
 
-    def losses(self, unit: Unit) -> Result:
-        losses = [torch.tensor(0.0)] * (len(self.probing.sides) * len(unit.probes))
-        states: list[Any] = [None] * len(losses)
-        # Probe by probe, both signs in turn, so that the grid policy needs one pass over the weights between them.
-        with self.probing.isolated() as rewind:
-            for index, side, probe in sorted(self.probing.branches(unit), key=lambda branch: branch[2]):
-                rewind()
-                self._perturb(side, probe)
-                try:
-                    losses[index], states[index] = self.probing.loss(unit, unit.states and unit.states[index])
-                finally:
-                    if self.restore == "grid":
-                        self._take_back(side, probe)
-        return Result(torch.stack(losses).view(len(self.probing.sides), -1), states)
+    @contextmanager
+    def branch(self, side: int, probe: int) -> Iterator[None]:
+        self._perturb(side, probe)
+        try:
+            yield
+        finally:
+            if self.on_grid:
+                self._perturb(-side, probe)
+                self._put_back()
 
     def _perturb(self, side: int, probe: int) -> None:
-        for name, p in self.probing.parameters.items():
+        for name, p in self.probes.parameters.items():
             source = self.copies.get(name, p)
-            noise_axpy(source, self.probing.stream(name), [probe], [self.probing.alpha(name, side)], out=p.detach())
+            noise_axpy(source, self.probes.stream(name), [probe], [self.probes.alpha(name, side)], out=p.detach())
 
-    def _take_back(self, side: int, probe: int) -> None:
-        self._perturb(-side, probe)
+    def _put_back(self) -> None:
         for name, copy in self.copies.items():
-            self.probing.parameters[name].detach().copy_(copy)
+            self.probes.parameters[name].detach().copy_(copy)
 
 
 def renormalised(model: nn.Module | None, named: Mapping[str, Tensor]) -> list[str]:
@@ -88,7 +84,7 @@ def renormalised(model: nn.Module | None, named: Mapping[str, Tensor]) -> list[s
 
 
 def bit_sums(parameters: Mapping[str, Tensor]) -> list[int]:
-    """Return the sum of every tensor's bit patterns. A tensor that probing left changed has another one."""
+    """Return the sum of every tensor's bit patterns. A tensor that was left changed has another one."""
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     patterns = [p.detach().view(words[p.element_size()]).flatten() for p in parameters.values()]
     # In pieces: torch makes an int64 copy of what it sums in int64.

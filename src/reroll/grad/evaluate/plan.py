@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from reroll.errors import UsageError
 from reroll.grad.base import TILE_BYTES, weight_bytes
-from reroll.grad.evaluate.warm import alone_in_place
+from reroll.grad.evaluate.snapshot import STATISTICS
+from reroll.grad.evaluate.warm import iterates
+from reroll.grad.units import first_tensor
 from reroll.models import Stateful
 
-MODES = ("in_place", "tiles", "batched")
 SMALL = 1 << 18
 """Weights up to which a model is evaluated batched: a perturbed copy (1 MB) and the next stay in the second cache."""
 BATCHED_FLOATS = 1 << 20
@@ -30,7 +31,6 @@ ONE_THREAD = 1 << 23
 """Weights up to which a unit is given one thread and the cores work on different units."""
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
 
 
 @dataclass(frozen=True)
@@ -79,59 +79,54 @@ def make_plan(
     dtype: torch.dtype | None = None,
     sides: int = 2,
 ) -> Plan:
-    """Decide how to evaluate.
-
-    Args:
-        model: the module; None for a closure that nothing is known about.
-        parameters: the perturbed tensors.
-        probes: N.
-        batch: a batch as the probes will see it; only its shape matters.
-        evaluate: a mode, or "auto".
-        chunk, threads, workers: None decides; a number is taken.
-        dtype: the dtype of the evaluation, None for the weights' own.
-        sides: branches of a probe.
-
-    Raises:
-        UsageError: for an unknown mode.
-    """
-    if evaluate not in ("auto", *MODES):
-        raise UsageError(f'evaluate="{evaluate}" must be auto, {", ".join(MODES)}.')
-    if evaluate in ("tiles", "batched") and (why := alone_in_place(model)) is not None:
+    """Decide what is "auto" or None. Without a model nothing is assumed; of the batch only shapes matter."""
+    if evaluate in ("tiles", "batched") and (why := _why_in_place(model)) is not None:
         raise UsageError(f'evaluate="{evaluate}" cannot follow this model: {why}. Use "in_place".')
     weights = sum(p.numel() for p in parameters.values())
     low = any(p.dtype.itemsize < 4 for p in parameters.values()) or dtype is not None
     on_cpu = all(p.device.type == "cpu" for p in parameters.values())
-    known = model is not None and is_known(model)
-    still = model is not None and known and is_still(model)
+    # Torch's modules and ours use their weights in torch operations only.
+    is_known = model is not None and all(
+        type(module).__module__.startswith(("torch.nn.", "reroll.")) for module in model.modules()
+    )
+    reason = "asked for"
     if evaluate == "auto":
-        evaluate, reason = _choose(model, weights, low, known)
-    else:
-        reason = "asked for"
+        evaluate, reason = _choose(model if is_known else None, weights, low, _why_in_place(model))
+    isolate = model is None or not is_known or any(_draws_or_changes(m) for m in model.modules() if m.training)
     # One unit at a time where units would share weights, the global generator, buffers or a device.
-    alone = evaluate == "in_place" or not still or not on_cpu
+    alone = evaluate == "in_place" or isolate or not on_cpu
     cores = torch.get_num_threads() if on_cpu else 1
     if threads is None:
         threads = cores if alone or weights > ONE_THREAD else 1
     workers = 1 if alone else workers or max(1, cores // threads)
-    if chunk is None:
-        chunk = (
-            _chunk(weights, -(-probes // workers), sides, _activations(model, batch)) if evaluate == "batched" else 1
-        )
+    if chunk is None and evaluate == "batched":
+        chunk = _chunk(weights, -(-probes // workers), sides, _activations(model, batch))
     tile_bytes = max(TILE_BYTES, weight_bytes(parameters) // 100)
-    whole = known and weight_bytes(parameters, dtype) <= tile_bytes
-    return Plan(evaluate, max(1, min(chunk, probes)), threads, workers, not still, tile_bytes, whole, reason)
+    whole = is_known and weight_bytes(parameters, dtype) <= tile_bytes
+    return Plan(evaluate, max(1, min(chunk or 1, probes)), threads, workers, isolate, tile_bytes, whole, reason)
 
 
-def _choose(model: nn.Module | None, weights: int, low: bool, known: bool) -> tuple[str, str]:
-    if (why := alone_in_place(model)) is not None:
-        return "in_place", why
-    if model is None or not known:
-        if low:
-            return "tiles", "evaluation below fp32 works on copies, never in place"
+def _choose(model: nn.Module | None, weights: int, low: bool, why_in_place: str | None) -> tuple[str, str]:
+    """The mode and why; `model` is None where nothing can be assumed of it."""
+    if why_in_place is not None:
+        return "in_place", why_in_place
+    if model is None and low:
+        return "tiles", "evaluation below fp32 works on copies, never in place"
+    if model is None:
         return "in_place", "the model has code of its own, which may read its weights in any way"
-    if weights <= SMALL and can_be_mapped(model):
+    if weights <= SMALL and not any(map(_cannot_be_mapped, model.modules())):
         return "batched", f"{weights:,} weights: many perturbed copies fit into the cache"
     return "tiles", f"{weights:,} weights: pieces are perturbed where they are used, the weights stay untouched"
+
+
+def _why_in_place(model: nn.Module | None) -> str | None:
+    """Why the branches of a model can only be evaluated with its weights in place, or None."""
+    if model is not None and iterates(model):
+        return "the rollout iterates until it has converged, differently for every branch"
+    rollouts = () if model is None else (getattr(module, "rollout", None) for module in model.modules())
+    if any(getattr(rollout, "kernel", "") == "compiled" for rollout in rollouts):
+        return "the rollout compiles the step with the weights of every branch"
+    return None
 
 
 def _chunk(weights: int, most: int, sides: int, activations: int) -> int:
@@ -143,10 +138,8 @@ def _chunk(weights: int, most: int, sides: int, activations: int) -> int:
 
 def _activations(model: nn.Module | None, batch: Any) -> int:
     """About how many numbers one evaluation keeps alive: positions of the batch times numbers per position."""
-    first = getattr(batch, "inputs", batch)
-    while isinstance(first, tuple | list | dict) and first:
-        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
-    if not isinstance(first, Tensor):
+    first = first_tensor(batch)
+    if first is None:
         return 1
     positions = first.numel() if not first.is_floating_point() else first.numel() // max(first.shape[-1], 1)
     if model is None:
@@ -158,27 +151,15 @@ def _activations(model: nn.Module | None, batch: Any) -> int:
     return positions * sum(sum(p.shape[-2:]) for p in model.parameters() if p.dim() > 1)
 
 
-def is_known(model: nn.Module) -> bool:
-    """Whether all modules are torch's or reroll's, so that weights are used in torch operations only."""
-    return all(type(module).__module__.startswith(("torch.nn.", "reroll.")) for module in model.modules())
+def _cannot_be_mapped(module: nn.Module) -> bool:
+    """Whether a module fails under torch.func.vmap: torch's recurrent ones, and what writes batch statistics."""
+    return isinstance(module, nn.RNNBase | nn.RNNCellBase) or (module.training and isinstance(module, STATISTICS))
 
 
-def can_be_mapped(model: nn.Module) -> bool:
-    """Whether all modules run under torch.func.vmap: not torch's recurrent ones, nor what writes batch statistics."""
-    return not any(
-        isinstance(module, nn.RNNBase | nn.RNNCellBase) or (module.training and isinstance(module, _STATISTICS))
-        for module in model.modules()
-    )
-
-
-def is_still(model: nn.Module) -> bool:
-    """Whether a model of known modules draws no random numbers and changes no buffer in its present mode."""
-    return not any(_moves(module) for module in model.modules() if module.training)
-
-
-def _moves(module: nn.Module) -> bool:
+def _draws_or_changes(module: nn.Module) -> bool:
+    """Whether a module of torch or ours draws random numbers or changes a buffer in training."""
     if isinstance(module, _DROPOUT):
         return module.p > 0
     if isinstance(module, nn.LSTM | nn.GRU | nn.RNN | nn.MultiheadAttention | nn.RReLU):
         return getattr(module, "dropout", 1.0) > 0
-    return isinstance(module, _STATISTICS)
+    return isinstance(module, STATISTICS)

@@ -9,7 +9,7 @@ there comes in pieces, one after the other in the other half:
     anything else the whole tensor, for as long as the one operation takes
 
 so beside the weights there are never more than the budget (8 MB, or 1 % of the weights) of perturbed ones per worker,
-except for an operation that needs a larger tensor whole; `whole` counts the bytes of the largest such tensor.
+except for an operation that needs a larger tensor whole.
 
 The rows of a matrix in the noise stream can be made alone (`reroll.kernels.noise_axpy`), which is why a piece of a
 perturbed matrix is the piece of the perturbed matrix.
@@ -27,42 +27,30 @@ from torch import Tensor
 from torch.nn import functional
 
 from reroll.grad.base import TILE_BYTES
-from reroll.grad.evaluate.probing import Evaluator, Probing, Result, Unit
-from reroll.grad.evaluate.substitute import Substitute
+from reroll.grad.evaluate.base import BranchByBranch, ProbeContext
+from reroll.grad.evaluate.intercept import Intercept
 from reroll.kernels import dispatch
 from reroll.kernels.lstm_scan import lstm_scan
+from reroll.kernels.lstm_scan.reference import gated
 from reroll.kernels.noise_axpy import layout, noise_axpy, noise_axpy_rows
 
 
-class Tiles(Evaluator):
+class Tiles(BranchByBranch):
     """Evaluate units without touching the weights. Several threads may call `losses` at once."""
 
-    def __init__(self, probing: Probing, budget: int = TILE_BYTES):
-        self.probing, self.budget = probing, budget
-        self.whole = 0
-        self.thread = threading.local()
-
-    def losses(self, unit: Unit) -> Result:
-        losses, states = [], []
-        if not hasattr(self.thread, "scratch"):
-            self.thread.scratch = Scratch()
-        with self.probing.isolated() as rewind:
-            for index, side, probe in self.probing.branches(unit):
-                rewind()
-                source = Perturbed(self.probing, side, probe, self.budget, self.thread.scratch)
-                with Substitute(source), self._step_by_step():
-                    loss, state = self.probing.loss(unit, unit.states and unit.states[index])
-                losses.append(loss)
-                states.append(state)
-                self.whole = max(self.whole, source.whole)
-        return Result(torch.stack(losses).view(len(self.probing.sides), -1), states)
+    def __init__(self, probes: ProbeContext, budget: int = TILE_BYTES):
+        super().__init__(probes)
+        self.budget, self.thread = budget, threading.local()
 
     @contextmanager
-    def _step_by_step(self) -> Iterator[None]:
-        """Torch's kernels for whole sequences need whole weights: loop over steps where one does not fit."""
-        largest = max(p.numel() * p.element_size() for p in self.probing.parameters.values())
+    def branch(self, side: int, probe: int) -> Iterator[None]:
+        if not hasattr(self.thread, "scratch"):
+            self.thread.scratch = Scratch()
+        largest = max(p.nbytes for p in self.probes.parameters.values())
         with ExitStack() as stack:
+            stack.enter_context(Intercept(Perturbed(self.probes, side, probe, self.budget, self.thread.scratch)))
             if largest > self.budget // 2:
+                # Torch's kernels for whole sequences need whole weights: loop over steps where one does not fit.
                 for op in ("rnn", "gru"):
                     stack.enter_context(dispatch.use(op, "reference"))
             yield
@@ -73,14 +61,13 @@ class Scratch:
 
     def __init__(self) -> None:
         self.whole: dict[int, Tensor] = {}
-        """Of weights that are kept whole, by `id`."""
+        """Of weights that stay whole for a branch, by `id`."""
         self.pieces: Tensor | None = None
         """Of the pieces that are needed now, of whichever weight."""
 
     def bytes(self) -> int:
-        """Return how much is held."""
-        held = [*self.whole.values(), *([] if self.pieces is None else [self.pieces])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        """Return how much memory this is."""
+        return sum(tensor.nbytes for tensor in self.whole.values()) + (0 if self.pieces is None else self.pieces.nbytes)
 
     def piece(self, first: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return memory for numbers `first` … `first + count` of the present pieces."""
@@ -89,49 +76,44 @@ class Scratch:
             out = self.pieces = torch.empty(first + count, dtype=dtype, device=device)
         return out[first : first + count]
 
-    def keep(self, p: Tensor, dtype: torch.dtype, kept: Container[int], limit: int) -> Tensor:
-        """Return memory for a whole weight; that of weights this branch does not keep makes room for it."""
+    def keep(self, p: Tensor, dtype: torch.dtype, in_use: Container[int], limit: int) -> Tensor:
+        """Return memory for a whole weight; that of weights this branch does not use makes room for it."""
         out = self.whole.get(id(p))
         if out is None or out.dtype != dtype:
             out = self.whole[id(p)] = torch.empty(p.numel(), dtype=dtype, device=p.device)
-            total = sum(tensor.numel() * tensor.element_size() for tensor in self.whole.values())
-            if total > limit:
-                self.whole = {i: tensor for i, tensor in self.whole.items() if i in kept or i == id(p)}
+            if sum(tensor.nbytes for tensor in self.whole.values()) > limit:
+                self.whole = {i: tensor for i, tensor in self.whole.items() if i in in_use or i == id(p)}
         return out
 
 
 class Perturbed:
-    """The weights of one branch, θ ± ε z_k, as a source of copies and pieces for `Substitute`."""
+    """The weights of one branch, θ ± ε z_k, as a source of copies and pieces for `Intercept`."""
 
-    def __init__(self, probing: Probing, side: int, probe: int, budget: int, scratch: Scratch):
-        self.probing, self.side, self.probe, self.budget = probing, side, probe, budget
-        self.scratch = scratch
-        self.names: dict[int, str | None] = {id(p): name for name, p in probing.parameters.items()}
-        if probing.dtype is not None and probing.model is not None:
+    def __init__(self, probes: ProbeContext, side: int, probe: int, budget: int, scratch: Scratch):
+        self.probes, self.side, self.probe, self.scratch = probes, side, probe, scratch
+        self.room = budget // 2
+        """Bytes of weights that stay whole, and of the pieces that are needed at once."""
+        self.names: dict[int, str | None] = {id(p): name for name, p in probes.parameters.items()}
+        if probes.dtype is not None and probes.model is not None:
             # Weights that are not perturbed are still cast to the dtype of the branch.
-            self.names = {id(p): None for p in probing.model.parameters()} | self.names
+            self.names = {id(p): None for p in probes.model.parameters()} | self.names
         self.ids = set(self.names)
         self.rules = {functional.linear: self.linear, functional.embedding: self.embedding, lstm_scan: self.lstm_scan}
-        self.kept: dict[int, Tensor] = {}
-        self.kept_bytes = self.whole = 0
+        self.copies: dict[int, Tensor] = {}
+        self.copied_bytes = 0
 
     # ---- copies and pieces
 
     def tensor(self, p: Tensor) -> Tensor:
-        """Return the whole perturbed tensor, kept for the rest of the branch if the budget allows."""
-        if id(p) in self.kept:
-            return self.kept[id(p)]
-        keep = self.fits(p)
-        if keep:
-            memory = self.scratch.keep(p, self.dtype(p), self.kept, self.budget // 2)
-        else:
-            memory = torch.empty(p.numel(), dtype=self.dtype(p), device=p.device)
-        made = self._fill(p, 0, layout(p.shape)[0], memory).view(p.shape)
-        if keep:
-            self.kept[id(p)] = made
-            self.kept_bytes += self.bytes(p)
-        else:
-            self.whole = max(self.whole, self.bytes(p))
+        """Return the whole perturbed tensor, the same for the rest of the branch if the budget allows."""
+        if id(p) in self.copies:
+            return self.copies[id(p)]
+        dtype = self.probes.dtype_of(p)
+        if not self.fits(p):
+            return self._fill(p, 0, None, torch.empty(p.numel(), dtype=dtype, device=p.device)).view(p.shape)
+        memory = self.scratch.keep(p, dtype, self.copies, self.room)
+        self.copies[id(p)] = made = self._fill(p, 0, None, memory).view(p.shape)
+        self.copied_bytes += made.nbytes
         return made
 
     def rows(self, p: Tensor, begin: int, end: int, first: int = 0) -> Tensor:
@@ -141,36 +123,30 @@ class Perturbed:
         beside others come after them in it, at number `first`.
         """
         count = (end - begin) * layout(p.shape)[1]
-        return self._fill(p, begin, end, self.scratch.piece(first, count, self.dtype(p), p.device))
+        return self._fill(p, begin, end, self.scratch.piece(first, count, self.probes.dtype_of(p), p.device))
 
-    def _fill(self, p: Tensor, begin: int, end: int, memory: Tensor) -> Tensor:
+    def _fill(self, p: Tensor, begin: int, end: int | None, memory: Tensor) -> Tensor:
         source = p.detach().reshape(layout(p.shape))[begin:end]
         out = memory.view(source.shape)
         name = self.names[id(p)]
         if name is None:
             return out.copy_(source)
-        alpha = self.probing.alpha(name, self.side)
-        noise_axpy(source, self.probing.stream(name), [self.probe], [alpha], out=out, first_row=begin)
+        alpha = self.probes.alpha(name, self.side)
+        noise_axpy(source, self.probes.stream(name), [self.probe], [alpha], out=out, first_row=begin)
         return out
 
     def value(self, p: Any) -> Any:
         """Return what stands in for an argument: a perturbed copy of a weight, anything else as it is."""
         return self.tensor(p) if id(p) in self.ids else p
 
-    def dtype(self, p: Tensor) -> torch.dtype:
-        return self.probing.dtype if self.probing.dtype is not None and p.is_floating_point() else p.dtype
-
-    def bytes(self, p: Tensor) -> int:
-        return p.numel() * self.dtype(p).itemsize
-
     def fits(self, *tensors: Any) -> bool:
-        """Whether these weights can all be kept whole, in their half of the budget."""
-        missing = {id(p): self.bytes(p) for p in tensors if id(p) in self.ids and id(p) not in self.kept}
-        return self.kept_bytes + sum(missing.values()) <= self.budget // 2
-
-    def room(self) -> int:
-        """Bytes the pieces that are needed at once may have: half of the budget, the other is for what is kept."""
-        return self.budget // 2
+        """Whether these weights can all stay whole."""
+        missing = {
+            id(p): p.numel() * self.probes.dtype_of(p).itemsize
+            for p in tensors
+            if id(p) in self.ids and id(p) not in self.copies
+        }
+        return self.copied_bytes + sum(missing.values()) <= self.room
 
     # ---- rules: functions computed piece by piece
 
@@ -178,16 +154,16 @@ class Perturbed:
         """torch.nn.functional.linear, in blocks of outputs if the weight does not fit."""
         outputs, columns = weight.shape
         bias = self.value(bias)
-        input = input.to(self.dtype(weight))
+        input = input.to(self.probes.dtype_of(weight))
         if (name := self.names.get(id(weight))) is not None:
-            alpha = self.probing.alpha(name, self.side)
-            made = self.probing.noise.linear(input, weight, bias, self.probing.stream(name), self.probe, alpha)
+            alpha = self.probes.alpha(name, self.side)
+            made = self.probes.noise.linear(input, weight, bias, self.probes.stream(name), self.probe, alpha)
             if made is not None:
                 return made
         if id(weight) not in self.ids or self.fits(weight) or layout(weight.shape)[0] != outputs:
             return functional.linear(input, self.value(weight), bias)
         result = input.new_empty(*input.shape[:-1], outputs)
-        step = max(1, self.room() // (columns * input.element_size()))
+        step = max(1, self.room // (columns * input.element_size()))
         for begin in range(0, outputs, step):
             end = min(begin + step, outputs)
             part = None if bias is None else bias[begin:end]
@@ -200,26 +176,26 @@ class Perturbed:
         few = input.numel() < weight.shape[0] or not self.fits(weight)
         # max_norm renormalises the weight in place; only a whole copy can take that.
         max_norm = kwargs.get("max_norm", args[1] if len(args) > 1 else None)
-        if name is None or not few or id(weight) in self.kept or layout(weight.shape)[0] == 1 or max_norm is not None:
+        if name is None or not few or id(weight) in self.copies or layout(weight.shape)[0] == 1 or max_norm is not None:
             return functional.embedding(input, self.value(weight), *args, **kwargs)
-        out = torch.empty(*input.shape, weight.shape[1], dtype=self.dtype(weight), device=weight.device)
+        out = torch.empty(*input.shape, weight.shape[1], dtype=self.probes.dtype_of(weight), device=weight.device)
         flat = out.view(-1, weight.shape[1])
-        alpha = self.probing.alpha(name, self.side)
-        noise_axpy_rows(weight, input.reshape(-1), self.probing.stream(name), self.probe, alpha, out=flat)
+        alpha = self.probes.alpha(name, self.side)
+        noise_axpy_rows(weight, input.reshape(-1), self.probes.stream(name), self.probe, alpha, out=flat)
         return out
 
     def lstm_scan(
         self, inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h: Tensor, c: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """reroll.kernels.lstm_scan, one group of heads after another if the weights do not fit."""
-        inputs, h, c = (self.value(t).to(self.dtype(weight_hh)) for t in (inputs, h, c))
+        inputs, h, c = (self.value(t).to(self.probes.dtype_of(weight_hh)) for t in (inputs, h, c))
         bias = self.value(bias)
         if self.fits(weight_ih, weight_hh):
             return lstm_scan(inputs, self.value(weight_ih), self.value(weight_hh), bias, h, c)
         width = weight_hh.shape[1]
         heads, gates = h.shape[1] // width, 4 * width
         head_bytes = gates * (inputs.shape[2] + width) * inputs.element_size()
-        group = min(heads, self.room() // head_bytes)
+        group = min(heads, self.room // head_bytes)
         if group == 0:
             return self._lstm_by_steps(inputs, weight_ih, weight_hh, bias, h, c)
         parts = []
@@ -245,18 +221,16 @@ class Perturbed:
         """A head that does not fit: its recurrent matrix is made again, in blocks of rows, at every step."""
         width = weight_hh.shape[1]
         heads, gates = h.shape[1] // width, 4 * width
-        step = max(1, self.room() // (width * inputs.element_size()))
+        step = max(1, self.room // (width * inputs.element_size()))
         projected = self.linear(inputs, weight_ih, bias)
         outputs = []
         for u in projected.unbind(1):
             pre = u.clone()
             for n in range(heads):
-                own = h[:, n * width : (n + 1) * width]
+                block = h[:, n * width : (n + 1) * width]
                 for begin in range(n * gates, (n + 1) * gates, step):
                     rows = slice(begin, min(begin + step, (n + 1) * gates))
-                    pre[:, rows] += own @ self._piece(weight_hh, rows).T
-            i, f, z, o = pre.view(-1, heads, 4, width).unbind(2)
-            c = (torch.sigmoid(f) * c.view(-1, heads, width) + torch.sigmoid(i) * torch.tanh(z)).flatten(1)
-            h = (torch.sigmoid(o) * torch.tanh(c.view(-1, heads, width))).flatten(1)
+                    pre[:, rows] += block @ self._piece(weight_hh, rows).T
+            h, c = (t.flatten(1) for t in gated(pre.view(-1, heads, gates), c.view(-1, heads, width)))
             outputs.append(h)
         return torch.stack(outputs, 1), h, c

@@ -16,27 +16,29 @@ then the step is taken once more with its branches separated, one unit at a time
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from reroll.errors import UsageError
-from reroll.grad.checks import Memo
+from reroll.grad.evaluate.base import Evaluator, ProbeContext
 from reroll.grad.evaluate.batched import Batched
 from reroll.grad.evaluate.in_place import InPlace
 from reroll.grad.evaluate.plan import Plan
-from reroll.grad.evaluate.probing import Evaluator, Probing, Result, Unit
 from reroll.grad.evaluate.replicas import Replicas
-from reroll.grad.evaluate.surroundings import Surroundings, cuda_devices
+from reroll.grad.evaluate.snapshot import Snapshot, cuda_devices
 from reroll.grad.evaluate.tiles import Tiles
-from reroll.grad.execute import Execute, threads
+from reroll.grad.units import Execute, Result, Unit, threads
 from reroll.passes import uncounted
 from reroll.rollout.watch import watching
 
@@ -54,21 +56,23 @@ UNREACHED = "its losses differ from those of another way, so not all that the lo
 REMEMBERED = 64
 """Losses of a model that are remembered."""
 
-_settled = Memo()
+_settled: MutableMapping[Any, dict[Any, Any]] = WeakIdKeyDictionary()
+"""Of a model: what was settled, by plan and loss; each with references to the objects whose ids are in its key."""
 
 
 @dataclass
 class Evaluation:
-    """How the units of a step are evaluated, after what is known of the model and the loss.
+    """How the units of a step are evaluated.
 
     Args:
         plan: what was planned; what was settled on, once units were evaluated.
         restore: for "in_place".
         asked: the mode was asked for by name, so none is taken in its place.
         execute: who evaluates units; None: threads of this process.
+        drift: of "in_place" on a grid, tensors that came back changed.
     """
 
-    probing: Probing
+    probes: ProbeContext
     plan: Plan
     restore: str
     asked: bool
@@ -77,7 +81,7 @@ class Evaluation:
 
     def run(self, units: list[Unit]) -> list[Result]:
         """Evaluate units as it is planned."""
-        with evaluator(self.plan, self.probing, self.restore) as way:
+        with evaluator(self.plan, self.probes, self.restore) as way:
             execute = self.execute or threads(self.plan.workers, self.plan.threads)
             results = execute(way, units)
         self.drift = way.drift if isinstance(way, InPlace) else None
@@ -89,29 +93,35 @@ class Evaluation:
         Raises:
             UsageError: if the mode was asked for and cannot evaluate this model and loss.
         """
-        probing, model = self.probing, self.probing.model
+        model = self.probes.model
         loss, objects = identity(loss_fn)
-        key = (self.plan.evaluate, self.plan.whole, probing.dtype, model and model.training, loss)
-        memo = _settled.of(next(iter(probing.parameters.values())) if model is None else model)
-        refs, settled = memo.get(key, ((), {}))
+        key = (self.plan.evaluate, self.plan.whole, self.probes.dtype, model and model.training, loss)
+        memo = _settled.setdefault(next(iter(self.probes.parameters.values())) if model is None else model, {})
+        references, settled = memo.get(key, ((), {}))
         # While all of them live, their ids are nobody else's.
-        known = key in memo and all(ref() is not None for ref in refs)
-        if known:
-            self._take(**settled)
-        else:
-            known = is_ours(model, loss_fn)
-        around = Surroundings(model, cuda_devices(probing.parameters))
+        is_settled = key in memo and all(reference() is not None for reference in references)
+        if is_settled:
+            self._change(**settled)
+        results = self._evaluate(units, trusted=is_settled or is_ours(model, loss_fn))
+        if len(memo) >= REMEMBERED and key not in memo:
+            memo.clear()
+        settled = {name: getattr(self.plan, name) for name in ("evaluate", "whole", "isolate", "reason")}
+        memo[key] = tuple(map(_reference, objects)), settled
+        return results
+
+    def _evaluate(self, units: list[Unit], trusted: bool) -> list[Result]:
+        """Evaluate units, if need be by one way after the other, until there is one to trust."""
+        # Branches that are isolated put back themselves what modules keep.
+        before = Snapshot(None if self.plan.isolate else self.probes.model, cuda_devices(self.probes.parameters))
         first, reason = self.plan.evaluate, None
         while True:
             try:
                 results = self.run(units)
-                if not self.plan.isolate and around.moved():
-                    around.rewind()
-                    around.restore()
-                    self._take(isolate=True)
-                    known = False
+                if not self.plan.isolate and before.has_moved():
+                    self._change(isolate=True)
+                    trusted = False
                     continue
-                if known or self._is_last() or self._agrees(units[0], results[0]):
+                if trusted or self._is_last() or self._agrees(units[0], results[0]):
                     break
                 reason = reason or UNREACHED
             except Exception as error:
@@ -119,35 +129,27 @@ class Evaluation:
                     raise
                 reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
             finally:
-                around.restore()
-            self._next()
+                before.restore()
+            if self.probes.dtype is not None or (self.plan.evaluate == "tiles" and self.plan.whole):
+                self._change(evaluate="tiles", whole=False)
+            else:
+                self._change(isolate=True, evaluate="in_place")
         if reason is not None and self.plan.evaluate != first:
-            self._say(first, reason)
-        if len(memo) >= REMEMBERED and key not in memo:
-            memo.clear()
-        settled = {name: getattr(self.plan, name) for name in ("evaluate", "whole", "isolate", "reason")}
-        memo[key] = tuple(map(_reference, objects)), settled
+            self._report(first, reason)
         return results
 
-    def _take(self, isolate: bool, **changes: Any) -> None:
-        workers = 1 if isolate or changes.get("evaluate") == "in_place" else self.plan.workers
-        self.plan = replace(self.plan, isolate=isolate, workers=workers, **changes)
-        self.probing = replace(self.probing, isolate=isolate)
+    def _change(self, **changes: Any) -> None:
+        plan = replace(self.plan, **changes)
+        self.plan = replace(plan, workers=1) if plan.isolate or plan.evaluate == "in_place" else plan
+        self.probes = replace(self.probes, isolate=plan.isolate)
 
     def _is_last(self) -> bool:
         """Whether there is no other way to go over to: this one is the measure."""
-        if self.probing.dtype is None:
+        if self.probes.dtype is None:
             return self.plan.evaluate == "in_place"
         return self.plan.evaluate == "tiles" and not self.plan.whole
 
-    def _next(self) -> None:
-        """Go over to the next way."""
-        if self.probing.dtype is not None or (self.plan.evaluate == "tiles" and self.plan.whole):
-            self._take(isolate=self.plan.isolate, evaluate="tiles", whole=False)
-        else:
-            self._take(isolate=True, evaluate="in_place")
-
-    def _say(self, first: str, reason: str) -> None:
+    def _report(self, first: str, reason: str) -> None:
         taken = self.plan.evaluate
         if self.asked:
             raise UsageError(
@@ -155,43 +157,39 @@ class Evaluation:
             )
         self.plan = replace(self.plan, reason=f"{first} cannot: {reason}")
         if reason == UNREACHED:  # where a way raises, another is simply taken
-            warnings.warn(f'evaluate="{first}" would be wrong here: {reason}; "{taken}" is used.', stacklevel=3)
+            warnings.warn(f'evaluate="{first}" would be wrong here: {reason}; "{taken}" is used.', stacklevel=4)
 
     def _agrees(self, unit: Unit, result: Result) -> bool:
         """Whether the first probe of a unit has the losses that it has by the last way."""
-        probing, count = self.probing, len(unit.probes)
+        count = len(unit.probes)
         states = unit.states and [state for i, state in enumerate(unit.states) if i % count == 0]
         one = unit._replace(probes=unit.probes[:1], states=states)
-        some = _affordable(probing.parameters, self.plan.tile_bytes)
-        if len(some) < len(probing.parameters):
-            probing = replace(probing, parameters=some)
-            losses = self._once(probing, one, self.plan)
-        else:
-            losses = result.losses[:, :1]
-        measure = replace(self.plan, evaluate="in_place" if probing.dtype is None else "tiles", whole=False)
-        mine, theirs = losses.double(), self._once(probing, one, measure).double()
-        precision = max(torch.finfo(probing.dtype or p.dtype).eps for p in (losses, *probing.parameters.values()))
-        bound = ROUNDING * precision * torch.maximum(mine.abs(), theirs.abs())
+        probes = replace(self.probes, parameters=_affordable(self.probes.parameters, self.plan.tile_bytes))
+        reference = replace(self.plan, evaluate="in_place" if probes.dtype is None else "tiles", whole=False)
+        whole = len(probes.parameters) == len(self.probes.parameters)
+        losses = result.losses[:, :1] if whole else self._once(probes, one, self.plan)
+        mine, theirs = losses.double(), self._once(probes, one, reference).double()
         visible = 2 * torch.finfo(losses.dtype).eps * theirs.abs().max()
         if len(mine) == 2 and mine[0] == mine[1] and (theirs[0] - theirs[1]).abs() > visible:
             return False
-        apart = (mine - theirs).abs()
-        alike = (mine == theirs) | ~(mine.isfinite() | theirs.isfinite())
-        if bool((alike | (apart <= bound)).all()):
+        precision = max(torch.finfo(probes.dtype or p.dtype).eps for p in (losses, *probes.parameters.values()))
+        bound = ROUNDING * precision * torch.maximum(mine.abs(), theirs.abs())
+        gap = (mine - theirs).abs()
+        alike = (mine == theirs) | ~(mine.isfinite() | theirs.isfinite()) | (gap <= bound)
+        if bool(alike.all()):
             return True
-        # Rounding may be amplified, by a long recurrence say: then unperturbed losses are apart, too, if little.
-        still = replace(probing, epsilon=0.0)
-        clean = self._once(still, one, self.plan).double()
-        base = self._once(still, one, measure).double()
+        # Rounding may be amplified, by a long recurrence say: then unperturbed losses differ, too, if little.
+        still = replace(probes, epsilon=0.0)
+        clean, base = (self._once(still, one, plan).double() for plan in (self.plan, reference))
         amplified, effect = (clean - base).abs(), (theirs - base).abs()
-        if bool((alike | ((apart <= FLOOR * precision) & (apart <= SHARE * effect))).all()):
+        if bool((alike | ((gap <= FLOOR * precision) & (gap <= SHARE * effect))).all()):
             return True
         if bool((amplified > AMPLIFIED * precision**0.5 * clean.abs()).any()):
             return False
-        return bool((alike | (apart <= bound + ROUNDING * amplified)).all())
+        return bool((alike | (gap <= bound + ROUNDING * amplified)).all())
 
-    def _once(self, probing: Probing, unit: Unit, plan: Plan) -> Tensor:
-        with uncounted(), watching(quiet=True), evaluator(plan, probing, "copy") as way:
+    def _once(self, probes: ProbeContext, unit: Unit, plan: Plan) -> Tensor:
+        with uncounted(), watching(quiet=True), evaluator(plan, probes, "copy") as way:
             return threads(1, plan.threads)(way, [unit])[0].losses
 
 
@@ -206,16 +204,16 @@ def is_ours(model: nn.Module | None, loss_fn: Callable[..., Any]) -> bool:
     )
 
 
-def evaluator(plan: Plan, probing: Probing, restore: str) -> Evaluator:
+def evaluator(plan: Plan, probes: ProbeContext, restore: str) -> Evaluator:
     """Return what evaluates units as planned."""
     if plan.evaluate == "batched":
-        return Batched(probing)
+        return Batched(probes)
     if plan.evaluate == "tiles":
-        return Replicas(probing) if plan.whole else Tiles(probing, plan.tile_bytes)
-    return InPlace(probing, restore)
+        return Replicas(probes) if plan.whole else Tiles(probes, plan.tile_bytes)
+    return InPlace(probes, restore)
 
 
-def identity(function: Any) -> tuple[Any, list[Any]]:
+def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
     """Return what tells a loss from another, and the objects whose ids are in it.
 
     That is its code, and the modules, parameters and functions that it is bound to, closes over or has as defaults. A
@@ -223,38 +221,32 @@ def identity(function: Any) -> tuple[Any, list[Any]]:
     """
     objects: list[Any] = []
 
-    def name(thing: Any) -> Any:
+    def by_id(thing: Any) -> int:
         objects.append(thing)
         return id(thing)
 
-    def of(value: Any, depth: int) -> Any:
-        if isinstance(value, nn.Module | nn.Parameter):
-            return name(value)
-        if depth and isinstance(value, types.FunctionType | types.MethodType | functools.partial):
-            return told(value, depth - 1)
-        if depth and isinstance(value, list | tuple | dict):
+    def describe(value: Any, depth: int) -> Any:
+        code, inside = None, ()
+        if isinstance(value, types.FunctionType):
+            code, inside = value.__code__, (*_closure(value), value.__defaults__, value.__kwdefaults__)
+        elif isinstance(value, types.MethodType):
+            code, inside = by_id(value.__self__), (value.__func__,)
+        elif isinstance(value, functools.partial):
+            inside = value.func, value.args, value.keywords
+        elif isinstance(value, list | tuple | dict):
             inside = value.values() if isinstance(value, dict) else value
-            return tuple(part for part in (of(each, depth - 1) for each in inside) if part is not None)
-        return None
+        else:
+            return by_id(value) if isinstance(value, nn.Parameter) or callable(value) else None
+        parts = (describe(part, depth - 1) for part in inside) if depth else ()
+        return code, *(part for part in parts if part not in (None, (None,)))
 
-    def told(function: Any, depth: int) -> Any:
-        bound: list[Any] = []
-        while isinstance(function, functools.partial):
-            bound += [function.args, function.keywords]
-            function = function.func
-        plain = getattr(function, "__func__", function)
-        if getattr(plain, "__code__", None) is None:
-            return type(function), name(function), of(bound, depth)
-        owner = getattr(function, "__self__", None)
-        for cell in plain.__closure__ or ():
-            try:
-                bound.append(cell.cell_contents)
-            except ValueError:  # not yet filled
-                continue
-        bound += [plain.__defaults__, plain.__kwdefaults__]
-        return plain.__code__, None if owner is None else name(owner), of(bound, depth)
+    return describe(loss_fn, depth), objects
 
-    return told(function, 5), objects
+
+def _closure(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not yet filled
+            yield cell.cell_contents
 
 
 def _reference(thing: Any) -> Callable[[], Any]:
@@ -265,11 +257,8 @@ def _reference(thing: Any) -> Callable[[], Any]:
 
 
 def _affordable(parameters: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
-    """The tensors, smallest first, that the budget allows to copy; in their order."""
-    chosen, total = set(), 0
-    for name, p in sorted(parameters.items(), key=lambda item: item[1].numel()):
-        total += p.numel() * p.element_size()
-        if total > budget and chosen:
-            break
-        chosen.add(name)
+    """The tensors, smallest first, that the budget allows to copy, or the smallest; in their order."""
+    by_size = sorted(parameters, key=lambda name: parameters[name].numel())
+    totals = itertools.accumulate(parameters[name].nbytes for name in by_size)
+    chosen = {name for i, (name, total) in enumerate(zip(by_size, totals)) if total <= budget or i == 0}
     return {name: p for name, p in parameters.items() if name in chosen}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reroll.grad.evaluate.probing import Result, Unit, batch_size
+from reroll.grad.units import Result, Unit, batch_size, first_tensor
 from reroll.rollout import Newton
 from reroll.rollout.auto import Auto
 from reroll.rollout.watch import watching
@@ -29,79 +29,53 @@ TOO_LOOSE = 0.1
 """Share of the spread of the loss differences that the solver's error may have."""
 
 
-def iterates(model: nn.Module | None) -> bool:
+def iterates(model: nn.Module) -> bool:
     """Whether a model evaluates a recurrence by a method that iterates."""
-    if model is None:
-        return False
     return any(isinstance(getattr(module, "rollout", None), Newton | Auto) for module in model.modules())
 
 
-def alone_in_place(model: nn.Module | None) -> str | None:
-    """Return why the branches of a model can only be evaluated with its weights in place, or None."""
-    if iterates(model):
-        return "the rollout iterates until it has converged, differently for every branch"
-    if model is not None and any(
-        getattr(getattr(module, "rollout", None), "kernel", "") == "compiled" for module in model.modules()
-    ):
-        return "the rollout compiles the step with the weights of every branch"
-    return None
-
-
 class WarmStarts:
-    """The trajectories of the unperturbed weights on every part of a batch, and a loss that begins there.
-
-    Args:
-        loss_fn: (model, batch) → loss, or (loss, state).
-    """
+    """The trajectories of the unperturbed weights on every part of a batch, and a loss that begins there."""
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any]):
         self.loss_fn = loss_fn
-        self.kept: dict[Any, list[Tensor]] = {}
+        self.trajectories: dict[Any, list[Tensor]] = {}
         self.tolerance = 1.0
         self.passes = 0
 
     def prepare(self, model: nn.Module, parts: Iterable[Any]) -> None:
-        """Solve the parts of a batch with the weights as they are.
-
-        Args:
-            model: the model.
-            parts: what the probes will see of the batch.
-        """
+        """Solve the parts of a batch that the probes will see with the weights as they are."""
         for part in parts:
-            if _name(part) in self.kept:
+            if _name(part) in self.trajectories:
                 continue
             with watching(keep=True) as clean:
                 self.loss_fn(model, part)
-            self.kept[_name(part)] = clean.kept
+            self.trajectories[_name(part)] = clean.kept
             self.passes += 1
 
     def __call__(self, model: Any, batch: Any) -> Any:
-        """Return the loss, begun at the trajectory of the unperturbed weights where that is known."""
+        """Return the loss, warm-started from the unperturbed trajectory if there is one."""
         again = self.tolerance != 1.0
-        with watching(guesses=self.kept.get(_name(batch), ()), tolerance=self.tolerance, quiet=again):
+        with watching(guesses=self.trajectories.get(_name(batch), ()), tolerance=self.tolerance, quiet=again):
             return self.loss_fn(model, batch)
 
-    def error(self, units: list[Unit], found: list[Result], run: Callable[[list[Unit]], list[Result]]) -> float | None:
+    def error(
+        self, units: list[Unit], results: list[Result], run: Callable[[list[Unit]], list[Result]]
+    ) -> float | None:
         """Return how far the solver moves a loss difference: the root mean square over every `SHARE`-th probe.
 
-        Args:
-            units: all of the step; a probe's loss is the mean of its units' by their sequences.
-            found: their losses.
-            run: evaluates units.
-
-        Returns:
-            The error; None if none of these probes has a finite loss.
+        It is None if none of these probes has a finite loss; `results` are those of `units`, all of the step.
         """
         firsts = [-unit.probes.start % SHARE for unit in units]
-        some = [(unit, first, result) for unit, first, result in zip(units, firsts, found) if unit.probes[first:]]
+        some = [(unit, first, result) for unit, first, result in zip(units, firsts, results) if unit.probes[first:]]
         with self._tightly():
             exact = run([_every(unit, first) for unit, first, _ in some])
         total, weight = defaultdict[int, Any](float), defaultdict[int, int](int)
         for (unit, first, result), again in zip(some, exact):
-            apart = (result.losses[:, first::SHARE] - again.losses).double().cpu()
-            self.passes += apart.numel()
+            errors = (result.losses[:, first::SHARE] - again.losses).double().cpu()
+            self.passes += errors.numel()
             rows = batch_size(unit.batch) or 1
-            differences = apart[0] - apart[1] if len(apart) == 2 else apart[0]
+            differences = errors[0] - errors[1] if len(errors) == 2 else errors[0]
             for probe, difference in zip(unit.probes[first::SHARE], differences):
                 total[probe] = total[probe] + rows * difference
                 weight[probe] += rows
@@ -128,7 +102,5 @@ def _every(unit: Unit, first: int) -> Unit:
 
 def _name(batch: Any) -> Any:
     """What tells one part of a batch from another: where its first tensor lies."""
-    first = getattr(batch, "inputs", batch)
-    while isinstance(first, tuple | list | dict) and first:
-        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
-    return (first.data_ptr(), tuple(first.shape)) if isinstance(first, Tensor) else id(first)
+    first = first_tensor(batch)
+    return id(batch) if first is None else (first.data_ptr(), tuple(first.shape))

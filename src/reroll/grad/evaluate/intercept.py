@@ -1,8 +1,8 @@
 """Hand perturbed weights to a model that does not know, by intercepting the operations that use them.
 
-Inside `with Substitute(source):` every torch function called in this thread is looked at. One that is given a perturbed
-parameter gets what the source has in its place: a perturbed copy, a slice of a stack under vmap, or, for the products a
-source has rules for, piece after piece. The module is not changed, so several threads can evaluate it at once.
+Inside `with Intercept(source):` a torch function called in this thread with a perturbed parameter gets what the source
+has in its place: a perturbed copy, a slice of a stack under vmap, or, for the products a source has rules for, piece
+after piece. The module is not changed, so several threads can evaluate it at once.
 
 This is torch's public `TorchFunctionMode`; code that reads weights outside torch functions (an extension that takes a
 data pointer) does not pass here and needs `evaluate="in_place"`.
@@ -22,28 +22,13 @@ _ABOUT = {
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "requires_grad", "is_leaf", "ndim", "layout", "is_cuda", "is_meta", "grad")
 } | {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.ndimension,
-    Tensor.numel,
-    Tensor.nelement,
-    Tensor.element_size,
-    Tensor.stride,
-    Tensor.is_contiguous,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    Tensor.get_device,
-    Tensor.new_empty,
-    Tensor.new_zeros,
-    Tensor.new_ones,
-    Tensor.new_full,
-    Tensor.new_tensor,
-    Tensor.__hash__,
-    Tensor.__len__,
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.numel,
-}
+    getattr(Tensor, name)
+    for name in (
+        "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "is_contiguous",
+        "is_floating_point", "is_complex", "get_device", "new_empty", "new_zeros", "new_ones", "new_full",
+        "new_tensor", "__hash__", "__len__",
+    )
+} | {torch.is_floating_point, torch.is_complex, torch.numel}  # fmt: skip
 
 
 class Source(Protocol):
@@ -55,13 +40,11 @@ class Source(Protocol):
     rules: dict[Callable[..., Any], Callable[..., Any]]
     """Functions a source computes by itself: called with (*args, **kwargs) of the function."""
 
-    def tensor(self, p: Tensor) -> Tensor:
-        """Return what stands in for a parameter."""
-        ...
+    def tensor(self, p: Tensor) -> Tensor: ...
 
 
-class Substitute(TorchFunctionMode):
-    """Replace parameters by what a source has for them, in every torch function called inside the block."""
+class Intercept(TorchFunctionMode):
+    """Give every torch function called inside the block what a source has in place of parameters."""
 
     def __init__(self, source: Source):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a forward pass can change beside its result, and putting it back: torch's generators, buffers, kept tensors."""
+"""What a forward pass can change beside its result, and putting it back: generators, buffers, tensors modules keep."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from reroll.keys import Key
 
+STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
+"""Layers that change their buffers in training."""
 
-class _Alone:
+
+class _Generators:
     """The right to use torch's global generators; whoever seeds them for a while holds it."""
 
     lock = threading.RLock()
@@ -25,7 +28,7 @@ class _Alone:
 
 
 if hasattr(os, "register_at_fork"):  # another thread may have held it
-    os.register_at_fork(after_in_child=_Alone.renew)
+    os.register_at_fork(after_in_child=_Generators.renew)
 
 
 def seed_of(key: Key) -> int:
@@ -45,59 +48,59 @@ def seeded_generators(seed: int, devices: Sequence[int] = ()) -> Iterator[None]:
     One thread at a time: the generators are the process's. torch.manual_seed would also seed every other device, and
     those that are initialised later, for good.
     """
-    with _Alone.lock, torch.random.fork_rng(devices=devices):
+    with _Generators.lock, torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)
         yield
 
 
-class Surroundings:
-    """The generators, and a module's buffers and tensor attributes, as they are now.
-
-    Args:
-        model: the module, or None.
-        devices: CUDA devices whose generators count.
-    """
+class Snapshot:
+    """The generators, and the buffers that may move and the tensors that modules keep, as they are now."""
 
     def __init__(self, model: nn.Module | None, devices: Sequence[int] = ()):
         self.devices = devices
-        self.modules = [] if model is None else list(model.modules())
-        self.buffers = [(m, n, b, b.detach().clone()) for m in self.modules for n, b in m.named_buffers(recurse=False)]
-        self.attributes = [dict(vars(m)) for m in self.modules]
-        with _Alone.lock:
+        modules = [] if model is None else list(model.modules())
+        owners = [(m, n, b) for m in modules if _may_move(m) for n, b in m.named_buffers(recurse=False) if b.numel()]
+        self.buffers = [(module, name, buffer, buffer.detach().clone()) for module, name, buffer in owners]
+        self.attributes = [(module, dict(vars(module))) for module in modules]
+        with _Generators.lock:
             self.generators = self._read()
 
     def _read(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
 
-    def rewind(self) -> None:
-        """Set the generators to what they were."""
-        with _Alone.lock:
-            torch.set_rng_state(self.generators[0])
-            for device, state in zip(self.devices, self.generators[1:]):
-                torch.cuda.set_rng_state(state, device)
-
-    def moved(self) -> bool:
+    def has_moved(self) -> bool:
         """Whether a generator, a buffer or a kept tensor is another than it was."""
-        with _Alone.lock:
+        with _Generators.lock:
             drawn = not all(map(torch.equal, self.generators, self._read()))
-        if drawn or any(_changed(m, before) for m, before in zip(self.modules, self.attributes)):
+        if drawn or any(_changed(module, before) for module, before in self.attributes):
             return True
         return any(getattr(m, n) is not b or not torch.equal(b, before) for m, n, b, before in self.buffers)
 
     def restore(self) -> None:
-        """Put buffers and kept tensors back."""
+        """Put all of it back."""
+        with _Generators.lock:
+            torch.set_rng_state(self.generators[0])
+            for device, state in zip(self.devices, self.generators[1:]):
+                torch.cuda.set_rng_state(state, device)
         for module, name, buffer, before in self.buffers:
             if getattr(module, name) is not buffer:
                 setattr(module, name, buffer)
             buffer.detach().copy_(before)
-        for module, before in zip(self.modules, self.attributes):
+        for module, before in self.attributes:
             for name in _changed(module, before):
                 if name in before:
                     vars(module)[name] = before[name]
                 else:
                     del vars(module)[name]
+
+
+def _may_move(module: nn.Module) -> bool:
+    """Whether a forward pass may change a module's buffers: batch statistics at rest and ours are constants."""
+    if isinstance(module, STATISTICS):
+        return module.training
+    return not type(module).__module__.startswith("reroll.")
 
 
 def _changed(module: nn.Module, before: dict[str, Any]) -> list[str]:
