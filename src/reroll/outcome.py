@@ -15,15 +15,15 @@ class Outcome(Enum):
     ok = "Everything asked for was computed."
     some_probes_lost = (
         "Some probes gave a non-finite loss; they were left out and the mean was taken over the others. "
-        "If it happens at more than a few steps, lower --epsilon or --lr."
+        "If it happens at more than a few steps, lower epsilon or lr."
     )
     all_probes_lost = (
         "Every probe gave a non-finite loss, so there is no gradient. "
-        "Lower --epsilon (the probes leave the region where the loss is finite) or --lr (the weights have left it)."
+        "Lower epsilon (the probes leave the region where the loss is finite) or lr (the weights have left it)."
     )
     no_difference = (
         "The two losses of every probe are exactly equal, so the gradient is zero: the loss does not see the weights "
-        "(a constant, another model's loss), or cannot tell probes apart. Look at loss_fn, or raise --epsilon."
+        "(a constant, another model's loss), or cannot tell probes apart. Look at loss_fn, or raise epsilon."
     )
     fell_back = (
         "Some sequences did not converge; they were evaluated step by step from where they were still exact. "
@@ -32,13 +32,13 @@ class Outcome(Enum):
     )
     solver_too_loose = (
         "What the rollout's solver leaves over moves a probe's loss difference by more than a tenth of what probes do, "
-        "so the gradient is partly its error. Lower the rollout's tolerance (--set model.rollout.rtol=1e-6, or rtol "
-        "and atol of the rollout), or raise --epsilon."
+        "so the gradient is partly its error. Lower rtol and atol of the rollout "
+        "(model.rollout.rtol=1e-6), or raise epsilon."
     )
-    not_finite = "The loss is not finite. Lower --lr, or clip the gradient with --clip."
+    not_finite = "The loss is not finite. Lower lr, or clip the gradient (clip)."
     gradient_not_finite = (
-        "The loss is finite but its gradient is not, so the step was not taken. Lower --lr, evaluate in a wider dtype, "
-        "or shorten the sequences the gradient goes back through (--gradient.truncate)."
+        "The loss is finite but its gradient is not, so the step was not taken. Lower lr, evaluate in a wider dtype, "
+        "or shorten the sequences the gradient goes back through (truncate)."
     )
 
     def __bool__(self) -> bool:

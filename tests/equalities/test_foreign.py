@@ -324,6 +324,17 @@ def test_an_epsilon_tied_to_a_falling_rate_stays_where_the_weights_show_it():
         assert optimizer.last.stats["epsilon"] == least > lr
 
 
+def test_of_groups_with_an_epsilon_of_their_own_only_a_tied_one_is_raised():
+    a, b = (nn.Parameter(torch.full((3,), 0.3, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = CDRGE([{"params": [a], "epsilon": 0.25}, {"params": [b], "lr": 1e-4}], lr=0.01, probes=2)
+    with pytest.warns(UserWarning, match="two units in the last place"):
+        optimizer.step(lambda: (a * b).float().sum())
+    scales = optimizer.last.gradient.scales
+    assert optimizer.last.stats["epsilon"] == 0.25
+    assert 0.25 / scales["1.0"] == pytest.approx(floors({"b": b})["b"])
+    assert "0.0" not in scales
+
+
 @pytest.mark.parametrize("mode", ["tiles", "batched", "auto"])
 def test_floating_inputs_are_cast_to_the_dtype_of_the_evaluation(mode):
     model = copy.deepcopy(mlp()).float()

@@ -370,7 +370,7 @@ def test_lost_probes_are_counted_and_the_mean_is_over_the_others():
 def test_all_probes_lost_is_an_outcome_that_says_what_to_change(bad):
     estimate = CentralDifference(4, 0.1)(Quadratic(), lambda m, b: m() * bad, None, KEY)
     assert not estimate.outcome
-    assert "Lower --epsilon" in estimate.outcome.value
+    assert "Lower epsilon" in estimate.outcome.value
     assert estimate.gradient.coefficients.abs().max() == 0
 
 

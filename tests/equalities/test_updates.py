@@ -355,9 +355,9 @@ def test_illegal_pairs_name_the_remedy():
     model, batch = build("lstm"), a_batch()
     seeded = CentralDifference(2, 0.02)(model, sequence_losses, batch, KEY).gradient
     adam = torch.optim.AdamW(model.parameters())
-    with pytest.raises(UsageError, match='AdamW keeps state per weight.*Use how="stream"'):
+    with pytest.raises(UsageError, match='this AdamW is another rule. Use how="stream"'):
         apply(seeded, adam, "fused")
-    with pytest.raises(UsageError, match=r'SGD with momentum=0.9.*Use how="stream"'):
+    with pytest.raises(UsageError, match=r'this SGD is another rule. Use how="stream"'):
         apply(seeded, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), "fused")
     with pytest.raises(UsageError, match='how="steam" is no way.*Did you mean "stream"'):
         apply(seeded, adam, "steam")
@@ -621,7 +621,7 @@ def test_the_facade_names_its_mistakes():
     with pytest.raises(UsageError, match=r"does not call backward"):
         optimizer.step(with_backward)
     before = model.weight.detach().clone()
-    with pytest.raises(RunError, match="Lower --epsilon"):
+    with pytest.raises(RunError, match="Lower epsilon"):
         optimizer.step(lambda: model.weight.sum() * float("nan"))
     assert torch.equal(model.weight, before)
     with pytest.raises(UsageError, match="params is empty"):

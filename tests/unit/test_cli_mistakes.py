@@ -191,5 +191,5 @@ def test_a_loss_that_is_not_finite_at_step_0(cli, tmp_path):
     found = cli("train", "arrays", "--path", "sine.npy", *TINY[2:], "--run-dir", "run", *flags)
     assert found.code == 1
     assert "not finite at step 0" in found.error
-    assert "Lower --epsilon" in found.error
+    assert "Lower epsilon" in found.error
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"

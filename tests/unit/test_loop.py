@@ -219,7 +219,7 @@ def test_a_loss_many_times_the_first_is_divergence(tmp_path, method):
     assert over == [False] * (steps - 1) + [True]
     assert state == summary["state"] == "diverged"
     assert f"the loss (average {rows[-1]['loss_fast']:.4g}) is more than 1.5 times the first" in reason
-    assert "Lower --lr" in reason
+    assert "Lower lr" in reason
     # It has ended, and asking for more steps does not change that.
     for steps_asked in (200, 300):
         report = Interrupt()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +17,11 @@ from reroll.grad.base import fetch
 WIDE = 64.0
 """An ε so many times above the floor is not looked at again at every step."""
 
+
+RAISED = (
+    "ε, tied to the learning rate, is below two units in the last place of the weights; the least that they can show "
+    "is used in its place. Raise lr, epsilon_min or epsilon, or keep the weights in fp32."
+)
 
 _smallest: MutableMapping[Any, dict[Any, float]] = WeakIdKeyDictionary()
 """The least ε of a set of tensors as it was last seen, by the first of them and what else it depends on."""
@@ -69,7 +73,7 @@ def check_epsilon(
         return
     least = {name: (floor / scales.get(name, 1.0), floor) for name, floor in floors(parameters, dtype).items()}
     name, (smallest, floor) = max(least.items(), key=lambda item: item[1])
-    if epsilon < smallest:
+    if epsilon < smallest * (1 - 1e-12):  # a scale is rounded
         kind = str(dtype or parameters[name].dtype).removeprefix("torch.")
         raise EpsilonTooSmall(
             f"epsilon={epsilon * scales.get(name, 1.0):g} is below two units in the last place of {name} "
@@ -77,21 +81,3 @@ def check_epsilon(
             smallest,
         )
     seen[key] = smallest
-
-
-def visibly(estimate: Callable[[float], Any], epsilon: float) -> Any:
-    """Return estimate(ε), or, where the weights cannot show this ε, at the least they can: for an ε that is tied.
-
-    It is said once.
-    """
-    try:
-        return estimate(epsilon)
-    except EpsilonTooSmall as error:
-        if error.least <= epsilon:
-            raise
-        warnings.warn(
-            "ε, tied to the learning rate, is below two units in the last place of the weights; the least that they "
-            "can show is used in its place. Raise the rate, its floor or --epsilon, or keep the weights in fp32.",
-            stacklevel=2,
-        )
-        return estimate(error.least)

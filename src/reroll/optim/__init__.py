@@ -6,9 +6,8 @@ from reroll.optim.ema import Average
 from reroll.optim.groups import OPTIMIZERS, build_optimizer, groups
 from reroll.optim.multi import MultiOptimizer
 from reroll.optim.schedule import Plateau
-from reroll.optim.settings import StepSettings, configure
 from reroll.optim.sgd import SGD
-from reroll.optim.step import StepResult, step
+from reroll.optim.step import StepResult, StepSettings, configure, step
 
 __all__ = [
     "CDRGE",

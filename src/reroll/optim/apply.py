@@ -100,7 +100,6 @@ def drop_grads(optimizer: Any, but: Container[int] = ()) -> None:
 
 
 def _groups_of(gradient: Gradient, optimizer: Any) -> dict[str, dict[str, Any]]:
-    """The parameter group of every tensor of the gradient."""
     owner = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in gradient.parameters.items() if id(p) not in owner]
     if missing:
@@ -113,15 +112,13 @@ def _groups_of(gradient: Gradient, optimizer: Any) -> dict[str, dict[str, Any]]:
 
 def _refuse_unless_fusable(optimizer: Any, groups: Mapping[str, dict[str, Any]]) -> None:
     """Raise unless the rule of these groups is `descend`."""
-    if isinstance(optimizer, SGD):
-        return
-    what = f"{type(optimizer).__name__} keeps state per weight or is another rule"
-    if isinstance(optimizer, torch.optim.SGD):
-        other = [group for group in groups.values() if group["momentum"] or group["maximize"]]
-        if not other:
-            return  # without momentum, torch's coupled decay is the decoupled one
-        what = f"torch's SGD with momentum={other[0]['momentum']}, maximize={other[0]['maximize']} is another rule"
-    raise UsageError(f'how="fused" adds −lr · g as reroll.optim.SGD does; {what}. Use how="stream".')
+    # Without momentum, torch's coupled decay is the decoupled one.
+    plain = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] or g["maximize"] for g in groups.values())
+    if not plain and not isinstance(optimizer, SGD):
+        raise UsageError(
+            'how="fused" is for reroll.optim.SGD, and for torch.optim.SGD with momentum=0; '
+            f'this {type(optimizer).__name__} is another rule. Use how="stream".'
+        )
 
 
 def clip_norm(gradient: Gradient, most: float, norm: float | None = None) -> tuple[Gradient, float]:

@@ -3,25 +3,25 @@
     optimizer = CDRGE(model.named_parameters(), lr=0.01)
     loss = optimizer.step(lambda: loss_fn(model(x), y))
 
-It is `CentralDifference`, `reroll.optim.step` and `reroll.optim.SGD` behind one call, for plain loops, accelerate, or
-any code that steps an optimizer with a closure. Learning-rate schedulers and `state_dict` work as on every torch
-optimizer.
+It is `CentralDifference`, `reroll.optim.step` and `reroll.optim.SGD` behind one call, for any code that steps an
+optimizer with a closure.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from reroll.errors import RunError, UsageError, require_count, require_positive
+from reroll.errors import EpsilonTooSmall, RunError, UsageError, require_count, require_positive
 from reroll.grad.base import Estimate, check_names, check_streams
 from reroll.grad.central_difference import CentralDifference, Evaluate
-from reroll.grad.checks import visibly
+from reroll.grad.checks import RAISED, floors
 from reroll.keys import Key
 from reroll.models.roles import canonical_name
 from reroll.optim.sgd import SGD
@@ -105,7 +105,7 @@ class CDRGE(SGD):
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
         require_positive(epsilon=group["epsilon"])
-        check_names(name for name, _, _ in self._entries())
+        check_names(self._names())
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]: torch returns None without a closure, this needs one
@@ -113,11 +113,9 @@ class CDRGE(SGD):
     ) -> Tensor:
         """Take one step and return the loss: the mean of (L⁺ + L⁻)/2 over the probes, a 0-dimensional tensor.
 
-        Args:
-            closure: returns the loss of the current batch; must not call `backward()`.
+        The closure returns the loss of the current batch and must not call `backward()`.
 
         Raises:
-            UsageError: without a closure, or if it calls `backward()`.
             RunError: if there is no finite gradient; the weights are as before.
         """
         if closure is None:
@@ -125,14 +123,22 @@ class CDRGE(SGD):
         named = self._named()
         if not named:
             raise UsageError("every parameter is frozen (requires_grad=False); there is nothing to train.")
-        sizes = {name: self._epsilon(group) for name, p, group in self._entries() if p.requires_grad}
-        epsilon = next(iter(sizes.values()))
-        scales = {name: size / epsilon for name, size in sizes.items() if size != epsilon}
-        tied = all(group["epsilon"] is None for group in self.param_groups)
 
         def estimate(model: Any, loss_fn: Any, batch: Any, key: Key) -> Estimate:
-            at = lambda e: self._estimator(e).estimate(named, loss_fn, batch, key, model=model, scales=scales)
-            return visibly(at, epsilon) if tied else at(epsilon)
+            def at(sizes: dict[str, float]) -> Estimate:
+                epsilon = sizes[next(iter(named))]
+                scales = {name: sizes[name] / epsilon for name in named if sizes[name] != epsilon}
+                return self._estimator(epsilon).estimate(named, loss_fn, batch, key, model=model, scales=scales)
+
+            sizes = self._epsilons()
+            try:
+                return at(sizes)
+            except EpsilonTooSmall:
+                raised = self._epsilons(floors(named, self.dtype))
+                if raised == sizes:  # none is tied
+                    raise
+                warnings.warn(RAISED, stacklevel=2)
+                return at(raised)
 
         call = closure if self.last is not None or self.model is not None else _noting_buffers(closure)
         key = self.key.at(self.param_groups[0]["step"])
@@ -153,32 +159,28 @@ class CDRGE(SGD):
 
     def state_dict(self) -> dict[str, Any]:
         """Return groups and states as every torch optimizer, and all else that the next steps follow from."""
-        own = {name: getattr(self, name) for name in _SAVED}
-        return {**super().state_dict(), "cdrge": {**own, "key": self.key.digest.hex(), "names": self._names()}}
+        saved = {name: getattr(self, name) for name in _SAVED}
+        return {**super().state_dict(), "cdrge": {**saved, "key": self.key.digest.hex(), "names": self._names()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned: seed, probes and noise too, and the momentum in its own precision.
-
-        Raises:
-            UsageError: if it is of another optimizer, or of parameters of other names, whose noise would be another.
-        """
-        own = state_dict.get("cdrge")
-        if own is None:
+        """Put back what `state_dict` returned: seed, probes and noise too, and the momentum in its own precision."""
+        saved = state_dict.get("cdrge")
+        if saved is None:
             raise UsageError("the state is of another optimizer: it names no seed. Give that of a CDRGE.")
-        if own["names"] != self._names():
+        if saved["names"] != self._names():
             raise UsageError(
-                f"the state is of parameters named {_some(own['names'])}; these are {_some(self._names())} and have "
+                f"the state is of parameters named {_some(saved['names'])}; these are {_some(self._names())} and have "
                 "other noise. Give CDRGE the same parameters in the same way."
             )
         super().load_state_dict(state_dict)
         for name in _SAVED:
-            setattr(self, name, own[name])
-        self.key = Key.from_bytes(bytes.fromhex(own["key"]))
+            setattr(self, name, saved[name])
+        self.key = Key.from_bytes(bytes.fromhex(saved["key"]))
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps the first three only when an optimizer is pickled or copied.
-        own = {name: getattr(self, name) for name in (*_SAVED, "evaluate", "key", "model")}
-        return {**super().__getstate__(), **own, "last": None}
+        mine = {name: getattr(self, name) for name in (*_SAVED, "evaluate", "key", "model")}
+        return {**super().__getstate__(), **mine, "last": None}
 
     def _estimator(self, epsilon: float) -> CentralDifference:
         evaluate = self.evaluate
@@ -188,34 +190,38 @@ class CDRGE(SGD):
             evaluate = "tiles" if narrow else "in_place"
         return CentralDifference(self.probes, epsilon, self.noise, evaluate, dtype=self.dtype)
 
-    def _epsilon(self, group: dict[str, Any]) -> float:
-        return max(float(group["lr"]), self.epsilon_min) if group["epsilon"] is None else group["epsilon"]
+    def _epsilons(self, least: Mapping[str, float] | None = None) -> dict[str, float]:
+        """ε of every tensor: its group's, or the rate's, but at least what all weights of the group can show."""
+        sizes = {}
+        for g, group in enumerate(self.param_groups):
+            names = self._names_of(g)
+            lowest = max((least or {}).get(name, 0.0) for name in names)
+            tied = max(float(group["lr"]), self.epsilon_min, lowest)
+            sizes |= dict.fromkeys(names, tied if group["epsilon"] is None else group["epsilon"])
+        return sizes
 
     def _named(self) -> dict[str, Tensor]:
         """The tensors to train by name."""
-        return {name: p for name, p, _ in self._entries() if p.requires_grad}
+        pairs = zip(self._names(), (p for group in self.param_groups for p in group["params"]))
+        return {name: p for name, p in pairs if p.requires_grad}
 
     def _names(self) -> list[str]:
-        return [name for name, _, _ in self._entries()]
+        return [name for g in range(len(self.param_groups)) for name in self._names_of(g)]
 
-    def _entries(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
-        """Every parameter: its name, itself, its group."""
-        entries = []
-        for g, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
-            entries += [(canonical_name(name), p, group) for name, p in zip(names, group["params"])]
-        return entries
+    def _names_of(self, g: int) -> list[str]:
+        group = self.param_groups[g]
+        names = group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
+        return [canonical_name(name) for name in names]
 
 
 def _noting_buffers(closure: Callable[[], Any]) -> Callable[[], Any]:
     """Return the closure, which warns after its first call if that has changed a buffer of some module."""
-    called = False
+    calls = itertools.count()
 
     def call() -> Any:
-        nonlocal called
-        if called:
+        if next(calls):
             return closure()
-        called, before = True, {}
+        before = {}
 
         def note(module: torch.nn.Module, _: Any) -> None:
             for name, buffer in module.named_buffers(recurse=False):

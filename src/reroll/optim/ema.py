@@ -51,6 +51,6 @@ class Average:
     @torch.no_grad()
     def _swap(self, parameters: Mapping[str, Tensor]) -> None:
         for name, p in parameters.items():
-            kept = p.detach().clone()
+            before = p.detach().clone()
             p.detach().copy_(self.tensors[name])
-            self.tensors[name].copy_(kept)
+            self.tensors[name].copy_(before)

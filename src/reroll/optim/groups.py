@@ -56,13 +56,12 @@ def build_optimizer(
 
     Args:
         name: "sgd", "adamw" or "muon".
-        model: the module, whose parameters with `requires_grad` are trained; or tensors by name, which have the roles
-            their shapes give them.
+        model: the module, whose parameters with `requires_grad` are trained; or tensors by name, whose roles follow
+            from their shapes.
         lr: η.
-        momentum: of sgd and muon.
-        betas: of adamw.
+        momentum: of sgd and muon; `betas`: of adamw.
         weight_decay: λ, decoupled (θ ← (1 − η λ) θ), on tensors with two axes or more.
-        lr_scales: factors on η by role, for roles that have another rate.
+        lr_scales: factors on η by role.
 
     Raises:
         UsageError: for an unknown name or role, a number out of range, or a rule without parameters.
@@ -88,16 +87,11 @@ def groups(
     weight_decay: float = 0.0,
     lr_scales: Mapping[str, float] | None = None,
 ) -> Groups:
-    """Return parameter groups in which every trainable parameter is exactly once.
+    """Return parameter groups, as torch's optimizers take them, in which every trainable parameter is exactly once.
 
     Args:
-        model: the module, or tensors by name.
+        model, weight_decay, lr_scales: as for `build_optimizer`.
         rules: the rule of each role.
-        weight_decay: of all roles but vectors.
-        lr_scales: factors on the learning rate by role.
-
-    Returns:
-        Groups as torch's optimizers take them, each with `params`, `param_names`, `rule`, `lr_scale`, `weight_decay`.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9))
@@ -117,12 +111,13 @@ def groups(
         (rules[role], scales.get(role)) != (rules["matrix"], scales.get("matrix")) for role in ("embedding", "head")
     ):
         raise UsageError("an embedding or a head cannot be told from a matrix by its shape; pass the model itself.")
-    made: dict[tuple[str, float, float], dict[str, Any]] = {}
-    for name, p in sorted(parameters.items(), key=lambda item: ROLES.index(role_of[item[0]])):
+    members: dict[tuple[str, float, float], list[str]] = {}
+    for name in sorted(parameters, key=lambda name: ROLES.index(role_of[name])):
         role = role_of[name]
         numbers = rules[role], scales.get(role, 1.0), weight_decay if role != "vector" else 0.0
-        fresh = {"params": [], "param_names": [], **dict(zip(("rule", "lr_scale", "weight_decay"), numbers))}
-        group = made.setdefault(numbers, fresh)
-        group["params"].append(p)
-        group["param_names"].append(name)
-    return list(made.values())
+        members.setdefault(numbers, []).append(name)
+    return [
+        {"params": [parameters[name] for name in names], "param_names": names, "rule": rule, "lr_scale": scale,
+         "weight_decay": decay}
+        for (rule, scale, decay), names in members.items()
+    ]  # fmt: skip

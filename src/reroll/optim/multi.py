@@ -64,11 +64,7 @@ class MultiOptimizer(torch.optim.Optimizer):
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned.
-
-        Raises:
-            UsageError: if it is of other optimizers.
-        """
+        """Put back what `state_dict` returned."""
         if state_dict.keys() != self.optimizers.keys():
             raise UsageError(
                 f"the state is of {', '.join(state_dict)}; the optimizers are {', '.join(self.optimizers)}."
@@ -82,8 +78,8 @@ class MultiOptimizer(torch.optim.Optimizer):
         self.param_groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizers": self.optimizers}
+        return {"defaults": {}, "optimizers": self.optimizers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"defaults": {}, **state})
+        super().__setstate__(state)
         self._adopt()

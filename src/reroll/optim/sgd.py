@@ -25,13 +25,9 @@ class SGD(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as for every torch optimizer.
-        lr: η.
+        lr, weight_decay: η and λ.
         momentum: μ, in [0, 1); without it, nothing is kept per weight.
-        weight_decay: λ.
         more: further defaults of a group.
-
-    Raises:
-        UsageError: if a number is out of range.
 
     Example:
         >>> p = torch.nn.Parameter(torch.ones(2))
@@ -47,11 +43,7 @@ class SGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, **more})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; see `torch.optim.Optimizer`.
-
-        Raises:
-            UsageError: if one of its numbers is out of range.
-        """
+        """Add a group; see `torch.optim.Optimizer`."""
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
@@ -94,14 +86,7 @@ class SGD(torch.optim.Optimizer):
 
 
 def descend(p: Tensor, group: dict[str, Any], state: Any, add: Callable[[Tensor, float], Any]) -> None:
-    """Take the step of one tensor.
-
-    Args:
-        p: the tensor.
-        group: its rate, momentum and decay.
-        state: of the optimizer, by tensor.
-        add: (target, factor) adds factor · g to the target, wherever g comes from.
-    """
+    """Take the step of one tensor; add(target, factor) adds factor · g to the target, wherever g comes from."""
     p, parameter = p.detach(), p
     lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
     if decay:
@@ -109,10 +94,9 @@ def descend(p: Tensor, group: dict[str, Any], state: Any, add: Callable[[Tensor,
     if not momentum:
         add(p, -lr)
         return
-    own = state[parameter]
-    if "momentum_buffer" not in own:
+    if "momentum_buffer" not in state[parameter]:
         wide = torch.promote_types(p.dtype, torch.float32)
-        own["momentum_buffer"] = torch.zeros_like(p, dtype=wide)
-    buffer = own["momentum_buffer"].mul_(momentum)
+        state[parameter]["momentum_buffer"] = torch.zeros_like(p, dtype=wide)
+    buffer = state[parameter]["momentum_buffer"].mul_(momentum)
     add(buffer, 1.0)
     p.add_(buffer.to(p.dtype), alpha=-lr)

@@ -1,24 +1,57 @@
 """One step of training, the same for runs, searches, the drop-in optimizer and benchmarks.
 
-    estimate at ε → is it finite? → clip → record → update
+    settings → estimate at ε → is it finite? → clip → record → update
 
 A gradient that is not finite never reaches the weights; the result says so by its outcome.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from reroll.grad.base import Estimate, Estimator, Gradient, LossFn
-from reroll.grad.checks import visibly
+from reroll.errors import EpsilonTooSmall
+from reroll.grad.base import Estimator, Gradient, LossFn
+from reroll.grad.checks import RAISED
 from reroll.keys import Key
 from reroll.optim.apply import apply, clip_norm, drop_grads
-from reroll.optim.settings import StepSettings, configure
 from reroll.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What may differ from step to step; with the gradient it says what the optimizer does.
+
+    Args:
+        lr: η, of groups whose `lr_scale` is 1.
+        momentum: μ, of every group that has one; None leaves it as it is.
+        epsilon: ε of the probes; None leaves it to the estimator.
+    """
+
+    lr: float
+    momentum: float | None = None
+    epsilon: float | None = None
+
+
+def configure(optimizer: Any, settings: StepSettings) -> None:
+    """Set the numbers of a step in every parameter group: η · `lr_scale`, and μ where the rule has a momentum.
+
+    Example:
+        >>> import torch
+        >>> groups = [{"params": [torch.ones(1)]}, {"params": [torch.ones(1)], "lr_scale": 0.5}]
+        >>> optimizer = torch.optim.SGD(groups, lr=1.0)
+        >>> configure(optimizer, StepSettings(0.2))
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.2, 0.1]
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = settings.lr * group.get("lr_scale", 1.0)
+        if settings.momentum is not None and "momentum" in group:
+            group["momentum"] = settings.momentum
 
 
 @dataclass(frozen=True)
@@ -26,12 +59,10 @@ class StepResult:
     """What a step did.
 
     Args:
-        loss: the loss it saw, a 0-dimensional tensor.
+        loss, state, stats: of the `Estimate`.
         outcome: how it ended; `bool(outcome)` is False where the weights are as before.
         gradient: as applied, so clipped.
         norm: ‖g‖ before clipping; None where nobody asked for it.
-        state: the state after the batch's last step, when the batch carried one.
-        stats: numbers from the estimator; always `forward_passes`.
         settings: what it was taken with: as given, ε raised where it had to be.
     """
 
@@ -67,13 +98,12 @@ def step(
         settings: of this step, set in the optimizer and (ε) in the estimator; None leaves both as they are.
         clip, norm: largest norm of the gradient; whether to return its norm though nothing is clipped.
         tied: ε follows the learning rate; where the weights cannot show it, the least that they can is taken.
-        record: called with the result before the weights move, so that a record of the step precedes its effect.
+        record: called with the result before the weights move.
 
     Example:
         >>> import torch; from reroll import CentralDifference
         >>> model = torch.nn.Linear(3, 1)
-        >>> sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-        >>> loss_fn = lambda model, x: model(x).square().mean()
+        >>> sgd, loss_fn = torch.optim.SGD(model.parameters(), lr=1.0), lambda model, x: model(x).square().mean()
         >>> probes, settings = CentralDifference(8, 1.0), StepSettings(lr=0.1, epsilon=0.01)
         >>> result = step(model, loss_fn, probes, sgd, torch.ones(5, 3), settings, Key(0).at(0), update="fused")
         >>> result.outcome.name, result.stats["epsilon"]
@@ -82,16 +112,17 @@ def step(
     if settings is not None:
         configure(optimizer, settings)
 
-    def at(epsilon: float | None) -> Estimate:
-        nonlocal settings
-        settings = settings and replace(settings, epsilon=epsilon)
-        return at_epsilon(estimator, epsilon)(model, loss_fn, batch, key)
-
-    asked = settings and settings.epsilon
-    estimate = at(asked) if asked is None or not tied else visibly(at, asked)
-    gradient, outcome, size = estimate.gradient, estimate.outcome, None
-    if outcome and (clip is not None or norm):
-        size = gradient.norm()
+    epsilon = settings and settings.epsilon
+    try:
+        estimate = at_epsilon(estimator, epsilon)(model, loss_fn, batch, key)
+    except EpsilonTooSmall as error:
+        if settings is None or not tied or error.least <= (epsilon or 0):
+            raise
+        warnings.warn(RAISED, stacklevel=2)
+        settings = replace(settings, epsilon=error.least)
+        estimate = at_epsilon(estimator, error.least)(model, loss_fn, batch, key)
+    gradient, outcome = estimate.gradient, estimate.outcome
+    size = gradient.norm() if outcome and (clip is not None or norm) else None
     if outcome and not gradient.is_finite(size):
         outcome = Outcome.gradient_not_finite
     if outcome and clip is not None:

@@ -15,7 +15,7 @@ class GradientSpec(Spec):
 
     seeded: ClassVar[bool] = False
     """Whether a gradient is coefficients of seeded noise: it is journaled, replayed, streamed into the weights."""
-    knobs: ClassVar[str] = "--lr"
+    knobs: ClassVar[str] = "lr"
     """What to lower when a run diverges."""
 
     @property
@@ -96,7 +96,7 @@ class Probes(ProbeOptions, GradientSpec):
     epsilon_min: float = option(1e-5, "floor of a tied ε, and of what plateaus leave of a fixed one")
     episode: int | None = option(None, "windows for which carried text keeps its probes and a state per branch (NRES)")
     seeded: ClassVar[bool] = True
-    knobs: ClassVar[str] = "--lr or --epsilon"
+    knobs: ClassVar[str] = "lr or epsilon"
 
     @property
     def per_branch_state(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from reroll.errors import UsageError
 from reroll.specs.base import OBJECT, Handed, Spec, option, runtime
@@ -64,6 +64,8 @@ SCHEDULES: dict[str, type[ScheduleSpec]] = {"constant": ScheduleSpec, "linear": 
 class OptimizerSpec(Spec):
     """An update rule."""
 
+    fuses: ClassVar[bool] = False
+    """Whether a gradient can be added to the weights, or to their momentum, while it is generated."""
     lr: float | Literal["auto"] = option(0.1, "learning rate, or auto: search for one", flag="lr")
     weight_decay: float = option(0.0, "decoupled decay of matrices", within="[0, 1e18]")
     clip: float | None = option(None, "largest norm of the gradient; none: any", flag="clip")
@@ -84,17 +86,8 @@ class OptimizerSpec(Spec):
         super().check()
         if self.search_low >= self.search_high:
             raise UsageError(f"search_low={self.search_low} must be below search_high={self.search_high}.")
-        if self.update == "fused" and not self.is_plain:
-            raise UsageError(
-                f'update="fused" adds the gradient to the weights and nothing else; optimizer={self.kind}'
-                f"{f' with momentum={momentum}' if (momentum := getattr(self, 'momentum', None)) else ''} needs "
-                'update="stream".'
-            )
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the update is η times the gradient, and nothing else."""
-        return False
+        if self.update == "fused" and not self.fuses:
+            raise UsageError(f'update="fused" is for optimizer=sgd; optimizer={self.kind} needs update="stream".')
 
     def build(self, model: Any, lr: float) -> Any:
         """Return the optimizer over the parameters of a model."""
@@ -108,13 +101,8 @@ class SGD(OptimizerSpec):
     """Gradient descent, with momentum."""
 
     kind: str = option("sgd", "the update rule")
-    momentum: float = option(
-        0.9, "of sgd and muon; 0 lets the update be fused into the weights", flag="momentum", within="[0, 1)"
-    )
-
-    @property
-    def is_plain(self) -> bool:
-        return self.momentum == 0
+    momentum: float = option(0.9, "of sgd and muon; 0 keeps nothing per weight", flag="momentum", within="[0, 1)")
+    fuses: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

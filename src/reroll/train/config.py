@@ -54,7 +54,7 @@ def resolve(config: Config) -> Config:
     _check_together(config)
     optim, run, update = config.optim, config.run, config.optim.update
     if update == "auto":
-        update = ("fused" if optim.is_plain else "stream") if config.gradient.seeded else "write"
+        update = ("fused" if optim.fuses else "stream") if config.gradient.seeded else "write"
     eval_every = run.eval_every or max(1, run.steps // 10)
     return config.replace(
         model=config.model.resolved(),
