@@ -9,52 +9,35 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass
 class Passes:
     """A number of forward passes that is being counted."""
 
-    count: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, passes: int) -> None:
-        """Count some passes."""
-        with self.lock:
-            self.count += passes
+    def __init__(self) -> None:
+        self.count, self.lock = 0, threading.Lock()
 
 
 _counters: list[Passes] = []
-_inside = threading.local()
 
 
-def add_passes(passes: int) -> None:
-    """Add passes to every count that is running."""
-    if not getattr(_inside, "uncounted", False):
-        for counter in _counters:
-            counter.add(passes)
+class _Here(threading.local):
+    depth = 0
+    """How many modules or `passes` blocks this thread is inside of."""
+
+
+_here = _Here()
 
 
 @contextmanager
-def one_pass() -> Iterator[None]:
-    """Say that what happens inside is one forward pass, whatever modules it calls."""
-    _enter()
+def passes(count: int = 1) -> Iterator[None]:
+    """Say that what happens inside is so many forward passes, whatever modules it calls."""
+    _enter(count)
     try:
         yield
     finally:
         _leave()
-
-
-@contextmanager
-def uncounted() -> Iterator[None]:
-    """Leave out what happens inside, in this thread: a check that is made once is no part of a step."""
-    before, _inside.uncounted = getattr(_inside, "uncounted", False), True
-    try:
-        yield
-    finally:
-        _inside.uncounted = before
 
 
 @contextmanager
@@ -73,7 +56,7 @@ def count_forward_passes() -> Iterator[Passes]:
 
     counter = Passes()
     hooks = [
-        module.register_module_forward_pre_hook(lambda *_: _enter()),
+        module.register_module_forward_pre_hook(lambda *_: _enter(1)),
         module.register_module_forward_hook(lambda *_: _leave(), always_call=True),
     ]
     _counters.append(counter)
@@ -85,12 +68,13 @@ def count_forward_passes() -> Iterator[Passes]:
             hook.remove()
 
 
-def _enter(*_: Any) -> None:
-    depth = getattr(_inside, "depth", 0)
-    _inside.depth = depth + 1
-    if depth == 0:
-        add_passes(1)
+def _enter(count: int) -> None:
+    if _here.depth == 0:
+        for counter in _counters:
+            with counter.lock:
+                counter.count += count
+    _here.depth += 1
 
 
 def _leave(*_: Any) -> None:
-    _inside.depth -= 1
+    _here.depth -= 1

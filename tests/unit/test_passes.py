@@ -9,16 +9,16 @@ from torch import nn
 from reroll.data.task import sequence_losses, sequence_score
 from reroll.grad import Backprop, CentralDifference
 from reroll.keys import Key
-from reroll.passes import count_forward_passes, one_pass
+from reroll.passes import count_forward_passes, passes
 from tests.models import a_batch, build
 
 KEY = Key(3).at(0)
 
 
 def passes_of(call):
-    with count_forward_passes() as passes:
+    with count_forward_passes() as counted:
         result = call()
-    return passes.count, result
+    return counted.count, result
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm-heads", "stack"])
@@ -87,7 +87,7 @@ def test_what_fails_is_counted_and_the_next_one_too():
         for _ in range(2):
             with pytest.raises(RuntimeError, match="shapes"):
                 model(torch.ones(1, 2))
-        with pytest.raises(KeyError), one_pass():
+        with pytest.raises(KeyError), passes():
             raise KeyError
         return model[0](torch.ones(1, 2))
 
@@ -100,7 +100,7 @@ def test_counts_lie_within_one_another_and_end():
         model(torch.ones(1, 2))
         with count_forward_passes() as inner:
             model(torch.ones(1, 2))
-        with one_pass():
+        with passes():
             model(torch.ones(1, 2))
             model(torch.ones(1, 2))
     model(torch.ones(1, 2))
@@ -109,10 +109,10 @@ def test_counts_lie_within_one_another_and_end():
 
 def test_threads_are_counted_together():
     model = nn.Sequential(nn.Linear(2, 2))
-    with count_forward_passes() as passes:
+    with count_forward_passes() as counted:
         threads = [threading.Thread(target=lambda: [model(torch.ones(1, 2)) for _ in range(50)]) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert passes.count == 200
+    assert counted.count == 200

@@ -24,7 +24,7 @@ from reroll.data.batch import START, Batch
 from reroll.errors import UsageError
 from reroll.kernels.cross_entropy import cross_entropy
 from reroll.keys import Key
-from reroll.passes import one_pass
+from reroll.passes import passes
 
 LOGITS = 1 << 26
 """Logits held at once (256 MB of fp32); the head of a `Headed` model with more is taken in chunks."""
@@ -226,7 +226,7 @@ def predictions(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]
     A gradient needs the whole sequence at once, and so does a model that is not `stateful`, or one output per sequence.
     Everything else is run in windows of `model.time_chunk(B)` steps.
     """
-    with one_pass():
+    with passes():
         yield from _windows(model, batch)
 
 

@@ -19,7 +19,7 @@ from reroll.grad.evaluate.intercept import Intercept
 from reroll.grad.units import Result, Unit, with_state
 from reroll.kernels import dispatch
 from reroll.kernels.noise_axpy import noise_axpy_each
-from reroll.passes import add_passes
+from reroll.passes import passes
 from reroll.trees import combine_states, map_state
 
 
@@ -40,10 +40,9 @@ class Batched(Evaluator):
                 loss, after = split_result(probes.call(model, with_state(batch, state)), unit.single)
             return loss if after is None else (loss, after)  # vmap returns tensors only
 
-        with dispatch.mapped(), probes.isolated(model):
+        with dispatch.mapped(), probes.isolated(model), passes(len(branches)):
             axes = (0, None if states is None else 0)
             result = torch.vmap(one, in_dims=axes, randomness="same")(stacks, states)
-        add_passes(len(branches) - 1)
         losses, after = result if isinstance(result, tuple) else (result, None)
         after = [map_state(after, lambda tensor, i=i: tensor[i]) for i in range(len(branches))]
         return Result(losses.view(len(probes.sides), -1), after)

@@ -39,7 +39,7 @@ from reroll.grad.evaluate.replicas import Replicas
 from reroll.grad.evaluate.snapshot import Snapshot, cuda_devices
 from reroll.grad.evaluate.tiles import Tiles
 from reroll.grad.units import Execute, Result, Unit, threads
-from reroll.passes import uncounted
+from reroll.passes import passes
 from reroll.rollout.watch import watching
 
 ROUNDING = 16
@@ -189,7 +189,7 @@ class Evaluation:
         return bool((alike | (gap <= bound + ROUNDING * amplified)).all())
 
     def _once(self, probes: ProbeContext, unit: Unit, plan: Plan) -> Tensor:
-        with uncounted(), watching(quiet=True), evaluator(plan, probes, "copy") as way:
+        with passes(0), watching(quiet=True), evaluator(plan, probes, "copy") as way:
             return threads(1, plan.threads)(way, [unit])[0].losses
 
 

@@ -49,9 +49,6 @@ def noise_axpy(
         first_row: the row of the whole tensor at which p starts, when p is a group of its rows.
         sums: dtype of the sum over probes, float32 or float64; None is float64 for float64 tensors, else float32.
 
-    Raises:
-        UsageError: if shapes or lengths disagree, or rows are given of a tensor that is laid out as one row.
-
     Example:
         >>> p = torch.zeros(2, 64)
         >>> noise_axpy(p, Stream(Key(0), "w"), [3], [0.5])
@@ -84,13 +81,6 @@ def perturber(p: Tensor, stream: Stream, out: Tensor) -> Callable[[int, float], 
 
     It does what `noise_axpy` does with one probe, prepared once: for small tensors most of a call is preparation. Both
     tensors must keep their memory while it is used; their numbers may change.
-
-    Example:
-        >>> p, out = torch.zeros(2, 64), torch.empty(2, 64)
-        >>> perturb = perturber(p, Stream(Key(0), "w"), out)
-        >>> perturb(3, 0.5)
-        >>> torch.equal(out, 0.5 * noise(Key(0), (2, 64), 3, "w"))
-        True
     """
     if stream.still is not None:
         return lambda probe, alpha: noise_axpy(p, stream, [probe], [alpha], out=out)
@@ -98,17 +88,9 @@ def perturber(p: Tensor, stream: Stream, out: Tensor) -> Callable[[int, float], 
 
 
 def noise_axpy_each(p: Tensor, stream: Stream, probes: Sequence[int], alphas: Alphas, *, out: Tensor) -> None:
-    """Compute out[k] ← p + alphas[k] · z(probes[k]) for every k.
+    """Compute out[k] ← p + alphas[k] · z(probes[k]) for every k; a probe may come twice, with alphas +ε and −ε.
 
-    Args:
-        p: the tensor.
-        stream: key, name and noise of the tensor.
-        probes: probe indices; one may come twice, with alphas +ε and −ε.
-        alphas: one factor per probe.
-        out: of shape [len(probes), *p.shape] and any floating dtype.
-
-    Raises:
-        UsageError: if shapes or lengths disagree.
+    `out` has the shape [len(probes), *p.shape] and any floating dtype.
     """
     if out.shape != (len(probes), *p.shape) or len(probes) != len(alphas):
         raise UsageError(
@@ -127,14 +109,8 @@ def noise_axpy_rows(p: Tensor, rows: Tensor, stream: Stream, probe: int, alpha: 
     Args:
         p: a matrix [R, C] with C ≥ 32 (a narrower one is a single row of the stream: perturb it whole).
         rows: int64 row indices [n] in [0, R).
-        stream: key, name and noise of the tensor.
-        probe: the probe index.
-        alpha: the factor.
+        stream, probe, alpha: as for `noise_axpy`.
         out: [n, C], any floating dtype.
-
-    Raises:
-        UsageError: if p is no matrix, or too narrow, or out has another shape.
-        IndexError: if a row index is not in [0, R).
     """
     if p.dim() != 2 or p.shape[1] < NARROW:
         raise UsageError(f"noise_axpy_rows needs a matrix with at least {NARROW} columns; p has {tuple(p.shape)}.")
@@ -172,8 +148,7 @@ def noise(
         dtype: dtype of the result.
         device: device of the result.
 
-    Returns:
-        A tensor of this shape. Training never builds it: `noise_axpy` adds it without storing it.
+    Training never builds it: `noise_axpy` adds it without storing it.
 
     Example:
         >>> noise(Key(0).at(0), (2, 3), 0, "w")

@@ -65,21 +65,12 @@ class Noise(ABC):
         """Return input · (W + alpha z)ᵀ + bias without making the matrix, or None: make it."""
         return None
 
-    def second_moment(self, shape: Sequence[int]) -> float:
-        """Return E z² of an entry of a tensor of this shape."""
-        return 1.0
-
 
 class Entries(Noise):
     """Independent entries, made by the kernels: signs under `masks` masks, or normal numbers."""
 
     masks: int = 0
     is_normal: bool = False
-
-    @property
-    def scale(self) -> float:
-        """The factor that gives every entry unit variance: √(2^masks)."""
-        return math.sqrt(2.0**self.masks)
 
     def ids(self, name: str) -> tuple[int, ...]:
         """Return the counter words c3 of a tensor: of the signs, then of the masks; or of the normal numbers."""
@@ -94,7 +85,11 @@ class Entries(Noise):
         implementation(p, out).axpy(p, out, stream, first_row, probes, self._factors(alphas, sums))
 
     def add_each(self, p: Tensor, out: Tensor, stream: Stream, probes: np.ndarray, alphas: Alphas) -> None:
-        implementation(p, out).axpy_each(p, out, stream, probes, self._factors(alphas, sums_for(p)))
+        module = implementation(p, out)
+        if hasattr(module, "axpy_each"):
+            module.axpy_each(p, out, stream, probes, self._factors(alphas, sums_for(p)))
+        else:
+            super().add_each(p, out, stream, probes, alphas)
 
     def add_rows(self, p: Tensor, rows: Tensor, out: Tensor, stream: Stream, probe: int, alpha: float) -> None:
         implementation(p, out).axpy_rows(p, rows, out, stream, probe, self._factors([alpha], sums_for(p)))
@@ -102,14 +97,13 @@ class Entries(Noise):
     def perturber(self, p: Tensor, out: Tensor, stream: Stream) -> Callable[[int, float], None]:
         module = implementation(p, out)
         if hasattr(module, "perturber") and p.is_contiguous() and out.is_contiguous() and p.numel():
-            real = np.float64 if sums_for(p) == torch.float64 else np.float32
-            return module.perturber(p, out, stream, real, real(self.scale))
+            return module.perturber(p, out, stream, self._factors([1.0], sums_for(p))[0])
         return super().perturber(p, out, stream)
 
     def _factors(self, alphas: Alphas, sums: torch.dtype) -> np.ndarray:
-        # alpha · scale is rounded once per probe, and its sign is exact: every implementation starts from these.
+        """alpha · √(2^masks), which gives every entry unit variance: rounded once per probe, and its sign is exact."""
         real = np.float64 if sums == torch.float64 else np.float32
-        return np.asarray(alphas, dtype=real) * real(self.scale)
+        return np.asarray(alphas, dtype=real) * real(math.sqrt(2.0**self.masks))
 
 
 @dataclass(frozen=True)
@@ -131,14 +125,7 @@ class Normal(Entries):
 
 @dataclass(frozen=True)
 class Sparse(Entries):
-    """±√(1/d) with probability d, else 0.
-
-    Args:
-        density: d, a negative power of two, 1/2 … 2⁻¹⁶.
-
-    Raises:
-        UsageError: for another density.
-    """
+    """±√(1/d) with probability d, else 0; `density` is d, a negative power of two, 1/2 … 2⁻¹⁶."""
 
     density: float = 0.5
 
@@ -147,11 +134,8 @@ class Sparse(Entries):
             raise UsageError(
                 f'noise="sparse": the density must be 1/2, 1/4, … 2**-16, "sparse:0.25" say; it is {self.density}.'
             )
-        for name, value in (
-            ("name", f"sparse:{self.density}"),
-            ("masks", round(-math.log2(self.density))),
-            ("fourth_moment", 1 / self.density),
-        ):
+        derived = {"name": f"sparse:{self.density}", "masks": round(-math.log2(self.density))}
+        for name, value in {**derived, "fourth_moment": 1 / self.density}.items():
             object.__setattr__(self, name, value)
 
 
@@ -163,9 +147,6 @@ NOISES: dict[str, Callable[..., Noise]] = {"rademacher": Rademacher, "normal": N
 @functools.cache
 def noise_of(name: str) -> Noise:
     """Return the noise with this name: a kind of `NOISES`, with its argument after a colon.
-
-    Raises:
-        UsageError: for another name, or an argument that the kind cannot have.
 
     Example:
         >>> noise_of("sparse:0.25")
@@ -183,13 +164,9 @@ def noise_of(name: str) -> Noise:
 
 @dataclass(frozen=True)
 class Stream:
-    """Where the noise of one tensor comes from.
+    """Where the noise of one tensor comes from: the key of the step, the tensor's name, and the kind of noise.
 
-    Args:
-        key: the key of the step.
-        name: the tensor's name; two tensors with the same name get the same noise.
-        noise: what its entries are.
-        still: a row of the tensor that has no noise: an embedding's padding.
+    `still` is a row of the tensor that has no noise: an embedding's padding.
     """
 
     key: Key
@@ -208,7 +185,7 @@ class Stream:
 
 
 def sums_for(p: Tensor) -> torch.dtype:
-    """Return the dtype in which probes are summed onto a tensor: fp64 for fp64 tensors, else fp32."""
+    """Return the dtype in which probes are summed onto a tensor."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 

@@ -23,12 +23,6 @@ def axpy(p: Tensor, out: Tensor, stream: Stream, first_row: int, probes: np.ndar
     _launch(p, None, out, layout(p.shape), stream, first_row, probes, factors)
 
 
-def axpy_each(p: Tensor, out: Tensor, stream: Stream, probes: np.ndarray, factors: np.ndarray) -> None:
-    """Compute out[k] ← p + factors[k] · z(probes[k]); see `noise_axpy_each`."""
-    for k in range(len(probes)):
-        axpy(p, out[k], stream, 0, probes[k : k + 1], factors[k : k + 1])
-
-
 def axpy_rows(p: Tensor, rows: Tensor, out: Tensor, stream: Stream, probe: int, factors: np.ndarray) -> None:
     """Compute out[i] ← p[rows[i]] + factor · z at row rows[i]; see `noise_axpy_rows`."""
     shape = (len(rows), p.shape[1])
