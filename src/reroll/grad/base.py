@@ -44,7 +44,7 @@ NORM_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an estimator found.
+    """What an estimator returns.
 
     Args:
         loss: the loss it saw: of the batch, or the mean of (L⁺ + L⁻)/2 over the probes. A 0-dimensional fp64 tensor.
@@ -83,12 +83,9 @@ class Estimator(Protocol):
 
 
 class Term(NamedTuple):
-    """Consecutive probes of one key: Σ_k coefficients[k] · noise(key, shape, first + k, name).
+    """Consecutive probes of the key of one step: Σ_k coefficients[k] · noise(key, shape, first + k, name).
 
-    Args:
-        key: the key of the step the probes were made at.
-        first: index of the first probe.
-        coefficients: c_k, fp32 on the CPU, 1/N over the finite probes included.
+    `coefficients` are c_k, fp32 on the CPU, 1/N over the finite probes included.
     """
 
     key: Key
@@ -103,9 +100,7 @@ class Gradient(Protocol):
     """How `apply` can take a step with it: "write", "stream", "fused"."""
 
     @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The tensors it is a gradient of, by name."""
-        ...
+    def parameters(self) -> dict[str, Tensor]: ...
 
     def each(self, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield these tensors with their gradients in their dtypes, made when they are asked for."""
@@ -136,21 +131,17 @@ class Dense:
     ways: ClassVar[tuple[str, ...]] = ("write",)
 
     def each(self, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield these tensors with their `.grad`."""
         yield from ((self.parameters[name], self.parameters[name].grad) for name in names)
 
     def add_to(self, target: Tensor, name: str, factor: float = 1.0) -> None:
-        """Compute target += factor · `.grad` for one tensor."""
         grad = self.parameters[name].grad
         if grad is not None:
             target.add_(grad, alpha=factor)
 
     def norm(self) -> float:
-        """Return ‖g‖, over all parameters, summed in fp64."""
         return sum(fetch([square_sum(p.grad) for p in self.parameters.values() if p.grad is not None])) ** 0.5
 
     def is_finite(self, norm: float | None = None) -> bool:
-        """Whether every number is finite; with the norm, where it is known, without looking at them again."""
         if norm is not None:
             return math.isfinite(norm)
         # The largest magnitude is NaN if one number is: a pass without a copy, and the host waits once.
@@ -158,7 +149,7 @@ class Dense:
         return all(fetch([torch.linalg.vector_norm(g, torch.inf).isfinite() for g in grads]))
 
     def scaled(self, factor: float) -> Dense:
-        """Multiply every `.grad` by a number, in place."""
+        # In place: there is no room for another.
         for p in self.parameters.values():
             if p.grad is not None:
                 p.grad.mul_(factor)
@@ -200,29 +191,15 @@ class Seeded:
         return torch.cat([term.coefficients for term in self.terms])
 
     def each(self, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield these tensors with their ĝ in their dtypes."""
         yield from ((self.parameters[name], self.tensor(name).to(self.parameters[name].dtype)) for name in names)
 
     def add_to(self, target: Tensor, name: str, factor: float = 1.0, first_row: int = 0) -> None:
-        """Compute target += factor · ĝ for one tensor, or for the rows of it from `first_row` on.
-
-        Args:
-            target: shaped like the tensor, or like some consecutive rows of it; changed in place.
-            name: which tensor.
-            factor: a number; −η makes it a step of gradient descent.
-            first_row: where the rows start (see `reroll.kernels.noise_axpy`).
-        """
+        """Compute target += factor · ĝ for one tensor, or for some of its rows, of which `first_row` is the first."""
         factor = factor * self.scales.get(name, 1.0)
         for key, first, coefficients in self.terms:
+            stream = Stream(key, name, self.noise, self.still.get(name))
             probes, alphas = range(first, first + len(coefficients)), (coefficients.double() * factor).numpy()
-            noise_axpy(
-                target,
-                Stream(key, name, self.noise, self.still.get(name)),
-                probes,
-                alphas,
-                first_row=first_row,
-                sums=self.sums,
-            )
+            noise_axpy(target, stream, probes, alphas, first_row=first_row, sums=self.sums)
 
     def tensor(self, name: str) -> Tensor:
         """Return ĝ of one tensor, in fp32 (fp64 for fp64 tensors)."""
@@ -234,8 +211,7 @@ class Seeded:
         return made
 
     def norm(self) -> float:
-        """Return ‖ĝ‖, over all tensors, in pieces of at most 1 MB where rows allow; the sum is in fp64."""
-        squares = []
+        squares = []  # in pieces of at most 1 MB where rows allow
         for name, p in self.parameters.items():
             wide = torch.promote_types(p.dtype, torch.float32)
             for rows, first in row_blocks(p, NORM_BYTES * 4 // wide.itemsize):
@@ -245,10 +221,7 @@ class Seeded:
         return sum(fetch(squares)) ** 0.5
 
     def is_finite(self, norm: float | None = None) -> bool:
-        """Whether every number of ĝ is finite, in the dtype of its weights.
-
-        |ĝ| ≤ Σ_k |c_k| · max |noise|, so the coefficients nearly always say it all; else the tensors are made.
-        """
+        # |ĝ| ≤ Σ_k |c_k| · max |noise|, so the coefficients nearly always say it all; else the tensors are made.
         if not bool(self.coefficients.isfinite().all()) or (norm is not None and not math.isfinite(norm)):
             return False
         size = float(self.coefficients.double().abs().sum()) * NOISE_AT_MOST
@@ -259,7 +232,6 @@ class Seeded:
         )
 
     def scaled(self, factor: float) -> Seeded:
-        """Return the gradient times a number: only the coefficients change."""
         terms = (term._replace(coefficients=(term.coefficients.double() * factor).float()) for term in self.terms)
         return replace(self, terms=tuple(terms))
 
@@ -297,8 +269,7 @@ def row_blocks(p: Tensor, limit_bytes: int) -> Iterator[tuple[Tensor, int]]:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters with `requires_grad` by canonical name, tied ones once, under their first name.
 
-    Wrappers leave the name alone: `_orig_mod.`, `module.` and `_fsdp_wrapped_module.` are taken off, so a compiled or
-    distributed model has the noise of the plain one.
+    The prefixes of wrappers are taken off, so a compiled or distributed model has the noise of the plain one.
 
     Raises:
         UsageError: if there is none, if one is not of floating dtype, or if two have one name or share a noise stream.

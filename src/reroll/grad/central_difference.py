@@ -105,12 +105,7 @@ class CentralDifference(ProbeOptions):
         return noise_of(f"sparse:{self.density}")
 
     def __call__(self, model: nn.Module, loss_fn: LossFn, batch: Any, key: Key) -> Estimate:
-        """Estimate the gradient of the loss; see `reroll.grad.base.Estimator`.
-
-        Raises:
-            UsageError: if the loss has a shape that cannot be used, the batch cannot be cut as asked, or ε is too small
-                for the precision of the evaluation.
-        """
+        """Estimate the gradient of the loss; see `reroll.grad.base.Estimator`."""
         return self.estimate(trainable(model), loss_fn, batch, key, model=model)
 
     def plan(self, model: nn.Module | None, parameters: Mapping[str, Tensor], batch: Any = None) -> Plan:
@@ -135,9 +130,6 @@ class CentralDifference(ProbeOptions):
 
         Args:
             parameters: the tensors by name; the names fix the noise.
-            loss_fn: (model, batch) → loss, or (loss, state).
-            batch: given to `loss_fn`, cut by rows where probes share it out.
-            key: the key of this step.
             model: the module, if there is one: it decides how probes can be evaluated.
             scales: a factor on ε per tensor.
         """
@@ -186,7 +178,6 @@ class CentralDifference(ProbeOptions):
         self, parameters: Mapping[str, Tensor], call: LossFn, key: Key, plan: Plan, model: nn.Module | None,
         scales: Mapping[str, float],
     ) -> ProbeContext:  # fmt: skip
-        """The probes of a step, at an ε that the weights can show, and on their grid where one restores them."""
         check_epsilon(parameters, self.epsilon, scales, self.dtype)
         epsilon = self.epsilon
         if plan.evaluate == "in_place" and self.restore == "grid":
@@ -227,7 +218,7 @@ class CentralDifference(ProbeOptions):
 
 
 def _outcome(taken: Coefficients, error: float | None, stats: dict[str, Any]) -> Outcome:
-    """How the step ended; notes the solver's error, where there is one, beside the other numbers."""
+    """How the step ended; puts the solver's error, where there is one, into `stats`."""
     loose = False
     scale = taken.spread or taken.rms  # one probe has no spread
     if error is not None and scale > 0:

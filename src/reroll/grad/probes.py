@@ -16,12 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError
 from reroll.kernels.noise_axpy import noise_of
 
 
 class Slopes(NamedTuple):
-    """What a rule makes of losses, one number per probe in fp64: differences, losses, and slopes along the probes."""
+    """What a rule makes of losses, one number per probe in fp64; `slopes` are those along the probes."""
 
     differences: Tensor
     losses: Tensor
@@ -42,17 +41,14 @@ def one_sided(losses: Tensor, clean: Tensor | None, epsilon: float) -> Slopes:
 
 
 class Rule(NamedTuple):
-    """A way from losses to slopes.
-
-    Args:
-        slopes: (losses [sides, N], L_0, ε) → `Slopes`.
-        sides: the branches of a probe, as factors on ε.
-        clean: whether it needs L_0, the loss of the unperturbed weights.
-    """
+    """A way from losses to slopes."""
 
     slopes: Callable[[Tensor, Tensor | None, float], Slopes]
+    """(losses [sides, N], L_0, ε) → `Slopes`."""
     sides: tuple[int, ...]
+    """The branches of a probe, as factors on ε."""
     clean: bool
+    """Whether it needs L_0, the loss of the unperturbed weights."""
 
 
 RULES = {"central": Rule(central, (1, -1), clean=False), "one_sided": Rule(one_sided, (1,), clean=True)}
@@ -60,47 +56,34 @@ RULES = {"central": Rule(central, (1, -1), clean=False), "one_sided": Rule(one_s
 
 
 class Coefficients(NamedTuple):
-    """What the losses of a step gave.
-
-    Args:
-        values: c_k in fp32, zero for lost probes.
-        loss: mean of (L⁺ + L⁻)/2 over finite probes, or L_0; NaN without any.
-        lost: probes with a non-finite loss.
-        spread: standard deviation of L⁺ − L⁻ (of L⁺ − L_0) over finite probes.
-        rms: their root mean square.
-        snr: root mean square of the differences over the rounding error of one.
-    """
+    """What the losses of a step gave."""
 
     values: Tensor
+    """c_k in fp32, zero for lost probes."""
     loss: Tensor
+    """Mean of (L⁺ + L⁻)/2 over finite probes, or L_0; NaN without any."""
     lost: int
+    """Probes with a non-finite loss."""
     spread: float
+    """Standard deviation of L⁺ − L⁻ (of L⁺ − L_0) over finite probes."""
     rms: float
+    """Their root mean square."""
     snr: float
+    """The same over the rounding error of one."""
 
 
 def coefficients(
     losses: Tensor, epsilon: float, shaping: str = "raw", rule: str = "central", clean: Tensor | None = None
 ) -> Coefficients:
-    """Turn losses into coefficients.
+    """Turn losses [sides, N] (L⁺ and L⁻, or L⁺ alone, as the rule has it) into coefficients.
 
-    Args:
-        losses: [sides, N]: L⁺ and L⁻, or L⁺ alone, as the rule has it.
-        epsilon: ε.
-        shaping: a name in `SHAPINGS`.
-        rule: a name in `RULES`.
-        clean: L_0, for rules that need it.
-
-    Raises:
-        UsageError: for an unknown shaping.
+    `shaping` is a name in `SHAPINGS`, `rule` one in `RULES`, and `clean` is L_0, for rules that need it.
 
     Example:
         >>> c = coefficients(torch.tensor([[3.0, 1.0], [1.0, 2.0]]), 0.5)
         >>> c.values, c.loss
         (tensor([ 1.0000, -0.5000]), tensor(1.7500, dtype=torch.float64))
     """
-    if shaping not in SHAPINGS:
-        raise UsageError(f'shaping="{shaping}" must be {", ".join(SHAPINGS)}.')
     # One unit in the last place of the loss is what a difference cannot see.
     precision = torch.finfo(losses.dtype).eps
     clean = None if clean is None else clean.double()
@@ -108,22 +91,16 @@ def coefficients(
     finite = torch.isfinite(differences)
     count = int(finite.sum())
     values = torch.zeros_like(slopes)
+    differences, loss = differences[finite], mean[finite].mean()
     if not count:
-        return Coefficients(
-            values.float(), torch.tensor(math.nan, dtype=torch.float64), len(values), math.nan, math.nan, math.nan
-        )
+        return Coefficients(values.float(), loss, len(values), math.nan, math.nan, math.nan)
     values[finite] = SHAPINGS[shaping](slopes[finite]) / count
-    found, loss = differences[finite], mean[finite].mean()
-    rms = found.square().mean().sqrt().item()
+    rms = differences.square().mean().sqrt().item()
     rounding = math.sqrt(2) * precision * abs(loss.item()) / 2
     return Coefficients(
-        values=values.float(),
-        loss=loss,
-        lost=len(values) - count,
-        spread=found.std(correction=0).item(),
-        rms=rms,
+        values.float(), loss, lost=len(values) - count, spread=differences.std(correction=0).item(), rms=rms,
         snr=rms / rounding if rounding > 0 else math.inf,
-    )
+    )  # fmt: skip
 
 
 def _zscore(slopes: Tensor) -> Tensor:
