@@ -16,18 +16,16 @@ from reroll.cells.gru import GRU
 from reroll.cells.lstm import LSTM
 from reroll.errors import UsageError
 
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 
 @torch.no_grad()
 def cells_from_torch(module: nn.LSTM | nn.GRU) -> tuple[Cell, ...]:
     """Return one cell per layer of the module; see `Recurrent.from_torch`."""
     if not isinstance(module, nn.LSTM | nn.GRU):
         raise UsageError(f"from_torch takes torch.nn.LSTM or torch.nn.GRU; got {type(module).__name__}.")
-    for option, value in (
-        ("bidirectional", module.bidirectional),
-        ("proj_size", module.proj_size),
-        ("dropout", module.dropout),
-    ):
-        if value:
+    for option in ("bidirectional", "proj_size", "dropout"):
+        if value := getattr(module, option):
             raise UsageError(f"from_torch: {option}={value} has no counterpart here; use a module without it.")
     if not module.batch_first:
         raise UsageError(
@@ -37,18 +35,14 @@ def cells_from_torch(module: nn.LSTM | nn.GRU) -> tuple[Cell, ...]:
     kind = LSTM if isinstance(module, nn.LSTM) else GRU
     cells = []
     for layer in range(module.num_layers):
-        weight_ih, weight_hh = getattr(module, f"weight_ih_l{layer}"), getattr(module, f"weight_hh_l{layer}")
-        zero = weight_ih.new_zeros(weight_ih.shape[0])
-        bias_ih = getattr(module, f"bias_ih_l{layer}", zero)
-        bias_hh = getattr(module, f"bias_hh_l{layer}", zero)
-        cell = kind(weight_ih.shape[1], module.hidden_size).to(weight_ih)
-        cell.weight_ih.copy_(weight_ih)
-        cell.weight_hh.copy_(weight_hh)
-        if isinstance(cell, LSTM):
-            cell.bias.copy_(bias_ih + bias_hh)
-        else:
-            cell.bias_ih.copy_(bias_ih)
-            cell.bias_hh.copy_(bias_hh)
+        weights = {name: getattr(module, f"{name}_l{layer}", None) for name in _NAMES}
+        zero = torch.zeros_like(getattr(module, f"weight_hh_l{layer}")[:, 0])
+        weights = {name: zero if weight is None else weight for name, weight in weights.items()}
+        if kind is LSTM:
+            weights["bias"] = weights.pop("bias_ih") + weights.pop("bias_hh")
+        cell = kind(weights["weight_ih"].shape[1], module.hidden_size).to(zero)
+        for name, weight in weights.items():
+            getattr(cell, name).copy_(weight)
         cells.append(cell)
     return tuple(cells)
 
@@ -65,9 +59,7 @@ def cells_to_torch(cells: tuple[Cell, ...], initial: bool) -> Any:
     module = build(first.input_size, first.output_size, num_layers=len(cells), batch_first=True)
     module.to(next(first.parameters()))
     for layer, cell in enumerate(cells):
-        target = {
-            name: getattr(module, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        }
+        target = {name: getattr(module, f"{name}_l{layer}") for name in _NAMES}
         if isinstance(cell, LSTM):
             target["weight_ih"].copy_(_gate_major(cell.weight_ih, cell.heads))
             target["weight_hh"].copy_(_gate_major(_dense(cell), cell.heads))

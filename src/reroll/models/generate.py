@@ -29,7 +29,7 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Continue a prompt.
+    """Continue a prompt; return the new symbols, [length] or [batch, length] as the prompt is.
 
     Args:
         model: of symbols and `Stateful` (`reroll.models.base`), such as `reroll.models.Recurrent`.
@@ -38,12 +38,6 @@ def generate(
         temperature: 1 samples the model's distribution, towards 0 the most likely symbol; 0 is exactly that.
         top_k: draw from the k most likely symbols only.
         seed: names the draws.
-
-    Returns:
-        The new symbols, [length] or [batch, length] as the prompt is.
-
-    Raises:
-        UsageError: for an empty prompt, a symbol outside the vocabulary, or a bad number.
 
     Example:
         >>> from reroll import Recurrent, cells
@@ -60,20 +54,19 @@ def generate(
     if model.vocab is None:
         raise UsageError("generate needs a model of symbols; this one reads real-valued series (inputs=…).")
     tokenizer = getattr(model, "tokenizer", None)
-    known = model.vocab if tokenizer is None else tokenizer.size  # a padded vocabulary has symbols that mean nothing
+    size = model.vocab if tokenizer is None else tokenizer.size  # a padded vocabulary has symbols that mean nothing
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise UsageError(f"prompt has shape {tuple(ids.shape)}; give at least one symbol, [time] or [batch, time].")
-    if not 0 <= int(ids.min()) <= int(ids.max()) < known:
-        raise UsageError(f"prompt holds symbols in [{ids.min()}, {ids.max()}]; the vocabulary is [0, {known}).")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise UsageError(f"prompt holds symbols in [{ids.min()}, {ids.max()}]; the vocabulary is [0, {size}).")
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"temperature={temperature} must be zero or a positive number.")
     outputs, state = model.advance(ids)
-    logits, key, new = outputs[:, -1, :known], Key(seed).at("generate"), []
+    key, new = Key(seed).at("generate"), []
     for position in range(length):
-        new.append(_draw(logits, temperature, top_k, key.at(position)))
-        if position + 1 < length:
+        if new:
             outputs, state = model.advance(new[-1].unsqueeze(1), state)
-            logits = outputs[:, -1, :known]
+        new.append(_draw(outputs[:, -1, :size], temperature, top_k, key.at(position)))
     result = torch.stack(new, 1)
     return result if batched else result[0]
 

@@ -132,17 +132,13 @@ class Recurrent(nn.Module):
         *,
         head: bool = True,
     ) -> tuple[Tensor, tuple[State, ...]]:
-        """Run some steps from a state.
+        """Run some steps from a state; return the outputs of every step and the state after the last.
 
         Args:
-            inputs: as for `forward`.
+            inputs, lengths: as for `forward`; behind `lengths` the head sees zeros.
             state: the state of every cell, as `start` or `advance` gives it; None starts afresh.
             reset: True at the steps before which the state starts afresh, [B, T].
-            lengths: steps of each sequence, [B]; behind them the head sees zeros.
             head: False leaves the head out and gives features.
-
-        Returns:
-            (outputs of every step, the state after the last).
         """
         features, state = self._run(inputs, state, reset, lengths)
         return self._outputs(features) if head else features, state
@@ -157,16 +153,7 @@ class Recurrent(nn.Module):
         outputs, state = self.advance(inputs.unsqueeze(1), state)
         return outputs.squeeze(1), state
 
-    def generate(
-        self,
-        prompt: Tensor | list[int],
-        length: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 0,
-    ) -> Tensor:
-        """Continue a prompt; see `reroll.models.generate.generate`."""
-        return generate(self, prompt, length, temperature, top_k, seed)
+    generate = generate
 
     def time_chunk(self, batch: int) -> int:
         """Return how many steps to run at once when no gradient is needed, so that memory is bounded in the length."""
@@ -181,20 +168,15 @@ class Recurrent(nn.Module):
     def from_torch(cls, module: nn.LSTM | nn.GRU) -> Recurrent:
         """Return the model that computes what a torch LSTM or GRU does: inputs [B, T, features] → hidden states.
 
-        Raises:
-            UsageError: for a bidirectional or projected module, one with dropout, or one with batch_first=False.
+        Bidirectional or projected modules, and those with dropout or batch_first=False, are refused.
         """
         return cls(cell=convert.cells_from_torch(module), inputs=module.input_size)
 
     def to_torch(self, initial: bool = False) -> Any:
         """Return the cells as one torch module (batch first). Embedding, head and readout are not part of it.
 
-        Args:
-            initial: also return the initial state, [layers, 1, hidden] each, to be passed on for every sequence as
-                `module(x, initial)`. An LSTM here trains it, and a torch module does not hold one.
-
-        Returns:
-            An `nn.LSTM` or `nn.GRU`; with `initial`, the pair (module, initial state).
+        An LSTM here trains its initial state, which a torch module does not hold: with `initial` the pair (module,
+        initial state) is returned, [layers, 1, hidden] each, to be expanded to the batch for `module(x, state)`.
 
         Raises:
             UsageError: if the cells are not all LSTM, or all GRU, of one hidden size; or if an initial state that is
@@ -207,24 +189,16 @@ class Recurrent(nn.Module):
         return tuple(cell for cell in self.cells if isinstance(cell, Cell))
 
     def _run(
-        self,
-        inputs: Tensor,
-        state: tuple[State, ...] | None,
-        reset: Tensor | None,
-        lengths: Tensor | None = None,
+        self, inputs: Tensor, state: tuple[State, ...] | None, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, tuple[State, ...]]:
         """Return the last cell's readouts of every step, and the states after it."""
-        if inputs.dim() != (2 if self.embed is not None else 3):
-            expected = "[batch, time] symbols" if self.embed is not None else f"[batch, time, {self.inputs}]"
+        expected = "[batch, time] symbols" if self.embed is not None else f"[batch, time, {self.inputs}]"
+        fits = inputs.dim() == 2 if self.embed is not None else inputs.dim() == 3 and inputs.shape[-1] == self.inputs
+        if not fits:
             raise UsageError(f"inputs has shape {tuple(inputs.shape)}; expected {expected}.")
-        if self.embed is None:
-            if inputs.shape[-1] != self.inputs:
-                raise UsageError(f"inputs has shape {tuple(inputs.shape)}; expected [batch, time, {self.inputs}].")
-            features = inputs
-        else:
-            if lengths is not None:  # padding may be no symbol
-                inputs = torch.where(steps_of(lengths, inputs)[1], inputs, 0)
-            features = self._embedded(self.embed, inputs)
+        if self.embed is not None and lengths is not None:  # padding may be no symbol
+            inputs = torch.where(steps_of(lengths, inputs)[1], inputs, 0)
+        features = inputs if self.embed is None else self._embedded(self.embed, inputs)
         states, padded = [], {} if lengths is None else {"lengths": lengths}
         for i, cell in enumerate(self._cells):
             features, final = self.rollout.read(cell, features, None if state is None else state[i], reset, **padded)
