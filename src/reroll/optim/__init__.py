@@ -3,8 +3,7 @@
 from reroll.optim.apply import apply, clip_norm
 from reroll.optim.cdrge import CDRGE
 from reroll.optim.ema import Average
-from reroll.optim.groups import OPTIMIZERS, build_optimizer, groups
-from reroll.optim.multi import MultiOptimizer
+from reroll.optim.groups import OPTIMIZERS, MultiOptimizer, build_optimizer, groups
 from reroll.optim.schedule import Plateau
 from reroll.optim.sgd import SGD
 from reroll.optim.step import StepResult, StepSettings, configure, step

@@ -1,21 +1,19 @@
-"""Perturb the weights themselves, evaluate, and put them back bit for bit. Works for any module.
+"""Evaluate probes by overwriting weights: the model's own, which come back bit for bit, or those of copies.
 
-    p ← copy + ε z,  L⁺;    p ← copy − ε z,  L⁻;    …;    p ← copy
-
-Adding ε z and taking it away again does not give p back: floating-point addition rounds (in bf16 the weights drift by
-more than an update, in fp32 by a unit in the last place now and then). So a pristine copy is kept, which costs as much
-memory as the weights; or, with `restore="grid"`, fp32 weights are first rounded to a fixed-point grid on which adding
-and removing a multiple of the grid is exact, and no copy is needed:
+Adding a perturbation and taking it away again does not give p back: floating-point addition rounds (in bf16 the weights
+drift by more than an update). So a pristine copy is kept, which costs as much memory as the weights; or, with
+`restore="grid"`, fp32 weights are first rounded to a fixed-point grid on which adding and removing a multiple of the
+grid is exact, by at most half a unit, 2⁻²⁴ of the tensor's largest:
 
     unit = 2^(e − 24) with 2^e > max |p| + 2 ε,        ε ← a multiple of the largest unit of all tensors
-
-The rounding moves a weight by at most half a unit, 2⁻²⁴ of the tensor's largest.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad.base import fetch
 from reroll.grad.evaluate.base import BranchByBranch, ProbeContext
-from reroll.kernels.noise_axpy import RADEMACHER, Noise, noise_axpy
+from reroll.kernels.noise_axpy import RADEMACHER, Noise, noise_axpy, perturber
 
 
 class InPlace(BranchByBranch):
@@ -71,8 +69,50 @@ class InPlace(BranchByBranch):
             noise_axpy(source, self.probes.stream(name), [probe], [self.probes.alpha(name, side)], out=p.detach())
 
     def _put_back(self) -> None:
-        for name, copy in self.copies.items():
-            self.probes.parameters[name].detach().copy_(copy)
+        for name, pristine in self.copies.items():
+            self.probes.parameters[name].detach().copy_(pristine)
+
+
+class Replicas(BranchByBranch):
+    """Evaluate units on private copies of a small model, one per worker. Several threads may call `losses` at once.
+
+    This is `tiles` when all perturbed weights fit the budget: nothing has to be intercepted then. A copy shares
+    everything with the model but its weights, which are in the dtype of the evaluation.
+    """
+
+    def __init__(self, probes: ProbeContext):
+        super().__init__(probes)
+        self.thread = threading.local()
+        self.copying = threading.Lock()
+
+    def model(self) -> nn.Module:
+        """Return this thread's copy, made at its first unit."""
+        if not hasattr(self.thread, "model"):
+            with self.copying:
+                self.thread.model, self.thread.perturb = self._copy()
+        return self.thread.model
+
+    @contextmanager
+    def branch(self, side: int, probe: int) -> Iterator[None]:
+        for name, perturb in self.thread.perturb.items():
+            perturb(probe, self.probes.alpha(name, side))
+        yield
+
+    def _copy(self) -> tuple[nn.Module, dict[str, Callable[[int, float], None]]]:
+        """A copy of the model, and a function (probe, alpha) per weight that perturbs it there."""
+        model = self.probes.model
+        assert model is not None
+        names = {id(p): name for name, p in self.probes.parameters.items()}
+        # deepcopy takes what is in `memo` instead of copying: buffers are shared, weights replaced.
+        memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+        perturb = {}
+        for p in model.parameters():
+            dtype, name = self.probes.dtype_of(p), names.get(id(p))
+            weight = p.detach().to(dtype) if name is None else torch.empty(p.shape, dtype=dtype, device=p.device)
+            memo[id(p)] = nn.Parameter(weight, requires_grad=False)
+            if name is not None:
+                perturb[name] = perturber(p, self.probes.stream(name), weight)
+        return copy.deepcopy(model, memo), perturb
 
 
 def renormalised(model: nn.Module | None, named: Mapping[str, Tensor]) -> list[str]:
@@ -94,16 +134,10 @@ def bit_sums(parameters: Mapping[str, Tensor]) -> list[int]:
 def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: Noise = RADEMACHER) -> float:
     """Round fp32 weights to grids on which ±ε is exact, in place, and return the ε that is.
 
-    Args:
-        parameters: the tensors; every one gets the grid 2^(e − 24) with 2^e > max |p| + 2 ε.
-        epsilon: the wished size of a probe.
-        noise: must be made of signs: other noise is no multiple of a grid.
-
-    Returns:
-        The multiple of the largest grid unit that is nearest to `epsilon`.
+    That is the multiple of the largest grid unit that is nearest to `epsilon`.
 
     Raises:
-        UsageError: for weights that are not fp32, other noise, or an ε below the largest unit.
+        UsageError: for weights that are not fp32, noise that is not made of signs, or an ε below the largest unit.
 
     Example:
         >>> p = torch.tensor([0.3, -1.7])

@@ -1,8 +1,7 @@
 """Which way probes are evaluated, in what units, by how many threads: static rules, decided once.
 
-The rules look at the model, the shapes and the number of cores; never at a clock or at free memory. What they decide
-goes into a run's config and journal, so a resumed run, on whatever machine, does the same arithmetic: `evaluate`,
-`chunk` and `threads` can change the last bits of a loss, the number of workers cannot.
+The rules look at the model, the shapes and the number of cores, never at a clock or at free memory: a resumed run does
+the same arithmetic. `evaluate`, `chunk` and `threads` can change the last bits of a loss; `workers` cannot.
 """
 
 from __future__ import annotations

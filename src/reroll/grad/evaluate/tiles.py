@@ -1,7 +1,7 @@
 """Evaluate probes with perturbed pieces of weights, made when a product needs them and forgotten after it.
 
-What is small is perturbed once per branch and kept while the branch runs, in one half of the budget. What does not fit
-there comes in pieces, one after the other in the other half:
+What is small is perturbed once per branch and stays, in one half of the budget. What does not fit there comes in pieces
+(rows of the matrix in the noise stream, which can be made alone), one after the other in the other half:
 
     linear        W in blocks of rows, one block of outputs each
     embedding     only the rows that are looked up
@@ -10,9 +10,6 @@ there comes in pieces, one after the other in the other half:
 
 so beside the weights there are never more than the budget (8 MB, or 1 % of the weights) of perturbed ones per worker,
 except for an operation that needs a larger tensor whole.
-
-The rows of a matrix in the noise stream can be made alone (`reroll.kernels.noise_axpy`), which is why a piece of a
-perturbed matrix is the piece of the perturbed matrix.
 """
 
 from __future__ import annotations

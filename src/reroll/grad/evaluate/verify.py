@@ -1,17 +1,13 @@
 """See that the perturbation reaches what the loss reads, and go another way where it doesn't.
 
-`tiles` and `batched` hand perturbed weights to the operations of a model; a loss can read weights past them (a copy of
-the model is evaluated and the loss closes over the model itself, compiled code, a kernel that is chosen by the kind of
-its arguments, `.item()`). So on the first use of a model, a loss and a way of evaluating, one probe is evaluated
-`in_place` as well, on as many tensors as the budget of `tiles` can copy. Where losses differ by more than rounding, or
-the way raises, the next one is taken:
+A loss can read weights past `tiles` and `batched`: it closes over the model where a copy is evaluated, runs compiled
+code, calls `.item()`. So on the first use of a model, a loss and a way, one probe is also evaluated by the reference,
+on as many tensors as the budget of `tiles` can copy. Where losses differ by more than rounding, or the way raises,
+the next one is taken; the last is the reference (in another dtype than the weights', interception):
 
     tiles on a copy → tiles by interception → in_place          batched → in_place
 
-In another dtype than the weights' nothing can be done in place; interception is the measure then.
-
-A loss that draws from torch's generators, or a model that changes its buffers, shows when they have moved afterwards:
-then the step is taken once more with its branches separated, one unit at a time.
+Where generators or buffers have moved afterwards, the step is taken once more with its branches isolated.
 """
 
 from __future__ import annotations
@@ -33,9 +29,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from reroll.errors import UsageError
 from reroll.grad.evaluate.base import Evaluator, ProbeContext
 from reroll.grad.evaluate.batched import Batched
-from reroll.grad.evaluate.in_place import InPlace
+from reroll.grad.evaluate.in_place import InPlace, Replicas
 from reroll.grad.evaluate.plan import Plan
-from reroll.grad.evaluate.replicas import Replicas
 from reroll.grad.evaluate.snapshot import Snapshot, cuda_devices
 from reroll.grad.evaluate.tiles import Tiles
 from reroll.grad.units import Execute, Result, Unit, threads

@@ -4,7 +4,7 @@
     noise_axpy_each   out[k] ← p + alpha_k z_k           one perturbed copy per probe
     noise_axpy_rows   out[i] ← p[rows[i]] + alpha z      perturb what an embedding looks up
 
-z_k is a function of (key, tensor name, probe k, position) and of nothing else, defined by `stream.py` and `noises.py`.
+z_k is a function of (key, tensor name, probe k, position) and of nothing else, defined in `noises.py`.
 Three implementations give the same bits: `reference` (torch), `cpu` (Numba) and `triton` (CUDA). Measured on one core,
 `cpu` perturbs at about 0.15 ns per weight and sums probes at 0.04 ns per weight and probe (docs/results.md).
 """
@@ -18,8 +18,17 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.kernels.noise_axpy.noises import NOISES, RADEMACHER, Alphas, Noise, Stream, noise_of, sums_for
-from reroll.kernels.noise_axpy.stream import NARROW, layout
+from reroll.kernels.noise_axpy.noises import (
+    NARROW,
+    NOISES,
+    RADEMACHER,
+    Alphas,
+    Noise,
+    Stream,
+    layout,
+    noise_of,
+    sums_for,
+)
 from reroll.keys import Key
 
 __all__ = [
@@ -155,7 +164,7 @@ def noise(
         tensor([[-1., -1.,  1.],
                 [ 1.,  1.,  1.]])
 
-    Reference: the generator is Philox4x32-10 (Salmon et al., SC 2011); its layout is in `noise_axpy/stream.py`.
+    Reference: the generator is Philox4x32-10 (Salmon et al., SC 2011); its layout is in `noise_axpy/noises.py`.
     """
     p = torch.zeros(tuple(shape), dtype=dtype, device=device)
     noise_axpy(p, Stream(key, name, noise_of(kind)), [probe], [1.0])

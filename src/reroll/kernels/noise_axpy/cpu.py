@@ -17,8 +17,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from reroll.kernels.jit import jit
-from reroll.kernels.noise_axpy.noises import Stream
-from reroll.kernels.noise_axpy.stream import layout
+from reroll.kernels.noise_axpy.noises import Stream, layout
 from reroll.kernels.philox import MULTIPLIERS, WEYL
 from reroll.kernels.simd import LANES, add, load, masked_signs, signs, store
 from reroll.kernels.threads import split

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reroll.kernels.noise_axpy.noises import Stream
-from reroll.kernels.noise_axpy.stream import BLOCK, PROBE_BLOCK, layout
+from reroll.kernels.noise_axpy.noises import BLOCK, PROBE_BLOCK, Stream, layout
 from reroll.kernels.philox import MASK, philox
 
 

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroll.kernels.noise_axpy.noises import Stream
-from reroll.kernels.noise_axpy.stream import BLOCK, layout
+from reroll.kernels.noise_axpy.noises import BLOCK, Stream, layout
 
 _BLOCKS = 8  # blocks of 128 bits per program
 
