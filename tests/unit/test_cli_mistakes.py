@@ -95,7 +95,7 @@ def mistakes(folder):
         ((*text, "empty.txt"), 2, ["empty.txt", "is empty"]),
         ((*text, "nothing"), 2, ["'nothing'", "no text files"]),
         ((*text, "short.txt"), 2, ["length=64", "short.txt", "more text"]),
-        ((*text, "binary.bin", *char), 2, ["binary.bin", "NUL", "tokenizer='byte'"]),
+        ((*text, "binary.bin", *char), 2, ["binary.bin", "UTF-8", "tokenizer='byte'"]),
         ((*text, "latin.txt", *char), 2, ["latin.txt", "not UTF-8", "tokenizer='byte'"]),
         ((*text, "lines.jsonl"), 2, ["lines.jsonl, line 2", "field='text'", "body"]),
         ((*text, "broken.jsonl"), 2, ["broken.jsonl, line 2", "not JSON"]),

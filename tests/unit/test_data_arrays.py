@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reroll.data.arrays import Arrays, cut
-from reroll.data.series import missing, moments
+from reroll.data.series import Series, missing, moments
 from reroll.errors import UsageError
 
 RANDOM = np.random.default_rng(0)
@@ -90,9 +90,11 @@ def test_moments_do_not_depend_on_the_blocks(monkeypatch, rows):
     assert mean == pytest.approx(kept.mean(0))
     assert std[[0, 2]] == pytest.approx(kept.std(0)[[0, 2]])
     assert std[1] == 1  # a constant feature is not divided by its rounding errors
-    assert missing(values, None) == (1, (9, 2))
-    assert missing(values, np.arange(500) != 9) == (1, None)
-    assert missing(values, ~np.isin(np.arange(500), (3, 9))) == (0, None)
+    series = Series(values, np.array([4, 496]))
+    with pytest.raises(UsageError, match="series 1, step 5, feature 2 is infinite"):
+        missing("a.npy", series, None)
+    assert missing("a.npy", series, np.arange(500) != 9) == 1
+    assert missing("a.npy", series, ~np.isin(np.arange(500), (3, 9))) == 0
 
 
 def test_a_constant_feature_becomes_zero(tmp_path):
@@ -466,8 +468,8 @@ def test_errors(tmp_path, act, message):
 def test_errors_of_batches(tmp_path):
     task = Arrays(save(tmp_path / "a.npz", x=X, y=np.arange(20)))
     for arguments, message in [
-        ((0, "test"), "split='test' is unknown"),
-        ((1, "valid"), r"step=1 must lie in \[0, 1\)"),
+        ((0, "test"), "split='test' is none of"),
+        ((1, "valid"), r"step=1 must be 0 or more and below 1"),
         ((0, "train", 6), r"length=6 must lie in \[1, 5\]"),
     ]:
         with pytest.raises(UsageError, match=message):

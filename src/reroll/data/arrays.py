@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +30,7 @@ import torch
 from reroll.data.batch import Batch
 from reroll.data.series import Series, missing, moments, read_series
 from reroll.data.tables import Reading
-from reroll.data.task import Readout, Task
+from reroll.data.task import FileTask, Readout
 from reroll.errors import UsageError, nearest, require_positive
 from reroll.kernels.philox import random_integers
 from reroll.keys import Key
@@ -43,7 +42,6 @@ BoolArray = npt.NDArray[np.bool_]
 USUAL_LENGTH = 128  # of the windows of one long series
 SHOWN = 8  # names of features in a description
 MOST_CLASSES = 1 << 20
-READOUTS = ("last", "mean", "every")
 
 
 class Windows(NamedTuple):
@@ -54,7 +52,7 @@ class Windows(NamedTuple):
     end: IntArray
 
 
-class Arrays(Task):
+class Arrays(FileTask):
     """Learn real-valued series from a table, a .npy or a .npz file.
 
     Args:
@@ -83,7 +81,7 @@ class Arrays(Task):
 
     name = "arrays"
     _targets: Any = None  # by step or by sequence; None: the next step is predicted
-    _known: Any = None  # which of them, or which steps, are scored; None: all
+    _known: Any = True  # which of them, or which steps, are scored
 
     def __init__(
         self,
@@ -99,15 +97,13 @@ class Arrays(Task):
         **reading: str | None,
     ) -> None:
         require_positive(length=length, batch=batch, eval_batches=eval_batches)
-        if readout not in READOUTS:
-            raise UsageError(f"readout={readout!r} is unknown.{nearest(readout, READOUTS)}")
+        if readout not in get_args(Readout):
+            raise UsageError(f"readout={readout!r} is unknown.{nearest(readout, get_args(Readout))}")
         self.path, self.batch_size, self.seed, self.eval_batches = os.fspath(path), batch, seed, eval_batches
-        self._arguments = {
-            "path": self.path, "length": length, "readout": readout, "whole": whole, "units": units, **reading,
-        }  # fmt: skip
         self._whole = whole
         data = read_series(path, Reading(**reading))
-        self.fingerprint = _file_hash(Path(path).expanduser())
+        with Path(path).expanduser().open("rb") as file:
+            self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
         self.inputs, self.features, self.labels = int(data.values.shape[1]), data.features, data.labels
         self._values, self._mask, self._by_step = data.values, data.mask, data.by_step
         self._set_targets(data, readout)
@@ -116,8 +112,7 @@ class Arrays(Task):
         self._windows, training = self._hold_out(windows, data)
         rows = training[np.cumsum(data.lengths) - 1] if self.predicts == "sequence" else training
         for split in self._windows:
-            known: Any = True if self._known is None else self._known
-            if not ((rows if split == "train" or whole else ~rows) & known).any():
+            if not ((rows if split == "train" or whole else ~rows) & self._known).any():
                 raise UsageError(
                     f"path={self.path}: nothing in the split {split!r} is scored. The mask or held_out leaves none of "
                     "it, or all of its targets are missing; mend them."
@@ -125,34 +120,20 @@ class Arrays(Task):
         self.mean, self.std = self._units(training, rows) if units is None else self._given(units)
         if self._targets is not None and not self.categorical:
             targets = (self._targets - self.mean[self.inputs :]) / self.std[self.inputs :]
-            self._targets = np.where(np.asarray(self._known)[:, None], targets, 0).astype(np.float32)
+            self._targets = np.where(self._known[:, None], targets, 0).astype(np.float32)
         self._description = self._described(data)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # By its arguments, for another process to map the same file.
-        options = {"batch": self.batch_size, "seed": self.seed, "eval_batches": self.eval_batches}
-        return partial(Arrays, **self._arguments, **options), ()
 
     def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
         """Return the windows of a step; a smaller `length` is the first steps of every window."""
-        steps = self.length if length is None else length
-        if not 1 <= steps <= self.length:
-            raise UsageError(f"length={length} must lie in [1, {self.length}], the length of the task.")
-        windows = self._split(split)
+        windows = self._windows[split]
         if split == "train":
-            which = random_integers(self.key(split, step, unit), self.batch_size, len(windows.begin))
-        elif 0 <= step < self.batches(split):
-            which = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(windows.begin)))
+            which: Any = random_integers(self.key(split, step, unit), self.batch_size, len(windows.begin))
         else:
-            raise UsageError(f"step={step} must lie in [0, {self.batches(split)}), the batches of {split!r}.")
-        return self._gather(Windows(*(part[which] for part in windows)), steps)
+            which = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        return self._gather(Windows(*(part[which] for part in windows)), length or self.length)
 
-    def batches(self, split: str) -> int:
-        """Return how many batches an evaluation of this split takes."""
-        if split == "train":
-            return super().batches(split)
-        count = -(-len(self._split(split).begin) // self.batch_size)
-        return count if self.eval_batches is None else min(count, self.eval_batches)
+    def count(self, split: str) -> int:
+        return -(-len(self._windows[split].begin) // self.batch_size)
 
     def metadata(self) -> dict[str, Any]:
         return super().metadata() | {"units": (self.mean.tolist(), self.std.tolist())}
@@ -166,29 +147,18 @@ class Arrays(Task):
 
     def _described(self, data: Series) -> str:
         """What was read: how many series, steps and features; what is predicted, held out, left out and filled in."""
-        absent, infinite = missing(data.values, None if self.predicts == "every" else data.mask)
-        if infinite is not None:
-            series = int(np.searchsorted(np.cumsum(data.lengths), infinite[0], side="right"))
-            step = infinite[0] - int(data.lengths[:series].sum())
-            raise UsageError(
-                f"path={self.path}: the value of series {series}, step {step}, feature {infinite[1]} is infinite. "
-                "Mend it, or make it NaN, a missing value."
-            )
         least, most = int(data.lengths.min()), int(data.lengths.max())
         steps = f"{most:,}" if least == most else f"{least:,} to {most:,}"
         held_out = len(self._windows["valid"].begin) / sum(len(windows.begin) for windows in self._windows.values())
         shape = f"{len(data.lengths):,} series × {steps} steps × {self.inputs} feature{'s' * (self.inputs != 1)}"
-        held = "all of it scored" if self._whole else f"{100 * held_out:.0f} % held out"
-        parts = [f"{self.path}: {shape}{_names(self.features)}", f"{self._goal()}, {held}", data.note]
-        if absent:
-            parts.append(f"missing values ({absent:,}) are filled with their column's mean, and not scored")
-        return "; ".join(filter(None, parts)) + "."
-
-    def _goal(self) -> str:
+        share = "all of it scored" if self._whole else f"{100 * held_out:.0f} % held out"
         what = f"one of {self.outputs} classes{_names(self.labels)}"
         what = what if self.categorical else f"{self.outputs} target value{'s' * (self.outputs != 1)}"
-        goals = {"next": "predicts the next row", "every": f"predicts {what} for every step"}
-        return goals.get(self.predicts, f"predicts {what} for every series")
+        goal = {"next": "the next row", "every": f"{what} for every step", "sequence": f"{what} for every series"}
+        parts = [f"{self.path}: {shape}{_names(self.features)}", f"predicts {goal[self.predicts]}, {share}", data.note]
+        if absent := missing(self.path, data, None if self.predicts == "every" else data.mask):
+            parts.append(f"missing values ({absent:,}) are filled with their column's mean, and not scored")
+        return "; ".join(filter(None, parts)) + "."
 
     def _units(self, training: BoolArray, rows: BoolArray) -> tuple[Array, Array]:
         """Mean and std of the features over the training part, and of real targets behind them."""
@@ -197,7 +167,7 @@ class Arrays(Task):
         units = moments(self._values, used)
         if self._targets is None or self.categorical:
             return units
-        of_targets = moments(self._targets, rows & np.asarray(self._known))
+        of_targets = moments(self._targets, rows & self._known)
         return np.concatenate([units[0], of_targets[0]]), np.concatenate([units[1], of_targets[1]])
 
     def _given(self, units: tuple[list[float], list[float]]) -> tuple[Array, Array]:
@@ -210,15 +180,10 @@ class Arrays(Task):
             )
         return mean, std
 
-    def _split(self, split: str) -> Windows:
-        if split not in self._windows:
-            raise UsageError(f"split={split!r} is unknown.{nearest(split, self._windows)}")
-        return self._windows[split]
-
     def _set_targets(self, data: Series, readout: Readout) -> None:
         """Decide what is predicted, "next", "every" or "sequence", and keep the targets by step or by sequence."""
         self.predicts, self.outputs, self.readout = "next", data.values.shape[1], "every"
-        self.categorical, self._known = False, data.mask
+        self.categorical, self._known = False, True if data.mask is None else data.mask
         targets, inside = data.targets, data.inside
         if targets is None or inside is None:
             return
@@ -254,16 +219,16 @@ class Arrays(Task):
     def _hold_out(self, windows: Windows, data: Series) -> tuple[dict[str, Windows], BoolArray]:
         """The windows of the splits, and which steps of all belong to training."""
         lengths = data.lengths
-        if self._whole and len(windows.begin):
+        series, count = np.unique(windows.series), len(windows.begin)
+        if self._whole and count:
             return {"valid": windows}, np.ones(len(data.values), dtype=bool)
-        series = np.unique(windows.series)
-        if len(windows.begin) < 2 or (self.predicts == "sequence" and len(series) < 2):
+        if count < 2 or (self.predicts == "sequence" and len(series) < 2):
             raise UsageError(
                 f"path={self.path} is too short: {len(lengths)} series of {int(lengths.max())} steps at most give "
-                f"{len(windows.begin)} windows of length={self.length}; two are needed, one of them to be held out."
+                f"{count} windows of length={self.length}; two are needed, one of them to be held out."
             )
         if len(series) == 1:
-            held_out = np.arange(len(windows.begin)) >= len(windows.begin) - max(len(windows.begin) // 10, 1)
+            held_out = np.arange(count) >= count - max(count // 10, 1)
             training = np.arange(int(lengths.sum())) < windows.begin[held_out][0]
         else:
             # By the index alone: neither the seed nor the order of the classes has a part in it.
@@ -336,8 +301,3 @@ def _cleaned(path: str, targets: Array, known: BoolArray, classes: bool) -> tupl
         )
     cleaned = np.where(known[:, None], targets, 0)
     return known, cleaned[:, 0].astype(np.int64) if classes else cleaned.astype(np.float64)
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """A batch of sequences, and the parts it can be cut into without changing what its loss means.
 
-The loss of a batch is Σ (loss of each scored position) / scored. A part of a batch carries the share of `scored` that
-makes losses of parts add up: rows are averaged by their number, steps of time are summed.
+The loss of a batch is Σ (loss of each scored position) / scored. A part carries the share of `scored` that makes losses
+of parts add up: rows are averaged by their number, steps of time are summed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Batch:
         """
         if rows is None:
             return self
-        check_rows(rows, len(self))
+        if rows.step != 1 or not 0 <= rows.start < rows.stop <= len(self):
+            raise UsageError(f"rows={rows} must be a range with step 1 inside range(0, {len(self)}), and not empty.")
         return self.rows(rows.start, rows.stop)
 
     def steps(self, begin: int, end: int) -> Batch:
@@ -81,14 +82,8 @@ class Batch:
         return moved
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self,
-            inputs=change(self.inputs),
-            targets=change(self.targets),
-            mask=change(self.mask),
-            present=None if self.present is None else change(self.present),
-            reset=None if self.reset is None else change(self.reset),
-        )
+        tensors = {name: getattr(self, name) for name in ("inputs", "targets", "mask", "present", "reset")}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 class _Start:
@@ -100,9 +95,3 @@ class _Start:
 
 START = _Start()
 """`Batch.state` of the first of several windows."""
-
-
-def check_rows(rows: range, count: int) -> None:
-    """Refuse a range of sequences that is not a part of a batch of `count`."""
-    if rows.step != 1 or not 0 <= rows.start < rows.stop <= count:
-        raise UsageError(f"rows={rows} must be a range with step 1 inside range(0, {count}), and not empty.")

@@ -4,9 +4,8 @@
     streams.tokens["train"]        a memory-mapped array, of 1, 2 or 4 bytes a symbol
 
 The folder is $REROLL_CACHE, or $XDG_CACHE_HOME/reroll, or ~/.cache/reroll; anything in it may be deleted at any time. A
-file is named by a hash of the paths, sizes and times of the texts and of the settings of the tokenizer, written beside
-its name and moved into place when it is whole, so a build that is killed leaves no harm, and two builds at once write
-the same thing. What does not have the length it should have is built again.
+file is named by a hash of the texts' paths, sizes and times and of the tokenizer's settings, and moved into place when
+it is whole. What does not have the length it should have is built again.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from reroll.data.corpus import CHUNK, Corpus, is_single, pieces
+from reroll.data.corpus import CHUNK, Corpus, Passage, is_single, passages
 from reroll.data.tokenizers import USUAL_SIZES, Tokenizer, decode_utf8, encode_chunks, fit, from_dict, symbol_dtype
 from reroll.errors import RunError, UsageError
 
@@ -69,12 +68,8 @@ def cache_folder() -> Path:
         if _temporary is None:
             _temporary = Path(tempfile.mkdtemp(prefix="reroll-"))
             atexit.register(shutil.rmtree, _temporary, ignore_errors=True)
-            log.warning(
-                "The cache folder %s cannot be written (%s): texts are encoded again for every run. "
-                "Set REROLL_CACHE to a folder that can.",
-                folder,
-                error.strerror,
-            )
+            remedy = "texts are encoded again for every run. Set REROLL_CACHE to a folder that can"
+            log.warning("The cache folder %s cannot be written (%s): %s.", folder, error.strerror, remedy)
         return _temporary
 
 
@@ -95,33 +90,29 @@ def load(corpus: Corpus, tokenizer: str | Tokenizer = "byte", max_vocab: int | N
     settings = tokenizer.to_dict() if isinstance(tokenizer, Tokenizer) else [tokenizer, max_vocab]
     identity = json.dumps([FORMAT, corpus.signature, settings])
     place = cache_folder() / f"text-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
-    streams = _open(place)
-    if streams is None:
-        _build(place, corpus, tokenizer, max_vocab)
-        streams = _open(place)
-        assert streams is not None, f"{place} was just written"
-    return streams
-
-
-def _open(place: Path) -> Streams | None:
-    """The streams of a cache entry; None if there is none, or a damaged one."""
     try:
-        saved = json.loads(_beside(place, "json").read_text())
-        tokenizer = from_dict(saved["tokenizer"])
-        dtype, tokens = symbol_dtype(tokenizer.size), {}
-        for split, count in saved["counts"].items():
-            path = _beside(place, split)
-            if path.stat().st_size != count * dtype.itemsize:
-                raise ValueError(f"{path} should hold {count} symbols")
-            tokens[split] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
-        return Streams(tokenizer, tokens, saved["fingerprint"], saved["single"])
+        return _open(place)
     except FileNotFoundError:
-        return None
+        pass
+    except UsageError:  # GPT-2 without its table: building afresh would not help
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UsageError):  # GPT-2 without its table: building afresh would not help
-            raise
         log.warning("The cache entry %s is damaged (%s) and built again.", place, error)
-        return None
+    _build(place, corpus, tokenizer, max_vocab)
+    return _open(place)
+
+
+def _open(place: Path) -> Streams:
+    """The streams of a cache entry; any error says that there is none, or a damaged one."""
+    saved = json.loads(_beside(place, "json").read_text())
+    tokenizer = from_dict(saved["tokenizer"])
+    dtype, tokens = symbol_dtype(tokenizer.size), {}
+    for split, count in saved["counts"].items():
+        path = _beside(place, split)
+        if path.stat().st_size != count * dtype.itemsize:
+            raise ValueError(f"{path} should hold {count} symbols")
+        tokens[split] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
+    return Streams(tokenizer, tokens, saved["fingerprint"], saved["single"])
 
 
 def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: int | None) -> None:
@@ -156,25 +147,27 @@ def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: i
 
 
 def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, bytes]]:
-    """The symbols of all pieces in order, as bytes, with their splits."""
+    """The symbols of all passages in order, as bytes, with their splits."""
     dtype = symbol_dtype(tokenizer.size)
     after = b"" if tokenizer.separator is None else np.array([tokenizer.separator], dtype).tobytes()
-    for piece in pieces(corpus):
-        chunks = piece.document.chunks(piece.begin, piece.end, CHUNK)
-        for symbols in encode_chunks(tokenizer, chunks, piece.document.where, piece.begin):
-            yield piece.split, symbols.astype(dtype, copy=False).tobytes()
-        if piece.separated:
-            yield piece.split, after
+    for passage in passages(corpus):
+        for symbols in encode_chunks(tokenizer, _chunks(passage), passage.document.where):
+            yield passage.split, symbols.astype(dtype, copy=False).tobytes()
+        if passage.separated:
+            yield passage.split, after
 
 
 def _training_text(corpus: Corpus) -> Iterator[str]:
     """The text a vocabulary is made of."""
-    for piece in pieces(corpus):
-        if piece.split == "train":
-            chunks = piece.document.chunks(piece.begin, piece.end, CHUNK)
-            yield from decode_utf8(chunks, piece.document.where, piece.begin)
-            if piece.separated:
+    for passage in passages(corpus):
+        if passage.split == "train":
+            yield from decode_utf8(_chunks(passage), passage.document.where)
+            if passage.separated:
                 yield "\n"
+
+
+def _chunks(passage: Passage) -> Iterator[bytes]:
+    return passage.document.chunks(passage.begin, passage.end, CHUNK)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,10 @@
     corpus = find("pages.jsonl")         a document a line, in its field "text"
     corpus = find("ptb/")                a folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt: these are the splits
     corpus = find("stdlib")              prose and sources of Python's standard library: text that is always there
-    for piece in pieces(corpus): …       (split, document, begin, end)
+    for passage in passages(corpus): …   (split, document, begin, end)
 
 Held out ("valid") is about a tenth: of several documents those whose name has a small hash, so that order and date of
-the text do not tell the parts apart; of a single document its end. Nothing is read before it is used, and documents
-are read in chunks.
+the text do not tell the splits apart; of a single document its end. Documents are read in chunks, when they are used.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import codecs
 import glob
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -25,7 +25,7 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -36,11 +36,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20  # bytes read at a time
 FEW = 100  # fewer documents than this are held out by size, so that a tenth of the text is, not of the documents
-
-COMPRESSED = {
-    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd",
-    b"PAR1": "Parquet",
-}  # fmt: skip
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tgz", ".parquet")
 
 # Folders of the standard library that are no library: tests, applications, what pip installed, the topics twice.
 LEFT_OUT = {
@@ -74,16 +70,9 @@ class Document:
 
     def chunks(self, begin: int = 0, end: int | None = None, chunk: int = CHUNK) -> Iterator[bytes]:
         """Yield the bytes from `begin` to `end` (None: the end of the file), at most `chunk` at a time."""
-        if isinstance(self.source, bytes):
-            part = memoryview(self.source)[begin:end]
-            yield from (bytes(part[place : place + chunk]) for place in range(0, len(part), chunk))
-            return
         with _open(self.source) as file:
             file.seek(begin + self.skip)
-            while end is None or begin < end:
-                block = file.read(chunk if end is None else min(chunk, end - begin))
-                if not block:
-                    return
+            while block := file.read(chunk if end is None else min(chunk, end - begin)):
                 begin += len(block)
                 yield block
 
@@ -97,27 +86,44 @@ class File:
     split: str | None = None
 
     @property
-    def lines(self) -> bool:
-        """True if every line is a document."""
+    def has_lines(self) -> bool:
+        """Whether every line is a document."""
         return isinstance(self.source, Path) and self.source.suffix.lower() in (".jsonl", ".ndjson")
 
     @property
     def signature(self) -> list[str | int]:
         """What changes when the file does."""
         if isinstance(self.source, bytes):
-            return [self.name, hashlib.sha256(self.source).hexdigest(), *([self.split] if self.split else [])]
+            return [self.name, hashlib.sha256(self.source).hexdigest(), self.split or ""]
         state = self.source.stat()
         return [self.name, str(self.source.resolve()), state.st_size, state.st_mtime_ns, self.split or ""]
 
     def documents(self, field: str) -> Iterator[Document]:
         """Yield the documents of the file that are not empty."""
-        if self.lines and isinstance(self.source, Path):
-            yield from _json_lines(self.source, self.name, field)
-        else:
-            skip = 0 if isinstance(self.source, bytes) else _mark(self.source)
-            size = len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size - skip
-            if size:
-                yield Document(self.name, self.source, size, skip)
+        if self.has_lines:
+            yield from self._lines(field)
+            return
+        with _open(self.source) as file:
+            skip = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
+            size = file.seek(0, os.SEEK_END) - skip
+        if size:
+            yield Document(self.name, self.source, size, skip)
+
+    def _lines(self, field: str) -> Iterator[Document]:
+        with _open(self.source) as file:
+            for number, line in enumerate(file, 1):
+                where = f"path={self.source}, line {number}"
+                try:
+                    text = _text_of(json.loads(line), field) if line.strip() else ""
+                except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+                    raise UsageError(f"{where}, is not JSON ({error}); mend or delete the line.") from None
+                if text is None:
+                    shown = ascii(line[:80].decode("utf-8", "replace"))
+                    raise UsageError(
+                        f"{where}, has no text in field={field!r}: {shown}. Give field=… that every line has."
+                    )
+                if content := text.encode("utf-8", "replace"):
+                    yield Document(f"{self.name}:{number}", content, len(content))
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,8 @@ class Corpus:
     @property
     def signature(self) -> list[object]:
         """What changes when any file does, or when other files are found."""
-        return [self.field if any(file.lines for file in self.files) else "", [file.signature for file in self.files]]
+        field = self.field if any(file.has_lines for file in self.files) else ""
+        return [field, [file.signature for file in self.files]]
 
     def documents(self) -> Iterator[tuple[File, Document]]:
         """Yield every document with the file it comes from."""
@@ -140,7 +147,7 @@ class Corpus:
                 yield file, document
 
 
-class Piece(NamedTuple):
+class Passage(NamedTuple):
     """Bytes `begin` … `end` of a document, in one split; `separated` if other documents follow it there."""
 
     split: str
@@ -161,29 +168,31 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
         UsageError: if there is nothing of the kind, or nothing to read in it.
     """
     name = os.fspath(path)
-    if not name:
-        raise UsageError(f"path='' names nothing. Give {KINDS}.")
     if name in ("stdlib", "stdlib:prose"):
         return Corpus(name, _standard_library(prose_only=name == "stdlib:prose"), field)
     where = Path(name).expanduser()
-    if where.is_dir():
-        files = _once(name, [Path(folder, file) for folder, _, found in _walk(where) for file in found])
-        return _choose(name, where, files, field)
-    if where.exists():
-        file = File(where.name, where)
-        _refuse_unreadable(name, where)
-        if not file.lines and not _is_text(where):
-            log.info("%s is not text: its bytes are learned as they are, which tokenizer='byte' alone can do.", name)
-        return Corpus(name, (file,), field)
-    if not glob.has_magic(name):
+    if not name or not (where.exists() or glob.has_magic(name)):
         raise UsageError(f"path={name!r} does not exist. Give {KINDS}.")
-    files = _once(name, _matches(where))
-    if not files:
-        raise UsageError(f"path={name!r} matches no file; quote it for the shell, and try it with ls.")
-    return _choose(name, Path(os.path.commonpath([file.parent for file in files])), files, field)
+    if where.is_dir():
+        return _several(name, list(_below(where)), field, where)
+    if not where.exists():
+        return _several(name, _matches(where), field)
+    if not where.is_file():
+        raise UsageError(f"path={name!r} is a pipe, socket or device; save its text as a file.")
+    if where.suffix.lower() in COMPRESSED:
+        raise UsageError(
+            f"path={name!r} is compressed, not text. Unpack it; a table is read as it is: reroll train arrays --path "
+            f"{name}"
+        )
+    file = File(where.name, where)
+    if not file.has_lines and not _is_text(where):
+        log.info("%s is not text: its bytes are learned as they are, which tokenizer='byte' alone can do.", name)
+    if not where.stat().st_size:
+        raise UsageError(f"path={name!r} is empty; give a file with text in it.")
+    return Corpus(name, (file,), field)
 
 
-def whole(corpus: Corpus) -> Corpus:
+def whole_held_out(corpus: Corpus) -> Corpus:
     """Return the corpus with all of it held out, to score a model on; one whose files say their splits keeps them."""
     if corpus.files[0].split:
         return corpus
@@ -195,7 +204,7 @@ def is_single(corpus: Corpus) -> bool:
     return not corpus.files[0].split and len(list(itertools.islice(corpus.documents(), 2))) == 1
 
 
-def pieces(corpus: Corpus) -> Iterator[Piece]:
+def passages(corpus: Corpus) -> Iterator[Passage]:
     """Yield what is to be read, in the order of the corpus, with the split it belongs to.
 
     Raises:
@@ -204,31 +213,30 @@ def pieces(corpus: Corpus) -> Iterator[Piece]:
     if corpus.files[0].split:
         files = Counter(file.split for file in corpus.files)
         for file, document in corpus.documents():
-            yield Piece(file.split or "", document, 0, None, file.lines or files[file.split] > 1)
+            yield Passage(file.split or "", document, 0, None, file.has_lines or files[file.split] > 1)
         return
-    first = [(document.name, document.size) for _, document in itertools.islice(corpus.documents(), FEW)]
+    first = [document for _, document in itertools.islice(corpus.documents(), FEW)]
     if not first:
         raise UsageError(f"path={corpus.path!r} has no text: every document in it is empty.")
     if len(first) == 1:
-        document = next(corpus.documents())[1]
-        border = _border(document)
-        yield Piece("train", document, 0, border, False)
-        yield Piece("valid", document, border, None, False)
+        border = _border(first[0])
+        yield Passage("train", first[0], 0, border, False)
+        yield Passage("valid", first[0], border, None, False)
         return
-    held_out = _hold_out(first) if len(first) < FEW else None
+    held_out = _hold_out({document.name: document.size for document in first}) if len(first) < FEW else None
     for _, document in corpus.documents():
         valid = _hash(document.name) < 2**64 // 10 if held_out is None else document.name in held_out
-        yield Piece("valid" if valid else "train", document, 0, None, True)
+        yield Passage("valid" if valid else "train", document, 0, None, True)
 
 
-def _hold_out(documents: list[tuple[str, int]]) -> set[str]:
+def _hold_out(sizes: dict[str, int]) -> set[str]:
     """The names of documents with about a tenth of the text, in the order of their hashes: at least one, never all."""
-    total, taken, names = sum(size for _, size in documents), 0, set[str]()
-    for name, size in sorted(documents, key=lambda document: _hash(document[0])):
-        if taken < total / 10 and taken + size <= total / 5:
+    total, taken, names = sum(sizes.values()), 0, set[str]()
+    for name in sorted(sizes, key=_hash):
+        if taken < total / 10 and taken + sizes[name] <= total / 5:
             names.add(name)
-            taken += size
-    return names or {min(documents, key=lambda document: (document[1], document[0]))[0]}
+            taken += sizes[name]
+    return names or {min(sizes, key=lambda name: (sizes[name], name))}
 
 
 def _border(document: Document) -> int:
@@ -246,46 +254,18 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(source: Path | bytes) -> BinaryIO:
     try:
-        return path.open("rb")
+        return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
     except OSError as error:
-        raise UsageError(f"path={path} cannot be read ({error.strerror}); check its permissions.") from None
+        raise UsageError(f"path={source} cannot be read ({error.strerror}); check its permissions.") from None
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """os.walk in a fixed order, without what is hidden."""
+def _below(folder: Path, left_out: Collection[str] = ()) -> Iterator[Path]:
+    """The files of a folder in a fixed order, without what is hidden."""
     for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield place, folders, sorted(name for name in files if not name.startswith("."))
-
-
-def _choose(name: str, root: Path, files: list[Path], field: str) -> Corpus:
-    """The corpus of several files: those named after splits if there are such, else all that hold text."""
-    splits = _named_splits(files)
-    if splits:
-        log.info("%s: the splits are %s.", name, ", ".join(f"{split} = {file.name}" for split, file in splits.items()))
-        return Corpus(name, tuple(File(file.name, file, split) for split, file in splits.items()), field)
-    texts = [file for file in files if _is_text(file)]
-    if len(texts) < len(files):
-        log.info("%s: %d of %d files are binary and left out.", name, len(files) - len(texts), len(files))
-    if not texts:
-        raise UsageError(f"path={name!r} has no text files (of {len(files)} files). Give {KINDS}.")
-    if not any(file.stat().st_size for file in texts):
-        raise UsageError(f"path={name!r} has nothing but empty files; give files with text in them.")
-    return Corpus(name, tuple(File(file.relative_to(root).as_posix(), file) for file in texts), field)
-
-
-def _once(name: str, files: list[Path]) -> list[Path]:
-    """Every file once, by its own name if it has one here; pipes, sockets and broken links are left out."""
-    other = [file.name for file in files if not os.path.isfile(file)]
-    if other:
-        log.info("%s: %d entries are no files and left out, such as %r.", name, len(other), other[0])
-    real: dict[str, Path] = {}
-    for file in sorted(filter(os.path.isfile, files), key=os.path.islink):
-        real.setdefault(os.path.realpath(file), file)
-    once = set(real.values())
-    return [file for file in files if file in once]
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in left_out)
+        yield from (Path(place, name) for name in sorted(files) if not name.startswith("."))
 
 
 def _matches(pattern: Path) -> list[Path]:
@@ -299,92 +279,58 @@ def _matches(pattern: Path) -> list[Path]:
     return sorted(matched if hidden else visible, key=str)
 
 
-def _refuse_unreadable(name: str, path: Path) -> None:
-    """Refuse a path that is no file, or an empty or compressed one."""
-    if not path.is_file():
-        raise UsageError(f"path={name!r} is a pipe, socket or device; save its text as a file.")
-    with _open(path) as file:
-        head = file.read(6)
-    if not head:
-        raise UsageError(f"path={name!r} is empty; give a file with text in it.")
-    kind = next((kind for begin, kind in COMPRESSED.items() if head.startswith(begin)), None)
-    if kind and not _is_text(path):
-        raise UsageError(
-            f"path={name!r} is compressed ({kind}), not text. Unpack it; a table is read as it is: reroll train arrays "
-            f"--path {name}"
-        )
-
-
-def _mark(path: Path) -> int:
-    """The bytes of a byte-order mark at the beginning of a file."""
-    with _open(path) as file:
-        return len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
+def _several(name: str, paths: list[Path], field: str, root: Path | None = None) -> Corpus:
+    """The corpus of several files, each once: those named after splits if there are such, else all that hold text."""
+    real: dict[str, Path] = {}
+    for path in sorted(filter(os.path.isfile, paths), key=os.path.islink):
+        real.setdefault(os.path.realpath(path), path)  # by its own name if it has one here
+    once = set(real.values())
+    files = [path for path in paths if path in once]
+    if splits := _named_splits(files):
+        log.info("%s: the splits are %s.", name, ", ".join(f"{split} = {file.name}" for split, file in splits.items()))
+        return Corpus(name, tuple(File(file.name, file, split) for split, file in splits.items()), field)
+    texts = [file for file in files if _is_text(file)]
+    other = [path.name for path in paths if path not in texts and (path in once or not os.path.isfile(path))]
+    if other:
+        log.info("%s: %d entries are binary or no files and left out, such as %r.", name, len(other), other[0])
+    if not any(file.stat().st_size for file in texts):
+        raise UsageError(f"path={name!r} has no text in its {len(paths)} files. Give {KINDS}.")
+    root = root or Path(os.path.commonpath([file.parent for file in files]))
+    return Corpus(name, tuple(File(file.relative_to(root).as_posix(), file) for file in texts), field)
 
 
 def _named_splits(files: list[Path]) -> dict[str, Path]:
     """The files named train, valid and maybe test, such as ptb.train.txt; of several such sets the shortest name's."""
     sets: dict[tuple[int, str, str, str], dict[str, Path]] = {}
     for file in files:
-        match = SPLIT_NAME.fullmatch(file.name)
-        if match:
+        if match := SPLIT_NAME.fullmatch(file.name):
             split = match["split"] if match["split"] in ("train", "test") else "valid"
-            stem = match["stem"]
-            sets.setdefault((len(stem), stem, match["ending"], str(file.parent)), {})[split] = file
-    for _, found in sorted(sets.items()):
-        if {"train", "valid"} <= set(found):
-            return {split: found[split] for split in ("train", "valid", "test") if split in found}
+            key = (len(match["stem"]), match["stem"], match["ending"], str(file.parent))
+            sets.setdefault(key, {})[split] = file
+    for _, splits in sorted(sets.items()):
+        if {"train", "valid"} <= set(splits):
+            return {split: splits[split] for split in ("train", "valid", "test") if split in splits}
     return {}
 
 
 def _is_text(path: Path) -> bool:
-    """True if the beginning of a file is UTF-8 without NUL bytes."""
+    """Whether the beginning of a file is UTF-8 without NUL bytes."""
     with _open(path) as file:
         head = file.read(8192)
     try:
-        head.decode("utf-8")
-    except UnicodeDecodeError as error:
-        # A character that the end of the head cuts is no fault.
-        return b"\0" not in head and len(head) == 8192 and error.start > len(head) - 4
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # a character that the end of the head cuts is no fault
+    except UnicodeDecodeError:
+        return False
     return b"\0" not in head
 
 
-def _json_lines(path: Path, name: str, field: str) -> Iterator[Document]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
-                raise UsageError(
-                    f"path={path}, line {number}, is not JSON ({error}); mend or delete the line."
-                ) from None
-            text = _field(entry, field)
-            if text is None:
-                known = ", ".join(_texts(entry))[:200]
-                raise UsageError(
-                    f"path={path}, line {number}, has no text in field={field!r}; its fields with text: "
-                    f"{ascii(known)[1:-1] or 'none'}. Give field=… that every line has."
-                )
-            content = text.encode("utf-8", "replace")
-            if content:
-                yield Document(f"{name}:{number}", content, len(content))
-
-
-def _field(entry: Any, field: str) -> str | None:
+def _text_of(entry: Any, field: str) -> str | None:
     """The text of a field, `a.b` inside a; empty if it is null, None if there is no text."""
     first, dot, rest = field.partition(".")
     if isinstance(entry, dict) and field not in entry and dot:
-        return _field(entry.get(first), rest)
+        return _text_of(entry.get(first), rest)
     value = entry.get(field, 0) if isinstance(entry, dict) else 0
     return value if isinstance(value, str) else "" if value is None else None
-
-
-def _texts(entry: Any, depth: int = 3) -> list[str]:
-    """The names of the fields with text."""
-    fields = entry.items() if isinstance(entry, dict) and depth else ()
-    inner = [f"{name}.{further}" for name, value in fields for further in _texts(value, depth - 1)]
-    return [name for name, value in fields if isinstance(value, str)] + inner
 
 
 def _standard_library(prose_only: bool) -> tuple[File, ...]:
@@ -396,14 +342,11 @@ def _standard_library(prose_only: bool) -> tuple[File, ...]:
     files = [File(f"topics/{topic}", topics[topic].encode()) for topic in sorted(topics)]
     if not prose_only:
         root = Path(sysconfig.get_path("stdlib"))
-        for place, folders, names in _walk(root):
-            folders[:] = [name for name in folders if name not in LEFT_OUT]
-            paths = [Path(place, name) for name in names if name.endswith(".py")]
-            files += [File(path.relative_to(root).as_posix(), path) for path in paths if _is_text(path)]
+        sources = (path for path in _below(root, LEFT_OUT) if path.suffix == ".py" and _is_text(path))
+        files += [File(path.relative_to(root).as_posix(), path) for path in sources]
     if not files:
-        missing = "pydoc_data.topics" if prose_only else "pydoc_data.topics nor sources"
         raise UsageError(
-            f"path='stdlib{':prose' * prose_only}': this Python comes without {missing} (a stripped or zipped one). "
+            f"path='stdlib{':prose' * prose_only}': this Python comes without them (a stripped or zipped one). "
             "Give the path of a text file or folder, or train on a generated task such as copy."
         )
     return tuple(files)

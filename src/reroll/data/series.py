@@ -125,23 +125,26 @@ def moments(values: Array, used: BoolArray) -> tuple[Array, Array]:
     return mean, np.where(std > 1e-12 * np.abs(mean), std, 1.0)
 
 
-def missing(values: Array, mask: BoolArray | None) -> tuple[int, tuple[int, int] | None]:
-    """Return how many values are NaN where the mask [M] is True, and (step, feature) of the first infinite one.
+def missing(path: str, series: Series, mask: BoolArray | None) -> int:
+    """Return how many values are NaN where the mask [M] is True; None: everywhere.
 
-    Example:
-        >>> missing(np.array([[0.0, np.nan], [2.0, np.inf]]), None)
-        (1, (1, 1))
+    Raises:
+        UsageError: for an infinite value there.
     """
     count = 0
-    for begin in range(0, len(values), ROWS):
-        block = np.asarray(values[begin : begin + ROWS])
+    for begin in range(0, len(series.values), ROWS):
+        block = np.asarray(series.values[begin : begin + ROWS])
         there = True if mask is None else mask[begin : begin + ROWS, None]
         count += int((np.isnan(block) & there).sum())
-        wrong = np.isinf(block) & there
-        if wrong.any():
-            row, feature = np.argwhere(wrong)[0].tolist()
-            return count, (begin + row, feature)
-    return count, None
+        wrong = np.argwhere(np.isinf(block) & there)
+        if len(wrong):
+            place = begin + int(wrong[0, 0])
+            which = int(np.searchsorted(np.cumsum(series.lengths), place, side="right"))
+            raise UsageError(
+                f"path={path}: the value of series {which}, step {place - int(series.lengths[:which].sum())}, feature "
+                f"{wrong[0, 1]} is infinite. Mend it, or make it NaN, a missing value."
+            )
+    return count
 
 
 def _read_npz(path: Path, archive: Any) -> Series:

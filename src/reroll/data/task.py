@@ -4,8 +4,7 @@
     loss  = task.loss(model, batch).mean()     one loss per sequence, so that probes can share a batch out
     score = task.score(model, batch)           sums: loss, scored, correct, exact …; scores add up
 
-Without a gradient the loss is computed window by window in time, so its memory does not grow with the length; the
-windows do not change it beyond rounding.
+Without a gradient the loss is computed in windows of time, so its memory does not grow with the length.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reroll.data.batch import START, Batch
-from reroll.errors import UsageError
+from reroll.errors import UsageError, nearest
 from reroll.kernels.cross_entropy import cross_entropy
 from reroll.keys import Key
 from reroll.passes import passes
@@ -53,15 +53,10 @@ class Score(NamedTuple):
 
     def summary(self, categorical: bool) -> dict[str, float]:
         """Return means: `loss`; for symbols and classes also `bits` per output, `accuracy` and `exact`."""
-        loss = self.loss / self.scored if self.scored else math.nan
-        if not categorical:
-            return {"loss": loss}
-        return {
-            "loss": loss,
-            "bits": loss / math.log(2),
-            "accuracy": self.correct / self.scored if self.scored else math.nan,
-            "exact": self.exact / self.sequences if self.sequences else math.nan,
-        }
+        scored, sequences = self.scored or math.nan, self.sequences or math.nan
+        loss = self.loss / scored
+        classes = {"bits": loss / math.log(2), "accuracy": self.correct / scored, "exact": self.exact / sequences}
+        return {"loss": loss} | (classes if categorical else {})
 
 
 Readout = Literal["every", "last", "mean"]
@@ -81,8 +76,9 @@ class Task(ABC):
     Attributes a subclass sets: `vocab` (number of input symbols, or None), `inputs` (features of real-valued inputs, or
     None), `outputs` (logits or values the model gives), `readout` ("every", "last" or "mean"), `splits` (names other
     than "train"), `categorical` (whether targets are symbols or classes, not numbers), `fingerprint` (SHA-256 of the
-    data, or of its definition), `carries` (whether batches continue each other, so that a state is carried on), `name`
-    and `seed`, which name its random numbers. It defines `make`, and overrides `batch` where rows can be had cheaper.
+    data, or of its definition), `carries` (whether batches continue each other, so that a state is carried on),
+    `length` (the longest sequences; 0: any), `finite` (whether there is an end to held-out batches), `name` and `seed`,
+    which name its random numbers. It defines `make`, and overrides `batch` where rows can be had cheaper.
     """
 
     name: str = ""
@@ -95,10 +91,12 @@ class Task(ABC):
     categorical: bool = True
     fingerprint: str = ""
     carries: bool = False
+    length: int = 0
+    finite: bool = False
 
     @abstractmethod
     def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
-        """Return all sequences of a batch; the arguments are those of `batch`."""
+        """Return all sequences of a batch; the arguments are those of `batch`, and were checked there."""
 
     def batch(
         self,
@@ -121,6 +119,13 @@ class Task(ABC):
         Raises:
             UsageError: if there is no such batch.
         """
+        if split not in (splits := ("train", *self.splits)):
+            raise UsageError(f"split={split!r} is none of the task's.{nearest(split, splits)}")
+        if length is not None and not 1 <= length <= (self.length or length):
+            raise UsageError(f"length={length} must lie in [1, {self.length}], the length of the task.")
+        if step < 0 or (self.finite and split != "train" and step >= self.batches(split)):
+            below = "" if split == "train" else f" and below {self.batches(split)}, the number of batches of {split!r}"
+            raise UsageError(f"step={step} must be 0 or more{below}.")
         return self.make(step, split, length, unit).part(rows)
 
     def key(self, split: str, step: int, unit: int | None) -> Key:
@@ -161,6 +166,35 @@ class Task(ABC):
         raise UsageError(f"{type(self).__name__} has no text to encode; give symbols as numbers.")
 
 
+class FileTask(Task):
+    """A task whose data are in files: an evaluation reads the held-out part in order, each of it once.
+
+    Attributes a subclass sets: `eval_batches`, the most batches of an evaluation (None: all). It is pickled by its
+    arguments, so that another process maps the same files.
+    """
+
+    eval_batches: int | None
+    finite = True
+    _again: partial[Any]
+
+    def __new__(cls, *arguments: Any, **options: Any) -> FileTask:
+        task = super().__new__(cls)
+        task._again = partial(cls, *arguments, **options)
+        return task
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._again, ()
+
+    @abstractmethod
+    def count(self, split: str) -> int:
+        """Return how many batches a held-out split has."""
+
+    def batches(self, split: str) -> int:
+        if split == "train":
+            return super().batches(split)
+        return min(self.count(split), self.eval_batches or self.count(split))
+
+
 def sequence_losses(model: Any, batch: Batch) -> Tensor | Losses:
     """Return per-sequence losses [B] whose mean is Σ loss / scored: cross-entropy for symbols, squared error else.
 
@@ -182,8 +216,7 @@ def sequence_losses(model: Any, batch: Batch) -> Tensor | Losses:
 
 def sequence_score(model: Any, batch: Batch) -> tuple[Score, Any]:
     """Return the summed loss of a batch and how many outputs and sequences are correct; and the state after it."""
-    total = correct = 0.0
-    state = None
+    total, correct, state = 0.0, 0.0, None
     wrong = torch.zeros(len(batch), dtype=torch.bool, device=batch.inputs.device)
     for outputs, part, after in predictions(model, batch):
         state = after
@@ -191,8 +224,7 @@ def sequence_score(model: Any, batch: Batch) -> tuple[Score, Any]:
         total += (each * part.mask).sum(dtype=torch.float64).item()
         if hit is not None:
             correct += (hit & part.mask).sum().item()
-            missed = ~hit & part.mask
-            wrong |= missed if missed.dim() == 1 else missed.flatten(1).any(1)
+            wrong |= (~hit & part.mask).reshape(len(batch), -1).any(1)
     exact = 0.0 if batch.targets.is_floating_point() else float((~wrong).sum())
     return Score(total, float(batch.mask.sum()), correct, exact, float(len(batch))), state
 
@@ -227,23 +259,25 @@ def predictions(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]
     Everything else is run in windows of `model.time_chunk(B)` steps.
     """
     with passes():
-        yield from _windows(model, batch)
+        yield from (_windows if getattr(model, "stateful", False) and batch.mask.dim() > 1 else _whole)(model, batch)
 
 
-def _windows(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:
-    stateful = getattr(model, "stateful", False)
-    if (not stateful or batch.mask.dim() == 1) and batch.state is not None:
+def _whole(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:
+    if batch.state is not None:
         raise UsageError(
             f"{type(model).__name__} cannot carry a state: it needs advance(inputs, state, reset) → (outputs, state), "
             "stateful = True and an output at every step. Turn carrying off, or use reroll.Recurrent."
         )
-    if not stateful or batch.mask.dim() == 1:
-        head = _large_head(model, batch)
-        run = model if head is None else model.features
-        outputs = run(batch.inputs) if batch.present is None else run(batch.inputs, present=batch.present)
-        yield Outputs(_first(outputs), head), batch, None
-        return
-    chunk = batch.time if torch.is_grad_enabled() else _even(batch.time, model.time_chunk(len(batch)))
+    head = _large_head(model, batch)
+    run = model if head is None else model.features
+    outputs = run(batch.inputs) if batch.present is None else run(batch.inputs, present=batch.present)
+    yield Outputs(outputs[0] if isinstance(outputs, tuple | list) else outputs, head), batch, None
+
+
+def _windows(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:
+    most = batch.time if torch.is_grad_enabled() else model.time_chunk(len(batch))
+    windows = -(-batch.time // max(most, 1))  # the fewest, as long as one another
+    chunk = -(-batch.time // max(windows, 1))
     state = None if batch.state is START else batch.state
     for begin in range(0, batch.time, max(chunk, 1)):
         part = batch.steps(begin, begin + chunk)
@@ -258,13 +292,3 @@ def _large_head(model: Any, batch: Batch) -> nn.Linear | None:
     head = model.head if getattr(model, "headed", False) else None
     large = head is not None and batch.targets.numel() * head.out_features > LOGITS
     return head if large and not batch.targets.is_floating_point() else None
-
-
-def _even(time: int, most: int) -> int:
-    """The length of the fewest windows of at most `most` steps that are as long as one another."""
-    return -(-time // -(-time // most)) if time else 1
-
-
-def _first(outputs: Any) -> Tensor:
-    """The outputs of a model that returns them alone, or first in a tuple."""
-    return outputs[0] if isinstance(outputs, tuple | list) else outputs

@@ -16,8 +16,8 @@ and an evaluation goes through the held-out part in order, each pair once.
 from __future__ import annotations
 
 import os
-from functools import partial
-from typing import Any
+import zlib
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,19 +25,20 @@ import torch
 
 from reroll.data.batch import Batch
 from reroll.data.cache import Streams, load
-from reroll.data.corpus import find
-from reroll.data.corpus import whole as all_held_out
-from reroll.data.measures import Baselines, baselines
-from reroll.data.task import Task
+from reroll.data.corpus import find, whole_held_out
+from reroll.data.task import FileTask
 from reroll.data.tokenizers import Tokenizer
-from reroll.errors import UsageError, nearest, require_positive
+from reroll.errors import UsageError, require_positive
 from reroll.kernels.philox import random_integers
 from reroll.keys import Key
 
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+MEASURED = 1 << 22  # symbols that baselines look at: the pairs of these are sorted in 100 MB
 
 
-class Text(Task):
+class Text(FileTask):
     """Predict the next symbol of a text.
 
     Args:
@@ -86,32 +87,26 @@ class Text(Task):
         whole: bool = False,
     ) -> None:
         require_positive(length=length, batch=batch, eval_batches=eval_batches)
-        self.path, self.length, self.batch_size, self.seed = os.fspath(path), length, batch, seed
+        self.path, self.batch_size, self.seed = os.fspath(path), batch, seed
         self.carries, self.eval_batches = carry, eval_batches
-        self._arguments = {
-            "path": self.path, "tokenizer": tokenizer, "max_vocab": max_vocab, "field": field, "whole": whole,
-        }  # fmt: skip
         corpus = find(path, field)
-        streams = load(all_held_out(corpus) if whole else corpus, tokenizer, max_vocab)
+        streams = load(whole_held_out(corpus) if whole else corpus, tokenizer, max_vocab)
         self.tokenizer, self.fingerprint = streams.tokenizer, streams.fingerprint
         self.vocab = self.outputs = streams.tokenizer.size
         if whole:  # a text that is shorter than a window is one window
-            self.length = length = max(min(length, len(streams.tokens.get("valid", ())) - 1), 1)
-        self.tokens = _windows(streams, self.path, length, whole)
+            length = max(min(length, len(streams.tokens.get("valid", ())) - 1), 1)
+        self.length = length
+        self.tokens = _splits(streams, self.path, length, whole)
         self.splits = tuple(split for split in self.tokens if split != "train")
         if carry and not whole and len(self.tokens["train"]) <= batch:
             raise UsageError(f"batch={batch} has more rows than {self.path} has symbols; lower it, or give more text.")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # By its arguments, for another process to map the same files; pickled arrays would be copies of the text.
-        options = {"length": self.length, "batch": self.batch_size, "seed": self.seed, "carry": self.carries}
-        return partial(Text, **self._arguments, **options, eval_batches=self.eval_batches), ()
-
     def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
         """Return the windows of a step; with `carry` each batch begins where the last one ended, in every unit."""
-        self._check(step, split, length)
-        pairs = len(self._tokens(split)) - 1
-        steps = self.length if length is None else length
+        pairs = len(self.tokens[split]) - 1
+        steps = length or self.length
+        if self.carries and steps != self.length:
+            raise UsageError(f"length={length} cannot change with carry=True; drop the curriculum, or the carrying.")
         if split != "train":
             return self._evaluation(step, split, steps)
         if self.carries:
@@ -124,23 +119,17 @@ class Text(Task):
         place = begin[:, None] + np.arange(steps)
         return self._gather(split, place, np.ones(place.shape, dtype=bool))
 
-    def batches(self, split: str) -> int:
-        """Return how many batches an evaluation of this split takes."""
-        if split == "train":
-            return super().batches(split)
-        pairs = len(self._tokens(split)) - 1
-        if self.carries:
-            count = _ceil(_ceil(pairs, self.batch_size), self.length)
-        else:
-            count = _ceil(_ceil(pairs, self.length), self.batch_size)
-        return count if self.eval_batches is None else min(count, self.eval_batches)
+    def count(self, split: str) -> int:
+        pairs = len(self.tokens[split]) - 1
+        first, second = (self.batch_size, self.length) if self.carries else (self.length, self.batch_size)
+        return _ceil(_ceil(pairs, first), second)
 
     def metadata(self) -> dict[str, Any]:
         return super().metadata() | {"tokenizer": self.tokenizer.to_dict()}
 
     def baselines(self, split: str = "valid") -> Baselines:
-        """Return the bits per symbol that counting and gzip need for a split; see `measures.baselines`."""
-        return baselines(self._tokens(split), self.tokenizer)
+        """Return the bits per symbol that counting and gzip need for a split; see `baselines`."""
+        return baselines(self.tokens[split], self.tokenizer)
 
     def decode(self, symbols: list[int]) -> str:
         """Return the text of symbols."""
@@ -152,7 +141,7 @@ class Text(Task):
 
     def _evaluation(self, step: int, split: str, steps: int) -> Batch:
         """A batch of the held-out part: B windows one after the other; when carrying, B readers of a B-th each."""
-        pairs, row = len(self._tokens(split)) - 1, np.arange(self.batch_size)
+        pairs, row = len(self.tokens[split]) - 1, np.arange(self.batch_size)
         if self.carries:
             share = _ceil(pairs, self.batch_size)
             begin, end = row * share + step * self.length, (row + 1) * share
@@ -168,33 +157,65 @@ class Text(Task):
             reset[:, 0] = step == 0
         return self._gather(split, np.minimum(place, pairs - 1), mask, reset)
 
-    def _gather(
-        self,
-        split: str,
-        place: IntArray,
-        mask: npt.NDArray[np.bool_],
-        reset: npt.NDArray[np.bool_] | None = None,
-    ) -> Batch:
+    def _gather(self, split: str, place: IntArray, mask: BoolArray, reset: BoolArray | None = None) -> Batch:
         """The pairs of symbols at places [B, T] of a split."""
-        tokens = np.asarray(self._tokens(split))
+        tokens = np.asarray(self.tokens[split])
         inputs, targets = (torch.from_numpy(tokens[at].astype(np.int64)) for at in (place, place + 1))
         # A mask of resets keeps a model from running the sequence by one kernel; most batches begin no document.
         begins = torch.from_numpy(reset) if reset is not None and reset.any() else None
         return Batch(inputs, targets, torch.from_numpy(mask), reset=begins)
 
-    def _tokens(self, split: str) -> npt.NDArray[Any]:
-        if split not in self.tokens:
-            raise UsageError(f"split={split!r} is not in {self.path}.{nearest(split, self.tokens)}")
-        return self.tokens[split]
 
-    def _check(self, step: int, split: str, length: int | None) -> None:
-        if step < 0 or (split != "train" and step >= self.batches(split)):
-            count = "" if split == "train" else f" below {self.batches(split)}, the number of batches of {split!r}"
-            raise UsageError(f"step={step} must be 0 or more{count}.")
-        if length is not None and not 1 <= length <= self.length:
-            raise UsageError(f"length={length} must lie in [1, {self.length}], the length of the task.")
-        if self.carries and length not in (None, self.length):
-            raise UsageError(f"length={length} cannot change with carry=True; drop the curriculum, or the carrying.")
+class Baselines(NamedTuple):
+    """Bits per symbol of a text by counting symbols, by counting pairs, by gzip -9; and how many were measured."""
+
+    unigram: float
+    bigram: float
+    gzip: float
+    symbols: int
+
+
+def baselines(tokens: npt.NDArray[Any], tokenizer: Tokenizer, limit: int = MEASURED) -> Baselines:
+    """Return the bits per symbol that counting and gzip need for a text.
+
+        unigram   H(X)              = −Σ_a p(a) log₂ p(a)
+        bigram    H(X_t | X_{t−1})  = −Σ_{a,b} p(a, b) log₂ p(b | a)
+        gzip      8 · bytes of `gzip -9` of the text / symbols
+
+    The frequencies are those of the very text that is measured, so no model that looks at no symbol, or at one symbol,
+    before the next can have a lower loss there, however it was trained.
+
+    Args:
+        tokens: the symbols of the text, [n]; of a memory-mapped array only what is measured is read.
+        tokenizer: turns them into text for gzip.
+        limit: at most so many symbols from the beginning are measured.
+
+    Raises:
+        UsageError: if there are fewer than two symbols.
+
+    Example:
+        >>> from reroll.data.tokenizers import Byte
+        >>> measured = baselines(np.frombuffer(b"abababab" * 100, np.uint8), Byte())
+        >>> measured.unigram, measured.bigram < 0.01, measured.gzip < 0.5
+        (1.0, True, True)
+    """
+    part = np.asarray(tokens[:limit]).astype(np.int64)
+    if len(part) < 2:
+        raise UsageError(f"tokens has {len(part)} symbols; entropies need at least 2.")
+    pairs = entropy(part[:-1] * tokenizer.size + part[1:])
+    size = len(zlib.compress(tokenizer.decode_bytes(part), 9, 31))  # 31: with the header of gzip
+    return Baselines(entropy(part), pairs - entropy(part[:-1]), 8 * size / len(part), len(part))
+
+
+def entropy(symbols: IntArray) -> float:
+    """Return the entropy of the frequencies of symbols, in bits.
+
+    Example:
+        >>> entropy(np.array([0, 0, 1, 2]))
+        1.5
+    """
+    counts = np.unique(symbols, return_counts=True)[1]
+    return float(np.log2(len(symbols)) - (counts * np.log2(counts)).sum() / len(symbols))
 
 
 def random_places(key: Key, count: int, high: int) -> IntArray:
@@ -210,16 +231,14 @@ def random_places(key: Key, count: int, high: int) -> IntArray:
     return np.minimum(((coarse << 27) + fine) * 2.0**-53 * high, high - 1).astype(np.int64)
 
 
-def _windows(streams: Streams, path: str, length: int, whole: bool) -> dict[str, npt.NDArray[Any]]:
+def _splits(streams: Streams, path: str, length: int, whole: bool) -> dict[str, npt.NDArray[Any]]:
     """The symbols by split, each with one window at least.
 
     The held-out end of a single short text is made as long as a window; of other texts nothing is moved.
     """
-    nothing = np.empty(0, dtype=np.uint8)  # a part of which there is no symbol has no file
-    expected = ("valid",) if whole else ("train", "valid")
-    tokens, needed = dict.fromkeys(expected, nothing) | streams.tokens, length + 1
-    missing = needed - len(tokens["valid"]) if streams.single else 0
-    if missing > 0:
+    expected, needed = ("valid",) if whole else ("train", "valid"), length + 1
+    tokens = dict.fromkeys(expected, np.empty(0, dtype=np.uint8)) | streams.tokens  # no symbols, no file
+    if streams.single and len(tokens["valid"]) < needed:
         everything = np.concatenate([tokens["train"], tokens["valid"]])
         if len(everything) < 2 * needed:
             raise UsageError(

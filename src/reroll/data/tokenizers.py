@@ -7,8 +7,6 @@
 
 A text need not be in memory as a whole: `encode_chunks` cuts it only where `tokenizer.cut` says that
 encode(a + b) = encode(a) + encode(b), so the symbols do not depend on the size of the chunks.
-
-`byte` is the default: it needs nothing, knows every text, and its bits per symbol are bits per byte.
 """
 
 from __future__ import annotations
@@ -52,13 +50,13 @@ class Tokenizer(ABC):
     def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
         """Return the text of symbols as UTF-8, cut anywhere: the bytes of parts are parts of the bytes."""
 
-    @abstractmethod
     def cut(self, text: str) -> int:
         """Return the largest place the text can be cut at without changing its symbols, whatever comes next."""
+        return len(text)
 
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Return all there is to know, ready for JSON; `from_dict` reads it."""
+        return {"name": self.name}
 
     def decode(self, symbols: Sequence[int] | Symbols) -> str:
         """Return the text of symbols. What is not UTF-8, as a model may well generate, becomes �."""
@@ -90,12 +88,6 @@ class Byte(Tokenizer):
 
     def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
         return np.asarray(symbols, dtype=np.uint8).tobytes()
-
-    def cut(self, text: str) -> int:
-        return len(text)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name}
 
 
 class Char(Tokenizer):
@@ -132,9 +124,6 @@ class Char(Tokenizer):
     def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
         codes = self._codes[np.asarray(symbols, dtype=np.int64)]
         return codes.tobytes().decode("utf-32-le", "surrogatepass").encode("utf-8", "replace")
-
-    def cut(self, text: str) -> int:
-        return len(text)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "characters": self.characters}
@@ -196,13 +185,13 @@ class GPT2(Tokenizer):
     def __init__(self) -> None:
         try:
             import tiktoken
+
+            self._encoding = tiktoken.get_encoding("gpt2")
         except ImportError:
             raise UsageError(
                 "tokenizer='gpt2' needs tiktoken: pip install 'reroll[data]'; or take tokenizer='byte', which needs "
                 "nothing."
             ) from None
-        try:
-            self._encoding = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
             raise UsageError(
                 f"tokenizer='gpt2' could not fetch its table ({type(error).__name__}): load it once with a network and "
@@ -217,22 +206,19 @@ class GPT2(Tokenizer):
         return self._encoding.decode_bytes(np.asarray(symbols).tolist())
 
     def cut(self, text: str) -> int:
-        # GPT-2 first cuts text into pieces by a regular expression whose pieces have white space only in front, so a
-        # border before a space that follows a letter is always one of theirs. Near the end there nearly always is one.
+        # GPT-2 first cuts text by a regular expression whose matches have white space only in front, so a border
+        # before a space that follows a letter is always one of theirs. Near the end there nearly always is one.
         for begin in (max(len(text) - 1000, 0), 0):
             borders = [match.end() - 1 for match in re.finditer(r"\S[ \n]", text[begin:])]
             if borders:
                 return begin + borders[-1]
         return 0
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name}
 
-
-# Every tokenizer, by the name it has on the command line.
 TOKENIZERS: dict[str, type[Byte] | type[Char] | type[Word] | type[GPT2]] = {
     tokenizer.name: tokenizer for tokenizer in (Byte, Char, Word, GPT2)
 }
+"""Every tokenizer, by its name on the command line."""
 USUAL_SIZES = {"char": 1024, "word": 10_000}
 
 
@@ -243,7 +229,7 @@ def fit(name: str, texts: Iterable[str] = (), max_vocab: int | None = None) -> T
 
     Args:
         name: "byte", "char", "word" or "gpt2".
-        texts: the training text in pieces, cut anywhere; read by `char` and `word` alone.
+        texts: the training text, cut anywhere; read by `char` and `word` alone.
         max_vocab: the largest size of the vocabulary, special symbols included. None: 1024 characters or 10,000 words
             (which is all of Penn Treebank's).
 
@@ -274,14 +260,12 @@ def from_dict(saved: dict[str, Any]) -> Tokenizer:
         >>> from_dict({"name": "char", "characters": "ab"}).encode("abc").tolist()
         [1, 2, 0]
     """
-    name = saved.get("name") if isinstance(saved, dict) else saved
-    if not isinstance(saved, dict) or not isinstance(name, str) or name not in TOKENIZERS:
-        raise UsageError(f"tokenizer={name!r} is unknown.{nearest(str(name), TOKENIZERS)}")
     try:
-        return TOKENIZERS[name](**{key: value for key, value in saved.items() if key != "name"})
-    except (TypeError, AttributeError) as error:
+        options = dict(saved)
+        return TOKENIZERS[options.pop("name")](**options)
+    except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"tokenizer={name!r} is described in another way than this version of reroll does ({error})."
+            f"tokenizer={str(saved)[:60]} is none that this version of reroll knows ({error!r})."
         ) from None
 
 
@@ -307,47 +291,33 @@ def last_space(text: str) -> int:
     return len(text) - len(text.rsplit(None, 1)[-1])
 
 
-def decode_utf8(chunks: Iterable[bytes], name: str, begin: int = 0) -> Iterator[str]:
-    """Yield the text of chunks of bytes that may end within a character.
-
-    Args:
-        chunks: the bytes.
-        name: what they are a part of, for an error.
-        begin: the place of the first byte in it, for an error.
+def decode_utf8(chunks: Iterable[bytes], name: str) -> Iterator[str]:
+    """Yield the text of chunks of bytes that may end within a character; `name` says what of, for an error.
 
     Raises:
-        UsageError: if they are not text: a NUL byte, or not UTF-8.
+        UsageError: if they are not UTF-8.
     """
-    decoder, place = codecs.getincrementaldecoder("utf-8")("strict"), begin
-    remedy = "Convert it to UTF-8 text, or take tokenizer='byte', which learns any file."
-    for chunk in chunks:
-        if b"\0" in chunk:
-            raise UsageError(f"path={name} is a binary file: byte {place + chunk.index(0)} is NUL. {remedy}")
-        pending = len(decoder.getstate()[0])
-        try:
-            yield decoder.decode(chunk)
-        except UnicodeDecodeError as error:
-            raise UsageError(f"path={name} is not UTF-8 at byte {place - pending + error.start}. {remedy}") from None
-        place += len(chunk)
     try:
-        yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        raise UsageError(f"path={name} ends within a UTF-8 character. {remedy}") from None
+        yield from codecs.iterdecode(chunks, "utf-8")
+    except UnicodeDecodeError as error:
+        before = error.object[max(error.start - 20, 0) : error.start].decode("utf-8", "ignore")
+        raise UsageError(
+            f"path={name} is not UTF-8 after {before!r} ({error.reason}). Convert it to UTF-8 text, or take "
+            "tokenizer='byte', which learns any file."
+        ) from None
 
 
-def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[bytes], name: str, begin: int = 0) -> Iterator[Symbols]:
+def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[bytes], name: str) -> Iterator[Symbols]:
     """Yield the symbols of a document that comes in chunks of bytes; together they are those of the whole.
 
-    Memory is that of a few chunks; a word longer than a chunk has to fit as well. `name` and `begin` say where the
-    bytes are from, for an error.
+    Memory is that of a few chunks; a word longer than a chunk has to fit as well. `name` is for errors.
     """
     if isinstance(tokenizer, Byte):
         # The bytes as they are, UTF-8 or not.
-        for chunk in chunks:
-            yield np.frombuffer(chunk, dtype=np.uint8)
+        yield from (np.frombuffer(chunk, dtype=np.uint8) for chunk in chunks)
         return
     pending = ""
-    for text in decode_utf8(chunks, name, begin):
+    for text in decode_utf8(chunks, name):
         pending += text
         place = tokenizer.cut(pending)
         yield tokenizer.encode(pending[:place])
@@ -367,7 +337,7 @@ def _count_words(texts: Iterable[str]) -> Counter[str]:
     counts, pending = Counter[str](), ""
     for text in texts:
         pending += text
-        # Only the last word of a piece can go on in the next one.
+        # Only the last word can go on in the next text.
         place = last_space(pending)
         counts.update(split_words(pending[:place]))
         pending = pending[place:]
