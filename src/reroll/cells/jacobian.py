@@ -10,16 +10,18 @@ in memory feature by feature, and is fastest if u and the states do too (`featur
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from reroll.cells import pieces, tracked
 from reroll.cells.base import Cell
 from reroll.cells.layout import Layout
+from reroll.cells.rules import product
+from reroll.cells.tracked import Tracked, value_of
 from reroll.errors import UsageError
+from reroll.kernels.program.symbol import Untrackable
 
 Structure = Literal["diagonal", "block", "dense"]
 
@@ -27,6 +29,8 @@ Result = TypeVar("Result")
 
 _untrackable: weakref.WeakKeyDictionary[Cell, str] = weakref.WeakKeyDictionary()
 """Cells whose step does something that cannot be followed, and what: tried once."""
+MISTAKES = (AttributeError, TypeError, IndexError, RuntimeError, ValueError, AssertionError)
+"""What a step may raise that does not fit its arguments, or values in place of tensors."""
 OWN_DERIVATIVE = "its derivative is not that of its operations"
 
 
@@ -41,15 +45,15 @@ def feature_major(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def advance(cell: Cell, layout: Layout, u: Tensor | tracked.Tracked, state: Tensor) -> Tensor:
+def advance(cell: Cell, layout: Layout, u: Tensor | Tracked, state: Tensor) -> Tensor:
     """Return what `step` returns, without a graph, feature-major where the step can be followed."""
 
     def followed() -> Tensor:
-        after = cell.step(_inputs(u), layout.unpack(tracked.Tracked(state, (), moves=True)))
+        after = cell.step(_inputs(u), layout.unpack(Tracked(state, moves=True)))
         return _joined(layout.parts(after))
 
     following = _followed(cell, followed)
-    return step(cell, layout, tracked.value_of(u), state) if following is None else following
+    return step(cell, layout, value_of(u), state) if following is None else following
 
 
 def leave_to_autograd(cell: Cell) -> None:
@@ -67,8 +71,8 @@ def followed_vjp(cell: Cell, layout: Layout, u: Tensor, state: Tensor, cotangent
     """Return Aᵀ · cotangent for every row as the structure of the step gives it; None if it cannot be followed."""
 
     def followed() -> Tensor:
-        parts = layout.parts(cell.step(_inputs(u), layout.unpack(tracked.Tracked.state(state))))
-        return pieces.times_transposed(parts, cotangent.split(layout.sizes, -1))
+        parts = layout.parts(cell.step(_inputs(u), layout.unpack(Tracked.state(state))))
+        return times_transposed(parts, cotangent.split(layout.sizes, -1))
 
     return _followed(cell, followed)
 
@@ -80,14 +84,14 @@ def why_untrackable(cell: Cell) -> str | None:
 
 @torch.no_grad()
 def linearise(
-    cell: Cell, layout: Layout, u: Tensor | tracked.Tracked, state: Tensor, structure: Structure, blocks: int = 1
+    cell: Cell, layout: Layout, u: Tensor | Tracked, state: Tensor, structure: Structure, blocks: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Return the next states and their Jacobian in a structure; see the module.
 
     Args:
         cell: the recurrence.
         layout: of its state.
-        u: projected inputs, [rows, U]; `tracked.Tracked.inputs` of them where they come again.
+        u: projected inputs, [rows, U]; `Tracked.inputs` of them where they come again.
         state: [rows, D].
         structure: what of the Jacobian is wanted.
         blocks: K, for "block"; must divide D.
@@ -98,55 +102,55 @@ def linearise(
     if structure == "block" and layout.size % blocks:
         raise UsageError(f"blocks={blocks} does not divide the {layout.size} numbers of the state.")
     found = _followed(cell, lambda: _by_structure(cell, layout, u, state, structure, blocks))
-    return _by_autograd(cell, layout, tracked.value_of(u), state, structure, blocks) if found is None else found
+    return _by_autograd(cell, layout, value_of(u), state, structure, blocks) if found is None else found
 
 
 def _by_structure(
-    cell: Cell, layout: Layout, u: Tensor | tracked.Tracked, state: Tensor, structure: Structure, blocks: int
+    cell: Cell, layout: Layout, u: Tensor | Tracked, state: Tensor, structure: Structure, blocks: int
 ) -> tuple[Tensor, Tensor]:
-    after = cell.step(_inputs(u), layout.unpack(tracked.Tracked.state(state)))
+    after = cell.step(_inputs(u), layout.unpack(Tracked.state(state)))
     parts = layout.parts(after)
     if structure == "diagonal":
-        found = pieces.diagonal_of(parts, layout.sizes)
+        found = diagonal_of(parts, layout.sizes)
     elif structure == "dense":
-        found = pieces.dense_of(parts, layout.size)
+        found = dense_of(parts, layout.size)
     elif len(parts) == blocks and len(set(layout.sizes)) == 1:
-        found = pieces.blocks_of(parts, blocks)
+        found = blocks_of(parts, blocks)
     elif len(parts) == 1:
-        found = pieces.blocks_of(parts[0].chunk(blocks, -1), blocks)
+        found = blocks_of(parts[0].chunk(blocks, -1), blocks)
     else:
         width = layout.size // blocks
-        dense = pieces.dense_of(parts, layout.size).unflatten(1, (blocks, width)).unflatten(0, (blocks, width))
+        dense = dense_of(parts, layout.size).unflatten(1, (blocks, width)).unflatten(0, (blocks, width))
         found = dense.diagonal(dim1=1, dim2=3).movedim(-1, 2)
     return _joined(parts), found.movedim(-1, 0)
 
 
-def _inputs(u: Tensor | tracked.Tracked) -> Any:
-    if not isinstance(u, tracked.Tracked):
-        return tracked.Tracked(u, ())
+def _inputs(u: Tensor | Tracked) -> Any:
+    if not isinstance(u, Tracked):
+        return Tracked(u)
     if u.tape is not None:
         u.tape.position = 0
     return u
 
 
 def _joined(parts: tuple[Any, ...]) -> Tensor:
-    values = [part.value if isinstance(part, tracked.Tracked) else part for part in parts]
+    values = [part.value if isinstance(part, Tracked) else part for part in parts]
     return values[0] if len(values) == 1 else torch.cat([value.T for value in values]).T
 
 
 def _followed(cell: Cell, run: Callable[[], Result]) -> Result | None:
     """Return what a step on tracked values gives; None where it cannot be followed.
 
-    An operation that cannot be followed is remembered. Any other error is taken to be of this call alone, such as want
-    of memory: plain tensors are used for it, and a mistake in the step itself comes up again on them.
+    An operation that cannot be followed is remembered. Any other error is of this call alone, such as want of memory:
+    plain tensors are used for it, and a mistake in the step itself comes up again on them.
     """
     if cell in _untrackable:
         return None
     try:
         return run()
-    except tracked.Untrackable as error:
+    except Untrackable as error:
         _untrackable[cell] = str(error)
-    except (AttributeError, TypeError, IndexError, RuntimeError):
+    except MISTAKES:
         pass
     return None
 
@@ -201,3 +205,75 @@ def vjp(following: Tensor, leaf: Tensor, cotangent: Tensor, retain: bool) -> Ten
         return torch.zeros_like(leaf)
     (found,) = torch.autograd.grad(following, leaf, cotangent, retain_graph=retain, allow_unused=True)
     return torch.zeros_like(leaf) if found is None else found
+
+
+# ---- a Jacobian from the pieces that the new state carries; results lie feature-major, the rows last
+
+
+def diagonal_of(parts: Sequence[Any], sizes: Sequence[int]) -> Tensor:
+    """Return the diagonal of the Jacobian, [D, rows], of a new state given by its parts [rows, size]."""
+    begins = [sum(sizes[:i]) for i in range(len(sizes))]
+    return torch.cat([band(p, torch.arange(b, b + size)).T for p, b, size in zip(parts, begins, sizes)])
+
+
+def blocks_of(parts: Sequence[Any], count: int) -> Tensor:
+    """Return the derivatives of feature c of part k by feature c of part l, [K, K, C, rows]; all parts are equal."""
+    columns = torch.arange(parts[0].shape[-1] * count).chunk(count)
+    return torch.stack([torch.stack([band(part, c).T for c in columns]) for part in parts])
+
+
+def band(part: Any, columns: Tensor) -> Any:
+    """Return ∂v_c/∂s_{columns[c]} for every feature c of a part, [rows, C]."""
+    if not isinstance(part, Tracked):
+        return torch.zeros_like(part)
+    features, total = torch.arange(part.shape[-1]), None
+    for p in part.pieces:
+        if p.inner is not None:
+            # Σ_p L[c, p] β_p W[p, c]: one product for all rows
+            entries = product(p.inner.alpha, p.inner.weight[columns] * p.weight.T, None)  # type: ignore[arg-type]
+            entries = entries if p.alpha is None else p.alpha * entries
+            total = entries if total is None else total + entries
+            continue
+        factor = p.weight[columns, features]
+        if p.alpha is None:
+            total = torch.ones_like(part.value) * factor if total is None else total + factor
+        else:
+            total = p.alpha * factor if total is None else torch.addcmul(total, p.alpha, factor)
+    return torch.zeros_like(part.value) if total is None else total
+
+
+def times_transposed(parts: Sequence[Any], cotangents: Sequence[Tensor]) -> Tensor:
+    """Return Aᵀ · cotangent for every row, [rows, D], of cotangents given by parts [rows, size] as the state is."""
+    total = torch.zeros_like(torch.cat(list(cotangents), -1))
+    for part, v in zip(parts, cotangents):
+        for piece in part.pieces if isinstance(part, Tracked) else ():
+            back, p = v, piece
+            while p is not None:
+                back, p = (back if p.alpha is None else back * p.alpha) @ p.weight.T, p.inner
+            total = total + back
+    return total
+
+
+def dense_of(parts: Sequence[Any], size: int) -> Tensor:
+    """Return the Jacobian, [D, D, rows]: entry [i, j] is the derivative of s_i by the old s_j."""
+    return torch.cat([_dense(part, size) for part in parts])
+
+
+def _dense(part: Any, size: int) -> Tensor:
+    rows, features = part.shape
+    total: Tensor | None = None
+    for p in part.pieces if isinstance(part, Tracked) else ():
+        if p.inner is not None:
+            # Σ_p L[i, p] β_p W[p, j], a product over p of all pairs (i, j)
+            assert p.inner.alpha is not None
+            pairs = (p.weight.T.unsqueeze(1) * p.inner.weight.unsqueeze(0)).flatten(0, 1)
+            matrix = (pairs @ p.inner.alpha.T).unflatten(0, (features, size))
+        else:
+            matrix = p.weight.T.unsqueeze(-1)
+        if p.alpha is None:
+            total = matrix.expand(-1, -1, rows).clone() if total is None else total.add_(matrix)
+        elif total is None:
+            total = p.alpha.T.unsqueeze(1) * matrix
+        else:
+            total.addcmul_(p.alpha.T.unsqueeze(1), matrix)
+    return value_of(part).new_zeros(features, size, rows) if total is None else total

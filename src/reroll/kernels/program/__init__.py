@@ -1,9 +1,9 @@
 """A short straight-line program of elementwise functions and small products, run over many rows at once.
 
     builder = Builder()
-    x = builder.input(tensor)                 [M, rows] → the registers of M features
-    y = builder.unary("sigmoid", x)           registers of M features
-    program = builder.finish([y])
+    x = builder.input(tensor)                 [M, rows] → the first of M registers
+    y = builder.emit("sigmoid", M, x)
+    program = builder.finish([(y, M)])
     program.run(out)                          [features of all outputs, rows]
 
 torch carries out one operation after another over memory that does not stay in the cache, each with the cost of a call.
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reroll.kernels.program.operations import CODE, ROWS
+from reroll.kernels.program.operations import CODE, ROWS, TABLE
 from reroll.kernels.threads import split
 
 MINIMUM = 1 << 12
@@ -41,9 +41,14 @@ class Builder:
     inputs: list[Tensor] = field(default_factory=list)
     gathered: list[int] = field(default_factory=list)
     known: dict[int, Any] = field(default_factory=dict)
+    """What `Symbol` has loaded, by the identity of the tensor."""
     firsts: list[int] = field(default_factory=list)
     registers: int = 0
     numbers: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.inputs[0].shape[1]
 
     def emit(self, name: str, features: int, a: int = 0, b: int = 0, c: int = 0) -> int:
         """Add an instruction and return its first result register."""
@@ -53,22 +58,16 @@ class Builder:
         self.registers += features
         return first
 
-    def writer(self, register: int) -> int:
-        """Return which instruction writes a register: memory is given by the instruction."""
-        return bisect.bisect_right(self.firsts, register) - 1
-
-    def gather(self, registers: list[int]) -> int:
-        """Copy registers to adjacent ones and return the first."""
+    def adjacent(self, registers: list[int]) -> int:
+        """Return the first of adjacent registers with these values: copies, unless one instruction wrote them all."""
+        first, last = registers[0], registers[-1]
+        # Registers that different instructions wrote lie apart once the program is packed.
+        of_one = bisect.bisect_right(self.firsts, first) == bisect.bisect_right(self.firsts, last)
+        if of_one and registers == list(range(first, first + len(registers))):
+            return first
         begin = len(self.gathered)
         self.gathered += registers
         return self.emit("gather", len(registers), begin)
-
-    def adjacent(self, registers: list[int]) -> int:
-        """Return the first of adjacent registers with these values: those that one instruction wrote."""
-        first, last = registers[0], registers[-1]
-        if registers == list(range(first, first + len(registers))) and self.writer(first) == self.writer(last):
-            return first
-        return self.gather(registers)
 
     def constant(self, values: Tensor) -> int:
         """Keep numbers and return where they begin."""
@@ -158,18 +157,17 @@ def _needed(
 def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """Let registers be used again after their last use, so that a block's stay in the first cache.
 
-    Instructions read ranges of registers that others wrote, whole or in part; memory is given and taken by the range in
-    which it was written.
+    Memory is taken and given back by whole results: an instruction may read some of the registers that another wrote,
+    and expects them where they lay beside each other.
     """
     writes = {number: (int(row[1]), int(row[5])) for number, row in enumerate(table) if row[0] != CODE["store"]}
     owner = {register: number for number, (first, count) in writes.items() for register in range(first, first + count)}
-    read = [reads(row, gathered) for row in table.tolist()]
-    last = dict(enumerate(range(len(table))))
-    for number, registers in enumerate(read):
-        for register in registers:
-            last[owner[register]] = number
+    read = [{owner[register] for register in reads(row, gathered)} for row in table.tolist()]
+    last = {number: number for number in range(len(table))}
+    for number, writers in enumerate(read):
+        last.update(dict.fromkeys(writers, number))
     table, gathered, place, top = table.copy(), gathered.copy(), {}, 0
-    free: dict[int, list[int]] = {}
+    free: dict[int, list[int]] = {}  # places to write to again, by their number of registers
 
     def moved(register: int) -> int:
         writer = owner[register]
@@ -181,35 +179,26 @@ def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.nda
             gathered[at] = [moved(int(register)) for register in gathered[at]]
         for column in _columns(row[0]):
             row[column] = moved(int(row[column]))
-        written = writes.get(number)
-        if written is not None:
-            stock = free.get(written[1])
-            if stock:
-                place[number] = stock.pop()
+        if number in writes:
+            count = writes[number][1]
+            if free.get(count):
+                place[number] = free[count].pop()
             else:
-                place[number], top = top, top + written[1]
+                place[number], top = top, top + count
             row[1] = place[number]
-        for writer in {owner[register] for register in read[number]} | ({number} if written else set()):
+        # Only now, as no instruction may write over what it reads; what nobody reads is free at once.
+        for writer in read[number] | (writes.keys() & {number}):
             if last[writer] == number:
                 free.setdefault(writes[writer][1], []).append(place[writer])
     return table, gathered, top
 
 
-_TWO = {CODE[name] for name in ("add", "sub", "mul", "div", "addcmul_c")}
-_ONE = {
-    CODE[name]
-    for name in (
-        "copy", "add_c", "mul_c", "rsub_c", "rdiv_c", "sigmoid", "tanh", "relu", "step", "store", "linear", "exp",
-        "log", "sqrt", "sin", "cos", "log1p", "softplus",
-    )
-}  # fmt: skip
+_OPERANDS = [operation.operands for operation in TABLE.values()]
 
 
-def _columns(code: int) -> tuple[int, ...]:
+def _columns(code: int) -> range:
     """The columns of an instruction that name registers it reads."""
-    if code == CODE["addcmul"]:
-        return 2, 3, 4
-    return (2, 3) if code in _TWO else (2,) if code in _ONE else ()
+    return range(2, 2 + _OPERANDS[code])
 
 
 def reads(row: Sequence[int], gathered: np.ndarray) -> list[int]:

@@ -24,38 +24,14 @@ from reroll.kernels.simd import (
     store_part,
     sub,
     tanh,
-)  # fmt: skip
+)
 
-(
-    LOAD,
-    COPY,
-    ADD,
-    SUB,
-    MUL,
-    DIV,
-    ADD_C,
-    MUL_C,
-    RSUB_C,
-    RDIV_C,
-    SIGMOID,
-    TANH,
-    RELU,
-    STEP,
-    ADDCMUL,
-    ADDCMUL_C,
-    LINEAR,
-    FILL,
-    GATHER,
-    STORE,
-    EXP,
-    LOG,
-    SQRT,
-    SIN,
-    COS,
-    LOG1P,
-    SOFTPLUS,
-) = range(27)
-assert (CODE["store"], CODE["softplus"]) == (STORE, SOFTPLUS)
+LOAD, STORE, GATHER, LINEAR = (CODE[name] for name in ("load", "store", "gather", "linear"))
+ADD, SUB, MUL, DIV = (CODE[name] for name in ("add", "sub", "mul", "div"))
+ADD_C, MUL_C, RSUB_C, RDIV_C = (CODE[name] for name in ("add_c", "mul_c", "rsub_c", "rdiv_c"))
+ADDCMUL_C, FILL = (CODE[name] for name in ("addcmul_c", "fill"))
+SIGMOID, TANH, RELU, SIGN = (CODE[name] for name in ("sigmoid", "tanh", "relu", "sign"))
+EXP, LOG, LOG1P, SQRT, SIN, COS = (CODE[name] for name in ("exp", "log", "log1p", "sqrt", "sin", "cos"))
 
 
 @intrinsic
@@ -112,7 +88,7 @@ def execute(code, inputs, file, width, begin, count, out, to, stride):
             else:
                 _narrow_linear(file, constants, dst, a, b, c, features)
         else:
-            _elementwise(file, constants, code, dst * width, a * width, b * width, c * width, b, c, features, width)
+            _elementwise(file, constants, code, dst * width, a * width, b * width, b, c, features, width)
 
 
 @jit
@@ -195,34 +171,7 @@ def _narrow_linear(file, constants, dst, a, weight, inputs, features):
 
 
 @jit
-def _function(file, code, dst, a, size):
-    """Functions that steps seldom use, number by number."""
-    if code == EXP:
-        for i in range(size):
-            file[dst + i] = np.exp(file[a + i])
-    elif code == LOG:
-        for i in range(size):
-            file[dst + i] = np.log(file[a + i])
-    elif code == SQRT:
-        for i in range(size):
-            file[dst + i] = np.sqrt(file[a + i])
-    elif code == SIN:
-        for i in range(size):
-            file[dst + i] = np.sin(file[a + i])
-    elif code == LOG1P:
-        for i in range(size):
-            file[dst + i] = np.log1p(file[a + i])
-    elif code == SOFTPLUS:
-        for i in range(size):  # log(1 + eˣ), which cannot overflow so
-            x = file[a + i]
-            file[dst + i] = max(x, np.float32(0)) + np.log1p(np.exp(-abs(x)))
-    else:
-        for i in range(size):
-            file[dst + i] = np.cos(file[a + i])
-
-
-@jit
-def _elementwise(file, constants, code, dst, a, b, c, b_constant, c_constant, features, width):
+def _elementwise(file, constants, code, dst, a, b, b_constant, c_constant, features, width):
     size = features * width
     if code == ADD:
         for i in range(0, size, LANES):
@@ -236,30 +185,20 @@ def _elementwise(file, constants, code, dst, a, b, c, b_constant, c_constant, fe
     elif code == DIV:
         for i in range(0, size, LANES):
             store(file, dst + i, div(load(file, a + i), load(file, b + i)))
-    elif code == ADDCMUL:
-        for i in range(0, size, LANES):
-            store(file, dst + i, fma(load(file, b + i), load(file, c + i), load(file, a + i)))
     elif code == SIGMOID:
         for i in range(0, size, LANES):
             store(file, dst + i, sigmoid(load(file, a + i)))
     elif code == TANH:
         for i in range(0, size, LANES):
             store(file, dst + i, tanh(load(file, a + i)))
-    elif code == COPY:
-        for i in range(0, size, LANES):
-            store(file, dst + i, load(file, a + i))
-    elif code >= EXP:
-        _function(file, code, dst, a, size)
-    elif code in (RELU, STEP):
+    elif code == RELU:
         for i in range(size):
             x = file[a + i]
-            positive = x > 0
-            file[dst + i] = (x if code == RELU else np.float32(1)) if positive else (x * 0 if x != x else np.float32(0))
-    else:
+            file[dst + i] = x if x > 0 or x != x else np.float32(0)
+    elif code in (ADD_C, MUL_C, RSUB_C, RDIV_C, ADDCMUL_C, FILL):
         for m in range(features):
             k = broadcast(constants, (c_constant if code == ADDCMUL_C else b_constant) + m)
-            for v in range(0, width, LANES):
-                i = m * width + v
+            for i in range(m * width, (m + 1) * width, LANES):
                 if code == ADD_C:
                     x = add(load(file, a + i), k)
                 elif code == MUL_C:
@@ -273,3 +212,26 @@ def _elementwise(file, constants, code, dst, a, b, c, b_constant, c_constant, fe
                 else:
                     x = k
                 store(file, dst + i, x)
+    else:
+        for i in range(size):
+            file[dst + i] = _function(code, file[a + i])
+
+
+@jit
+def _function(code, x):
+    """Functions that steps seldom use, number by number."""
+    if code == SIGN:
+        return np.float32(1) if x > 0 else np.float32(-1) if x < 0 else x
+    if code == EXP:
+        return np.exp(x)
+    if code == LOG:
+        return np.log(x)
+    if code == LOG1P:
+        return np.log1p(x)
+    if code == SQRT:
+        return np.sqrt(x)
+    if code == SIN:
+        return np.sin(x)
+    if code == COS:
+        return np.cos(x)
+    return max(x, np.float32(0)) + np.log1p(np.exp(-abs(x)))  # softplus, so that it cannot overflow
