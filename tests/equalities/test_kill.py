@@ -19,8 +19,8 @@ import safetensors.torch
 from reroll.cli import console, main
 from reroll.models import Interface
 from reroll.train import checkpoint, journal
-from reroll.train.build import build_model
 from reroll.train.config import resolve
+from reroll.train.load import build_model
 from reroll.train.loop import train
 from reroll.train.records import read_config, read_json, read_metrics
 from reroll.train.run import RunFolder

@@ -11,7 +11,8 @@ from reroll.errors import RunError, UsageError
 from reroll.grad.base import Seeded, trainable
 from reroll.models import Interface
 from reroll.specs.task import Generated
-from reroll.train import build, checkpoint, journal
+from reroll.train import checkpoint, journal, load
+from reroll.train import replay as replaying
 from reroll.train.loop import train
 from reroll.train.records import read_config, read_metrics
 from reroll.train.replay import replay
@@ -72,7 +73,7 @@ def replayed(path):
 
 
 def initial_of(config):
-    return build.build_model(config.model, Interface.of(config.task.build(0)), 11)
+    return load.build_model(config.model, Interface.of(config.task.build(0)), 11)
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ def test_the_grid_is_that_of_the_epsilon_asked_for(tmp_path):
 
 def initial_weights(path):
     config, header = read_config(path), journal.read(path / "journal").header
-    return build.build_model(config.model, Interface(**header["sizes"]), config.run.seed)
+    return load.build_model(config.model, Interface(**header["sizes"]), config.run.seed)
 
 
 @pytest.mark.parametrize("momentum, decay", [(0.0, 0.0), (0.0, 0.3), (0.9, 0.3)])
@@ -280,8 +281,8 @@ def test_other_initial_weights_are_refused(tmp_path, monkeypatch):
     recorded(tmp_path / "given", small(), init=init)
     init["head.bias"] += 1e-6
     checkpoint.save_file(init, tmp_path / "given" / "init.safetensors")
-    made = build.build_model
-    monkeypatch.setattr(build, "build_model", lambda config, sizes, seed: made(config, sizes, seed + 1))
+    made = load.build_model
+    monkeypatch.setattr(replaying, "build_model", lambda config, sizes, seed: made(config, sizes, seed + 1))
     for name in ("drawn", "given"):
         with pytest.raises(RunError, match="the initial weights .* are not those of the run"):
             replay(tmp_path / name)

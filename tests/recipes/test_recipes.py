@@ -8,9 +8,9 @@ import torch
 
 from reroll.models import Interface
 from reroll.recipes import RECIPES
-from reroll.train.build import build_model
 from reroll.train.config import resolve
 from reroll.train.evaluate import evaluate
+from reroll.train.load import build_model
 from reroll.train.loop import train
 from reroll.train.records import read_metrics
 

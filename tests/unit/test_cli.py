@@ -23,9 +23,8 @@ from reroll.errors import UsageError
 from reroll.models import Interface
 from reroll.recipes import RECIPES
 from reroll.train import checkpoint, toml
-from reroll.train.build import build_model
 from reroll.train.config import Config
-from reroll.train.load import export, open_model
+from reroll.train.load import build_model, export, open_model
 from reroll.train.records import read_config, read_metrics
 from tests.cli import TINY, TRAIN, contents, weights_of
 

@@ -9,7 +9,7 @@ from reroll.grad.evaluate.snapshot import seeded_generators
 from reroll.keys import Key
 from reroll.models import Interface
 from reroll.specs.model import LSTM
-from reroll.train.build import build_model
+from reroll.train.load import build_model
 
 USERS = {
     "central_difference": lambda net, x: CentralDifference(3, 0.01)(net, loss_fn, x, Key(0)),

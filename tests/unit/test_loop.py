@@ -18,10 +18,10 @@ from reroll.errors import RunError, UsageError
 from reroll.models import Interface
 from reroll.outcome import Outcome
 from reroll.specs.optim import SCHEDULES
-from reroll.train import build, checkpoint, journal, loop, process
+from reroll.train import checkpoint, journal, loop, machine
 from reroll.train.config import resolve
 from reroll.train.evaluate import evaluate
-from reroll.train.load import load
+from reroll.train.load import build_model, load
 from reroll.train.loop import train
 from reroll.train.records import read_config, read_json, read_metrics
 from reroll.train.replay import replay
@@ -68,7 +68,7 @@ def test_the_loss_and_the_norm_are_those_of_the_gradient(tmp_path):
     train(config, tmp_path)
     rows, task = rows_of(tmp_path), config.task.build(7)
     for saved in map(checkpoint.read, checkpoint.all_of(tmp_path / "checkpoints")[:-1]):
-        model = build.build_model(read_config(tmp_path).model, Interface.of(task), 0)
+        model = build_model(read_config(tmp_path).model, Interface.of(task), 0)
         checkpoint.put_weights(model, saved.weights, "it")
         loss = task.loss(model, task.batch(saved.step)).mean()
         loss.backward()
@@ -137,12 +137,10 @@ def test_scores_are_of_the_weights_that_are_loaded(tmp_path, average):
 
 
 def test_every_setting_reaches_the_optimizer():
-    model = build.build_model(resolve(small()).model, Interface(9, None, 9, "every"), 0)
+    model = build_model(resolve(small()).model, Interface(9, None, 9, "every"), 0)
     momentum, betas, decay = {"momentum": 0.7}, {"betas": (0.6, 0.5)}, {"weight_decay": 0.3}
     options = {"sgd": momentum | decay, "adamw": betas | decay, "muon": momentum | betas | decay}
-    sgd, adamw, muon = (
-        build.build_optim(small(optim={"kind": name, **own}), model, 0.2) for name, own in options.items()
-    )
+    sgd, adamw, muon = (small(optim={"kind": name, **own}).optim.build(model, 0.2) for name, own in options.items())
     assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in sgd.param_groups] == [
         (0.2, 0.7, 0.3), (0.2, 0.7, 0.0),
     ]  # fmt: skip
@@ -199,8 +197,7 @@ def test_a_target_ends_it_at_the_first_loss_below(tmp_path, method):
 
 def test_time_ends_it(tmp_path, monkeypatch):
     """By the seconds of training; here every step takes two."""
-    clock = types.SimpleNamespace(perf_counter=itertools.count(0, 2.0).__next__)
-    monkeypatch.setattr(process, "time", clock)
+    monkeypatch.setattr(machine.time, "perf_counter", itertools.count(0, 2.0).__next__)
     train(small(run={"max_seconds": 7.0}), tmp_path)
     assert ended(tmp_path) == ("done", "7 seconds are over, after 4 steps.", 4)
     assert rows_of(tmp_path)[-1]["total_seconds"] == 8.0
@@ -276,7 +273,7 @@ def test_a_loss_that_is_not_finite_later_ends_it_with_everything_saved(tmp_path,
 
 def test_a_step_that_is_lost_leaves_no_gradient(tmp_path):
     session, _ = open_session(resolve(small(gradient="backprop")), tmp_path / "run")
-    session.estimator = build.build_estimator(session.config, 1.0)
+    session.estimator = session.config.gradient.build(1.0, session.config.run)
     loss_fn = session.loss_fn
     loop.take_step(session)
     session.loss_fn = lambda model, batch: loss_fn(model, batch) * math.nan
@@ -405,7 +402,7 @@ def test_a_run_in_bf16_is_scored_in_bf16(tmp_path):
 def test_steps_before_the_clock_leave_no_trace(tmp_path, monkeypatch):
     train(small(), tmp_path / "plain")
     clocks = []
-    monkeypatch.setattr(process.Clock, "start", lambda self: clocks.append(1))
+    monkeypatch.setattr(machine.Clock, "start", lambda self: clocks.append(1))
     train(small(run={"warm_up": 3}), tmp_path / "warm")
     assert differences(left(tmp_path / "plain"), left(tmp_path / "warm")) == []
     assert len(clocks) == 9

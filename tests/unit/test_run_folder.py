@@ -54,23 +54,19 @@ def test_a_used_folder_is_refused_and_an_empty_one_is_not(tmp_path):
         RunFolder(tmp_path / ".hidden").refuse_used()
 
 
-def test_only_what_a_run_makes_first_is_unbegun(tmp_path):
+def test_a_run_that_was_killed_at_once_can_be_begun_again(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    assert folder.is_unbegun()
+    folder.refuse_used(resume=True)
     folder.make()
-    assert folder.is_unbegun()
     (folder.path / ".config.toml.77.tmp").touch()
-    assert folder.is_unbegun()
-    (folder.path / "notes.md").touch()
-    assert not folder.is_unbegun()
-    (folder.path / "notes.md").unlink()
-    (folder.checkpoints / "step-00000002").mkdir()
-    assert not folder.is_unbegun()
+    folder.refuse_used(resume=True)
     other = RunFolder(tmp_path / "other")
     other.path.mkdir()
-    (other.path / "log.txt").write_text("somebody's")
-    assert not other.is_unbegun()
-    assert not RunFolder(other.path / "log.txt").is_unbegun()
+    for somebodys in (folder.path / "notes.md", folder.checkpoints / "step-00000002", other.path / "log.txt"):
+        somebodys.touch()
+        with pytest.raises(UsageError, match="holds no run"):
+            RunFolder(tmp_path / somebodys.relative_to(tmp_path).parts[0]).refuse_used(resume=True)
+        somebodys.unlink()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):

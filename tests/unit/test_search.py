@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from reroll.errors import RunError
 from reroll.grad.base import trainable
-from reroll.train import build, checkpoint, search
+from reroll.train import checkpoint, search
 from reroll.train.config import resolve
 from reroll.train.loop import train
 from reroll.train.records import read_config, read_json, read_metrics
@@ -158,7 +158,7 @@ def test_a_search_leaves_everything_as_it_was(tmp_path, name):
         "dnc": {"model": {"kind": "dnc", "word_size": 3, "memory_size": 4}},
     }[name]
     session = opened(tmp_path / "run", **sections)
-    session.planned(build.plan_units(session.config, session.estimator, session.model, session.batch(0))[0])
+    session.plan()
     weights = {n: t.clone() for n, t in checkpoint.weights_of(session.model).items()}
     progress, batch = dict(vars(session.progress)), session.batch(0)
     random.seed(3)

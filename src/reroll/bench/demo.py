@@ -24,7 +24,7 @@ from reroll.keys import Key
 from reroll.models import Interface, Recurrent
 from reroll.optim import build_optimizer, step
 from reroll.specs.model import ModelSpec
-from reroll.train.build import build_model
+from reroll.train.load import build_model
 from reroll.train.measure import measure
 
 LONG = 2048

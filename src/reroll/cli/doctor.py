@@ -99,7 +99,7 @@ def _kernels() -> Finding:
 def _threads() -> Finding:
     import torch
 
-    from reroll.train.build import cores
+    from reroll.train.machine import cores
 
     available, used = cores(), torch.get_num_threads()
     remedy = "unset OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else "export OMP_NUM_THREADS=CORES"

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reroll.errors import RunError
+from reroll.train.run import remove, replacing
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 UNREADABLE = (
-    OSError,
-    ArithmeticError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-    SafetensorError,
-)
+    OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError,
+)  # fmt: skip
 """What reading files that are not ours, or not whole, can raise."""
 _FILES = ("model.safetensors", "state.safetensors")
 
@@ -74,34 +67,27 @@ def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], keep:
         RunError, OSError: if it cannot be written; the others stay.
     """
     target = folder / f"step-{step:08d}"
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    content = {"format": FORMAT, "step": step, "state": _flatten(state, "", tensors)}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors refuses two on one storage, as a carried (h, h) is
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
     try:
-        tensors: dict[str, Tensor] = {}
-        skeleton = _flatten(state, "", tensors)
-        seen: set[int] = set()
-        for name, tensor in tensors.items():  # safetensors refuses two on one storage, as a carried (h, h) is
-            place = tensor.untyped_storage().data_ptr()
-            tensors[name] = tensor.clone() if place in seen else tensor
-            seen.add(place)
-        save_file(weights_of(model), temporary / _FILES[0])
-        save_file(tensors, temporary / _FILES[1])
-        hashes = {name: _sha256(temporary / name) for name in _FILES}
-        content = {"format": FORMAT, "step": step, "sha256": hashes, "state": skeleton}
-        (temporary / "state.json").write_text(json.dumps(content | {"own_sha256": _sha256_of(content)}))
-        for path in (*temporary.iterdir(), temporary):
-            _to_disk(path)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            temporary.mkdir(parents=True)
+            for name, values in zip(_FILES, (weights_of(model), tensors)):
+                save_file(values, temporary / name)
+            content["sha256"] = {name: _sha256(temporary / name) for name in _FILES}
+            (temporary / "state.json").write_text(json.dumps(content | {"own_sha256": _sha256_of(content)}))
+            for path in (*temporary.iterdir(), temporary):
+                _to_disk(path)
         _to_disk(folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # of the operating system, in its own words
-            raise RunError(f"{target} cannot be written ({error}); the checkpoints before it are whole.") from None
-        raise
+    except SafetensorError as error:  # of the operating system, in its own words
+        raise RunError(f"{target} cannot be written ({error}); the checkpoints before it are whole.") from None
     for old in all_of(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     return target
 
 
@@ -121,7 +107,7 @@ def set_aside(folder: Path, step: int) -> None:
     for path in all_of(folder):
         if step_of(path) > step:
             target = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(target, ignore_errors=True)
+            remove(target)
             path.rename(target)
 
 
@@ -136,19 +122,15 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint.
-
-    Raises:
-        RunError: if it is damaged, or of another version.
-    """
+    """Read a checkpoint; raise `RunError` if it is damaged, or of another version."""
     try:
         content = json.loads((path / "state.json").read_text())
         if content.get("format") != FORMAT:
             raise RunError(f"{path} is a checkpoint of another version of reroll (format {content.get('format')}).")
-        if content.pop("own_sha256") != _sha256_of(content):
-            raise RunError(f"{path} is damaged: state.json does not have the checksum it was saved with.")
-        for name, expected in content["sha256"].items():
-            if _sha256(path / name) != expected:
+        checks = {"state.json": content.pop("own_sha256") == _sha256_of(content)}
+        checks |= {name: _sha256(path / name) == expected for name, expected in content["sha256"].items()}
+        for name, holds in checks.items():
+            if not holds:
                 raise RunError(f"{path} is damaged: {name} does not have the checksum it was saved with.")
         weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
         return Checkpoint(int(content["step"]), weights, _unflatten(content["state"], tensors))
@@ -167,26 +149,24 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a model.
-
-    Raises:
-        RunError: if names or shapes are not those of the model.
-    """
+    """Copy weights into a model; raise `RunError` if names or shapes are not those of the model."""
     named = dict([*model.named_parameters(), *model.named_buffers()])
     missing, foreign = sorted(named.keys() - weights.keys()), sorted(weights.keys() - named.keys())
+    remedy = "Give the model the sizes it was trained with."
     if missing or foreign:
         raise RunError(
-            f"{source} has other weights than the model: {len(missing)} are missing "
-            f"({', '.join(missing[:3]) or 'none'}), {len(foreign)} unknown ({', '.join(foreign[:3]) or 'none'}). "
-            "Give the model the sizes it was trained with."
+            f"{source} has other weights than the model: {len(missing)} are missing ({_some(missing)}), "
+            f"{len(foreign)} unknown ({_some(foreign)}). {remedy}"
         )
     for name, tensor in named.items():
-        if tensor.shape != weights[name].shape:
-            raise RunError(
-                f"{source}: {name} has shape {tuple(weights[name].shape)}, the model's is {tuple(tensor.shape)}. "
-                "Give the model the sizes it was trained with."
-            )
+        shape = tuple(weights[name].shape)
+        if tensor.shape != shape:
+            raise RunError(f"{source}: {name} has shape {shape}, the model's is {tuple(tensor.shape)}. {remedy}")
         tensor.copy_(weights[name])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) or "none"
 
 
 def checksum(weights: Mapping[str, Tensor]) -> str:
@@ -203,14 +183,13 @@ def checksum(weights: Mapping[str, Tensor]) -> str:
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Put tensors aside under their path, and return what is left as JSON."""
+    """Move tensors into `tensors` under their path, and return what is left as JSON."""
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().contiguous()
         return {"tensor": path}
     if isinstance(value, Mapping):
         # JSON has string keys only; optimizers number their parameters.
-        items = [[key, _flatten(item, f"{path}/{key}", tensors)] for key, item in value.items()]
-        return {"dict": items}
+        return {"dict": [[key, _flatten(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [_flatten(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}

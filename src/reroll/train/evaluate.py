@@ -32,18 +32,22 @@ class Precision:
 
     def under(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function, computed in this precision."""
-        if self.dtype is None:
-            return function
 
         def within(*arguments: Any) -> Any:
             with self.scope():
                 return function(*arguments)
 
-        return within
+        return function if self.dtype is None else within
 
 
 @torch.no_grad()
-def evaluate(model: Any, task: Task, split: str, device: torch.device | str = "cpu") -> dict[str, float]:
+def evaluate(
+    model: Any,
+    task: Task,
+    split: str,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, batches: None,
+) -> dict[str, float]:
     """Return the mean loss over the batches of a split; for symbols also bits, accuracy and exact match.
 
     Args:
@@ -51,6 +55,7 @@ def evaluate(model: Any, task: Task, split: str, device: torch.device | str = "c
         task: the task.
         split: "train", or one of `task.splits`. A carried text is read on with its state.
         device: where the model is.
+        progress: told after every batch how many are done, of how many.
 
     Example:
         >>> from reroll import Recurrent, cells
@@ -61,16 +66,16 @@ def evaluate(model: Any, task: Task, split: str, device: torch.device | str = "c
     """
     training = model.training
     model.eval()
-    carry = task.carries and split != "train"
-    total, state = Score(), START if carry else None
+    total, state, batches = Score(), START, task.batches(split)
     try:
-        for index in range(task.batches(split)):
+        for index in range(batches):
             batch = task.batch(index, split).to(device)
-            if carry:
+            if task.carries and split != "train":
                 score, state = sequence_score(model, replace(batch, state=state))
             else:
                 score = task.score(model, batch)
             total = total + score
+            progress(index + 1, batches)
     finally:
         model.train(training)
     return total.summary(task.categorical)

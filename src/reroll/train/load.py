@@ -1,8 +1,8 @@
-"""Models out of runs and files, and into files.
+"""Models out of configs, runs and files, and into files.
 
 model = load("runs/2026-11-22-text-1a2b")        the newest checkpoint of a run
 model = load("model.safetensors")                a file of `export`
-export(run, "model.safetensors")                 weights, and beside them what they are: config, sizes, tokenizer
+export(open_model(run), "model.safetensors")     weights, and beside them what they are: config, sizes, tokenizer
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from torch import Tensor, nn
 
 from reroll.data.tokenizers import Tokenizer, from_dict
 from reroll.errors import RerollError, RunError, UsageError
+from reroll.grad.evaluate.snapshot import seeded_generators
 from reroll.models import Interface
-from reroll.specs.model import ObjectModel
-from reroll.train import build, checkpoint, toml
+from reroll.specs.model import ModelSpec, ObjectModel
+from reroll.train import checkpoint, toml
+from reroll.train.checkpoint import UNREADABLE
 from reroll.train.config import Config, resolve
 from reroll.train.records import find_run, read_config, read_json
 
 METADATA = "reroll"
-UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-"""What reading a description that is not one of ours can raise."""
+Units = tuple[list[float], list[float]]
+"""The mean and std of every feature of series: what a model was trained to read them in."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,13 @@ class Loaded:
     config: Config
     tokenizer: Tokenizer | None
     step: int
-    units: build.Units | None = None
+    units: Units | None = None
+
+
+def build_model(spec: ModelSpec, sizes: Interface, seed: int) -> Any:
+    """Return the model on the CPU, in fp32, with weights drawn from the seed; the global generator is left alone."""
+    with seeded_generators(seed):
+        return spec.build(sizes)
 
 
 def load(path: str | Path) -> Any:
@@ -65,75 +73,15 @@ def open_model(path: str | Path) -> Loaded:
     if Path(path).is_file():
         return _from_file(Path(path))
     run = find_run(str(path))
-    config, extra = read_config(run), read_json(run / "environment.json")
+    config, environment = read_config(run), run / "environment.json"
     saved = checkpoint.newest(run / "checkpoints")
     if saved is None and checkpoint.all_of(run / "checkpoints"):
-        raise RunError(f"{run} has damaged checkpoints only. {rescue(run, config)}")
+        raise RunError(f"{run} has damaged checkpoints only. {recovery_hint(run, config)}")
     if saved is None:
         raise RunError(f"{run} has no checkpoint yet; wait for its first, or resume it.")
-    try:
-        average = saved.state.get("average")
-        weights = saved.weights | (average["tensors"] if average else {})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{run} has a checkpoint of another version of reroll ({error}).") from None
-    return _assemble(config, extra, weights, saved.step, str(run), str(run / "environment.json"))
-
-
-def export(loaded: Loaded, path: Path) -> list[Path]:
-    """Write a model as safetensors, with all that is needed to load it in its metadata, and its config beside it.
-
-    Returns:
-        The files written: PATH and PATH with the ending .toml.
-
-    Raises:
-        UsageError: if PATH cannot be that of a file that ends in .safetensors.
-        RunError: if they cannot be written.
-    """
-    refuse_unwritable(path)
-    model, config = loaded.model, loaded.config
-    about = {
-        "format": checkpoint.FORMAT, "config": toml.dumps(config), "step": loaded.step,
-        "sizes": Interface.of(model).to_dict(), "units": loaded.units,
-        "tokenizer": loaded.tokenizer and loaded.tokenizer.to_dict(),
-    }  # fmt: skip
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(checkpoint.weights_of(model), path, {METADATA: json.dumps(about)})
-        beside = path.with_suffix(".toml")
-        beside.write_text(toml.dumps(config), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be written ({error}).") from None
-    return [path, beside]
-
-
-def refuse_unwritable(path: Path) -> None:
-    """Raise `UsageError` if `export` could not write there, which is better known before there is work done."""
-    if not path.name or (path.exists() and not path.is_file()):
-        raise UsageError(f"the weights cannot be written to {str(path)!r}; name a file, such as model.safetensors.")
-    if path.suffix != ".safetensors":
-        raise UsageError(
-            f"the weights cannot be written to {str(path)!r}: what is written is safetensors, so name it "
-            f"{path.stem}.safetensors."
-        )
-    beside = path.with_suffix(".toml")
-    if os.path.lexists(beside) and not _is_ours(beside, path):
-        raise UsageError(f"{beside}, where the config would go, is there and not of an export; name another file.")
-
-
-def _is_ours(beside: Path, path: Path) -> bool:
-    """Whether a config is the one that was written with the weights in `path`."""
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})[METADATA])["config"] == beside.read_text(encoding="utf-8")
-    except (OSError, SafetensorError, *UNREADABLE):
-        return False
-
-
-def rescue(run: Path, config: Config) -> str:
-    """Return what can be done where no checkpoint of a run is whole."""
-    if not config.gradient.seeded:
-        return "A run by backprop keeps no journal to make its weights again from: train it again in another folder."
-    return f"Its journal has every step: reroll replay {run} --to STEP --out model.safetensors makes the weights again."
+    average = saved.state.get("average")
+    weights = saved.weights | (average["tensors"] if average else {})
+    return _assemble(config, read_json(environment), weights, saved.step, str(run), str(environment))
 
 
 def _from_file(path: Path) -> Loaded:
@@ -161,47 +109,93 @@ def _from_file(path: Path) -> Loaded:
 def _assemble(
     config: Config, about: dict[str, Any], weights: dict[str, Tensor], step: int, source: str, where: str
 ) -> Loaded:
-    """The model of some weights; `source` is where they are from, `where` what says their sizes and symbols."""
+    """The model of some weights from `source`; `about`, which is in `where`, says their sizes and symbols."""
     config = resolve(config)  # refuses sizes that no model can have
     if isinstance(config.model, ObjectModel):
         config.model.build(None)  # says that only its maker has it
     sizes, tokenizer, units = read_about(about, where)
     if tokenizer is not None and tokenizer.size > (sizes.vocab or 0):
         raise RunError(f"{where} is damaged: its model has {sizes.vocab} symbols, its tokenizer {tokenizer.size}.")
-    model = build.build_model(config.model, sizes, seed=0)
+    model = build_model(config.model, sizes, seed=0)
     checkpoint.put_weights(model, weights, source)
     model.tokenizer = tokenizer
     return Loaded(model.eval(), config, tokenizer, step, units)
 
 
-def read_about(about: Mapping[str, Any], where: str) -> tuple[Interface, Tokenizer | None, build.Units | None]:
-    """Return what environment.json, or the metadata of an exported file, says of a model: sizes, symbols, units.
-
-    Args:
-        about: its content.
-        where: its name, for errors.
-    """
+def read_about(about: Mapping[str, Any], where: str) -> tuple[Interface, Tokenizer | None, Units | None]:
+    """Return sizes, symbols and units of a model from environment.json or an exported file's metadata, at `where`."""
     try:
         tokenizer = from_dict(about["tokenizer"]) if about.get("tokenizer") else None
-        return Interface.read(about.get("sizes")), tokenizer, read_units(about.get("units"))
+        return Interface.read(about.get("sizes")), tokenizer, _units(about.get("units"))
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
     except UNREADABLE as error:
         raise _foreign(where, error) from None
 
 
-def read_units(saved: Any) -> build.Units | None:
-    """Return the units that a file keeps, None if it keeps none; raise `UsageError` if they are no units."""
+def _units(saved: Any) -> Units | None:
     if saved is None:
         return None
-    try:
-        mean, std = ([float(value) for value in values] for values in saved)
-    except UNREADABLE:
-        mean, std = [], [0.0]
-    if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or not all(value > 0 for value in std):
+    mean, std = ([float(value) for value in values] for values in saved)
+    if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or min(std, default=1.0) <= 0:
         raise UsageError(f"units={str(saved)[:100]} are those of no series.")
     return mean, std
 
 
 def _foreign(source: str, error: Exception) -> RunError:
     return RunError(f"{source} is damaged, or of another version of reroll ({type(error).__name__}: {error}).")
+
+
+def recovery_hint(run: Path, config: Config) -> str:
+    """What can be done where no checkpoint of a run is whole."""
+    if not config.gradient.seeded:
+        return "A run by backprop keeps no journal to make its weights again from: train it again in another folder."
+    return f"Its journal has every step: reroll replay {run} --to STEP --out model.safetensors makes the weights again."
+
+
+def export(loaded: Loaded, path: Path) -> list[Path]:
+    """Write a model as safetensors, with all that is needed to load it in its metadata, and its config beside it.
+
+    Returns:
+        The files written: PATH and PATH with the ending .toml.
+
+    Raises:
+        UsageError: if PATH cannot be that of a file that ends in .safetensors.
+        RunError: if they cannot be written.
+    """
+    refuse_unwritable(path)
+    model, config = loaded.model, loaded.config
+    about = {
+        "format": checkpoint.FORMAT, "config": toml.dumps(config), "step": loaded.step,
+        "sizes": Interface.of(model).to_dict(), "units": loaded.units,
+        "tokenizer": loaded.tokenizer and loaded.tokenizer.to_dict(),
+    }  # fmt: skip
+    beside = path.with_suffix(".toml")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(checkpoint.weights_of(model), path, {METADATA: json.dumps(about)})
+        beside.write_text(toml.dumps(config), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be written ({error}).") from None
+    return [path, beside]
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise `UsageError` if `export` could not write there, which is better known before there is work done."""
+    refused = f"the weights cannot be written to {str(path)!r}"
+    if not path.name or (path.exists() and not path.is_file()):
+        raise UsageError(f"{refused}; name a file, such as model.safetensors.")
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{refused}: what is written is safetensors, so name it {path.stem}.safetensors.")
+    beside = path.with_suffix(".toml")
+    if os.path.lexists(beside) and not _is_ours(beside, path):
+        raise UsageError(f"{beside}, where the config would go, is there and not of an export; name another file.")
+
+
+def _is_ours(beside: Path, path: Path) -> bool:
+    """Whether a config is the one that was written with the weights in `path`."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})[METADATA])["config"] == beside.read_text(encoding="utf-8")
+    except UNREADABLE:
+        return False

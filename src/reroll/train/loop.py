@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,12 @@ from reroll.kernels.threads import torch_threads
 from reroll.optim import StepResult, step
 from reroll.outcome import Outcome
 from reroll.rollout.watch import watching
-from reroll.train import build
 from reroll.train.config import Config, resolve
-from reroll.train.ends import Say, Warnings, ends, how_to_go_on
 from reroll.train.evaluate import evaluate
 from reroll.train.journal import Record
+from reroll.train.machine import signals
 from reroll.train.mesh import ALONE, Mesh
-from reroll.train.observers import OBSERVERS, Taken
-from reroll.train.process import signals
+from reroll.train.observers import OBSERVERS, Taken, Warnings, ends, how_to_go_on
 from reroll.train.records import read_config, read_json
 from reroll.train.resume import agree, open_session, start_record
 from reroll.train.search import search_lr, trial
@@ -89,7 +88,9 @@ def train(
     say(note)
     if session.task.describe():
         say(session.task.describe())
-    with torch_threads(_threads(session.config)), signals() as stop, watching():
+    # Backpropagation runs with the run's number of threads, which its results depend on.
+    threads = None if session.config.gradient.seeded else session.config.run.threads
+    with torch_threads(threads), signals() as stop, watching():
         try:
             session.folder.write_status("running", step=session.progress.step, steps=session.config.run.steps)
             if session.progress.step == 0:
@@ -108,11 +109,6 @@ def train(
                 session.journal.close()
 
 
-def _threads(config: Config) -> int | None:
-    """Backpropagation runs with the run's number of threads, which its results depend on."""
-    return None if config.gradient.seeded else config.run.threads
-
-
 def _finished(config: Config, path: Path) -> dict[str, Any] | None:
     """The status of a run that has ended, unless it is asked to go on for longer than it was."""
     status = read_json(path / "status.json")
@@ -124,21 +120,18 @@ def _finished(config: Config, path: Path) -> dict[str, Any] | None:
     return {"step": saved.run.steps, "reason": "it had ended before."} | status
 
 
-def _prepare(session: Session, say: Say, stop: list[str]) -> None:
+def _prepare(session: Session, say: Callable[[str], None], stop: list[str]) -> None:
     """What happens once, before the first step: decide the units, find a learning rate, begin the record."""
-    mesh = session.mesh
-    config, note = build.plan_units(session.config, session.estimator, session.model, session.batch(0))
-    session.planned(mesh.share(config))
-    say(note)
+    say(session.plan())
     if session.config.optim.lr == "auto":
-        lr = mesh.share(search_lr(session, say, stop))
+        lr = session.mesh.share(search_lr(session, say, stop))
         if lr is None:
             return
         session.config = session.config.replace(optim={"lr": lr})
     start_record(session)
 
 
-def _run(session: Session, report: Reporter, stop: list[str], say: Say) -> dict[str, Any]:
+def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Take steps until something ends the run."""
     config, progress, warn = session.config, session.progress, Warnings(say)
     eval_every, checkpoint_every = config.run.eval_every or 1, config.run.checkpoint_every or 1
@@ -197,9 +190,9 @@ def take_step(session: Session) -> dict[str, Any]:
     except EpsilonTooSmall as error:
         if number == 0:
             raise
-        return _lost(session, f"Since the first step the weights have grown, or ε has shrunk: {error}")
+        return _abort(session, f"Since the first step the weights have grown, or ε has shrunk: {error}")
     if not result.outcome and result.outcome is not Outcome.gradient_not_finite:
-        return _lost(session, result.outcome.value)
+        return _abort(session, result.outcome.value)
     if not result.outcome:
         record(result)
     taken = Taken(number, batch, settings, result, float(result.loss), rollouts)
@@ -211,8 +204,8 @@ def take_step(session: Session) -> dict[str, Any]:
     return row | {"seconds": seconds, "total_seconds": session.progress.seconds}
 
 
-def _lost(session: Session, reason: str) -> dict[str, Any]:
-    """There is no gradient: an error at the first step, the end of the run at a later one."""
+def _abort(session: Session, reason: str) -> dict[str, Any]:
+    """There is no gradient: an error at the first step, the last row of the run at a later one."""
     if session.progress.step == 0:
         raise RunError(f"The loss is not finite at step 0. {reason.removeprefix('The loss is not finite. ')}")
     return {"step": session.progress.step, "loss": math.nan, "reason": reason}

@@ -1,59 +1,53 @@
-"""What a run ran on: versions, hardware, commit."""
+"""What a run ran on, and what it asks of its machine: device, memory, clock, signals. Imported without torch."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from reroll.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def environment() -> dict[str, Any]:
     """Return versions, hardware and commit, as they are now."""
     import torch
 
-    packages = ("torch", "numpy", "numba", "safetensors", "triton")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     from reroll import __version__
 
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "numba", "safetensors", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
-        "reroll": __version__,
-        "commit": commit(),
-        "command": sys.argv,
-        "versions": versions,
-        "hardware": hardware(),
-        "threads": torch.get_num_threads(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+        "reroll": __version__, "commit": commit(), "command": sys.argv, "versions": versions, "hardware": hardware(),
+        "threads": torch.get_num_threads(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
 
 
 def hardware() -> str:
     """Return the processor, cores and card in one line."""
     import torch
 
-    parts = [processor(), f"{os.cpu_count()} cores"]
-    if torch.cuda.is_available():
-        parts.append(torch.cuda.get_device_name())
-    return ", ".join(parts)
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    try:
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    card = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join([processor, f"{os.cpu_count()} cores", *card])
 
 
 def commit() -> str | None:
@@ -69,3 +63,80 @@ def commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except OSError:
         return None
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of a name ("auto": a CUDA card if there is one, else the CPU); refuse one that is not there."""
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = "cuda" if there["cuda"] else "cpu"
+    if not there[name]:
+        raise UsageError(f"device={name} is not there; this machine has {', '.join(d for d in there if there[d])}.")
+    return torch.device(name)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the largest memory so far: of the allocator on a card, else resident (0 where that is not known)."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):
+        import resource  # Windows has none
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return 0
+
+
+@dataclass
+class Clock:
+    """Seconds of training, from `start` to `stop`, each after the device has done what it was given."""
+
+    device: torch.device
+    began: float = 0.0
+
+    def start(self) -> None:
+        self._wait()
+        self.began = time.perf_counter()
+
+    def stop(self) -> float:
+        """Return the seconds since `start`."""
+        self._wait()
+        return time.perf_counter() - self.began
+
+    def _wait(self) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+@contextmanager
+def signals() -> Iterator[list[str]]:
+    """Collect SIGTERM and Ctrl-C instead of dying of them; the second Ctrl-C is let through."""
+    received: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: signals are someone else's
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from reroll.grad.units import Execute
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One process, which costs nothing; a mesh of several overrides what they exchange.
+    """One process, which costs nothing; a mesh of several overrides `share` and `barrier`.
 
     Args:
         rank: the number of this process.
@@ -34,10 +32,6 @@ class Mesh:
     def share(self, value: Any) -> Any:
         """Return the value of process 0: the plan, a learning rate that was searched."""
         return value
-
-    def gather(self, losses: Tensor) -> Tensor:
-        """Return the losses of all processes' probes, in unit order: all that travels in a step of probes."""
-        return losses
 
     def barrier(self) -> None:
         """Wait until all processes have come here."""

@@ -1,30 +1,29 @@
-"""What becomes of a step: every observer takes in its result, and returns what the row of the metrics says of it."""
+"""What becomes of a step: what its row of the metrics says, what is worth a warning, and whether the run ends."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from reroll.grad.base import trainable
+from reroll.grad.evaluate.warm import TOO_LOOSE
 from reroll.optim import StepResult, StepSettings
 from reroll.outcome import Outcome
 from reroll.rollout.watch import Watch
-from reroll.train.process import peak_bytes
+from reroll.train.machine import peak_bytes
 from reroll.train.session import Session
 
 PROBING = ("spread", "probe_snr", "lost_probes", "drift", "solver_error")
 """What a row says of the probes; see `reroll.grad.probes.Coefficients`."""
+REFUSED = 5
+"""Steps in a row whose gradient is not finite, after which a run has diverged."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A step: its number, what it was taken with, and what came of it.
-
-    Args:
-        loss: the loss as a number.
-        rollouts: what was seen of the rollouts inside the model.
-    """
+    """A step: its number, batch and settings, what came of it, its loss as a number, and what its rollouts did."""
 
     step: int
     batch: Any
@@ -67,16 +66,11 @@ def curriculum(session: Session, taken: Taken) -> dict[str, Any]:
     return {"length": progress.length or task.length}
 
 
-def carry(session: Session, taken: Taken) -> dict[str, Any]:
-    """The state with which the next batch goes on."""
-    if session.task.carries:
-        session.progress.carried = taken.result.state
-    return {}
-
-
 def counters(session: Session, taken: Taken) -> dict[str, Any]:
-    """How much was done."""
+    """How much was done, and the state with which a carried text goes on."""
     progress = session.progress
+    if session.task.carries:
+        progress.carried = taken.result.state
     progress.step += 1
     progress.tokens += len(taken.batch) * taken.batch.time
     progress.forward_passes += taken.result.stats["forward_passes"]
@@ -84,7 +78,7 @@ def counters(session: Session, taken: Taken) -> dict[str, Any]:
 
 
 def diagnostics(session: Session, taken: Taken) -> dict[str, Any]:
-    """What the step was taken with, and what is known of its gradient and of the rollouts."""
+    """The settings of the step, its gradient and its rollouts."""
     result, rollouts = taken.result, taken.rollouts
     row = {"lr": taken.settings.lr, "epsilon": result.stats.get("epsilon"), "peak_bytes": peak_bytes(session.device)}
     if result.norm is not None:
@@ -97,6 +91,67 @@ def diagnostics(session: Session, taken: Taken) -> dict[str, Any]:
 
 
 OBSERVERS: tuple[Callable[[Session, Taken], dict[str, Any]], ...] = (
-    average, losses, refusals, curriculum, carry, counters, diagnostics,
+    average, losses, refusals, curriculum, counters, diagnostics,
 )  # fmt: skip
 """In this order; the journal comes before all of them, and before the weights move."""
+
+
+class Warnings:
+    """What steps have to say beyond their numbers, each once."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.shown = say, set[Outcome]()
+
+    def __call__(self, row: dict[str, Any], refused: bool) -> None:
+        signs = {
+            Outcome.some_probes_lost: row.get("lost_probes", 0) > 0,
+            Outcome.solver_too_loose: row.get("solver_error", 0.0) > TOO_LOOSE,
+            Outcome.fell_back: row.get("rollout_fell_back", 0) + row.get("valid_fell_back", 0) > 0,
+            Outcome.gradient_not_finite: refused,
+            Outcome.no_difference: row.get("no_difference", False),
+        }
+        for outcome in (outcome for outcome, sign in signs.items() if sign and outcome not in self.shown):
+            self.shown.add(outcome)
+            self.say(f"step {row['step'] + 1}: {outcome.value} (Shown once.)")
+
+
+def ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, str] | None:
+    """Whether the run ends with this row: (state, reason) or None."""
+    run, progress, loss = session.config.run, session.progress, row.get("loss")
+    if isinstance(loss, float):
+        diverged = _diverged(session, row)
+        if diverged is not None:
+            return "diverged", diverged
+        if run.target_loss is not None and loss < run.target_loss:
+            return "done", f"the loss is below the target {run.target_loss:g} after {progress.step} steps."
+        if run.target_valid is not None and row.get("valid_loss", math.inf) < run.target_valid:
+            return "done", f"the held-out loss is below the target {run.target_valid:g} after {progress.step} steps."
+        if run.max_seconds is not None and progress.seconds >= run.max_seconds:
+            return "done", f"{run.max_seconds:g} seconds are over, after {progress.step} steps."
+    if stop and progress.step < run.steps:
+        where = session.folder.path
+        return "stopped", f"{stop[0]} after {progress.step} steps. Go on with: reroll train --run-dir {where} --resume"
+    return None
+
+
+def _diverged(session: Session, row: dict[str, Any]) -> str | None:
+    run, progress = session.config.run, session.progress
+    if not math.isfinite(row["loss"]):
+        return str(row.get("reason"))
+    if progress.refused_in_a_row >= REFUSED:
+        return f"the gradients of {REFUSED} steps in a row were not finite. {Outcome.gradient_not_finite.value}"
+    if progress.fast > run.diverged * max(progress.first_loss, 1e-12):
+        return (
+            f"the loss (average {progress.fast:.4g}) is more than {run.diverged:g} times the first "
+            f"({progress.first_loss:.4g}). Lower {session.config.gradient.knobs}, or raise run.diverged."
+        )
+    return None
+
+
+def how_to_go_on(run: Any) -> str:
+    """How a run that is done goes on."""
+    limits = [f"--steps above {run.steps}"]
+    limits += [] if run.max_seconds is None else [f"--max-seconds above {run.max_seconds:g}"]
+    limits += [] if run.target_loss is None else [f"--target-loss below {run.target_loss:g}"]
+    limits += [] if run.target_valid is None else [f"--set run.target_valid below {run.target_valid:g}"]
+    return f"To go on, give {', or '.join(limits)}: the one that ended it."

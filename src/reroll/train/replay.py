@@ -23,8 +23,9 @@ from reroll.kernels.noise_axpy import noise_of
 from reroll.models import Interface
 from reroll.optim import apply, configure
 from reroll.specs.model import ObjectModel
-from reroll.train import build, checkpoint, journal, toml
+from reroll.train import checkpoint, journal, toml
 from reroll.train.config import Config, resolve
+from reroll.train.load import build_model
 from reroll.train.records import read_config
 from reroll.train.session import Session
 
@@ -78,8 +79,8 @@ def _again(path: Path, config: Config, record: journal.Journal, steps: int, sess
     """Draw the initial weights, check them, and take the steps."""
     header = record.header
     if session is None:
-        model: Any = build.build_model(config.model, Interface.read(header["sizes"]), config.run.seed)
-        optimizer = build.build_optim(config, model, 1.0)  # every record says its own rate
+        model: Any = build_model(config.model, Interface.read(header["sizes"]), config.run.seed)
+        optimizer = config.optim.build(model, 1.0)  # every record says its own rate
     else:
         model, optimizer = session.model, session.optimizer
     if header["init"]:

@@ -14,11 +14,19 @@ from reroll.grad.central_difference import CentralDifference
 from reroll.specs.base import leaves
 from reroll.train import checkpoint, journal, toml
 from reroll.train.config import Config
-from reroll.train.load import rescue
+from reroll.train.load import recovery_hint
 from reroll.train.mesh import ALONE, Mesh
 from reroll.train.records import read_config, read_json
 from reroll.train.run import Reader, RunFolder
 from reroll.train.session import Session
+
+FREE = {
+    "run.steps", "run.max_seconds", "run.target_loss", "run.target_valid", "run.eval_every", "run.checkpoint_every",
+    "run.keep", "run.log_every", "run.warm_up",
+}  # fmt: skip
+"""What may change when a run is resumed; everything else would make it another run."""
+DERIVED = {"gradient.chunk", "run.threads"}
+"""What is none until static rules decide it, once; none says nothing about the run to resume."""
 
 
 def open_session(
@@ -45,45 +53,37 @@ def open_session(
         UsageError: if the folder or config cannot be used, or the config is not the folder's.
         RunError: if what the folder holds is damaged.
     """
-    given = what if isinstance(what, Session) else None
-    mesh = given.mesh if given else mesh
-    config = what.config if isinstance(what, Session) else what
+    mesh = what.mesh if isinstance(what, Session) else mesh
     folder = RunFolder(path) if mesh.writes else Reader(path)
     try:
-        return _open(given, config, folder, resume, init, mesh)
+        there = resume and (path / "config.toml").is_file()
+        if there:
+            folder.lock()
+            if checkpoint.all_of(folder.checkpoints):
+                return _go_on(what, folder, mesh)
+        else:
+            folder.refuse_used(resume)
+        # Where no step was saved, nothing binds a run to the config it was to be trained with.
+        note = f"Nothing to resume in {path}: a new run begins." if resume else f"Run folder: {path}"
+        if there:
+            last = folder.last_row()
+            lost = "" if last is None else f"; the {last['step'] + 1} steps recorded before are made again"
+            note = f"{path} has no checkpoint yet: it begins again, at step 0{lost}."
+            folder.cut_metrics(0)
+        session = what if isinstance(what, Session) else Session.of_config(what, mesh)
+        return _begin(session, folder, init), note
     except BaseException:
         folder.close()
         raise
 
 
-def _open(
-    given: Session | None, config: Config, folder: RunFolder, resume: bool, init: Any, mesh: Mesh
-) -> tuple[Session, str]:
-    path = folder.path
-    there = resume and (path / "config.toml").is_file()
-    if not there and not (resume and folder.is_unbegun()):
-        folder.refuse_used(resume)
-    if there:
-        folder.lock()
-        saved = checkpoint.newest(folder.checkpoints)
-        if saved is not None or checkpoint.all_of(folder.checkpoints):
-            return _go_on(given, agree(read_config(path), config), folder, saved, mesh)
-        folder.cut_metrics(0)
-    # Where nothing was trained yet, nothing binds a run to the config it was to be trained with.
-    note = f"Nothing to resume in {path}: a new run begins." if resume else f"Run folder: {path}"
-    note = f"{path} has no checkpoint yet: it begins again, at step 0." if there else note
-    return _begin(given or Session.of_config(config, mesh), folder, init), note
-
-
-def _go_on(
-    given: Session | None, config: Config, folder: RunFolder, saved: checkpoint.Checkpoint | None, mesh: Mesh
-) -> tuple[Session, str]:
+def _go_on(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Session, str]:
     """Put a run back to its newest checkpoint."""
-    path, extra = folder.path, read_json(folder.path / "environment.json")
-    if saved is None or not {"sizes", "run"} <= extra.keys():
-        why = "none of its checkpoints is whole" if saved is None else "environment.json is missing or damaged"
-        remedy = rescue(path, config) if saved is None else "Begin another run in another folder."
-        raise RunError(f"{path} cannot be resumed: {why}. It is left as it is. {remedy}")
+    path, environment = folder.path, folder.path / "environment.json"
+    config = agree(read_config(path), what.config if isinstance(what, Session) else what)
+    saved, extra = checkpoint.newest(folder.checkpoints), read_json(environment)
+    if saved is None:
+        raise _unresumable(path, "none of its checkpoints is whole", recovery_hint(path, config))
     if config.run.steps < saved.step:
         raise UsageError(
             f"--steps {config.run.steps}: {path} has taken {saved.step} steps already, and none is taken back. "
@@ -91,12 +91,12 @@ def _go_on(
         )
     record = journal.read(folder.journal) if config.gradient.seeded else None
     _require_one_run(folder, config, extra, saved, record)
-    session = given or Session.of_config(config, mesh, extra, str(path / "environment.json"))
-    if extra.get("fingerprint") not in (None, session.task.fingerprint):
-        before, now = str(extra["fingerprint"])[:12], session.task.fingerprint[:12]
+    session = what if isinstance(what, Session) else Session.of_config(config, mesh, extra, str(environment))
+    before, now = extra.get("fingerprint"), session.task.fingerprint
+    if before not in (None, now):
         raise RunError(
-            f"The data have changed since the run began (fingerprint {now}, was {before}): going on would be another "
-            "run. Bring the data back, or begin a new one."
+            f"The data have changed since the run began (fingerprint {now[:12]}, was {str(before)[:12]}): going on "
+            "would be another run. Bring the data back, or begin a new one."
         )
     session.folder = folder
     session.planned(config)
@@ -122,30 +122,26 @@ def _go_on(
     return session, note
 
 
-FREE = {
-    "run.steps", "run.max_seconds", "run.target_loss", "run.target_valid", "run.eval_every", "run.checkpoint_every",
-    "run.keep", "run.log_every", "run.warm_up",
-}  # fmt: skip
-"""What may change when a run is resumed; everything else would make it another run."""
-DERIVED = {"gradient.chunk", "run.threads"}
-"""What is none until static rules decide it, once; none says nothing about the run to resume."""
+def _unresumable(path: Path, why: str, remedy: str) -> RunError:
+    return RunError(f"{path} cannot be resumed: {why}. It is left as it is. {remedy}")
 
 
-def agree(saved: Config, given: Config) -> Config:
-    """Return the saved config of a resumed run with what may change taken from the given one.
+def agree(saved: Config, asked: Config) -> Config:
+    """Return the saved config of a resumed run with what may change taken from the one that is asked for.
 
     Raises:
-        UsageError: if another field was given with another value.
+        UsageError: if another field has another value.
     """
     changed: dict[str, Any] = {}
     old = leaves(saved)
-    for name, value in leaves(given).items():
+    for name, value in leaves(asked).items():
         if name == "recipe" or value == old.get(name) or value == "auto" or (value is None and name in DERIVED):
             continue
         if name not in FREE:
+            why = " (other threads add numbers in another order)" if name == "run.threads" else ""
             raise UsageError(
-                f"{name}={value!r}, but the run to resume has {old.get(name)!r}. Leave it as it was, or begin another "
-                "run."
+                f"{name}={value!r}, but the run to resume has {old.get(name)!r}{why}. Leave it as it was, or begin "
+                "another run."
             )
         changed[name.removeprefix("run.")] = value
     return saved.replace(run=changed)
@@ -158,7 +154,7 @@ def run_id(config: Config, extra: dict[str, Any]) -> str:
 
 
 def binding(config: Config) -> Config:
-    """Return a config with what may change when a run is resumed left out: what makes it this run and no other."""
+    """Return a config without what may change when a run is resumed: what makes it this run and no other."""
     free = {name.partition(".")[2] for name in FREE}
     return config.replace(run={name: getattr(Config().run, name) for name in free})
 
@@ -167,6 +163,12 @@ def _require_one_run(
     folder: RunFolder, config: Config, extra: dict[str, Any], saved: checkpoint.Checkpoint, record: Any
 ) -> None:
     """Raise `RunError` if config, environment, checkpoint and journal do not name one run."""
+    if not {"sizes", "run"} <= extra.keys():
+        older = "reroll" in extra and "run" not in extra
+        why = f"it was made by an older version of reroll ({extra.get('reroll')})" if older else (
+            "environment.json is missing or damaged"
+        )  # fmt: skip
+        raise _unresumable(folder.path, why, "Begin another run in another folder.")
     name, step = extra["run"], f"step-{saved.step:08d}"
     wrong = {
         f"checkpoints/{step} is of another run": saved.state.get("run") != name,
@@ -175,7 +177,7 @@ def _require_one_run(
     }
     for what, is_so in wrong.items():
         if is_so:
-            raise RunError(f"{folder.path} cannot be resumed: {what}. Bring back the run's own, or begin another run.")
+            raise _unresumable(folder.path, what, "Bring back the run's own, or begin another run.")
 
 
 def _begin(session: Session, folder: RunFolder, init: dict[str, torch.Tensor] | None) -> Session:
@@ -199,8 +201,8 @@ def _begin(session: Session, folder: RunFolder, init: dict[str, torch.Tensor] | 
 
 def start_record(session: Session) -> None:
     """Write config, environment and the journal's header; what a run does before its first step."""
-    config, folder, task, model = session.config, session.folder, session.task, session.model
-    metadata = task.metadata() | {"initial": checkpoint.checksum(checkpoint.weights_of(model))}
+    config, folder, model = session.config, session.folder, session.model
+    metadata = session.task.metadata() | {"initial": checkpoint.checksum(checkpoint.weights_of(model))}
     session.run = run_id(config, metadata)
     folder.write_config(config)
     folder.write_environment(
@@ -209,14 +211,9 @@ def start_record(session: Session) -> None:
     if config.gradient.seeded and session.mesh.writes:
         assert isinstance(session.estimator, CentralDifference)
         header = {
-            "run": session.run,
-            "config": toml.dumps(binding(config)),
-            "sizes": metadata["sizes"],
-            "initial": metadata["initial"],
-            "noise": session.estimator.directions.name,
+            "run": session.run, "config": toml.dumps(binding(config)), "sizes": metadata["sizes"],
+            "initial": metadata["initial"], "noise": session.estimator.directions.name,
             "restore": session.estimator.restore if session.estimator.evaluate == "in_place" else "copy",
-            "update": config.optim.update,
-            "sums": session.estimator.sums,
-            "init": folder.init.exists(),
+            "update": config.optim.update, "sums": session.estimator.sums, "init": folder.init.exists(),
         }  # fmt: skip
-        session.journal = journal.Writer.create(folder.journal, json.loads(json.dumps(header)))
+        session.journal = journal.Writer.create(folder.journal, header)

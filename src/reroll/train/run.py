@@ -22,6 +22,8 @@ import shutil
 import socket
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,29 @@ def new_folder(recipe: str) -> Path:
     return ROOT / f"{time.strftime('%Y-%m-%d')}-{word}-{secrets.token_hex(2)}"
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield another name to write a file or folder under, which becomes `path` when it is whole, or goes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            remove(path)
+        os.replace(temporary, path)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class RunFolder:
     """The files of a run that is being written."""
 
@@ -49,16 +74,23 @@ class RunFolder:
         self._lock: Any = None
 
     def refuse_used(self, resume: bool = False) -> None:
-        """Raise `UsageError` if the folder exists and is not empty."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        """Raise `UsageError` unless the folder is free: absent, empty, or, to resume, that of a run killed at once."""
+        if not self.path.exists():
             return
         if not self.path.is_dir():
             raise UsageError(f"--run-dir {self.path} is a file; name a folder.")
-        if resume:
+        content = list(self.path.iterdir())
+        if resume and self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            early = {self.checkpoints, self.init, self.path / "log.txt", self.path / LOCK, *self.path.glob(".*.tmp")}
+            content = [path for path in content if path not in early]
+        if content and resume:
             raise UsageError(
                 f"--run-dir {self.path} is not empty and holds no run (no config.toml); name another folder."
             )
-        raise UsageError(f"--run-dir {self.path} is not empty. Add --resume to go on with it, or name another folder.")
+        if content:
+            raise UsageError(
+                f"--run-dir {self.path} is not empty. Add --resume to go on with it, or name another folder."
+            )
 
     def lock(self) -> None:
         """Take the folder for this process, until `close` or its end; two would mix their records.
@@ -66,7 +98,7 @@ class RunFolder:
         Raises:
             UsageError: naming the process that has it.
         """
-        if fcntl is None or self._lock is not None:
+        if fcntl is None or self.locked:
             return
         file = (self.path / LOCK).open("a+")
         for _ in range(5):  # whoever only asks who has it takes it for an instant
@@ -92,15 +124,6 @@ class RunFolder:
         """Whether this object has the lock."""
         return self._lock is not None
 
-    def is_unbegun(self) -> bool:
-        """Return whether the folder holds nothing but what a run makes before its config: it was killed at once."""
-        if not self.path.exists():
-            return True
-        if not (self.checkpoints.is_dir() and not any(self.checkpoints.iterdir())):
-            return False
-        early = (self.checkpoints.name, self.init.name, "log.txt", LOCK)
-        return all(p.name in early or _is_temporary(p) for p in self.path.iterdir())
-
     def make(self) -> None:
         """Make the folder; raise `RunError` if it cannot be written."""
         try:
@@ -111,34 +134,32 @@ class RunFolder:
                 f"--run-dir {self.path} cannot be written ({error.strerror}); name another folder."
             ) from None
 
+    def clear_temporary(self) -> None:
+        """Delete what was being written when the run was killed."""
+        for path in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            remove(path)
+
     def write_init(self, weights: dict[str, Any]) -> None:
         """Write the weights a run begins with, if they are not drawn from its seed."""
         from safetensors.torch import save_file
 
-        temporary = _temporary(self.init)
-        save_file(weights, temporary)
-        os.replace(temporary, self.init)
-
-    def clear_temporary(self) -> None:
-        """Delete what was being written when the run was killed."""
-        for path in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        with replacing(self.init) as file:
+            save_file(weights, file)
 
     def write_config(self, config: Config) -> None:
-        """Write config.toml."""
-        _replace(self.path / "config.toml", toml.dumps(config))
+        self._write("config.toml", toml.dumps(config))
 
     def write_environment(self, **more: Any) -> None:
-        """Write environment.json: what the run ran on, and what is given."""
-        _replace(self.path / "environment.json", json.dumps(machine.environment() | more, indent=2) + "\n")
+        self._write("environment.json", json.dumps(machine.environment() | more, indent=2))
 
     def write_status(self, state: str, **more: Any) -> None:
-        """Write status.json: "running", "done", "stopped", "diverged" or "failed", and what is given."""
+        """Write status.json: "running", "done", "stopped", "diverged" or "failed", with more fields."""
         content = {"state": state, "pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
-        _replace(self.path / "status.json", json.dumps(content | more) + "\n")
+        self._write("status.json", json.dumps(content | more))
+
+    def _write(self, name: str, text: str) -> None:
+        with replacing(self.path / name) as file:
+            file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
     def record(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
@@ -162,28 +183,26 @@ class RunFolder:
             file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def cut_metrics(self, steps: int) -> int:
-        """Keep the whole rows of the first `steps` steps; a resumed run writes the others again.
+        """Keep the rows of the first `steps` steps, and return how many damaged ones were left out.
 
-        Returns:
-            How many rows were damaged, and left out.
+        A resumed run writes the later ones again.
         """
-        path, kept, damaged = self.path / "metrics.jsonl", [], 0
+        path, rows, damaged = self.path / "metrics.jsonl", [], 0
         if path.exists():
             for line in path.read_bytes().splitlines(keepends=True):
                 row = parse_row(line)
                 damaged += row is None and line.endswith(b"\n")  # without, it is the row that was being written
                 if row is not None and row["step"] < steps:
-                    kept.append(line.rstrip(b"\n") + b"\n")
-            temporary = _temporary(path)
-            temporary.write_bytes(b"".join(kept))
-            os.replace(temporary, path)
+                    rows.append(line.rstrip(b"\n") + b"\n")
+            with replacing(path) as file:
+                file.write_bytes(b"".join(rows))
         return damaged
 
     def discard(self) -> None:
         """Delete what a run wrote that was refused before its first step: the folder is free again."""
         self.clear_temporary()
         for name in ("config.toml", "environment.json", "status.json", "log.txt", "journal", self.init.name, LOCK):
-            (self.path / name).unlink(missing_ok=True)
+            remove(self.path / name)
         for folder in (self.checkpoints, self.path):
             with contextlib.suppress(OSError):  # something else is in it
                 folder.rmdir()
@@ -207,18 +226,3 @@ class Reader(RunFolder):
 
     refuse_used = lock = make = write_init = write_config = write_environment = write_status = _nothing
     clear_temporary = record = log = cut_metrics = discard = _nothing
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is either the old or the new one."""
-    temporary = _temporary(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _is_temporary(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(".tmp")

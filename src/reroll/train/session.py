@@ -1,12 +1,7 @@
-"""Everything a run holds while it runs, built from its config, or put back from a checkpoint.
-
-A `Session` is the task, model, estimator, optimizer and record of one run; its `Progress` is all that changes from step
-to step besides weights and optimizer. Both together are what a checkpoint saves.
-"""
+"""A `Session`: the objects of one run, built from its config, handed in, or put back from a checkpoint."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -30,16 +25,14 @@ from reroll.specs.gradient import GradientSpec
 from reroll.specs.model import ObjectModel
 from reroll.specs.optim import ObjectOptimizer
 from reroll.specs.task import ObjectTask
-from reroll.train import build, checkpoint, journal
+from reroll.train import checkpoint, journal
 from reroll.train.config import Config, resolve
 from reroll.train.evaluate import Precision
-from reroll.train.load import read_about
+from reroll.train.load import build_model, read_about
+from reroll.train.machine import Clock, find_device
 from reroll.train.mesh import ALONE, Mesh
-from reroll.train.process import Clock
 from reroll.train.run import RunFolder
 from reroll.trees import map_state
-
-log = logging.getLogger(__name__)
 
 FAST, SLOW = 0.9, 0.99
 """Decays of the two averages of the loss."""
@@ -182,24 +175,41 @@ class Session:
     ) -> Session:
         """Build everything from a config; `extra` is the environment.json, at `source`, of a run to go on with."""
         tokenizer = None if extra is None else read_about(extra, source)[1]
-        device = build.find_device(config.run.device)
+        device = find_device(config.run.device)
         task = config.task.build(config.run.seed, tokenizer)
-        model = build.build_model(config.model, Interface.of(task), config.run.seed).to(device)
+        model = build_model(config.model, Interface.of(task), config.run.seed).to(device)
         lr = 1.0 if config.optim.lr == "auto" else config.optim.lr
-        estimator = build.build_estimator(config, config.gradient.epsilon_at(lr))
-        return cls(config, task, model, estimator, build.build_optim(config, model, lr), mesh)
+        estimator = config.gradient.build(config.gradient.epsilon_at(lr), config.run)
+        return cls(config, task, model, estimator, config.optim.build(model, lr), mesh)
 
     @property
     def of_objects(self) -> bool:
         """Whether it was made of objects: their weights are no function of the seed."""
         return self.config.model.kind == OBJECT
 
+    def plan(self) -> str:
+        """Decide, by static rules, how gradients are evaluated (mode, chunk, threads); return a sentence on it."""
+        config, estimator = self.config, self.estimator
+        if config.gradient.seeded and isinstance(estimator, CentralDifference):
+            batch: Any = self.batch(0)
+            if estimator.micro_batch is not None:
+                batch = batch.rows(0, min(estimator.micro_batch, len(batch)))
+            plan = estimator.plan(self.model, trainable(self.model), batch)
+            config = config.replace(gradient={"evaluate": plan.evaluate, "chunk": plan.chunk})
+            note = f"Probes are evaluated {plan.evaluate}, {plan.chunk} at a time ({plan.reason})."
+            threads = plan.threads
+        else:
+            threads = config.run.threads or torch.get_num_threads()
+            note = f"Gradient by backpropagation, on {threads} thread{'' if threads == 1 else 's'}."
+        self.planned(self.mesh.share(config.replace(run={"threads": threads})))
+        return note
+
     def planned(self, config: Config) -> None:
         """Take a config in which it is decided how gradients are evaluated."""
         self.config = config
         execute = self.mesh.execute or getattr(self.estimator, "execute", None)
         if config.gradient.kind != OBJECT:
-            self.estimator = build.build_estimator(config, 1.0)
+            self.estimator = config.gradient.build(1.0, config.run)
         if execute is not None and isinstance(self.estimator, CentralDifference):
             self.estimator = replace(self.estimator, execute=execute)
 
@@ -244,11 +254,7 @@ class Session:
         checkpoint.save(self.folder.checkpoints, self.progress.step, self.model, state, self.config.run.keep)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Put everything back as it was when the checkpoint was written.
-
-        Raises:
-            RunError: if the checkpoint is of another model, or of another version.
-        """
+        """Put everything back as it was when the checkpoint was written; refuse one of another model or version."""
         checkpoint.put_weights(self.model, saved.weights, "the checkpoint")
         try:
             self._restore(saved.state)

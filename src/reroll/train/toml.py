@@ -1,9 +1,7 @@
 """A config as TOML, and TOML, dictionaries and KEY=VALUE pairs laid over a config, checked field by field.
 
-    overlay(config, {"optim": {"lr": 0.01}}, "flags")          unknown keys fail with the nearest match
-    text = dumps(config)                                       what `runs/NAME/config.toml` holds
-
-Read by the standard library's tomllib. Written by hand: a config is a few small tables.
+overlay(config, {"optim": {"lr": 0.01}}, "flags")          unknown keys fail with the nearest match
+text = dumps(config)                                       what `runs/NAME/config.toml` holds
 """
 
 from __future__ import annotations
@@ -26,49 +24,38 @@ def overlay(config: Config, tables: Mapping[str, Any], source: str) -> Config:
     """Return the config with the given fields replaced.
 
     Args:
-        config: what is laid under.
+        config: what is changed.
         tables: `{section: {field: value}}`; also `recipe` and `format`.
         source: where they come from, for errors; "" leaves it out.
 
     Raises:
         UsageError: for another format, an unknown field (with the nearest known one), or a value of another type.
     """
-    said = f"{source}: " if source else ""
+    place = f"{source}: " if source else ""
     if (version := tables.get("format", FORMAT)) != FORMAT:
-        raise UsageError(f"{said}format={version!r} is of another version of reroll (this one reads {FORMAT}).")
+        raise UsageError(f"{place}format={version!r} is of another version of reroll (this one reads {FORMAT}).")
     try:
         return change(config, {name: values for name, values in tables.items() if name != "format"})
     except UsageError as error:
-        raise UsageError(f"{said}{error}") from None
+        raise UsageError(f"{place}{error}") from None
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        UsageError: if it is missing, not readable, or no TOML.
-    """
+    """Read a TOML file; raise `UsageError` if it is missing, not readable, or no TOML."""
     try:
         return parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"config {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config {path} cannot be read: {error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"config {path} is not TOML: {error}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config {path} cannot be read: {error}.") from None
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Read a text as TOML.
-
-    Raises:
-        tomllib.TOMLDecodeError: if it is none, or holds what Python's parser cannot take: numbers of thousands of
-            digits, a thousand brackets within one another.
-    """
+    """Read a text as TOML; raise `tomllib.TOMLDecodeError` if it is none, or more than Python's parser can take."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        raise
     except (ValueError, RecursionError) as error:
         raise tomllib.TOMLDecodeError(str(error)) from None
 
@@ -112,11 +99,7 @@ def put(tables: dict[str, Any], names: Sequence[str], value: Any) -> None:
 
 
 def dumps(config: Config, origin: Mapping[str, str] | None = None) -> str:
-    """Return a config as TOML.
-
-    Args:
-        config: the config; TOML knows no None, which is written as the word "none".
-        origin: dotted name → where its value came from, written behind it.
+    """Return a config as TOML, with None as the word "none"; `origin` says behind each dotted name where it is from.
 
     Example:
         >>> overlay(Config(), tomllib.loads(dumps(Config().replace(run={"seed": 3}))), "text").run.seed
@@ -133,11 +116,9 @@ def dumps(config: Config, origin: Mapping[str, str] | None = None) -> str:
 
 
 def _value(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: '"none"', True: "true", False: "false"}[value]
+    """A value as TOML, which is JSON but for None, lists' items, inf and nan, and DEL in a text."""
     if isinstance(value, tuple):
-        return f"[{', '.join(_value(item) for item in value)}]"
+        return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, float):
         return repr(value)
-    # A JSON string is a TOML string, but for characters beyond the first 65,536 (escaped as surrogates) and DEL (bare).
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else str(value)
+    return json.dumps("none" if value is None else value, ensure_ascii=False).replace("\x7f", "\\u007f")
