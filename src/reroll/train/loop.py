@@ -61,7 +61,8 @@ def train(
             make their session again as it was at the start, and give it with `resume`.
         path: the run folder, new or (with `resume`) one to go on with.
         resume: go on from the newest checkpoint; on a finished run nothing is done.
-        init, report: weights to begin with; who is told.
+        init: weights to begin with.
+        report: who is told.
         mesh: the processes that train it together, each with this call; a session has its own.
 
     Returns:
@@ -73,11 +74,8 @@ def train(
     """
     report = report or Reporter()
     config = what.config if isinstance(what, Session) else (what := resolve(what))
-    finished = _finished(config, path) if resume else None
+    finished = _finished(config, path, report) if resume else None
     if finished is not None:
-        report.note(f"{path} is finished ({finished['state']} at step {finished['step']}); nothing to do.")
-        if finished["state"] == "done":
-            report.note(how_to_go_on(config.run))
         return finished
     session, note = open_session(what, path, resume=resume, init=init, mesh=mesh)
 
@@ -85,9 +83,8 @@ def train(
         session.folder.log(line)
         report.note(line)
 
-    say(note)
-    if session.task.describe():
-        say(session.task.describe())
+    for line in filter(None, (note, session.task.describe())):
+        say(line)
     # Backpropagation runs with the run's number of threads, which its results depend on.
     threads = None if session.config.gradient.seeded else session.config.run.threads
     with torch_threads(threads), signals() as stop, watching():
@@ -109,7 +106,7 @@ def train(
                 session.journal.close()
 
 
-def _finished(config: Config, path: Path) -> dict[str, Any] | None:
+def _finished(config: Config, path: Path, report: Reporter) -> dict[str, Any] | None:
     """The status of a run that has ended, unless it is asked to go on for longer than it was."""
     status = read_json(path / "status.json")
     if status.get("state") not in ("done", "diverged"):
@@ -117,7 +114,11 @@ def _finished(config: Config, path: Path) -> dict[str, Any] | None:
     saved = read_config(path)
     if agree(saved, config) != saved:
         return None
-    return {"step": saved.run.steps, "reason": "it had ended before."} | status
+    status = {"step": saved.run.steps, "reason": "it had ended before."} | status
+    report.note(f"{path} is finished ({status['state']} at step {status['step']}); nothing to do.")
+    if status["state"] == "done":
+        report.note(how_to_go_on(config))
+    return status
 
 
 def _prepare(session: Session, say: Callable[[str], None], stop: list[str]) -> None:
@@ -141,7 +142,7 @@ def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str
     # A run that was killed after its last step, and before it said so, has nothing left to do.
     ended = ends(session, row, stop)
     if ended is not None and ended[0] == "done":
-        say(how_to_go_on(config.run))
+        say(how_to_go_on(config))
     if config.run.warm_up and ended is None:
         trial(session, session.settings().lr, config.run.warm_up)
     saved = time.monotonic()

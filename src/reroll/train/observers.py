@@ -12,6 +12,8 @@ from reroll.grad.evaluate.warm import TOO_LOOSE
 from reroll.optim import StepResult, StepSettings
 from reroll.outcome import Outcome
 from reroll.rollout.watch import Watch
+from reroll.specs.base import OBJECT
+from reroll.train.config import Config
 from reroll.train.machine import peak_bytes
 from reroll.train.session import Session
 
@@ -129,8 +131,9 @@ def ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, s
         if run.max_seconds is not None and progress.seconds >= run.max_seconds:
             return "done", f"{run.max_seconds:g} seconds are over, after {progress.step} steps."
     if stop and progress.step < run.steps:
-        where = session.folder.path
-        return "stopped", f"{stop[0]} after {progress.step} steps. Go on with: reroll train --run-dir {where} --resume"
+        how = f"reroll train --run-dir {session.folder.path} --resume"
+        how = "train(session, path, resume=True)" if session.of_objects else how
+        return "stopped", f"{stop[0]} after {progress.step} steps. Go on with: {how}"
     return None
 
 
@@ -148,8 +151,11 @@ def _diverged(session: Session, row: dict[str, Any]) -> str | None:
     return None
 
 
-def how_to_go_on(run: Any) -> str:
+def how_to_go_on(config: Config) -> str:
     """How a run that is done goes on."""
+    run = config.run
+    if config.recipe == OBJECT:
+        return "To go on, make its session again with more steps, or a limit beyond the one that ended it."
     limits = [f"--steps above {run.steps}"]
     limits += [] if run.max_seconds is None else [f"--max-seconds above {run.max_seconds:g}"]
     limits += [] if run.target_loss is None else [f"--target-loss below {run.target_loss:g}"]
