@@ -1,8 +1,7 @@
-"""What goes wrong, said so that the reader can act: the argument, the value it had, the remedy.
+"""What goes wrong, in words by which the reader can act: the argument, the value it had, the remedy.
 
-Two kinds, because a command line has two exit codes. `UsageError` (exit 2) means the request cannot be carried out as
-written; `RunError` (exit 1) means a well-formed request failed while it ran. Library functions raise the same classes;
-`UsageError` is also a `ValueError`, so callers need not know this module.
+`UsageError` (exit code 2) is also a `ValueError` and `RunError` (exit code 1) a `RuntimeError`, so callers need not
+know this module.
 """
 
 from __future__ import annotations
@@ -25,12 +24,7 @@ class UsageError(RerollError, ValueError):
 
 
 class EpsilonTooSmall(UsageError):
-    """ε is below what the precision of the weights can tell apart: from the start, or since the weights have grown.
-
-    Args:
-        message: what is said.
-        least: the smallest ε that can be told apart.
-    """
+    """ε is below what the precision of the weights can show, of which `least` is the smallest."""
 
     def __init__(self, message: str, least: float = 0.0):
         super().__init__(message)

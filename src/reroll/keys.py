@@ -24,13 +24,7 @@ _DOMAIN = b"reroll.key.1"
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class Key:
-    """Eight bytes that name a random stream.
-
-    Args:
-        seed: an integer in [0, 2⁶⁴).
-
-    Raises:
-        UsageError: if the seed is negative or does not fit into 64 bits.
+    """Eight bytes that name a random stream; `seed` is an integer in [0, 2⁶⁴).
 
     Example:
         >>> Key(0).at(0).digest.hex()

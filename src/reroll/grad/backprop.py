@@ -1,11 +1,9 @@
 """The gradient by backpropagation: the comparison for everything else.
 
-    g = ∂L/∂θ                     exact, of the whole sequence (BPTT)
-    truncate = k                  the state is carried from window to window of k steps, its gradient is not
-    checkpoint = True             exact, keeping only the state at the borders of about √T windows and computing the
-                                  rest again on the way back
-
-`accumulate` cuts the batch by sequences and adds the gradients of the parts: the same gradient with the memory of one.
+g = ∂L/∂θ                     exact, of the whole sequence (BPTT)
+truncate = k                  the state is carried from window to window of k steps, its gradient is not
+checkpoint = True             exact, storing only the state at the borders of about √T windows and computing the
+                              rest again on the way back
 """
 
 from __future__ import annotations
@@ -35,9 +33,9 @@ class Backprop(BackpropOptions):
     """Compute the gradient by automatic differentiation, into `.grad`.
 
     Args:
-        accumulate: parts the batch is cut into.
+        accumulate: parts the batch is cut into by sequences: the same gradient with the memory of one part.
         truncate: steps through which the gradient flows; None is all of them.
-        checkpoint: keep states at window borders only and recompute, for memory that grows as √T.
+        checkpoint: recompute, for memory that grows as √T.
 
     `truncate` and `checkpoint` need a model that carries a state (`reroll.models.Stateful`, such as `reroll.Recurrent`)
     and batches with `steps` (`reroll.data.Batch`).

@@ -17,6 +17,7 @@ gradient and works on either.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -260,10 +261,8 @@ def row_blocks(p: Tensor, limit_bytes: int) -> Iterator[tuple[Tensor, int]]:
     if count == 1 or not p.is_contiguous():
         yield p, 0
         return
-    matrix = p.view(count, columns)
     step = max(1, limit_bytes // (4 * columns))
-    for first in range(0, count, step):
-        yield matrix[first : first + step], first
+    yield from ((rows, i * step) for i, rows in enumerate(p.view(count, columns).split(step)))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -283,13 +282,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def check_names(names: Iterable[str]) -> None:
     """Raise `UsageError` if two tensors have one canonical name: in a dict by name, one would go untrained unseen."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise UsageError(
                 f'Two parameters are named "{name}" (the prefixes of wrappers do not count); rename one of them.'
             )
-        seen.add(name)
 
 
 def check_streams(named: Mapping[str, Tensor]) -> None:
@@ -312,13 +309,10 @@ def padding_rows(model: nn.Module | None, named: Mapping[str, Tensor]) -> dict[s
 
     A weight that something beside embeddings uses too has none: it gets a gradient there.
     """
-    rows: dict[int, int] = {}
-    users: dict[int, int] = {}
-    for module in model.modules() if model is not None else ():
-        for p in module.parameters(recurse=False):
-            users[id(p)] = users.get(id(p), 0) + 1
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
-            rows[id(module.weight)] = module.padding_idx
+    modules = [] if model is None else list(model.modules())
+    users = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
+    embeddings = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    rows = {id(m.weight): m.padding_idx for m in embeddings if m.padding_idx is not None}
     return {name: rows[id(p)] for name, p in named.items() if id(p) in rows and users[id(p)] == 1}
 
 

@@ -1,12 +1,7 @@
-"""What training asks of a model: a module that says what it reads and gives, and, if it can, carries a state or has a
-head that can be called by itself.
+"""What training asks of a model.
 
-    Model       vocab, inputs, outputs, readout; model(inputs, present=…) → outputs
-    Stateful    stateful = True: advance(inputs, state, reset) → (outputs, state); in windows, without a gradient
-    Headed      headed = True: model.head(model.features(inputs)) is model(inputs); a loss need not hold all logits
-
-Any `nn.Module` can be trained; these are capabilities beyond that. They are declared by an attribute: methods that are
-called `advance` or `features` for another reason mean nothing here.
+Any `nn.Module` can be trained; `Stateful` and `Headed` are capabilities beyond that. They are declared by an attribute:
+methods that are called `advance` or `features` for another reason mean nothing here.
 """
 
 from __future__ import annotations
@@ -69,7 +64,7 @@ class Stateful(Protocol):
 
 
 class Headed(Protocol):
-    """A model whose outputs are a linear map of its features."""
+    """A model whose outputs are model.head(model.features(inputs)), so that a loss need not hold all logits."""
 
     headed: bool
     """True if there is a head."""

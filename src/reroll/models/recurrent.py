@@ -98,15 +98,12 @@ class Recurrent(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, inputs: Tensor, *, present: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """Run whole sequences from the initial state.
+        """Run whole sequences from the initial state: [B, T, outputs] for readout "every", else [B, outputs].
 
         Args:
             inputs: symbols [B, T], or series [B, T, inputs].
             present: True at the steps that exist, [B, T], for readout "last" or "mean"; None: all.
-            lengths: steps of each sequence, [B], of which padding follows; see `Rollout`.
-
-        Returns:
-            [B, T, outputs] for readout "every", else [B, outputs].
+            lengths: steps of each sequence, [B], behind which padding follows; see `Rollout`.
         """
         return self._outputs(self.features(inputs, present=present, lengths=lengths))
 

@@ -77,16 +77,15 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write", budget: int | 
 
 def _pieces(parameters: Mapping[str, Tensor], budget: float | None) -> Iterator[list[str]]:
     """Yield names, those of one shape together, the largest first, of at most `budget` bytes or of one tensor."""
-    sizes = {name: p.numel() * p.element_size() for name, p in parameters.items()}
-    budget = max(sizes.values(), default=0) if budget is None else budget
+    budget = max((p.nbytes for p in parameters.values()), default=0) if budget is None else budget
     piece: list[str] = []
     used = 0
-    for name in sorted(parameters, key=lambda name: (-sizes[name], tuple(parameters[name].shape))):
-        if piece and used + sizes[name] > budget:
+    for name, p in sorted(parameters.items(), key=lambda item: (-item[1].nbytes, tuple(item[1].shape))):
+        if piece and used + p.nbytes > budget:
             yield piece
             piece, used = [], 0
         piece.append(name)
-        used += sizes[name]
+        used += p.nbytes
     if piece:
         yield piece
 

@@ -41,7 +41,7 @@ class Plan:
         chunk: probes of a unit.
         threads: threads of torch within a unit.
         workers: units evaluated at the same time.
-        isolate: whether a branch may draw random numbers or change buffers, so that both must be kept from the others.
+        isolate: whether a branch may draw random numbers or change buffers, which the others must not see.
         tile_bytes: budget of perturbed weights per worker, for tiles.
         whole: all perturbed weights fit the budget, and the model can be copied: nothing need be cut.
         reason: why, for people.

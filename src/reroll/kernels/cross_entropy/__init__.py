@@ -84,11 +84,7 @@ def _forward(
 
 
 class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int
-    ) -> tuple[Tensor, Tensor]:
-        return _forward(features, weight, bias, targets, rows)
+    forward = staticmethod(_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

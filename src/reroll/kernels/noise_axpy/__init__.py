@@ -50,12 +50,11 @@ def noise_axpy(
     """Compute out ← p + Σ_k alphas[k] · z(probes[k]).
 
     Args:
-        p: the tensor, or some consecutive rows of one (see `first_row`). Any floating dtype, any strides.
+        p: the tensor, or some consecutive rows of one, the first of which is `first_row`. Any floating dtype.
         stream: key, name and noise of the tensor.
         probes: probe indices in [0, 2³²), in the order in which they are summed.
         alphas: one factor per probe; rounded to the dtype of the sums.
         out: where the result goes, of p's shape and any floating dtype; None writes into p.
-        first_row: the row of the whole tensor at which p starts, when p is a group of its rows.
         sums: dtype of the sum over probes, float32 or float64; None is float64 for float64 tensors, else float32.
 
     Example:
@@ -149,13 +148,11 @@ def noise(
 
     Args:
         key: the key of the step, `Key(seed).at(step)`.
-        shape: the tensor's shape.
+        shape, name: of the tensor in `named_parameters()`.
         probe: the probe index, in [0, 2³²).
-        name: the tensor's name in `named_parameters()`.
         kind: "rademacher" (±1), "normal", "sparse" (half the coordinates zero) or "sparse:DENSITY" (DENSITY a negative
             power of two; the others are ±√(1/DENSITY)).
-        dtype: dtype of the result.
-        device: device of the result.
+        dtype, device: of the result.
 
     Training never builds it: `noise_axpy` adds it without storing it.
 

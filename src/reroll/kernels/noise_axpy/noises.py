@@ -201,7 +201,6 @@ class Stream:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The counter words c3 of this stream; see `Entries.ids`."""
         return self.noise.ids(self.name) if isinstance(self.noise, Entries) else ()
 
     @property
@@ -216,8 +215,8 @@ def sums_for(p: Tensor) -> torch.dtype:
 
 def implementation(p: Tensor, out: Tensor) -> ModuleType:
     """Return the module that computes these tensors: `reference`, `cpu` or `triton`."""
-    choice = dispatch.choose("noise_axpy", candidates(p.device.type, p.dtype, out.dtype))
-    return importlib.import_module(f"reroll.kernels.noise_axpy.{choice.name}")
+    name = dispatch.choose("noise_axpy", candidates(p.device.type, p.dtype, out.dtype)).name
+    return importlib.import_module(f"reroll.kernels.noise_axpy.{name}")
 
 
 @functools.cache
