@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reroll.cli.flags import parse, positional
 from reroll.errors import UsageError, nearest
@@ -45,26 +47,11 @@ def _bench(arguments: Sequence[str]) -> int:
     if request.rounds is not None and request.rounds < 1:
         raise UsageError(f"rounds={request.rounds} must be greater than zero.")
     _make_room(request.json)
-    if request.name == "zeroth":
-        from reroll.bench import zeroth
-
-        zeroth.run(request.rounds or 5, request.json)
+    bench = importlib.import_module(f"reroll.bench.{request.name}")
+    if request.name != "estimator":
+        bench.run(request.rounds or (7 if request.name == "rollouts" else 5), request.json)
         return 0
-    if request.name == "rollouts":
-        from reroll.bench import rollouts
-
-        rollouts.run(request.rounds or 7, request.json)
-        return 0
-    if request.name == "grid":
-        from reroll.bench import grid
-
-        grid.run(request.rounds or 5, request.json)
-        return 0
-    from reroll.bench import estimator
-
-    found = estimator.run()
-    if request.json is not None:
-        request.json.write_text(json.dumps(found, indent=2) + "\n")
+    _write(bench.run(), request.json)
     return 0
 
 
@@ -87,15 +74,20 @@ def _reproduce(arguments: Sequence[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--to {folder} cannot be written ({error.strerror}); name another folder.") from None
-    found = claims.reproduce(request.name, request.full)
+    result = claims.reproduce(request.name, request.full)
     claim = claims.CLAIMS[request.name]
-    print(f"{claim.name}: {claim.says}\n{claim.report(found)}")
-    print(f"published: {claim.published}\nmeasured:  {claim.key} = {found[claim.key]:.4g}, {found['status']} "
-          f"({claim.tolerance})\n{found['hardware']}, commit {found['commit']}, {found['seconds']:.0f} s")  # fmt: skip
-    print("\n".join(claims.write(request.name, found, folder)))
-    if request.json is not None:
-        request.json.write_text(json.dumps(found, indent=2) + "\n")
-    return 0 if found["status"] == "holds" else 1
+    print(f"{claim.name}: {claim.says}\n{claim.report(result)}")
+    print(f"published: {claim.published}")
+    print(f"measured:  {claim.key} = {result[claim.key]:.4g}, {result['status']} ({claim.tolerance})")
+    print(f"{result['hardware']}, commit {result['commit']}, {result['seconds']:.0f} s")
+    print("\n".join(claims.write(request.name, result, folder)))
+    _write(result, request.json)
+    return 0 if result["status"] == "holds" else 1
+
+
+def _write(result: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _make_room(path: Path | None) -> None:

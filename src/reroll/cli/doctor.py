@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from reroll.cli.flags import parse
+from reroll.train.machine import cores
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,11 @@ class Doctor:
 
 
 class Finding(NamedTuple):
-    """One thing looked at: whether it is well, what was found, and what to do if not."""
+    """One thing looked at: whether it is well, in words, and what to do if not."""
 
     name: str
     well: bool
-    found: str
+    words: str
     remedy: str = ""
 
 
@@ -37,10 +38,8 @@ EXTRAS = {
 
 def run(command: str, arguments: Sequence[str]) -> int:
     parse(Doctor, arguments, "reroll doctor", "Look at this machine, and say how to mend what is missing.")
-    findings = examine()
-    for finding in findings:
-        mark = "ok  " if finding.well else "note"
-        print(f"{mark}  {finding.name:<14} {finding.found}")
+    for finding in examine():
+        print(f"{'ok  ' if finding.well else 'note'}  {finding.name:<14} {finding.words}")
         if not finding.well and finding.remedy:
             print(f"      {'':<14} → {finding.remedy}")
     return 0
@@ -48,19 +47,30 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 def examine() -> list[Finding]:
     """Return all findings."""
-    return [_python(), _torch(), _card(), _kernels(), _threads(), _cache(), _disk(), *_extras()]
-
-
-def _python() -> Finding:
-    well = sys.version_info >= (3, 11)
-    return Finding("python", well, platform.python_version(), "reroll needs Python 3.11 or newer.")
-
-
-def _torch() -> Finding:
     import torch
 
+    from reroll.data.cache import cache_folder
+
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return Finding("torch", version >= (2, 9), torch.__version__, "pip install 'torch>=2.9'")
+    available, used, free = cores(), torch.get_num_threads(), shutil.disk_usage(".").free
+    threads = "unset OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else "export OMP_NUM_THREADS=CORES"
+    cache, wished = str(cache_folder()), os.environ.get("REROLL_CACHE")
+    cached = wished is None or cache == os.path.expanduser(wished)
+    extras = []
+    for module, (extra, purpose) in EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        words = f"{module} is {'there' if there else 'not installed'} ({purpose})"
+        extras.append(Finding(f"extra {extra}", there, words, f"pip install 'reroll[{extra}]'"))
+    return [
+        Finding("python", sys.version_info >= (3, 11), platform.python_version(), "Install Python 3.11 or newer."),
+        Finding("torch", version >= (2, 9), torch.__version__, "pip install 'torch>=2.9'"),
+        _card(),
+        _kernels(),
+        Finding("threads", used >= available, f"{used} of torch on {available} cores", threads),
+        Finding("text cache", cached, cache, "REROLL_CACHE cannot be written; texts are encoded for every run."),
+        Finding("disk", free > 2**30, f"{free / 2**30:.1f} GiB free here", "Less than 1 GiB: runs may not be saved."),
+        *extras,
+    ]
 
 
 def _card() -> Finding:
@@ -94,36 +104,3 @@ def _kernels() -> Finding:
         )
     same = torch.equal(fast, slow)
     return Finding("cpu kernels", same, f"numba {numba.__version__}, {'same bits as' if same else 'NOT'} the reference")
-
-
-def _threads() -> Finding:
-    import torch
-
-    from reroll.train.machine import cores
-
-    available, used = cores(), torch.get_num_threads()
-    remedy = "unset OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else "export OMP_NUM_THREADS=CORES"
-    return Finding("threads", used >= available, f"{used} of torch on {available} cores", remedy)
-
-
-def _cache() -> Finding:
-    from reroll.data.cache import cache_folder
-
-    folder = cache_folder()
-    wished = os.environ.get("REROLL_CACHE")
-    well = wished is None or str(folder) == os.path.expanduser(wished)
-    return Finding("text cache", well, str(folder), "REROLL_CACHE cannot be written; texts are encoded for every run.")
-
-
-def _disk() -> Finding:
-    free = shutil.disk_usage(".").free
-    return Finding("disk", free > 2**30, f"{free / 2**30:.1f} GiB free here", "Less than 1 GiB: runs may not be saved.")
-
-
-def _extras() -> list[Finding]:
-    found = []
-    for module, (extra, purpose) in EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
-        text = f"{module} is {'there' if there else 'not installed'} ({purpose})"
-        found.append(Finding(f"extra {extra}", there, text, f"pip install 'reroll[{extra}]'"))
-    return found

@@ -25,13 +25,7 @@ from reroll.errors import RunError, UsageError
 
 
 class Measurement(NamedTuple):
-    """What a call took.
-
-    Args:
-        seconds: wall time.
-        peak_bytes: largest memory during the call, above that before it.
-        forward_passes: evaluations of models, whatever asked for them.
-    """
+    """What a call took: wall time, its largest memory above that before it, and evaluations of models by anyone."""
 
     seconds: float
     peak_bytes: int
@@ -97,31 +91,12 @@ def _in_fresh_process(function: Callable[[], Any], warmup: int, threads: int) ->
         return Measurement(*pickle.loads(answer.read_bytes()))
 
 
-def resident_bytes() -> int:
-    """Return the resident memory of this process now."""
+def _memory(field: str) -> int:
+    """A size in /proc/self/status: VmRSS, resident now; VmHWM, its peak since it was reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RunError("/proc/self/status has no VmRSS; memory of a process can be measured on Linux only.")
-
-
-def reset_peak() -> None:
-    """Forget the peak of the resident memory so far."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_since_reset() -> int:
-    """Return the peak of the resident memory since `reset_peak`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RunError("/proc/self/status has no VmHWM; memory of a process can be measured on Linux only.")
-
-
-def _give_back() -> None:
-    """Return freed memory that the C library still holds to the system, so that using it again is seen."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    raise RunError(f"/proc/self/status has no {field}; memory of a process can be measured on Linux only.")
 
 
 def _child(request: str, answer: str) -> None:
@@ -137,13 +112,14 @@ def _child(request: str, answer: str) -> None:
     for _ in range(warmup):
         function()
     gc.collect()
-    _give_back()
-    reset_peak()
-    before, began = resident_bytes(), time.perf_counter()
+    with contextlib.suppress(OSError, AttributeError):  # so that using freed memory again is seen
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before, began = _memory("VmRSS"), time.perf_counter()
     with count_forward_passes() as passes:
         function()
     seconds = time.perf_counter() - began
-    peak = peak_since_reset()
+    peak = _memory("VmHWM")
     Path(answer).write_bytes(pickle.dumps((seconds, max(0, peak - before), passes.count)))
 
 

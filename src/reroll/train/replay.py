@@ -67,7 +67,7 @@ def replay(path: Path, to: int | None = None, session: Session | None = None) ->
     try:
         # What the run was trained with, whatever config.toml says today.
         config = toml.overlay(Config(), toml.parse(record.header["config"]), str(record.path))
-        return _again(path, config, record, steps, session), steps
+        return _take_steps(path, config, record, steps, session), steps
     except RunError:
         raise
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
@@ -75,7 +75,7 @@ def replay(path: Path, to: int | None = None, session: Session | None = None) ->
         raise RunError(f"the journal of {path} is of another run, or of another version of reroll ({what}).") from None
 
 
-def _again(path: Path, config: Config, record: journal.Journal, steps: int, session: Session | None) -> Any:
+def _take_steps(path: Path, config: Config, record: journal.Journal, steps: int, session: Session | None) -> Any:
     """Draw the initial weights, check them, and take the steps."""
     header = record.header
     if session is None:

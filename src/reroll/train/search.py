@@ -15,8 +15,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 
-import torch
-
 from reroll.errors import EpsilonTooSmall, RunError
 from reroll.keys import Key
 from reroll.optim import step
@@ -28,26 +26,15 @@ ROUNDS = 2
 
 
 def search_lr(session: Session, note: Callable[[str], None], stop: Sequence[str] = ()) -> float | None:
-    """Return the best learning rate of those tried; the session is as before.
-
-    Args:
-        session: of a run that has not begun.
-        note: told what is tried.
-        stop: signals received so far; once there is one, no further rate is tried, and None is returned.
-
-    Raises:
-        RunError: if no rate gave a finite loss.
-    """
+    """Return the best learning rate of those tried, None once there is a signal in `stop`; the session is as before."""
     optim = session.config.optim
     losses: dict[float, float] = {}
-    generator = torch.get_rng_state()
     for round in range(1 + ROUNDS):
         for lr in middles(losses) if round else grid(optim.search_low, optim.search_high):
             losses[lr] = trial(session, lr, optim.search_steps)
             note(f"Trying lr {lr:.3g}: loss {losses[lr]:.4f}")
             if stop:
                 return None
-    assert torch.equal(torch.get_rng_state(), generator), "a trial has touched the global generator"
     best = min(losses, key=lambda lr: losses[lr])
     if not math.isfinite(losses[best]):
         raise RunError(
@@ -82,8 +69,8 @@ def middles(losses: dict[float, float]) -> list[float]:
     rates = sorted(losses)
     at = rates.index(min(losses, key=lambda lr: losses[lr]))
     near = [rates[i] for i in (at - 1, at + 1) if 0 <= i < len(rates)]
-    found = [float(f"{math.sqrt(rates[at] * other):.6g}") for other in near]
-    return [lr for lr in found if lr not in losses]
+    between = [float(f"{math.sqrt(rates[at] * other):.6g}") for other in near]
+    return [lr for lr in between if lr not in losses]
 
 
 def trial(session: Session, lr: float, steps: int) -> float:
