@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from reroll.grad import Backprop, CentralDifference
-from reroll.grad.evaluate.snapshot import seeded_generators
+from reroll.grad.evaluate.snapshot import Snapshot, seeded_generators
 from reroll.keys import Key
 from reroll.models import Interface
 from reroll.specs.model import LSTM
@@ -42,3 +43,15 @@ def test_seeded_generators_give_what_manual_seed_gives():
     with seeded_generators(17):
         assert torch.equal(torch.rand(5), expected)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_snapshot_copies_buffers_that_can_move_and_puts_them_back():
+    model = nn.Sequential(nn.BatchNorm1d(3), spectral_norm(nn.Linear(3, 3)))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    snapshot = Snapshot(model)
+    assert not snapshot.has_moved()
+    model(torch.randn(5, 3))
+    assert snapshot.has_moved()
+    snapshot.restore()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert {name for _, name, *_ in Snapshot(model.eval()).buffers} == {"_u", "_v"}

@@ -110,10 +110,7 @@ class CentralDifference(ProbeOptions):
 
     def plan(self, model: nn.Module | None, parameters: Mapping[str, Tensor], batch: Any = None) -> Plan:
         """Return how the probes of this model would be evaluated on such a batch, and why."""
-        return make_plan(
-            model, parameters, self.probes, batch=batch, evaluate=self.evaluate, chunk=self.chunk, threads=self.threads,
-            workers=self.workers, dtype=self.dtype, sides=len(RULES[self.difference].sides),
-        )  # fmt: skip
+        return make_plan(model, parameters, batch, self, len(RULES[self.difference].sides))
 
     @torch.no_grad()
     def estimate(

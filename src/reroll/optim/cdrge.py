@@ -195,7 +195,7 @@ class CDRGE(SGD):
         sizes = {}
         for g, group in enumerate(self.param_groups):
             names = self._names_of(g)
-            lowest = max((least or {}).get(name, 0.0) for name in names)
+            lowest = max(((least or {}).get(name, 0.0) for name in names), default=0.0)
             tied = max(float(group["lr"]), self.epsilon_min, lowest)
             sizes |= dict.fromkeys(names, tied if group["epsilon"] is None else group["epsilon"])
         return sizes

@@ -65,20 +65,12 @@ class Plan:
         return per_worker * self.workers
 
 
-def make_plan(
-    model: nn.Module | None,
-    parameters: Mapping[str, Tensor],
-    probes: int,
-    *,
-    batch: Any = None,
-    evaluate: str = "auto",
-    chunk: int | None = None,
-    threads: int | None = None,
-    workers: int | None = None,
-    dtype: torch.dtype | None = None,
-    sides: int = 2,
-) -> Plan:
-    """Decide what is "auto" or None. Without a model nothing is assumed; of the batch only shapes matter."""
+def make_plan(model: nn.Module | None, parameters: Mapping[str, Tensor], batch: Any, options: Any, sides: int) -> Plan:
+    """Decide what is "auto" or None in the options of a `CentralDifference`; of the batch only shapes matter.
+
+    Without a model nothing is assumed of the loss. `sides` are the branches of a probe.
+    """
+    evaluate, chunk, threads, dtype = options.evaluate, options.chunk, options.threads, options.dtype
     if evaluate in ("tiles", "batched") and (why := _why_in_place(model)) is not None:
         raise UsageError(f'evaluate="{evaluate}" cannot follow this model: {why}. Use "in_place".')
     weights = sum(p.numel() for p in parameters.values())
@@ -97,12 +89,12 @@ def make_plan(
     cores = torch.get_num_threads() if on_cpu else 1
     if threads is None:
         threads = cores if alone or weights > ONE_THREAD else 1
-    workers = 1 if alone else workers or max(1, cores // threads)
+    workers = 1 if alone else options.workers or max(1, cores // threads)
     if chunk is None and evaluate == "batched":
-        chunk = _chunk(weights, -(-probes // workers), sides, _activations(model, batch))
+        chunk = _chunk(weights, -(-options.probes // workers), sides, _activations(model, batch))
     tile_bytes = max(TILE_BYTES, weight_bytes(parameters) // 100)
     whole = is_known and weight_bytes(parameters, dtype) <= tile_bytes
-    return Plan(evaluate, max(1, min(chunk or 1, probes)), threads, workers, isolate, tile_bytes, whole, reason)
+    return Plan(evaluate, max(1, min(chunk or 1, options.probes)), threads, workers, isolate, tile_bytes, whole, reason)
 
 
 def _choose(model: nn.Module | None, weights: int, low: bool, why_in_place: str | None) -> tuple[str, str]:

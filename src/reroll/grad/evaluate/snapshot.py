@@ -22,13 +22,9 @@ class _Generators:
 
     lock = threading.RLock()
 
-    @classmethod
-    def renew(cls) -> None:
-        cls.lock = threading.RLock()
 
-
-if hasattr(os, "register_at_fork"):  # another thread may have held it
-    os.register_at_fork(after_in_child=_Generators.renew)
+if hasattr(os, "register_at_fork"):  # a child has none of the threads that may hold it
+    os.register_at_fork(after_in_child=lambda: setattr(_Generators, "lock", threading.RLock()))
 
 
 def seed_of(key: Key) -> int:
