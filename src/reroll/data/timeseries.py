@@ -12,9 +12,8 @@ Archives with time stamps, "(time,value)", are refused. `prepare` writes an .npz
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ import numpy.typing as npt
 from reroll.data.tables import printable
 from reroll.errors import UsageError
 
-LONGEST = 1 << 24  # characters of a line
+Rows = list[tuple[npt.NDArray[np.float32], int]]
 
 
 def read_ts(path: str | os.PathLike[str]) -> tuple[list[npt.NDArray[np.float32]], list[int], tuple[str, ...]]:
@@ -34,53 +33,40 @@ def read_ts(path: str | os.PathLike[str]) -> tuple[list[npt.NDArray[np.float32]]
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"path={path} is no .ts file and no folder that holds some.")
+    header: dict[str, list[str]] = {}
+    rows: Rows = []
     try:
         with path.open(encoding="utf-8") as file:
-            lines = _lines(path, file)
-            header = _header(path, lines)
-            flag, *labels = header.get("classlabel") or ["false"]
-            if flag.lower() != "true" or not labels:
-                raise UsageError(f"path={path} has no classes; its header needs a line such as `@classLabel true a b`.")
-            if "true" in map(str.lower, header.get("timestamps", [])):
-                raise UsageError(f"path={path} has time stamps; only series of equal steps can be read.")
-            rows = [_row(f"path={path}, line {number}", line, labels) for number, line in lines]
-    except OSError as error:
-        raise UsageError(f"path={path} cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"path={path} is not UTF-8 text.") from None
+            lines = ((n, line.strip()) for n, line in enumerate(file, 1) if line.strip() and not line.startswith("#"))
+            for number, line in lines:
+                word, *values = line.split()
+                if "data" in header:
+                    rows.append(_row(f"path={path}, line {number}", line, header["classlabel"][1:]))
+                elif not word.startswith("@"):
+                    raise UsageError(f"path={path}, line {number}: data before `@data`; is this a .ts file?")
+                else:
+                    header[word[1:].lower()] = values
+                    _check_header(path, header)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"path={path} cannot be read as text ({printable(error)}).") from None
     if not rows:
-        raise UsageError(f"path={path} has no series after `@data`.")
+        raise UsageError(f"path={path} has no series after a line `@data`; is this a .ts file?")
     features = sorted({values.shape[1] for values, _ in rows})
     declared = next(iter(header.get("dimensions", [])), str(features[0]))
     if len(features) > 1 or declared != str(features[0]):
         raise UsageError(
             f"path={path}: its series have {features} dimensions, the header says {printable(declared)}; mend it."
         )
-    return [values for values, _ in rows], [label for _, label in rows], tuple(labels)
+    return [values for values, _ in rows], [label for _, label in rows], tuple(header["classlabel"][1:])
 
 
-def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, str]]:
-    """The lines that are neither empty nor comments, with their numbers."""
-    number = 0
-    while line := file.readline(LONGEST):
-        number += 1
-        if len(line) == LONGEST:
-            raise UsageError(f"path={path}, line {number}: longer than {LONGEST:,} characters; is this a .ts file?")
-        if line.strip() and not line.startswith("#"):
-            yield number, line.strip()
-
-
-def _header(path: Path, lines: Iterator[tuple[int, str]]) -> dict[str, list[str]]:
-    """The words of the header, in small letters, with their values."""
-    header: dict[str, list[str]] = {}
-    for number, line in lines:
-        word, *values = line.split()
-        if not word.startswith("@"):
-            raise UsageError(f"path={path}, line {number}: data before `@data`; is this a .ts file?")
-        if word.lower() == "@data":
-            return header
-        header[word[1:].lower()] = values
-    raise UsageError(f"path={path} has no line `@data`; is this a .ts file?")
+def _check_header(path: Path, header: dict[str, list[str]]) -> None:
+    """Refuse a header, at its end, whose series cannot be read."""
+    flag, *labels = header.get("classlabel") or ["false"]
+    if "data" in header and (flag.lower() != "true" or not labels):
+        raise UsageError(f"path={path} has no classes; its header needs a line such as `@classLabel true a b`.")
+    if "true" in map(str.lower, header.get("timestamps", [])):
+        raise UsageError(f"path={path} has time stamps; only series of equal steps can be read.")
 
 
 def _row(where: str, line: str, labels: list[str]) -> tuple[npt.NDArray[np.float32], int]:
@@ -129,8 +115,7 @@ def prepare(path: str | os.PathLike[str], target: Path, every: int = 1) -> dict[
     series = [values[::every] for several, *_ in parts for values in several]
     lengths = np.array([len(values) for values in series])
     inputs = np.full((len(series), lengths.max(), series[0].shape[1]), np.nan, dtype=np.float32)
-    for row, values in zip(inputs, series):
-        row[: len(values)] = values
+    inputs[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate(series)
     arrays = {
         "inputs": inputs, "lengths": lengths, "targets": np.concatenate([classes for _, classes, _ in parts]),
         "labels": np.array(parts[0][2]),

@@ -25,14 +25,11 @@ from reroll.errors import UsageError, nearest
 O = TypeVar("O", bound="Options")  # noqa: E741
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    flag: str | None = None,
-    within: str | None = None,
-    kinds: Mapping[str, Any] | None = None,
-) -> Any:
+RENAMED = {"cell": "kind", "method": "kind", "share": "batch", "optimizer": "kind"}
+"""Fields of config files of format 1, by their names today."""
+
+
+def option(default: Any, help: str, *, flag: str = "", within: str = "", kinds: Mapping[str, Any] | None = None) -> Any:
     """A field.
 
     Args:
@@ -56,7 +53,7 @@ class Options:
             if isinstance(value, Options):
                 value.check()
             else:
-                _check_value(f.name, convert(value, hints(type(self))[f.name], f.name), f.metadata.get("within"))
+                _check_value(f.name, convert(value, hints(type(self))[f.name], f.name), f.metadata.get("within", ""))
 
 
 @dataclass(frozen=True)
@@ -93,11 +90,11 @@ class Handed(Options):
 @functools.cache
 def hints(kind: type) -> dict[str, Any]:
     """Return the types of a dataclass's fields."""
-    every = typing.get_type_hints(kind)
-    return {f.name: every[f.name] for f in dataclasses.fields(kind)}
+    types_of = typing.get_type_hints(kind)
+    return {f.name: types_of[f.name] for f in dataclasses.fields(kind)}
 
 
-def _check_value(name: str, value: Any, within: str | None) -> None:
+def _check_value(name: str, value: Any, within: str) -> None:
     if isinstance(value, str) and ("\0" in value or value.encode("utf-8", "ignore").decode() != value):
         raise UsageError(f"{name}={value!r} holds a character that no file can hold; leave it out.")
     for number in value if isinstance(value, tuple) else (value,):
@@ -163,6 +160,8 @@ def change(spec: O, values: Any, kinds: Mapping[str, type[O]] | None = None, whe
             others = [other for other, owner in kinds.items() if name in hints(owner)]
             if others:
                 raise UsageError(f"{name}={values[name]!r} is for {where} {' or '.join(others)}; this one is {kind}.")
+            if RENAMED.get(name) in fields:
+                raise UsageError(f"{prefix}{name} is called {prefix}{RENAMED[name]} now.")
             raise UsageError(f"unknown key {prefix}{name}.{nearest(name, fields)}")
     result: dict[str, Any] = {"kind": kind} if kind else {}
     for name, f in fields.items():
@@ -181,11 +180,11 @@ def change(spec: O, values: Any, kinds: Mapping[str, type[O]] | None = None, whe
 def leaves(options: Options, prefix: str = "") -> dict[str, Any]:
     """Return every value by its dotted name, in order; nested ones after those of their owner."""
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(typing.cast(Any, options))}
-    found = {prefix + name: value for name, value in values.items() if not isinstance(value, Options)}
+    named = {prefix + name: value for name, value in values.items() if not isinstance(value, Options)}
     for name, value in values.items():
         if isinstance(value, Options):
-            found |= leaves(value, f"{prefix}{name}.")
-    return found
+            named |= leaves(value, f"{prefix}{name}.")
+    return named
 
 
 def convert(value: Any, kind: Any, key: str) -> Any:
@@ -209,8 +208,7 @@ def convert(value: Any, kind: Any, key: str) -> Any:
             return tuple(convert(v, part, key) for v, part in zip(value, parts))
     elif kind is float:
         if isinstance(value, Real) and not isinstance(value, bool) and value == value:
-            with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
-                return float(value)
+            return float(value)
     elif isinstance(value, Integral if kind is int else origin or kind) and (
         kind is bool or not isinstance(value, bool)
     ):
