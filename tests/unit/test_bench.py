@@ -1,6 +1,5 @@
 """The benchmarks at tiny sizes: what they time is what they say, and what they write has the names others rely on."""
 
-import dataclasses
 import gc
 import json
 import math
@@ -8,11 +7,16 @@ import math
 import pytest
 import torch
 
-from reroll.bench import claims, demo, estimator, grid, memory, rollouts, timing, zeroth
+from reroll.bench import cases as cases_module
+from reroll.bench import claims, demo, estimator, grid, harness, rollouts, zeroth
+from reroll.bench.cases import Case
+from reroll.bench.experiments import memorise, memory
 from reroll.cli.bench import BENCHES
 from reroll.data.text import Text
+from reroll.grad import CentralDifference
 from reroll.grad.probes import expected_relative_error
 from reroll.models import Interface
+from reroll.optim import SGD
 from reroll.passes import count_forward_passes
 from reroll.recipes import RECIPES
 from reroll.train.config import resolve
@@ -26,7 +30,7 @@ SMALL = {512: 16, 240: 24, 66_000: 24}
 def small(monkeypatch):
     """The benchmark's models and sequences made small; what is weighed is called here, and its weight made up."""
     torch.set_num_threads(1)  # models this small only wait for a second thread
-    of, weighed = zeroth.Case.of, []
+    of, weighed = Case.lstm, []
 
     def smaller(hidden, heads, rows, time, **options):
         return of(SMALL.get(hidden, hidden), min(heads, 12), 2, 3, **options)
@@ -36,23 +40,23 @@ def small(monkeypatch):
         weighed.append(function)
         return Measurement(0.1, 1000 * len(weighed), 1)
 
-    monkeypatch.setattr(zeroth.Case, "of", smaller)
+    monkeypatch.setattr(Case, "lstm", smaller)
     monkeypatch.setattr(zeroth, "measure", in_process)
     return weighed
 
 
 def test_what_is_measured_in_turn_is_divided_round_by_round(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
     durations = {"a": iter([50, 1, 2, 9]), "b": iter([70, 4, 4, 3])}  # the first of each warms up
 
     def take(name):
         clock[0] += next(durations[name])
 
-    seconds = timing.in_turn({"a": lambda: take("a"), "b": lambda: take("b")}, rounds=3)
+    seconds = harness.in_turn({"a": lambda: take("a"), "b": lambda: take("b")}, rounds=3)
     assert seconds == {"a": [1, 2, 9], "b": [4, 4, 3]}
-    assert timing.ratio(seconds, "b", "a") == 2
-    assert timing.spread(seconds, "b", "a") == (1 / 3, 4)
+    assert harness.ratio(seconds, "b", "a") == 2
+    assert harness.spread(seconds, "b", "a") == (1 / 3, 4)
 
 
 def test_a_step_is_held_against_as_many_forward_passes(small, monkeypatch):
@@ -67,23 +71,50 @@ def test_a_step_is_held_against_as_many_forward_passes(small, monkeypatch):
         return {name: [1.0] for name in functions}
 
     monkeypatch.setattr(zeroth, "in_turn", counting)
+    monkeypatch.setattr(zeroth, "PROBES", 8)
+    monkeypatch.setattr(zeroth, "FULL", CentralDifference(8, 0.01))
+    monkeypatch.setattr(zeroth, "HALF", CentralDifference(8, 0.01, dtype=torch.bfloat16))
     zeroth._dense(1)
     zeroth._tiny(1)
     assert [name for name, _ in counted] == ["forwards", "fp32", "bf16", "eager", "fastest", "step"]
-    assert {count for _, count in counted} == {2 * 96}
+    assert {count for _, count in counted} == {2 * 8}
 
 
 def test_the_large_model_has_the_published_number_of_weights():
-    assert sum(p.numel() for p in zeroth._on_meta().parameters()) == 112_606_100
+    assert zeroth._large_weights() == 112_606_100
 
 
 def test_a_step_of_the_benchmark_changes_nothing_to_speak_of():
-    case = zeroth.Case.of(16, 4, 2, 3)
+    case, probes = Case.lstm(16, 4, 2, 3), CentralDifference(8, 0.01)
     before = [p.clone() for p in case.model.parameters()]
-    coefficients = case.step(probes=8)
+    coefficients = case.step(probes).coefficients
     assert coefficients.shape == (8,)
     assert all(torch.allclose(p, b, atol=1e-9) for p, b in zip(case.model.parameters(), before))
-    assert torch.equal(case.step(probes=8), zeroth.Case.of(16, 4, 2, 3).step(probes=8))
+    again = case.step(probes).coefficients
+    assert torch.equal(again, Case.lstm(16, 4, 2, 3).step(probes).coefficients)
+
+
+def test_steps_of_a_run_are_timed_beside_the_same_steps_by_themselves(small, monkeypatch):
+    """The run is a whole one: it keeps its journal, metrics and checkpoints, and counts by its own clock."""
+    runs = []
+
+    def train(session, path, report):
+        summary = real(session, path, report=report)
+        runs.append((summary, sorted(p.name for p in path.iterdir()), len(list((path / "checkpoints").iterdir()))))
+        return summary
+
+    real = zeroth.train
+    monkeypatch.setattr(zeroth, "train", train)
+    with count_forward_passes() as passes:
+        result = zeroth._trained(1)
+    ((summary, files, checkpoints),) = runs
+    assert (summary["state"], summary["steps"]) == ("done", 11)
+    assert {"config.toml", "journal", "metrics.jsonl", "status.json"} <= set(files)
+    assert checkpoints
+    assert summary["forward_passes"] == 11 * 2 * zeroth.PROBES
+    assert passes.count >= 2 * summary["forward_passes"]
+    assert result["train_range"][0] <= result["train"] <= result["train_range"][1]
+    assert result["train_of_sums"] > 0
 
 
 def test_zeroth_writes_the_names_others_rely_on(small, tmp_path, capsys):
@@ -95,13 +126,14 @@ def test_zeroth_writes_the_names_others_rely_on(small, tmp_path, capsys):
     assert set(found["noise"]) == {"perturb_speedup", "replay_speedup"}
     assert all(value > 0 for value in (*found["step_over_forwards"].values(), *found["noise"].values()))
     assert found["memory_overhead_bytes"] == 2000 - 1000  # a step's peak over inference's
-    assert [what.what for what in small] == ["inference", "step"]
+    assert [call.arguments for call in small] == [("inference",), ("step",)]
+    assert found["train_over_step"] == found["details"]["train"]["train"] > 0
     assert found["hardware"]
     assert found["commit"] is None or len(found["commit"]) >= 12
     assert found["details"]["memory"]["bar"] == int(0.01 * 4 * 112_606_100) + (8 << 20)
     assert found["details"]["dense"]["bf16_correlation"] > 0.99
     table = capsys.readouterr().out
-    for bar in ("≤ 1.10", "≤ 0.62", "≥ 0.99", "≤ 0.40", "≥ 8 ×", "≥ 80 ×"):
+    for bar in ("≤ 1.10", "≤ 0.62", "≥ 0.99", "≤ 1.02", "≤ 0.40", "≥ 8 ×", "≥ 80 ×"):
         assert bar in table
 
 
@@ -140,8 +172,7 @@ def test_the_window_of_epsilon():
 
 def test_bench_estimator(cli, monkeypatch, tmp_path):
     monkeypatch.setattr(estimator, "_problem", small_problem)
-    monkeypatch.setattr(estimator.run, "__defaults__", (2,))
-    found = cli("bench", "estimator", "--json", "deep/estimator.json")
+    found = cli("bench", "estimator", "--rounds", 2, "--json", "deep/estimator.json")
     assert (found.code, found.err) == (0, "")
     written = json.loads((tmp_path / "deep" / "estimator.json").read_text())
     assert [(e["noise"], e["probes"]) for e in written["errors"]] == [
@@ -163,24 +194,33 @@ def test_unknown_names_exit_with_2_and_the_nearest(cli):
 
 
 @pytest.mark.parametrize("method", memory.METHODS)
-def test_a_step_that_is_weighed_is_a_step(method):
-    step = memory.OneStep(method, time=4, hidden=8, rows=2)
+def test_a_step_that_is_weighed_is_a_step(method, monkeypatch):
+    cases = []
+    monkeypatch.setattr(Case, "lstm", lambda *args, real=Case.lstm: cases.append(real(*args)) or cases[-1])
+    monkeypatch.setattr(cases_module, "SGD", lambda parameters, lr: SGD(parameters, lr=0.1))
+    step = memory.prepare(method, time=4, hidden=8, rows=2)
+    parameters = list(cases[0].model.parameters())
+    before = [p.clone() for p in parameters]
     step()
-    model = step.built[0]
-    before = [p.clone() for p in model.parameters()]
-    step()
-    moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
-    assert moved == (method != "inference")
-    assert all(p.grad is None for p in model.parameters())
+    assert any(not torch.equal(p, b) for p, b in zip(parameters, before)) == (method != "inference")
+    assert all(p.grad is None for p in parameters)
+
+
+def test_what_is_prepared_is_prepared_once():
+    made = []
+    call = harness.Prepared(lambda name: made.append(name) or (lambda: made.append(1)), "it")
+    call()
+    call()
+    assert made == ["it", 1, 1]
 
 
 def test_the_reduction_is_of_the_overheads_at_the_long_sequence(monkeypatch):
-    def weigh(step):
-        assert (step.hidden, step.rows) == (512, 16)
-        return Measurement(0.0, {"BPTT": 100, "CD-RGE": 3}.get(step.method, 50) * step.time * step.heads, 1)
+    def weigh(call):
+        method, time, heads = call.arguments
+        return Measurement(0.0, {"BPTT": 100, "CD-RGE": 3}.get(method, 50) * time * heads, 1)
 
-    monkeypatch.setattr(memory, "measure", weigh)
-    found = memory.reproduce()
+    monkeypatch.setattr(memory, "weigh", weigh)
+    found = memory.measure(False)
     assert found["overhead_reduction"] == pytest.approx(0.97)
     assert set(found["reductions"]) == {f"T={t}, heads={h}" for t in (32, 1024) for h in (1, 8)}
     assert found["overhead_bytes"]["T=32, heads=8"]["BPTT"] == 25600
@@ -191,7 +231,7 @@ def test_the_reduction_is_of_the_overheads_at_the_long_sequence(monkeypatch):
 @pytest.mark.slow
 def test_probes_need_a_fraction_of_the_memory_of_backpropagation():
     """In fresh processes, at a size between the claim's two."""
-    peak = {what: measure(memory.OneStep(what, time=256, hidden=128)).peak_bytes for what in ("BPTT", "CD-RGE")}
+    peak = {m: measure(harness.Prepared(memory.prepare, m, 256, 1, 128)).peak_bytes for m in ("BPTT", "CD-RGE")}
     assert peak["CD-RGE"] < 0.2 * peak["BPTT"]
 
 
@@ -204,8 +244,7 @@ def claim(monkeypatch, tmp_path):
     monkeypatch.setenv("REROLL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(claims, "SHIPPED", tmp_path / "measured.json")
     result = {"overhead_reduction": 0.97, "reductions": {}, "overhead_bytes": {}}
-    changed = dataclasses.replace(claims.CLAIMS["memory"], measure=lambda full: {**result, "asked": full})
-    monkeypatch.setitem(claims.CLAIMS, "memory", changed)
+    monkeypatch.setattr(memory, "measure", lambda full: {**result, "asked": full})
     return result
 
 
@@ -265,12 +304,12 @@ def test_memorise_counts_the_steps_of_its_worst_seed(monkeypatch):
         model={"hidden": 16, "heads": 2, "embed": 8}, gradient={"probes": 16}, run={"steps": 3, "threads": 1}
     )
     monkeypatch.setitem(RECIPES, "memorise", lambda: shrunk)
-    found = claims._memorise(False)
+    found = memorise.measure(False)
     assert [len(losses) for losses in found["losses"]] == [3, 3, 3]
     assert len({losses[0] for losses in found["losses"]}) == 3  # three seeds
     assert found["steps"] == math.inf
-    assert not claims.CLAIMS["memorise"].accept(found)
-    assert "below 0.1 at steps [inf, inf, inf]" in claims._memorise_report(found)
+    assert not memorise.holds(found)
+    assert "below 0.1 at steps [inf, inf, inf]" in memorise.report(found)
 
 
 def test_the_recipes_of_claims_exist():
@@ -287,13 +326,14 @@ def test_the_demo_weighs_what_it_compares(monkeypatch, tmp_path):
     config = resolve(RECIPES["demo"]().replace(model={"hidden": 8, "embed": 4})).model
     weighed = []
 
-    def weigh(what, warmup):
-        assert what.sizes == Interface.of(task)
-        weighed.append((what.what, what.time))
-        if what.time == 8:
-            what()
-            what()
-        return Measurement(0.0, {"inference": 10, "probes": 12, "batched": 30, "backprop": 9}[what.what] * what.time, 1)
+    def weigh(call):
+        what, _, sizes, _, time = call.arguments
+        assert sizes == Interface.of(task)
+        weighed.append((what, time))
+        if time == 8:
+            call()
+            call()
+        return Measurement(0.0, {"inference": 10, "probes": 12, "batched": 30, "backprop": 9}[what] * time, 1)
 
     monkeypatch.setattr(demo, "measure", weigh)
     found = demo.memory_over_inference(config, task, 2, 8)
@@ -332,7 +372,8 @@ def test_the_verdict_is_what_was_measured():
     assert len(_verdict(5.0, 3.0, 4.0, memory)) + 1 == len(_verdict(5.0, 3.0, 4.0, {"backprop": [1, 2]}))
 
 
-def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path):
+def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("reroll.cli.demo.MEASURING", 0.0)  # what memory takes is measured elsewhere
     found = cli("demo", "--seconds", 0.3, "--run-dir", "demo")
     assert (found.code, found.err) == (0, "")
     for words in ("unigram entropy", "bigram entropy", "gzip -9", "CD-RGE", "backprop", "memory*", "a sample of what"):
@@ -348,7 +389,7 @@ def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path):
 
 def test_ways_along_time_are_compared_at_a_small_size(monkeypatch, capsys, tmp_path):
     cpu = rollouts.cpu
-    small = [cpu.Case(3, 2, 300, methods=tuple(cpu.METHODS)), cpu.Case(4, 2, 300, gradient=True)]
+    small = [cpu.Case(3, 2, 60, methods=tuple(cpu.METHODS)), cpu.Case(4, 2, 60, gradient=True)]
     monkeypatch.setattr(cpu, "cases", lambda steps: small)
     monkeypatch.setattr(cpu, "LEAST_SECONDS", 0.0)
     weighed = []
@@ -370,8 +411,8 @@ def test_ways_along_time_are_compared_at_a_small_size(monkeypatch, capsys, tmp_p
     assert "auto ÷ best: at most" in said
     assert found["lengths"]["deviation"] < 1e-3
     assert "lengths 1 … 30, D = 32, B = 64, forward and backward: packed" in said
-    assert "D = 3, B = 2, T = 300, forward: LSTMCell" in said
-    assert "D = 4, B = 2, T = 300, forward and backward: user" in said
+    assert "D = 3, B = 2, T = 60, forward: LSTMCell" in said
+    assert "D = 4, B = 2, T = 60, forward and backward: user" in said
 
 
 def test_the_cases_hold_the_sizes_that_bars_are_about():
@@ -382,13 +423,11 @@ def test_the_cases_hold_the_sizes_that_bars_are_about():
     assert any(case.gradient for case in every)
 
 
-def test_the_case_for_a_card_measures_gradients_that_agree():
-    found = rollouts.card.gpu_case(3, 2, 300, 1, device="cpu")
-    assert set(found["seconds"]) == {"library", "quasi_deer", "deer", "loop"}
-    assert max(found["deviation_of_gradient"].values()) < 1e-4
+def test_the_points_of_a_card_are_told():
+    found = grid.point(3, 300, True, 1, "cpu")
     table = {"rows": [], "steps": 300, "auto_over_best": {"largest": 1, "geometric_mean": 1}, "memory_floats": {}}
-    told = rollouts.report({**table, "gpu": [found], "hardware": "none", "torch": "2", "commit": "0"})
-    assert "GPU, D = 3, B = 2, T = 300, forward and backward: library" in told
+    told = rollouts.report({**table, "gpu": [found]})
+    assert "GPU, D = 3, B = 16, T = 300, forward and backward: quasi_deer" in told
 
 
 def test_the_grid_of_deer_has_the_published_times_beside_ours(capsys, tmp_path):
@@ -406,27 +445,27 @@ def test_the_grid_of_deer_has_the_published_times_beside_ours(capsys, tmp_path):
 def test_what_the_grid_leaves_out_and_extrapolates(monkeypatch):
     monkeypatch.setattr(grid, "JACOBIANS", 1)
     monkeypatch.setattr(grid, "LOOPED", 100)
-    monkeypatch.setattr(grid, "in_turn", lambda calls, rounds: {name: [len(call()[0])] for name, call in calls.items()})
+    monkeypatch.setattr(grid, "in_turn", lambda calls, rounds: {n: [call()[0].shape[1]] for n, call in calls.items()})
     row = grid.point(2, 400, False, 1, "cpu")
     # A second per step: the loop runs 100 of them, and its time is multiplied.
     assert row["seconds"] == dict.fromkeys(("library", "quasi_deer", "auto", "loop"), 400)
-    assert "–" in grid.report({"rows": [row], "hardware": "none", "torch": "2", "commit": "0"})
+    assert "–" in grid.report({"rows": [row]})
 
 
 def test_what_is_short_is_called_several_times(monkeypatch):
     clock, calls = [0.0], []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
 
     def take():
         calls.append(clock[0])
         clock[0] += 2
 
-    assert timing.in_turn({"a": take}, rounds=2, least=5) == {"a": [2, 2]}
+    assert harness.in_turn({"a": take}, rounds=2, least=5) == {"a": [2, 2]}
     assert len(calls) == 2 + 2 * 3
 
 
 def test_nothing_is_collected_while_it_is_timed():
     seen = []
-    timing.in_turn({"a": lambda: seen.append(gc.isenabled())}, rounds=2)
+    harness.in_turn({"a": lambda: seen.append(gc.isenabled())}, rounds=2)
     assert seen == [False] * 3
     assert gc.isenabled()

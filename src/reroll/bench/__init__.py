@@ -1,6 +1,6 @@
 """Claims about speed, memory and learning, measured: every figure is a ratio of things measured in turn in one run.
 
-`zeroth.py` times and weighs a CD-RGE step, `estimator.py` holds its gradient against autograd's, `memory.py` compares
-it with backpropagation, `claims.py` is the table that `reroll reproduce` prints, `experiments/` are the published
-experiments on parallel-in-time evaluation.
+`zeroth.py`, `estimator.py`, `rollouts/` and `grid.py` are what `reroll bench` runs, `demo.py` what the demo compares;
+`claims.py` is the table of `reroll reproduce`, and `experiments/` measure its rows. `harness.py` and `cases.py` are
+what they share.
 """

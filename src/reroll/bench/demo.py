@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from reroll.data.batch import Batch
-from reroll.data.task import Task, sequence_losses
+from reroll.bench.cases import Case, symbols
+from reroll.bench.harness import Prepared
+from reroll.data.task import Task
 from reroll.data.text import Text
 from reroll.grad import Backprop, CentralDifference
-from reroll.keys import Key
-from reroll.models import Interface, Recurrent
-from reroll.optim import build_optimizer, step
+from reroll.models import Interface
+from reroll.optim import build_optimizer
 from reroll.specs.model import ModelSpec
 from reroll.train.load import build_model
 from reroll.train.measure import measure
@@ -42,36 +40,23 @@ class Row:
     memory: Sequence[int | None] = (None, None)
 
 
-class Weigh:
-    """A step, or plain inference, of the demo's model on random symbols; built at the first call."""
-
-    def __init__(self, what: str, config: ModelSpec, sizes: Interface, rows: int, time: int):
-        self.what, self.config, self.sizes, self.rows, self.time = what, config, sizes, rows, time
-        self.built: tuple[Recurrent, Batch, Any] | None = None
-
-    def __call__(self) -> None:
-        if self.built is None:
-            model = build_model(self.config, self.sizes, 0)
-            ids = torch.randint(self.sizes.outputs, (self.rows, self.time + 1))
-            mask = torch.ones(self.rows, self.time, dtype=torch.bool)
-            batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask)
-            name = "adamw" if self.what == "backprop" else "sgd"
-            self.built = model, batch, build_optimizer(name, model, 1e-6, momentum=0.0)
-        model, batch, optimizer = self.built
-        if self.what == "inference":
-            with torch.no_grad():
-                sequence_losses(model, batch)
-        elif self.what == "backprop":
-            step(model, sequence_losses, Backprop(), optimizer, batch, None, Key(0))
-        else:
-            lean = self.what == "probes"
-            estimator = CentralDifference(4 if lean else 96, 0.01, evaluate="in_place" if lean else "auto")
-            step(model, sequence_losses, estimator, optimizer, batch, None, Key(0), update="fused")
+def prepare(what: str, config: ModelSpec, sizes: Interface, rows: int, length: int) -> Callable[[], Any]:
+    """Return a step, or plain inference, of the demo's model on random symbols, as a call."""
+    case = Case(build_model(config, sizes, 0), symbols(sizes.outputs, rows, length))
+    if what == "inference":
+        return case.forward
+    estimators: dict[str, Any] = {
+        "backprop": Backprop(),
+        "probes": CentralDifference(4, 0.01, evaluate="in_place"),
+        "batched": CentralDifference(96, 0.01),
+    }
+    optimizer = build_optimizer("adamw" if what == "backprop" else "sgd", case.model, 1e-6, momentum=0.0)
+    return lambda: case.step(estimators[what], optimizer)
 
 
-def steps_in(seconds: float, config: ModelSpec, task: Task, rows: int, time_steps: int) -> int:
+def steps_in(seconds: float, config: ModelSpec, task: Task, rows: int, length: int) -> int:
     """Return about how many steps of CD-RGE this machine takes in some seconds, from a step that is timed."""
-    step = Weigh("batched", config, Interface.of(task), rows, time_steps)
+    step = prepare("batched", config, Interface.of(task), rows, length)
     step()  # compiles, and fills caches
     began = time.perf_counter()
     step()
@@ -90,11 +75,13 @@ def memory_over_inference(
     for length, ways in ((LONG, ("inference", "backprop", "probes")), (short, ("inference", "backprop", "batched"))):
         for way in ways:
             if time.perf_counter() - began < seconds:
-                peaks[way, length] = measure(Weigh(way, config, Interface.of(task), rows, length), warmup=1).peak_bytes
+                call = Prepared(prepare, way, config, Interface.of(task), rows, length)
+                peaks[way, length] = measure(call).peak_bytes
 
     def over(way: str, length: int) -> int | None:
-        known = (way, length) in peaks and ("inference", length) in peaks
-        return max(0, peaks[way, length] - peaks["inference", length]) if known else None
+        if (way, length) not in peaks or ("inference", length) not in peaks:
+            return None
+        return max(0, peaks[way, length] - peaks["inference", length])
 
     return {way: [over(way, short), over(way, LONG)] for way in ("probes", "batched", "backprop")}
 

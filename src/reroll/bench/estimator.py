@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from reroll.bench.cases import Case
+from reroll.bench.harness import columns, publish
 from reroll.data.batch import Batch
 from reroll.data.task import sequence_losses
 from reroll.grad import CentralDifference
@@ -20,33 +23,25 @@ from reroll.grad.base import trainable
 from reroll.grad.probes import expected_relative_error
 from reroll.keys import Key
 from reroll.models import Recurrent
-from reroll.train.machine import commit, hardware
 
 EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
-def run(draws: int = 20) -> dict[str, Any]:
-    """Measure and print; returns everything printed."""
+def run(rounds: int = 20, path: Path | None = None) -> dict[str, Any]:
+    """Measure, of every error the mean over `rounds` draws of the noise, print it, and write it as JSON."""
     model, batch = _problem()
-    weights = sum(p.numel() for p in model.parameters())
-    found: dict[str, Any] = {"weights": weights, "hardware": hardware(), "commit": commit()}
-    found["errors"] = [
-        _error(model, batch, probes, kind, draws)
+    errors = [
+        _error(model, batch, probes, kind, rounds)
         for kind in ("rademacher", "normal", "sparse")
         for probes in (16, 96, 512)
     ]
-    found["window"] = _window(model, batch)
-    print(_report(found))
-    return found
+    weights = sum(p.numel() for p in model.parameters())
+    return publish({"weights": weights, "errors": errors, "window": _window(model, batch)}, _report, path)
 
 
 def _problem() -> tuple[Recurrent, Batch]:
-    from reroll.cells import LSTM
-
-    torch.manual_seed(0)
-    model = Recurrent(cell=LSTM(16, 32), vocab=20)
-    ids = torch.randint(20, (16, 17))
-    return model, Batch(ids[:, :-1], ids[:, 1:], torch.ones(16, 16, dtype=torch.bool))
+    case = Case.lstm(32, 1, 16, 16, inputs=16, vocab=20)
+    return case.model, case.batch
 
 
 def _error(model: Recurrent, batch: Batch, probes: int, kind: str, draws: int) -> dict[str, Any]:
@@ -77,16 +72,14 @@ def _window(model: Recurrent, batch: Batch) -> list[dict[str, float]]:
     return [{"epsilon": e, "spread": s, "slope": k} for e, s, k in zip(EPSILONS, spreads, slopes)]
 
 
-def _report(found: dict[str, Any]) -> str:
-    lines = [
-        f"{found['weights']:,} weights, ε = 0.01, against autograd",
-        f"{'noise':<12}{'N':>5}{'error²':>10}{'theory':>10}{'cosine':>9}{'theory':>9}{'spread':>11}{'SNR':>9}{'drift':>7}",
-    ]
-    for e in found["errors"]:
-        lines.append(
-            f"{e['noise']:<12}{e['probes']:>5}{e['error']:>10.1f}{e['error_theory']:>10.1f}{e['cosine']:>9.3f}"
-            f"{e['cosine_theory']:>9.3f}{e['spread']:>11.2e}{e['snr']:>9.0f}{e['drift']:>7}"
-        )
-    lines += ["", f"{'ε':>8}{'spread':>12}{'slope':>8}   (1 where ε works)"]
-    lines += [f"{w['epsilon']:>8.0e}{w['spread']:>12.2e}{w['slope']:>8.2f}" for w in found["window"]]
-    return "\n".join([*lines, f"{found['hardware']}, commit {found['commit']}"])
+def _report(result: dict[str, Any]) -> str:
+    errors = [["noise", "N", "error²", "theory", "cosine", "theory", "spread", "SNR", "drift"]]
+    for e in result["errors"]:
+        errors.append([
+            e["noise"], e["probes"], f"{e['error']:.1f}", f"{e['error_theory']:.1f}", f"{e['cosine']:.3f}",
+            f"{e['cosine_theory']:.3f}", f"{e['spread']:.2e}", f"{e['snr']:.0f}", e["drift"],
+        ])  # fmt: skip
+    window = [["ε", "spread", "slope"]]
+    window += [[f"{w['epsilon']:.0e}", f"{w['spread']:.2e}", f"{w['slope']:.2f}"] for w in result["window"]]
+    head = f"{result['weights']:,} weights, ε = 0.01, against autograd"
+    return f"{head}\n{columns(errors)}\n\n{columns(window)}\n(slope 1 where ε works)"

@@ -7,21 +7,16 @@ The published times, of D = 1 on a V100, stand beside ours.
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from reroll.bench.experiments.show import columns
+from reroll.bench.harness import columns, evaluation, in_turn, medians, publish
 from reroll.bench.rollouts.cells import like
-from reroll.bench.timing import in_turn
 from reroll.cells import cell_from
-from reroll.rollout import Sequential, auto, deer, quasi_deer
-from reroll.train.machine import commit, hardware
+from reroll.rollout import Rollout, Sequential, auto, deer, quasi_deer
 
 BATCH = 16
 CORNER = ((1, 4, 16), (1000, 10_000))
@@ -37,8 +32,6 @@ LOOPED = 10_000
 JACOBIANS = 1 << 31
 """Numbers of whole Jacobians beyond which DEER is left out: 8 GB."""
 
-Call = Callable[[], Tensor]
-
 
 def run(rounds: int = 5, path: Path | None = None, sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None) -> Any:
     """Measure the grid, print it, and write it as JSON if a path is given."""
@@ -48,64 +41,46 @@ def run(rounds: int = 5, path: Path | None = None, sizes: tuple[tuple[int, ...],
         point(size, steps, gradient, rounds, device)
         for gradient in (False, True) for size in widths for steps in lengths
     ]  # fmt: skip
-    found = {"rows": rows, "rounds": rounds, "hardware": hardware(), "commit": commit(), "torch": torch.__version__}
-    print(report(found))
-    if path is not None:
-        path.write_text(json.dumps(found, indent=2) + "\n")
-    return found
+    return publish({"rows": rows, "rounds": rounds}, report, path)
 
 
 def point(size: int, steps: int, gradient: bool, rounds: int, device: str) -> dict[str, Any]:
-    """Return seconds of every method at one width and length, and how far it is from torch, relative to the largest."""
+    """Return seconds of every method at one width and length, and how far it is from torch, relative to the largest.
+
+    With a gradient the deviation is that of the gradient by the inputs.
+    """
     torch.manual_seed(0)
     library = nn.GRU(size, size, batch_first=True).to(device)
     cell = cell_from(like(library, nn.GRUCell(size, size).to(device)), size)
     inputs = torch.randn(BATCH, steps, size, device=device)
-    looped = min(steps, LOOPED)
-    rollouts = {"loop": Sequential(kernel="reference"), "quasi_deer": quasi_deer(), "auto": auto()}
+    rollouts: dict[str, Rollout] = {"quasi_deer": quasi_deer(), "auto": auto()}
     if BATCH * steps * size**2 <= JACOBIANS:
         rollouts["deer"] = deer()
-    calls: dict[str, Call] = {
-        name: _call(lambda x, rollout=rollout: rollout.read(cell, x)[0], cell, inputs, gradient)
-        for name, rollout in rollouts.items() if name != "loop"
-    }  # fmt: skip
-    calls["library"] = _call(lambda x: library(x)[0], library, inputs, gradient)
-    exact = calls["library"]()
-    scale = exact.abs().max()
-    others = [(name, call) for name, call in calls.items() if name != "library"]
-    deviation = {name: float((call() - exact).abs().max() / scale) for name, call in others}
-    calls["loop"] = _call(lambda x: rollouts["loop"].read(cell, x)[0], cell, inputs[:, :looped], gradient)
-    seconds = {name: statistics.median(times) for name, times in in_turn(calls, rounds).items()}
+
+    def through(rollout: Rollout, x: torch.Tensor) -> Any:
+        return evaluation(lambda x: rollout.read(cell, x)[0], x, cell, gradient)
+
+    calls = {name: through(rollout, inputs) for name, rollout in rollouts.items()}
+    calls["library"] = evaluation(lambda x: library(x)[0], inputs, library, gradient)
+    exact = calls["library"]()[0]
+    deviation = {name: float((calls[name]()[0] - exact).abs().max() / exact.abs().max()) for name in rollouts}
+    looped = min(steps, LOOPED)
+    calls["loop"] = through(Sequential(kernel="reference"), inputs[:, :looped])
+    seconds = medians(in_turn(calls, rounds))
     seconds["loop"] *= steps / looped
     return {"D": size, "T": steps, "gradient": gradient, "seconds": seconds, "deviation": deviation}
 
 
-def _call(states: Callable[[Tensor], Tensor], module: nn.Module, inputs: Tensor, gradient: bool) -> Call:
-    def call() -> Tensor:
-        with torch.set_grad_enabled(gradient):
-            leaf = inputs.detach().requires_grad_(gradient)
-            found = states(leaf)
-            if gradient:
-                found = torch.autograd.grad(found.square().sum(), [leaf, *module.parameters()])[0]
-        if found.is_cuda:
-            torch.cuda.synchronize()
-        return found
-
-    return call
-
-
-def report(found: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """Return the table, in milliseconds."""
     names = ("loop", "library", "deer", "quasi_deer", "auto")
-    head = ["what", "D", "T", *names, "loop ÷ DEER", "loop ÷ auto", "published loop, DEER"]
-    rows: list[list[Any]] = [head]
-    for row in found["rows"]:
+    rows: list[list[Any]] = [["what", "D", "T", *names, "loop ÷ DEER", "loop ÷ auto", "published loop, DEER"]]
+    for row in result["rows"]:
         ms = {name: 1e3 * value for name, value in row["seconds"].items()}
-        known = PUBLISHED.get(row["T"]) if row["D"] == 1 else None
-        before = None if known is None else "{:g}, {:g}".format(*(known[2:] if row["gradient"] else known[:2]))
+        published = PUBLISHED.get(row["T"]) if row["D"] == 1 else None
+        before = published and "{:g}, {:g}".format(*(published[2:] if row["gradient"] else published[:2]))
         deer = ms["loop"] / ms["deer"] if "deer" in ms else None
         what = "forward and backward" if row["gradient"] else "forward"
-        given = [what, row["D"], row["T"], *(ms.get(name) for name in names)]
-        rows.append([*given, deer, ms["loop"] / ms["auto"], before])
-    where = f"{found['hardware']}, torch {found['torch']}, commit {found['commit']}"
-    return f"milliseconds, batch {BATCH}\n{columns(rows)}\n{where}"
+        times = [ms.get(name) for name in names]
+        rows.append([what, row["D"], row["T"], *times, deer, ms["loop"] / ms["auto"], before])
+    return f"milliseconds, batch {BATCH}\n{columns(rows)}"

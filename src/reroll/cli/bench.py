@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from reroll.cli.flags import parse, positional
 from reroll.errors import UsageError, nearest
@@ -23,7 +22,7 @@ class Bench:
     )
     json: Path | None = option(None, "write the result to this file")
     rounds: int | None = option(
-        None, "times everything is measured, of which the median counts; none: 5, and 7 for rollouts"
+        None, "times everything is measured, of which the median counts; none: 5, 7 for rollouts, 20 for estimator"
     )
 
 
@@ -47,11 +46,8 @@ def _bench(arguments: Sequence[str]) -> int:
     if request.rounds is not None and request.rounds < 1:
         raise UsageError(f"rounds={request.rounds} must be greater than zero.")
     _make_room(request.json)
-    bench = importlib.import_module(f"reroll.bench.{request.name}")
-    if request.name != "estimator":
-        bench.run(request.rounds or (7 if request.name == "rollouts" else 5), request.json)
-        return 0
-    _write(bench.run(), request.json)
+    rounds = {} if request.rounds is None else {"rounds": request.rounds}
+    importlib.import_module(f"reroll.bench.{request.name}").run(**rounds, path=request.json)
     return 0
 
 
@@ -76,18 +72,14 @@ def _reproduce(arguments: Sequence[str]) -> int:
         raise UsageError(f"--to {folder} cannot be written ({error.strerror}); name another folder.") from None
     result = claims.reproduce(request.name, request.full)
     claim = claims.CLAIMS[request.name]
-    print(f"{claim.name}: {claim.says}\n{claim.report(result)}")
+    print(f"{claim.name}: {claim.says}\n{claim.experiment.report(result)}")
     print(f"published: {claim.published}")
     print(f"measured:  {claim.key} = {result[claim.key]:.4g}, {result['status']} ({claim.tolerance})")
     print(f"{result['hardware']}, commit {result['commit']}, {result['seconds']:.0f} s")
     print("\n".join(claims.write(request.name, result, folder)))
-    _write(result, request.json)
+    if request.json is not None:
+        request.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0 if result["status"] == "holds" else 1
-
-
-def _write(result: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _make_room(path: Path | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from reroll.bench.experiments.show import columns
+from reroll.bench.harness import columns
 from reroll.cells import GRU
 from reroll.rollout import Dense, Diagonal, Newton, Sequential
 from reroll.rollout.newton import TOLERANCE
@@ -48,24 +48,24 @@ def measure(full: bool, steps: int = 10_000) -> dict[str, Any]:
     return {"deviation": max(tight), "rows": rows}
 
 
-def holds(found: dict[str, Any]) -> bool:
+def holds(result: dict[str, Any]) -> bool:
     """Whether all converged, and the float32 ones of tight tolerance deviate by rounding only."""
-    return found["deviation"] <= BOUND and all(row["converged"] for row in found["rows"])
+    return result["deviation"] <= BOUND and all(row["converged"] for row in result["rows"])
 
 
-def report(found: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """Return a row for every method and precision."""
     keys = ["dtype", "method", "tolerance", "iterations", "converged", "deviation", "seconds"]
-    return columns([keys, *([row[key] for key in keys] for row in found["rows"])])
+    return columns([keys, *([row[key] for key in keys] for row in result["rows"])])
 
 
-def draw(found: dict[str, Any], figure: Any) -> None:
+def draw(result: dict[str, Any], figure: Any) -> None:
     """Draw the deviation along the sequence."""
     axes = figure.add_subplot(
         xlabel="part of the sequence", ylabel="deviation from the loop (gaps: none)", title="GRU, D = 4, T = 10,000"
     )
     axes.set_yscale("log")
-    for row in (row for row in found["rows"] if row["tight"]):
+    for row in (row for row in result["rows"] if row["tight"]):
         steps = [i / len(row["error"]) for i in range(len(row["error"]))]
         error = [e if e > 0 else math.nan for e in row["error"]]
         axes.plot(steps, error, label=f"{row['method']}, {row['dtype']}", linewidth=0.7)

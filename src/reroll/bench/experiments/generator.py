@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reroll.bench.experiments.show import columns
+from reroll.bench.experiments.convergence import approach, arrival
+from reroll.bench.harness import columns
 from reroll.cells.dynamics import ARGRU, ARState
-from reroll.rollout import Dense, Diagonal, Kalman, Newton, Scale, Sequential
-from reroll.rollout.watch import watching
+from reroll.rollout import Dense, Diagonal, Kalman, Scale, Sequential
 
 PERIOD, NOISE = 50, 0.05
 """Of the sine: steps of a period, and the standard deviation around it."""
@@ -77,34 +76,35 @@ def trained(updates: int, steps: int = 200, batch: int = 16, seed: int = 0) -> t
         return cell.requires_grad_(False), float(value.detach())
 
 
-def run_method(kept: Any, damping: Any, cell: ARGRU, noise: Tensor, truth: Tensor, limit: int) -> dict[str, Any]:
-    """Return how one method fared on sequences of noise [n, T, 1], one after another."""
-    runs = [run_once(kept, damping, cell, noise[i : i + 1], truth[i : i + 1], limit) for i in range(len(noise))]
+def trajectories(cell: ARGRU, sequences: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Return noise [sequences, steps, 1], and what the cell makes of it by the loop, of the same shape."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        noise = torch.randn(sequences, steps, 1)
+        states = Sequential()(cell, noise).states
+    assert isinstance(states, ARState)
+    return noise, states.x
 
-    def median(key: str, level: int | None = None) -> float:
-        values = [run[key] if level is None else run[key][level] for run in runs]
-        return statistics.median(math.inf if value is None else value for value in values)
 
-    reached = [median("reached", level) for level in range(len(LEVELS))]
+def run_once(linearise: Any, damping: Any, limit: int, cell: ARGRU, noise: Tensor, truth: Tensor) -> dict[str, Any]:
+    """Return how one method fared on one sequence, [T, 1]."""
+    run = approach(linearise, damping, limit, cell, noise[None], None, truth.T[..., None])
+    (curve,) = run.curves
     return {
-        "iterations": median("iterations"), "converged": sum(run["converged"] for run in runs),
-        "finite": sum(run["replaced"] == 0 for run in runs), "deviation": median("deviation"),
-        "seconds": median("seconds"), "reached": [None if math.isinf(k) else k for k in reached],
-        "curve": runs[0]["curve"],
+        "iterations": len(curve), "converged": run.converged[0], "finite": run.replaced[0] == 0,
+        "deviation": curve[-1], "seconds": run.seconds, "curve": curve,
+        "reached": [arrival(curve, level) or math.inf for level in LEVELS],
     }  # fmt: skip
 
 
-def run_once(kept: Any, damping: Any, cell: ARGRU, noise: Tensor, truth: Tensor, limit: int) -> dict[str, Any]:
-    """Return how one method fared on one sequence."""
-    curve: list[float] = []
-    began = time.perf_counter()
-    with watching(observe=lambda iterate: curve.append(float((iterate[0].T - truth[..., 0]).abs().mean()))):
-        found = Newton(kept, damping, guess="zeros", window=None, max_iterations=limit)(cell, noise)
-    assert found.resets is not None
+def run_method(linearise: Any, damping: Any, limit: int, cell: ARGRU, noise: Tensor, truth: Tensor) -> dict[str, Any]:
+    """Return how one method fared on sequences [n, T, 1], one after another: counts, medians, and the first curve."""
+    runs = [run_once(linearise, damping, limit, cell, *pair) for pair in zip(noise, truth)]
+    reached = map(statistics.median, zip(*(run["reached"] for run in runs)))
     return {
-        "iterations": len(curve), "converged": bool(found.converged.all()), "replaced": int(found.resets.sum()),
-        "deviation": curve[-1], "seconds": time.perf_counter() - began, "curve": curve,
-        "reached": [next((k for k, value in enumerate(curve, 1) if value < level), None) for level in LEVELS],
+        **{key: statistics.median(run[key] for run in runs) for key in ("iterations", "deviation", "seconds")},
+        **{key: sum(run[key] for run in runs) for key in ("converged", "finite")},
+        "reached": [None if math.isinf(k) else k for k in reached], "curve": runs[0]["curve"],
     }  # fmt: skip
 
 
@@ -113,14 +113,8 @@ def measure(full: bool, updates: int = 2000, steps: int = 2000, limit: int = 500
     if full:
         steps, limit = 10_000, 10_000
     cell, last = trained(updates)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        noise = torch.randn(SEQUENCES, steps, 1)
-    with torch.no_grad():
-        states = Sequential()(cell, noise).states
-        assert isinstance(states, ARState)
-        truth = states.x
-        methods = {name: run_method(*method, cell, noise, truth, limit) for name, method in METHODS.items()}
+    noise, truth = trajectories(cell, SEQUENCES, steps)
+    methods = {name: run_method(*method, limit, cell, noise, truth) for name, method in METHODS.items()}
     arrived = {name: m["reached"][1] or math.inf for name, m in methods.items() if name.startswith("ELK")}
     best = min(arrived, key=arrived.__getitem__)
     return {
@@ -130,35 +124,35 @@ def measure(full: bool, updates: int = 2000, steps: int = 2000, limit: int = 500
     }  # fmt: skip
 
 
-def holds(found: dict[str, Any]) -> bool:
+def holds(result: dict[str, Any]) -> bool:
     """Whether undamped methods explode or fail on every sequence, ELK on none, and ELK comes within 0.1 sooner."""
-    methods = found["methods"]
+    methods = result["methods"]
     undamped = [methods["DEER"], methods["quasi-DEER"]]
     unstable = all(min(m["finite"], m["converged"]) == 0 for m in undamped)
     finite = all(m["finite"] == SEQUENCES for name, m in methods.items() if name.startswith("ELK"))
-    return unstable and finite and found["elk_iterations"] < min(m["reached"][1] or math.inf for m in undamped)
+    return unstable and finite and result["elk_iterations"] < min(m["reached"][1] or math.inf for m in undamped)
 
 
-def report(found: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """Return a row for every method."""
     rows: list[list[Any]] = [["method", "iterations", "converged", "finite", "last deviation", "seconds"]]
     rows[0] += [f"to {level:g}" for level in LEVELS]
-    for name, m in found["methods"].items():
+    for name, m in result["methods"].items():
         keys = ("iterations", "converged", "finite", "deviation", "seconds")
         rows.append([name, *(m[key] for key in keys), *m["reached"]])
     return (
-        f"trained to {found['loss']:.3f} nats a step (the noise alone: {found['best_loss']:.3f}); "
-        f"T = {found['steps']}, at most {found['limit']} iterations; "
+        f"trained to {result['loss']:.3f} nats a step (the noise alone: {result['best_loss']:.3f}); "
+        f"T = {result['steps']}, at most {result['limit']} iterations; "
         f"medians over {SEQUENCES} sequences of noise; to a mean absolute deviation of the output of …\n{columns(rows)}"
     )
 
 
-def draw(found: dict[str, Any], figure: Any) -> None:
+def draw(result: dict[str, Any], figure: Any) -> None:
     """Draw what was generated, and the deviation against the iteration."""
     above, below = figure.subplots(2, 1)
-    above.plot(found["series"], linewidth=0.8)
+    above.plot(result["series"], linewidth=0.8)
     above.set(title="generated sequentially", xlabel="step")
-    for name, method in found["methods"].items():
+    for name, method in result["methods"].items():
         below.plot(range(1, len(method["curve"]) + 1), [max(d, 1e-9) for d in method["curve"]], label=name, linewidth=1)
     below.set(xlabel="iteration", ylabel="mean absolute deviation", yscale="log")
     below.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1.05))

@@ -8,18 +8,17 @@ absolute deviation from the sequential trajectory falls below 10⁻³.
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reroll.bench.experiments.show import columns
+from reroll.bench.experiments.convergence import approach, arrival
+from reroll.bench.harness import columns
 from reroll.cells.dynamics import Lorenz96
-from reroll.rollout import Dense, Diagonal, Kalman, Newton, Scale, Sequential
-from reroll.rollout.watch import watching
+from reroll.rollout import Dense, Diagonal, Kalman, Scale, Sequential
 
-SPIN_UP, APART = 10_000, 1000
+SPIN_UP, BETWEEN = 10_000, 1000
 """Steps of the long run before the first initial condition, and between two."""
 REACHED = 1e-3
 """Mean absolute deviation that counts as arrived."""
@@ -32,59 +31,33 @@ METHODS: dict[str, tuple[Any, Any, int]] = {
     "quasi-DEER": (Diagonal(), None, 1001),
     "quasi-ELK(10)": (Diagonal(), Kalman(10.0), 1000),
 }
-"""What is kept of the Jacobian, the damping, the most iterations."""
+"""Linearisation, damping, the most iterations."""
 
 
-def initial_conditions(count: int, spin_up: int = SPIN_UP, apart: int = APART) -> Tensor:
+def initial_conditions(count: int, spin_up: int = SPIN_UP, between: int = BETWEEN) -> Tensor:
     """Return states of one long run, [count, 5]."""
     cell, state = Lorenz96(), torch.full((1, 5), 8.0, dtype=torch.float64)
     state[0, 0] += 0.01
-    found, nothing = [], torch.zeros(1, 1, dtype=torch.float64)
+    states, nothing = [], torch.zeros(1, 1, dtype=torch.float64)
     with torch.no_grad():
-        for step in range(spin_up + (count - 1) * apart + 1):
-            if step >= spin_up and (step - spin_up) % apart == 0:
-                found.append(state)
+        for step in range(spin_up + (count - 1) * between + 1):
+            if step >= spin_up and (step - spin_up) % between == 0:
+                states.append(state)
             state = cell.step(nothing, state)
-    return torch.cat(found)
+    return torch.cat(states)
 
 
-def deviations(rollout: Newton, states: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Return the mean absolute deviation from the sequential trajectory.
-
-    Args:
-        rollout: the method.
-        states: initial conditions, [batch, 5].
-        steps: T.
-
-    Returns:
-        After every iteration, [iterations, batch]; and how many numbers had to be replaced, [batch].
-    """
+def run_method(linearise: Any, damping: Any, limit: int, states: Tensor, steps: int) -> dict[str, Any]:
+    """Return the iterations of one method on all initial conditions [batch, 5], and its curve on the first."""
     cell, inputs = Lorenz96(), states.new_zeros(len(states), steps, 1)
-    found: list[Tensor] = []
-    with torch.no_grad():
-        truth = Sequential()(cell, inputs, states).states.permute(2, 1, 0)
-        with watching(observe=lambda iterate: found.append((iterate - truth).abs().mean((0, 1)))):
-            trajectory = rollout(cell, inputs, states)
-    assert trajectory.resets is not None
-    return torch.stack(found), trajectory.resets
-
-
-def arrivals(curve: Tensor) -> list[int | None]:
-    """Return the first iteration of every sequence at which the deviation has arrived; None if it never has."""
-    return [next((k for k, value in enumerate(column, 1) if value < REACHED), None) for column in curve.T.tolist()]
-
-
-def run_method(kept: Any, damping: Any, limit: int, states: Tensor, steps: int) -> dict[str, Any]:
-    """Return the iterations of one method on all initial conditions, and its curve on the first."""
-    rollout = Newton(kept, damping, guess="zeros", window=None, max_iterations=limit)
-    began = time.perf_counter()
-    curve, resets = deviations(rollout, states, steps)
-    counts = arrivals(curve)
-    there = [count for count in counts if count is not None]
+    truth = Sequential()(cell, inputs, states).states.permute(2, 1, 0)
+    run = approach(linearise, damping, limit, cell, inputs, states, truth)
+    counts = [arrival(curve, REACHED) for curve in run.curves]
+    arrived = [count for count in counts if count is not None]
     return {
-        "counts": counts, "mean": sum(there) / len(there) if len(there) == len(counts) else None,
-        "replaced": int(resets.sum()), "limit": limit, "ms": 1e3 * (time.perf_counter() - began) / len(curve),
-        "curve": curve[:, 0].tolist(),
+        "counts": counts, "mean": sum(arrived) / len(arrived) if len(arrived) == len(counts) else None,
+        "replaced": sum(run.replaced), "limit": limit, "ms": 1e3 * run.seconds / len(run.curves[0]),
+        "curve": run.curves[0],
     }  # fmt: skip
 
 
@@ -96,32 +69,31 @@ def measure(full: bool, steps: int = 1000, count: int = 10) -> dict[str, Any]:
     return {"elk": elk, "scale": scale, "methods": methods}
 
 
-def holds(found: dict[str, Any]) -> bool:
-    """Whether the counts are those that were found before, and ELK needs fewer than scaling."""
-    elk, scale = found["elk"], found["scale"]
+def holds(result: dict[str, Any]) -> bool:
+    """Whether the counts are those that were result before, and ELK needs fewer than scaling."""
+    elk, scale = result["elk"], result["scale"]
     return 0.7 <= elk / 152 <= 1.4 and 0.7 <= scale / 249 <= 1.4 and elk < scale
 
 
-def report(found: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """Return a row for every method."""
     rows: list[list[Any]] = [["method", "mean", "least", "most", "arrived", "replaced", "ms each", "before"]]
-    for name, method in found["methods"].items():
-        there = [count for count in method["counts"] if count is not None]
-        rows.append(
-            [name, method["mean"], min(there, default=None), max(there, default=None), len(there), method["replaced"],
-             method["ms"], PUBLISHED[name]]
-        )  # fmt: skip
+    for name, method in result["methods"].items():
+        arrived = [count for count in method["counts"] if count is not None]
+        least, most = min(arrived, default=None), max(arrived, default=None)
+        values = (method["mean"], least, most, len(arrived), method["replaced"], method["ms"], PUBLISHED[name])
+        rows.append([name, *values])
     return f"iterations to a mean absolute deviation of {REACHED:g}\n{columns(rows)}"
 
 
-def draw(found: dict[str, Any], figure: Any) -> None:
+def draw(result: dict[str, Any], figure: Any) -> None:
     """Draw deviation against iteration for the first initial condition."""
     axes = figure.add_subplot(
         xlabel="iteration", ylabel="mean absolute deviation", yscale="log",
         title="Lorenz-96: iterations to the trajectory of the loop\n(mean over the initial conditions; published)",
     )  # fmt: skip
     # What jumps between overflow and a new start at every iteration is drawn first and thin, the slowest at the back.
-    by_length = sorted(found["methods"].items(), key=lambda item: -len(item[1]["curve"]))
+    by_length = sorted(result["methods"].items(), key=lambda item: -len(item[1]["curve"]))
     for name, method in by_length:
         mean, before = ("never" if x is None else f"{x:.0f}" for x in (method["mean"], PUBLISHED[name]))
         width = 0.4 if any(value > 1e3 for value in method["curve"]) else 1.5

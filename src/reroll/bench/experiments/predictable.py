@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from reroll.bench.experiments.show import columns
+from reroll.bench.harness import columns
 from reroll.cells.dynamics import MeanField, TwoWell
 from reroll.rollout import Dense, Diagonal, Newton, lyapunov
 
@@ -79,32 +79,32 @@ def measure(
     }  # fmt: skip
 
 
-def holds(found: dict[str, Any]) -> bool:
+def holds(result: dict[str, Any]) -> bool:
     """Whether iterations rise with the exponent, and the two wells need no more than was published."""
-    return found["rank_correlation"] >= 0.9 and all(w["newton"] <= PUBLISHED_TWO_WELL for w in found["wells"])
+    return result["rank_correlation"] >= 0.9 and all(w["newton"] <= PUBLISHED_TWO_WELL for w in result["wells"])
 
 
-def report(found: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """Return a row for every gain (means over seeds), and for every length of the two wells."""
     rows: list[list[Any]] = [["gain", "exponent", "Newton", "quasi-DEER"]]
-    for gain in sorted({n["gain"] for n in found["networks"]}):
-        same = [n for n in found["networks"] if n["gain"] == gain]
+    for gain in sorted({n["gain"] for n in result["networks"]}):
+        same = [n for n in result["networks"] if n["gain"] == gain]
         rows.append(
             [f"{gain:.3g}", *(sum(n[key] for n in same) / len(same) for key in ("exponent", "newton", "quasi"))]
         )
     below = [["two wells, T", "exponent", "Newton", "quasi-DEER"]]
-    below += [[f"{w['steps']}", w["exponent"], w["newton"], w["quasi"]] for w in found["wells"]]
-    return f"mean-field network, T = {found['steps']}\n{columns(rows)}\n{columns(below)}"
+    below += [[f"{w['steps']}", w["exponent"], w["newton"], w["quasi"]] for w in result["wells"]]
+    return f"mean-field network, T = {result['steps']}\n{columns(rows)}\n{columns(below)}"
 
 
-def draw(found: dict[str, Any], figure: Any) -> None:
+def draw(result: dict[str, Any], figure: Any) -> None:
     """Draw iterations against the exponent."""
     axes = figure.add_subplot(
         xlabel="Lyapunov exponent per step", ylabel="iterations", yscale="log",
-        title=f"mean-field networks, T = {found['steps']}",
+        title=f"mean-field networks, T = {result['steps']}",
     )  # fmt: skip
     for key, label, color in (("newton", "Newton", "C0"), ("quasi", "quasi-DEER", "C1")):
-        for rows, marker, where in ((found["networks"], "o", ""), (found["wells"], "x", ", two wells")):
+        for rows, marker, where in ((result["networks"], "o", ""), (result["wells"], "x", ", two wells")):
             x, y = [row["exponent"] for row in rows], [row[key] for row in rows]
             axes.plot(x, y, marker, color=color, label=label + where)
     axes.axvline(0.0, color="grey", linewidth=0.8)

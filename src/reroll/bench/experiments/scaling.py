@@ -9,12 +9,16 @@ what is needed beside them makes the ratio smaller: about 5 at D = 32, so it is 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from reroll.bench.experiments.show import columns
-from reroll.train.measure import measure as take
+from reroll.bench.harness import Prepared, columns
+from reroll.cells import GRU
+from reroll.errors import RunError
+from reroll.rollout import Dense, Diagonal, Newton, Sequential
+from reroll.train.measure import measure as weigh
 
 METHODS = ("loop", "torch GRU", "DEER", "quasi-DEER")
 SIZES: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {16: ((8, 64), (500, 1500)), 1: ((4, 64), (3000, 10_000))}
@@ -26,33 +30,15 @@ FULL: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
 """Those of the figures."""
 
 
-class Evaluate:
-    """One evaluation by one method; the model and the inputs are built at the first call, where it is measured."""
-
-    def __init__(self, method: str, size: int, steps: int, batch: int):
-        self.method, self.size, self.steps, self.batch = method, size, steps, batch
-        self.built: tuple[Any, Any, torch.Tensor] | None = None
-
-    def __call__(self) -> None:
-        if self.built is None:
-            self.built = self._build()
-        rollout, cell, inputs = self.built
-        with torch.no_grad():
-            if self.method == "torch GRU":
-                rollout.read(cell, inputs)
-            else:
-                rollout(cell, inputs)
-
-    def _build(self) -> tuple[Any, Any, torch.Tensor]:
-        from reroll.cells import GRU
-        from reroll.rollout import Dense, Diagonal, Newton, Sequential
-
-        torch.manual_seed(0)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        kept = {"DEER": Dense(), "quasi-DEER": Diagonal()}.get(self.method)
-        rollout = Sequential() if kept is None else Newton(kept, window=None)
-        inputs = torch.randn(self.batch, self.steps, self.size, device=device)
-        return rollout, GRU(self.size, self.size).to(device), inputs
+def prepare(method: str, size: int, steps: int, batch: int) -> Callable[[], Any]:
+    """Return a call that evaluates a GRU by one method."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    linearise = {"DEER": Dense(), "quasi-DEER": Diagonal()}.get(method)
+    rollout = Sequential() if linearise is None else Newton(linearise, window=None)
+    cell, inputs = GRU(size, size).to(device), torch.randn(batch, steps, size, device=device)
+    run = rollout.read if method == "torch GRU" else rollout
+    return torch.no_grad()(lambda: run(cell, inputs))
 
 
 def measure(
@@ -74,7 +60,7 @@ def measure(
         for steps in lengths:
             for method in METHODS:
                 row: dict[str, Any] = {"method": method, "size": size, "steps": steps}
-                rows.append(row | _taken(Evaluate(method, size, steps, batch), rounds))
+                rows.append(row | _weighed(Prepared(prepare, method, size, steps, batch), rounds))
     widest = [row for row in rows if (row["size"], row["steps"]) == (max(widths), max(lengths))]
     by_method = {row["method"]: row for row in widest}
     dense, diagonal, loop = (by_method[name] for name in ("DEER", "quasi-DEER", "loop"))
@@ -84,53 +70,44 @@ def measure(
     }  # fmt: skip
 
 
-def _taken(evaluate: Evaluate, rounds: int) -> dict[str, float]:
+def _weighed(call: Prepared, rounds: int) -> dict[str, float]:
     """Seconds and bytes; not numbers where the memory does not suffice."""
-    from reroll.errors import RunError
-
     try:
-        found = [take(evaluate, warmup=3) for _ in range(rounds)]
+        measurements = [weigh(call, warmup=3) for _ in range(rounds)]
     except (RunError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
         return {"seconds": float("nan"), "bytes": float("nan")}
-    return {"seconds": statistics.median(m.seconds for m in found), "bytes": max(m.peak_bytes for m in found)}
+    return {
+        "seconds": statistics.median(m.seconds for m in measurements),
+        "bytes": max(m.peak_bytes for m in measurements),
+    }
 
 
-def holds(found: dict[str, Any]) -> bool:
+def holds(result: dict[str, Any]) -> bool:
     """Whether diagonals need a fifth of the memory of whole Jacobians; where those do not fit at all, that is so."""
-    return not found["memory_ratio"] < 5
+    return not result["memory_ratio"] < 5
 
 
-def report(found: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """Return a row for every method and size."""
     rows: list[list[Any]] = [["method", "D", "T", "ms", "MB"]]
-    rows += [[r["method"], r["size"], r["steps"], 1e3 * r["seconds"], r["bytes"] / 1e6] for r in found["rows"]]
+    rows += [[r["method"], r["size"], r["steps"], 1e3 * r["seconds"], r["bytes"] / 1e6] for r in result["rows"]]
     return (
-        f"GRU, batch {found['batch']}, forward\n{columns(rows)}\n"
-        f"at the largest: DEER takes {found['memory_ratio']:.3g} times the memory of quasi-DEER, "
-        f"which is {found['speed_against_loop']:.3g} times as fast as the loop"
+        f"GRU, batch {result['batch']}, forward\n{columns(rows)}\n"
+        f"at the largest: DEER takes {result['memory_ratio']:.3g} times the memory of quasi-DEER, "
+        f"which is {result['speed_against_loop']:.3g} times as fast as the loop"
     )
 
 
-def draw(found: dict[str, Any], figure: Any) -> None:
+def draw(result: dict[str, Any], figure: Any) -> None:
     """Draw time and memory against the length, for the widest."""
-    widest, steps = max(row["size"] for row in found["rows"]), sorted({row["steps"] for row in found["rows"]})
+    widest, steps = max(row["size"] for row in result["rows"]), sorted({row["steps"] for row in result["rows"]})
     for axes, key, label in zip(figure.subplots(1, 2), ("seconds", "bytes"), ("seconds", "bytes above the model")):
         for method in METHODS:
-            rows = [r for r in found["rows"] if r["method"] == method and r["size"] == widest]
+            rows = [r for r in result["rows"] if r["method"] == method and r["size"] == widest]
             axes.plot([r["steps"] for r in rows], [r[key] for r in rows], "o-", label=method)
         axes.set(xlabel="steps", ylabel=label, xscale="log", yscale="log", title=f"D = {widest}")
         axes.set_xticks(steps, labels=[f"{s:,}" for s in steps])
         axes.minorticks_off()
         axes.legend(fontsize="small")
-
-
-def measure_16(full: bool) -> dict[str, Any]:
-    """Figure 2."""
-    return measure(full, 16)
-
-
-def measure_1(full: bool) -> dict[str, Any]:
-    """Figure 6."""
-    return measure(full, 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reroll.bench.experiments.show import columns
+from reroll.bench.harness import columns
 from reroll.cells import GRU
 from reroll.data.cache import cache_folder
 from reroll.errors import UsageError
@@ -107,27 +107,27 @@ def measure(full: bool, settings: dict[str, Any] | None = None, updates: int = 2
     }  # fmt: skip
 
 
-def holds(found: dict[str, Any]) -> bool:
+def holds(result: dict[str, Any]) -> bool:
     """Whether all three train alike, and the loss falls."""
-    losses = found["methods"]["sequential"]["losses"]
-    return found["loss_deviation"] <= 1e-3 and min(losses[-3:]) < losses[0]
+    losses = result["methods"]["sequential"]["losses"]
+    return result["loss_deviation"] <= 1e-3 and min(losses[-3:]) < losses[0]
 
 
-def report(found: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """Return a row for every method."""
     rows: list[list[Any]] = [["method", "first loss", "last loss", "deviation", "accuracy", "iterations", "s/update"]]
-    for name, m in found["methods"].items():
+    for name, m in result["methods"].items():
         values = (m["losses"][0], m["losses"][-1], m["deviation"], m["accuracy"], m["iterations"], m["seconds"])
         rows.append([name, *values])
-    settings = ", ".join(f"{key} {value:g}" for key, value in found["settings"].items())
-    return f"{found['source']} series {found['shape']}; {settings}\n{columns(rows)}"
+    settings = ", ".join(f"{key} {value:g}" for key, value in result["settings"].items())
+    return f"{result['source']} series {result['shape']}; {settings}\n{columns(rows)}"
 
 
-def draw(found: dict[str, Any], figure: Any) -> None:
+def draw(result: dict[str, Any], figure: Any) -> None:
     """Draw the loss against the update."""
-    axes = figure.add_subplot(xlabel="update", ylabel="loss", title="EigenWorms" if found["source"] != "generated" else
+    axes = figure.add_subplot(xlabel="update", ylabel="loss", title="EigenWorms" if result["source"] != "generated" else
                               "generated series")  # fmt: skip
-    for (name, method), style in zip(found["methods"].items(), ("-", "--", ":")):
+    for (name, method), style in zip(result["methods"].items(), ("-", "--", ":")):
         axes.plot(range(1, len(method["losses"]) + 1), method["losses"], style, label=name)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()

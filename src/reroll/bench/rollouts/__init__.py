@@ -13,63 +13,66 @@ forward and backward, T = 100,000. Every figure is a median over interleaved rou
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from reroll.bench.rollouts import card, cpu
+from reroll.bench import grid
+from reroll.bench.harness import publish
+from reroll.bench.rollouts import cpu
 from reroll.rollout import quasi_deer
-from reroll.train.machine import commit, hardware
+
+CARD = ((8, 16, 32, 64), 100_000)
+"""Features of the state, and steps, that are measured on a card: the points of the grid with a gradient."""
 
 
 def run(rounds: int = 7, path: Path | None = None, steps: int = 10_000) -> dict[str, Any]:
     """Measure all cases, print a table, and write it as JSON if a path is given."""
     rows = [row for case in cpu.cases(steps) for row in cpu.rows_of(case, rounds)]
-    found: dict[str, Any] = {"steps": steps, "rounds": rounds, "rows": rows, "auto_over_best": cpu.auto_over_best(rows)}
-    found["lengths"] = cpu.padded(rounds, steps // 10)
-    found["memory_floats"] = {
+    result: dict[str, Any] = {
+        "steps": steps,
+        "rounds": rounds,
+        "rows": rows,
+        "auto_over_best": cpu.auto_over_best(rows),
+    }
+    result["lengths"] = cpu.padded(rounds, steps // 10)
+    result["memory_floats"] = {
         "quasi_deer()": cpu.memory(quasi_deer(), steps),
         "quasi_deer(window=None)": cpu.memory(quasi_deer(window=None), steps),
     }
     if torch.cuda.is_available():
-        found["gpu"] = [card.gpu_case(size, batch, card.STEPS, rounds) for size, batch in card.SIZES]
-    found |= {"hardware": hardware(), "commit": commit(), "torch": torch.__version__}
-    print(report(found))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=2) + "\n")
-    return found
+        result["gpu"] = [grid.point(size, CARD[1], True, rounds, "cuda") for size in CARD[0]]
+    return publish(result, report, path)
 
 
-def report(found: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """Return the table."""
     lines = []
-    for row in found["rows"]:
+    for row in result["rows"]:
         what = "forward and backward" if row["gradient"] else "forward"
         lines.append(f"D = {row['D']}, B = {row['B']}, T = {row['T']:,}, {what}: {row['cell']}")
         for name, value in row["seconds"].items():
             lines.append(f"    {name:<12}{1e3 * value:>10.1f} ms   deviation {row['deviation'][name]:.1e}")
             if count := row["fell_back"].get(name):
                 lines[-1] += f"   {count} of {row['B']} sequences did not converge, and were looped over"
-        said = [f"loop ÷ quasi-DEER {row['loop_over_quasi_deer']:.2f}"]
+        ratios = [f"loop ÷ quasi-DEER {row['loop_over_quasi_deer']:.2f}"]
         for name, title in (("quasi_deer", "quasi-DEER"), ("deer", "DEER"), ("auto", "auto")):
             if f"{name}_over_library" in row:
-                said.append(f"{title} ÷ library {row[f'{name}_over_library']:.2f}")
-        lines.append(f"    {', '.join(said)}; auto ÷ best ({row['best']}) {row['auto_over_best']:.2f}")
-    auto = found["auto_over_best"]
+                ratios.append(f"{title} ÷ library {row[f'{name}_over_library']:.2f}")
+        lines.append(f"    {', '.join(ratios)}; auto ÷ best ({row['best']}) {row['auto_over_best']:.2f}")
+    auto = result["auto_over_best"]
     lines.append(f"auto ÷ best: at most {auto['largest']:.2f}, geometric mean {auto['geometric_mean']:.2f}")
-    if padded := found.get("lengths"):
+    if padded := result.get("lengths"):
         times = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in padded["seconds"].items())
         lines.append(
             f"GRUCell, lengths 1 … {padded['T']:,}, D = {padded['D']}, B = {padded['B']}, forward and backward: "
             f"{times}; lengths ÷ packed {padded['lengths_over_packed']:.2f}"
         )
     lines += [
-        f"memory of {name}: {value:.1f} numbers per number of state" for name, value in found["memory_floats"].items()
+        f"memory of {name}: {value:.1f} numbers per number of state" for name, value in result["memory_floats"].items()
     ]
-    for row in found.get("gpu", ()):
+    for row in result.get("gpu", ()):
         times = ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in row["seconds"].items())
-        lines.append(f"GPU, D = {row['D']}, B = {row['B']}, T = {row['T']:,}, forward and backward: {times}")
-    return "\n".join([*lines, f"{found['hardware']}, torch {found['torch']}, commit {found['commit']}"])
+        lines.append(f"GPU, D = {row['D']}, B = {grid.BATCH}, T = {row['T']:,}, forward and backward: {times}")
+    return "\n".join(lines)

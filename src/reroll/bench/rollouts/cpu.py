@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from reroll.bench.harness import evaluation, in_turn, medians, ratio
 from reroll.bench.rollouts.cells import Compared, compared
-from reroll.bench.timing import in_turn, ratio
 from reroll.cells import GRU
 from reroll.rollout import Rollout, Sequential, auto, deer, elk, jacobi, picard, quasi_deer, quasi_elk
 from reroll.rollout.watch import watching
@@ -78,49 +78,32 @@ def rows_of(case: Case, rounds: int) -> list[dict[str, Any]]:
     # All in one round, so that whatever else the machine does falls on all of them.
     together = {f"{cell}: {method}": call for cell, methods in runs.items() for method, call in methods.items()}
     deviation, fell_back = {}, {}
-    with torch.set_grad_enabled(case.gradient):
-        exact = {cell: methods["loop"]() for cell, methods in runs.items()}
-        for name, call in together.items():
-            with watching() as seen:
-                deviation[name] = _deviation(case, call(), exact[name.split(":")[0]])
-            fell_back[name] = seen.fell_back
-        with watching():  # what falls back is in the row; no need to say so at every call
-            seconds = in_turn(together, rounds, LEAST_SECONDS)
+    exact = {cell: methods["loop"]() for cell, methods in runs.items()}
+    for name, call in together.items():
+        with watching() as seen:
+            deviation[name] = _deviation(case, call(), exact[name.split(":")[0]])
+        fell_back[name] = seen.fell_back
+    with watching():  # what falls back is in the row; no need to say so at every call
+        seconds = in_turn(together, rounds, LEAST_SECONDS)
     return [_row(case, cell, list(methods), seconds, deviation, fell_back) for cell, methods in runs.items()]
 
 
-def _runs(case: Case, given: Compared, inputs: Tensor) -> Runs:
-    cell, library = given
+def _runs(case: Case, compared: Compared, inputs: Tensor) -> Runs:
+    cell, library = compared
 
     def through(rollout: Rollout) -> Callable[[], list[Tensor]]:
-        return _call(case, lambda x: rollout.read(cell, x)[0], inputs, cell)
+        return evaluation(lambda x: rollout.read(cell, x)[0], inputs, cell, case.gradient)
 
     small = case.batch * case.size**2 <= WHOLE_JACOBIANS
     runs = {name: through(METHODS[name]()) for name in case.methods if name != "elk" or small}
     if library is not None:
-        runs["library"] = _call(case, lambda x: library(x)[0], inputs, library)
+        runs["library"] = evaluation(lambda x: library(x)[0], inputs, library, case.gradient)
     return runs
 
 
-def _call(
-    case: Case, readouts: Callable[[Tensor], Tensor], inputs: Tensor, module: nn.Module
-) -> Callable[[], list[Tensor]]:
-    """Return a call for the readouts, or for the gradients of their squares' sum in the inputs and all weights."""
-    if not case.gradient:
-        return lambda: [readouts(inputs)]
-
-    def gradients() -> list[Tensor]:
-        leaf = inputs.detach().requires_grad_()
-        weights = [p for p in module.parameters() if p.requires_grad]
-        found = torch.autograd.grad(readouts(leaf).square().sum(), [leaf, *weights], allow_unused=True)
-        return [gradient for gradient in found if gradient is not None]
-
-    return gradients
-
-
-def _deviation(case: Case, found: list[Tensor], exact: list[Tensor]) -> float:
+def _deviation(case: Case, tensors: list[Tensor], exact: list[Tensor]) -> float:
     scales = [float(b.abs().max()) if case.gradient else 1.0 for b in exact]
-    return max(float((a - b).abs().max()) / scale for a, b, scale in zip(found, exact, scales, strict=True))
+    return max(float((a - b).abs().max()) / scale for a, b, scale in zip(tensors, exact, scales, strict=True))
 
 
 def _row(
@@ -128,7 +111,7 @@ def _row(
     deviation: Mapping[str, float], fell_back: Mapping[str, int],
 ) -> dict[str, Any]:  # fmt: skip
     mine = {method: seconds[f"{cell}: {method}"] for method in methods}
-    median = {method: statistics.median(times) for method, times in mine.items()}
+    median = medians(mine)
     # torch's kernel is no choice for a user's own code.
     best = min((m for m in methods if m != "auto" and not (m == "library" and cell == "user")), key=median.__getitem__)
     row: dict[str, Any] = {
@@ -156,13 +139,13 @@ def padded(rounds: int, steps: int, size: int = 32, batch: int = 64) -> dict[str
 
     case = Case(size, batch, steps, gradient=True)
     runs = {
-        "packed": _call(case, packed, inputs, library),
-        "lengths": _call(case, lambda x: auto().read(cell, x, lengths=lengths)[0], inputs, cell),
+        "packed": evaluation(packed, inputs, library, True),
+        "lengths": evaluation(lambda x: auto().read(cell, x, lengths=lengths)[0], inputs, cell, True),
     }
     deviation = _deviation(case, runs["lengths"](), runs["packed"]())
     seconds = in_turn(runs, rounds, LEAST_SECONDS)
     return {
-        "D": size, "B": batch, "T": steps, "seconds": {name: statistics.median(t) for name, t in seconds.items()},
+        "D": size, "B": batch, "T": steps, "seconds": medians(seconds),
         "deviation": deviation, "lengths_over_packed": ratio(seconds, "lengths", "packed"),
     }  # fmt: skip
 
