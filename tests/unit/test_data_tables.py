@@ -37,6 +37,7 @@ HEADER = ("größe", "h")
 PLAIN = text(HEADER, *rows())
 DIALECTS = {
     "semicolons": ("a.csv", text(HEADER, *rows(german), sep=";"), "semicolons between cells; decimal commas"),
+    "points and semicolons": ("a.csv", text(HEADER, *rows(), sep=";"), "semicolons between cells; decimal points"),
     "quoted": ("a.csv", text(HEADER, *rows(lambda value: f'"{value:,.2f}"')), ""),
     "decimal commas in quotes": ("a.csv", text(HEADER, *rows(lambda v: f'"{v}"'.replace(".", ","))), "decimal commas"),
     "tabs": ("a.txt", text(HEADER, *rows(), sep="\t"), "tabs between cells"),

@@ -274,9 +274,8 @@ def _matches(pattern: Path) -> list[Path]:
     parts += ["*"] * (parts[-1] == "**")
     fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
     root, hidden = Path(*parts[:fixed]), any(part.startswith(".") for part in parts[fixed:])
-    matched = [path for path in set(root.glob("/".join(parts[fixed:]))) if not path.is_dir()]
-    visible = [path for path in matched if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    return sorted(matched if hidden else visible, key=str)
+    matched = (path for path in set(root.glob("/".join(parts[fixed:]))) if not path.is_dir())
+    return sorted((p for p in matched if hidden or "/." not in f"/{p.relative_to(root).as_posix()}"), key=str)
 
 
 def _several(name: str, paths: list[Path], field: str, root: Path | None = None) -> Corpus:

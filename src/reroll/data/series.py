@@ -1,18 +1,7 @@
-"""Real-valued series in files: tables, .npy and .npz, read into one table of steps.
+"""Real-valued series in files: tables, .npy and .npz, read into one table of steps. docs/data.md says what they hold.
 
-    table   a column for every feature, a row for every step (`reroll.data.tables`); a column `series` (or an `id` that
-            repeats) tells several series apart
-    .npy    one series [T] or [T, F], or series [N, T, F]; memory-mapped
-    .npz    `inputs` (or `x`) as in .npy, and with it, if wanted
-            `targets` (or `y`)    one for every series, [N] or [N, O], or for every step, [N, T] or [N, T, O]
-            `mask`                which steps there are, [N, T], or which series are scored, [N]
-            `lengths`             steps of every series, [N]; what comes after them is padding
-            `held_out`            True for the series that are held out, [N]
-            `labels`              names of the classes, [K]
-
-An array of two axes is one series, unless there is something beside it for each of N: then N series of one feature.
-In every file NaN is a missing value. All series lie one after the other in `values` [M, F], so that a window is a range
-of rows whatever file it came from. Pickles are never loaded.
+All series lie one after the other in `values` [M, F], so that a window is a range of rows whatever file it came from.
+In every file NaN is a missing value. Pickles are never loaded.
 """
 
 from __future__ import annotations
@@ -161,14 +150,12 @@ def _read_npz(path: Path, archive: Any) -> Series:
     if inputs.ndim not in (2, 3):
         raise UsageError(f"path={path}: inputs have shape {inputs.shape}; expected [N, T, F], or [N, T].")
     count, steps = inputs.shape[:2]
-    if targets is not None:
-        targets = _numbers(path, "targets", targets)
-        # One for every series, or one for every step.
-        if targets.ndim not in (1, 2, 3) or len(targets) != count:
-            raise UsageError(f"path={path}: targets of shape {targets.shape} do not fit inputs of {inputs.shape}.")
-    for name, array in beside.items():
-        shapes = ((count, steps), (count,)) if name == "mask" else ((count,),)
-        if array is not None and _numbers(path, name, array).shape not in shapes:
+    for name, array in [*beside.items(), ("targets", targets)]:
+        if array is None:
+            continue
+        shape = _numbers(path, name, array).shape
+        many = {"mask": ((count,), (count, steps)), "targets": (shape,) if 0 < len(shape) < 4 else ()}
+        if shape[:1] != (count,) or shape not in many.get(name, ((count,),)):
             raise UsageError(f"path={path}: {name} of shape {array.shape} do not fit inputs of {inputs.shape}.")
     series = _one_or_many(path, inputs[:, :, None] if inputs.ndim == 2 else inputs)
     lengths, mask, held_out = beside["lengths"], beside["mask"], beside["held_out"]

@@ -155,7 +155,8 @@ def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
         frame.columns = [str(number) for number in range(1, len(frame.columns) + 1)]
     said = {
         f"{SEPARATORS.get(sep, repr(sep))} between cells": sep != "," and not lone, "decimal commas": decimal == ",",
-        encoding: encoding != "utf-8-sig", "comments after #": comments,
+        "decimal points": decimal == "." and sep == ";", encoding: encoding != "utf-8-sig",
+        "comments after #": comments,
         "no header line, columns are named 1, 2, …": not header,
     }  # fmt: skip
     notes += [note for note, is_so in said.items() if is_so]

@@ -5,12 +5,10 @@
     task.baselines("valid")                                   what no unigram or bigram model, and gzip, gets below
 
 Inputs are tokens[i : i + T], targets tokens[i + 1 : i + T + 1], all of them scored. A split of n tokens has m = n − 1
-of these pairs. At training
+of these pairs. An evaluation goes through the held-out part in order, each pair once; at training
 
     drawn      row b of step t begins at ⌊u·(m − T + 1)⌋, u from Key(seed).at("data").at("text").at("train").at(t)
     carried    row b of step t begins at (b·⌊m/B⌋ + t·T) mod m: B readers of the same text, each behind the next
-
-and an evaluation goes through the held-out part in order, each pair once.
 """
 
 from __future__ import annotations

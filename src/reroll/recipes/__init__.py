@@ -79,11 +79,8 @@ def memorise(size: Size = "small") -> Config:
 
 def text() -> Config:
     """A byte LSTM by CD-RGE on your own text: --path FILE, FOLDER, GLOB or JSONL."""
-    return demo().replace(
-        recipe="text",
-        task={"path": None, "tokenizer": "byte", "max_vocab": None, "length": 64},
-        run={"steps": 1000},
-    )
+    task = {"path": None, "tokenizer": "byte", "max_vocab": None, "length": 64}
+    return demo().replace(recipe="text", task=task, run={"steps": 1000})
 
 
 def ptb() -> Config:
@@ -121,11 +118,8 @@ def parallel() -> Config:
 
 def parallel_elk() -> Config:
     """The same GRU by ELK: whole Jacobians, held back by a Kalman filter where a step would go too far."""
-    return parallel().replace(
-        recipe="parallel_elk",
-        task={"length": 256},
-        model={"hidden": 12, "rollout": {"kind": "elk", "variance": 1e4}},
-    )
+    model = {"hidden": 12, "rollout": {"kind": "elk", "variance": 1e4}}
+    return parallel().replace(recipe="parallel_elk", task={"length": 256}, model=model)
 
 
 def parallel_probes() -> Config:
@@ -155,17 +149,6 @@ def _generated(name: str, **task: int) -> Callable[[], Config]:
 
 RECIPES: dict[str, Callable[..., Config]] = {
     recipe.__name__: recipe
-    for recipe in (
-        demo,
-        demo_backprop,
-        smoke,
-        memorise,
-        text,
-        ptb,
-        arrays,
-        parallel,
-        parallel_elk,
-        parallel_probes,
-    )
+    for recipe in (demo, demo_backprop, smoke, memorise, text, ptb, arrays, parallel, parallel_elk, parallel_probes)
 } | {name: _generated(name) for name in ("copy", "repeat_copy", "reverse", "sort", "add", "parity", "recall")}
 """Every recipe by name. The tests run over this table: each, shrunk, must improve."""

@@ -208,7 +208,8 @@ def convert(value: Any, kind: Any, key: str) -> Any:
             return tuple(convert(v, part, key) for v, part in zip(value, parts))
     elif kind is float:
         if isinstance(value, Real) and not isinstance(value, bool) and value == value:
-            return float(value)
+            with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+                return float(value)
     elif isinstance(value, Integral if kind is int else origin or kind) and (
         kind is bool or not isinstance(value, bool)
     ):

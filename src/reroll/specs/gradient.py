@@ -135,13 +135,8 @@ class BackpropOptions(Options):
 
     def check(self) -> None:
         super().check()
-        exclude(
-            (
-                self.checkpoint and self.truncate,
-                f"truncate={self.truncate} and checkpoint=True",
-                "windows are cut or recomputed",
-            )
-        )
+        pair = f"truncate={self.truncate} and checkpoint=True"
+        exclude((self.checkpoint and self.truncate, pair, "windows are cut or recomputed"))
 
 
 @dataclass(frozen=True)

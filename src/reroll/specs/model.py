@@ -73,11 +73,7 @@ class ModelSpec(Spec):
         return self
 
     def build(self, sizes: Any) -> Any:
-        """Return the module, with weights drawn from the global generator.
-
-        Args:
-            sizes: what the model must know of its task, `reroll.models.Interface`.
-        """
+        """Return the module for a `reroll.models.Interface`, with weights drawn from the global generator."""
         raise NotImplementedError
 
 
@@ -115,8 +111,7 @@ class Cells(ModelSpec):
             size = cells[-1].output_size
         return runtime("models:Recurrent")(
             tuple(cells), vocab=sizes.vocab, inputs=sizes.inputs, outputs=sizes.outputs, readout=sizes.readout,
-            rollout=self.rollout.build(),
-            window_floats=self.window_floats,
+            rollout=self.rollout.build(), window_floats=self.window_floats,
         )  # fmt: skip
 
 

@@ -43,12 +43,9 @@ class TaskSpec(Spec):
 
         Args:
             seed: names the batches.
-            tokenizer: of a text, where it is known already (a resumed run must not make another vocabulary).
-            units: mean and std of series, where they are known already (a model reads another file in its own units).
+            tokenizer: of a text, if there is one already (a resumed run must not make another vocabulary).
+            units: mean and std of series, if there are some already (a model reads another file in its own units).
             whole: all of a text or of series is "valid", none of it for training.
-
-        Raises:
-            UsageError: for data that cannot be used.
         """
         raise NotImplementedError
 
@@ -95,13 +92,10 @@ class Text(FileTask):
                 f"path={self.path} holds numbers, not text: reroll train arrays --path {self.path} (to read it as text "
                 "nevertheless, rename it to .txt)."
             )
+        curriculum, carry = self.curriculum_start, self.carry
         exclude(
-            (
-                self.carry and self.curriculum_start,
-                "carry=true and curriculum_start",
-                "carried windows have one length",
-            ),
-            (self.carry and self.overfit, "carry=true and overfit", "overfitting stays on one batch"),
+            (carry and curriculum, "carry=true and curriculum_start", "carried windows have one length"),
+            (carry and self.overfit, "carry=true and overfit", "overfitting stays on one batch"),
         )
 
     @property
