@@ -3,12 +3,8 @@
 from reroll.cells.base import Cell, State
 from reroll.cells.dnc import DNC, DNCState
 from reroll.cells.dynamics import ARGRU, ARState, Lorenz96, MeanField, TwoWell
-from reroll.cells.gru import GRU
-from reroll.cells.lem import LEM, LEMState
+from reroll.cells.layers import GRU, LEM, RNN, LEMState, MinGRU, MinRNN, ParaGRU, ParaLSTM
 from reroll.cells.lstm import LSTM, LSTMState
-from reroll.cells.minimal import MinGRU, MinRNN
-from reroll.cells.para import ParaGRU, ParaLSTM
-from reroll.cells.rnn import RNN
 from reroll.cells.wrapped import FunctionCell, cell_from
 
 __all__ = [

@@ -19,11 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
-
-from reroll.errors import require_positive
 
 State = Any
 """A tensor, or a (named) tuple of tensors."""
@@ -107,39 +103,3 @@ class Cell(nn.Module, ABC):
     def step_floats(self) -> int:
         """About how many numbers one step of one sequence keeps alive while a window of steps is run."""
         return self.input_size + 5 * self.output_size
-
-
-class Layer(Cell):
-    """What the recurrent layers of the literature share: two sizes, an input matrix, and how weights are drawn.
-
-    Args:
-        input_size: E, features of the input.
-        hidden_size: H, features of the state.
-        shapes: of the parameters, by name, in their order.
-    """
-
-    weight_ih: nn.Parameter
-    bias: nn.Parameter
-    stepwise = True
-
-    def __init__(self, input_size: int, hidden_size: int, **shapes: tuple[int, ...]):
-        super().__init__()
-        require_positive(input_size=input_size, hidden_size=hidden_size)
-        self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, hidden_size
-        for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(torch.empty(shape)))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights from N(0, 1/fan-in); the biases are zero."""
-        for name, p in self.named_parameters():
-            if name.startswith("weight"):
-                nn.init.normal_(p, std=p.shape[1] ** -0.5)
-            elif name.startswith("bias"):
-                nn.init.zeros_(p)
-
-    def init_state(self, batch_shape: Sequence[int]) -> State:
-        return self.weight_ih.new_zeros(*batch_shape, self.hidden_size)
-
-    def project(self, inputs: Tensor) -> Tensor:
-        return functional.linear(inputs, self.weight_ih, self.bias)

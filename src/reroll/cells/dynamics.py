@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reroll.cells.base import Cell
-from reroll.cells.gru import gated
+from reroll.cells.layers import gated
 from reroll.errors import UsageError, require_positive
 
 

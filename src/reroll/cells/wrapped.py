@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reroll.cells import gru
 from reroll.cells.base import Cell
-from reroll.cells.library import by_library
+from reroll.cells.layers import by_library, gated
 from reroll.cells.lstm import LSTMState
 from reroll.errors import UsageError, require_count
 from reroll.kernels.lstm_scan import lstm_scan, reference
@@ -51,7 +50,7 @@ class Wrapped(Cell):
         h = state[0] if isinstance(self.module, nn.LSTMCell) else state
         v = functional.linear(h, self.module.weight_hh, self.module.bias_hh)
         if isinstance(self.module, nn.GRUCell):
-            return gru.gated(u, v, h)
+            return gated(u, v, h)
         if isinstance(self.module, nn.LSTMCell):
             return LSTMState(*reference.gated(u + v, state[1]))
         return (torch.tanh if self.module.nonlinearity == "tanh" else torch.relu)(u + v)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reroll.cells.base import Cell
-from reroll.cells.gru import GRU
+from reroll.cells.layers import GRU
 from reroll.cells.lstm import LSTM
 from reroll.errors import UsageError
 
