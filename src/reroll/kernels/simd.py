@@ -249,44 +249,17 @@ def splat(typing_context, scalar):
     return Vector(scalar)(scalar), code
 
 
-@intrinsic
-def add(typing_context, a, b):
-    """Return a + b."""
+def _binary(instruction: str) -> Any:
+    """Return the operation on two vectors that is one LLVM instruction."""
 
-    def code(context, builder, signature, arguments):
-        return builder.fadd(*arguments)
+    def operation(typing_context, a, b):
+        return a(a, b), lambda context, builder, signature, arguments: getattr(builder, instruction)(*arguments)
 
-    return a(a, b), code
-
-
-@intrinsic
-def mul(typing_context, a, b):
-    """Return a · b."""
-
-    def code(context, builder, signature, arguments):
-        return builder.fmul(*arguments)
-
-    return a(a, b), code
+    operation.__name__ = instruction
+    return intrinsic(operation)
 
 
-@intrinsic
-def sub(typing_context, a, b):
-    """Return a − b."""
-
-    def code(context, builder, signature, arguments):
-        return builder.fsub(*arguments)
-
-    return a(a, b), code
-
-
-@intrinsic
-def div(typing_context, a, b):
-    """Return a / b."""
-
-    def code(context, builder, signature, arguments):
-        return builder.fdiv(*arguments)
-
-    return a(a, b), code
+add, sub, mul, div = map(_binary, ("fadd", "fsub", "fmul", "fdiv"))
 
 
 @intrinsic
@@ -369,10 +342,7 @@ def signs(typing_context, word, shift, a):
     """Return ±a by bits `shift … shift + 15` of a 32-bit word: +a where the bit is 0, −a where it is 1."""
 
     def code(context, builder, signature, arguments):
-        word, shift, scalar = arguments
-        write = _Writer(builder, a)
-        bits = builder.bitcast(_sixteen_bits(builder, word, shift), ir.VectorType(_I1, LANES))
-        return builder.select(bits, write.splat(builder.fneg(scalar)), write.splat(scalar))
+        return _signs(_Writer(builder, a), *arguments)
 
     return Vector(a)(types.uint32, types.uint32, a), code
 
@@ -384,17 +354,18 @@ def masked_signs(typing_context, word, mask, shift, a):
     def code(context, builder, signature, arguments):
         word, mask, shift, scalar = arguments
         write = _Writer(builder, a)
-        lanes = ir.VectorType(_I1, LANES)
-        bits = builder.bitcast(_sixteen_bits(builder, word, shift), lanes)
-        keep = builder.bitcast(_sixteen_bits(builder, mask, shift), lanes)
-        value = builder.select(bits, write.splat(builder.fneg(scalar)), write.splat(scalar))
-        return builder.select(keep, value, write.constant(0.0))
+        return builder.select(_bits(builder, mask, shift), _signs(write, word, shift, scalar), write.constant(0.0))
 
     return Vector(a)(types.uint32, types.uint32, types.uint32, a), code
 
 
-def _sixteen_bits(builder: Any, word: Any, shift: Any) -> Any:
-    return builder.trunc(builder.lshr(word, shift), _I16)
+def _signs(write: _Writer, word: Any, shift: Any, scalar: Any) -> Any:
+    bits = _bits(write.builder, word, shift)
+    return write.builder.select(bits, write.splat(write.builder.fneg(scalar)), write.splat(scalar))
+
+
+def _bits(builder: Any, word: Any, shift: Any) -> Any:
+    return builder.bitcast(builder.trunc(builder.lshr(word, shift), _I16), ir.VectorType(_I1, LANES))
 
 
 # ---- functions of a float32 vector

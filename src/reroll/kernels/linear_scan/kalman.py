@@ -20,8 +20,6 @@ References: Särkkä and García-Fernández, "Temporal parallelization of Bayesi
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,9 +27,8 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.kernels import dispatch
 from reroll.kernels.linear_scan.operators import DENSE, DENSE_KALMAN, DIAGONAL, SCALAR_KALMAN, Element, Operator
-from reroll.kernels.linear_scan.scan import linear_scan
+from reroll.kernels.linear_scan.scan import implementation, linear_scan
 
 
 class Filtered(NamedTuple):
@@ -166,25 +163,9 @@ def _first(operator: Operator, b: Tensor, observed: Tensor, precision: Tensor) -
 
 
 def _implementation(operator: Operator, b: Tensor) -> Callable[..., None]:
-    order = 1 if operator is SCALAR_KALMAN else b.shape[-1]
-    choice = dispatch.choose("kalman_scan", _candidates(operator.name, order, b.device.type, b.dtype))
-    return importlib.import_module(f"reroll.kernels.linear_scan.{choice.name}").kalman
-
-
-@functools.cache
-def _candidates(name: str, order: int, device: str, dtype: torch.dtype) -> tuple[dispatch.Candidate, ...]:
-    compiled = dtype in (torch.float32, torch.float64)
-    fits = order <= 32  # `triton.dense_kalman.SIZE`
-    what = f"{name} filter, {str(dtype).removeprefix('torch.')} on {device}"
-    return (
-        dispatch.Candidate("cpu", device == "cpu" and compiled, f"Numba kernel, step by step: {what}"),
-        dispatch.Candidate(
-            "triton",
-            compiled and fits and dispatch.triton_runs_on(device),
-            f"Triton kernel, for scalar filters and states up to 32: {what}",
-        ),
-        dispatch.Candidate("reference", True, f"torch operations, parallel in time: {what}"),
-    )
+    fits = operator is SCALAR_KALMAN or b.shape[-1] <= 32  # `triton.dense_kalman.SIZE`
+    limits = "for scalar filters and states up to 32"
+    return implementation("kalman_scan", f"{operator.name} filter", fits, limits, b.device.type, b.dtype).kalman
 
 
 def _check(A: Tensor, b: Tensor, observed: Tensor, variance: float | Tensor, initial: Tensor | None) -> Operator:

@@ -39,8 +39,12 @@ class Operator(ABC):
         """Return the state after a step."""
 
     @abstractmethod
+    def one(self, A: Tensor) -> Tensor:
+        """Return transitions, of this shape, that change nothing."""
+
     def identity(self, like: Element) -> Element:
         """Return elements, of these shapes, that change no state."""
+        return self.one(like[0]), *(torch.zeros_like(part) for part in like[1:])
 
 
 class Affine(Operator):
@@ -86,8 +90,8 @@ class Diagonal(Affine):
     def transpose(self, A: Tensor) -> Tensor:
         return A
 
-    def identity(self, like: Element) -> Element:
-        return torch.ones_like(like[0]), torch.zeros_like(like[1])
+    def one(self, A: Tensor) -> Tensor:
+        return torch.ones_like(A)
 
 
 class Block(Affine):
@@ -107,9 +111,8 @@ class Block(Affine):
     def transpose(self, A: Tensor) -> Tensor:
         return A.transpose(-3, -2)
 
-    def identity(self, like: Element) -> Element:
-        eye = torch.eye(like[0].shape[-2], dtype=like[0].dtype, device=like[0].device)
-        return eye.unsqueeze(-1).expand(like[0].shape), torch.zeros_like(like[1])
+    def one(self, A: Tensor) -> Tensor:
+        return torch.eye(A.shape[-2], dtype=A.dtype, device=A.device).unsqueeze(-1).expand(A.shape)
 
 
 class Dense(Affine):
@@ -129,9 +132,8 @@ class Dense(Affine):
     def transpose(self, A: Tensor) -> Tensor:
         return A.mT
 
-    def identity(self, like: Element) -> Element:
-        eye = torch.eye(like[0].shape[-1], dtype=like[0].dtype, device=like[0].device)
-        return eye.expand(like[0].shape), torch.zeros_like(like[1])
+    def one(self, A: Tensor) -> Tensor:
+        return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand(A.shape)
 
 
 class ScalarKalman(Operator):
@@ -158,8 +160,8 @@ class ScalarKalman(Operator):
         shrunk = a / (1 + variance * J)
         return shrunk * (mean + variance * eta) + b, shrunk * variance * a + C
 
-    def identity(self, like: Element) -> Element:
-        return torch.ones_like(like[0]), *(torch.zeros_like(part) for part in like[1:])
+    def one(self, A: Tensor) -> Tensor:
+        return torch.ones_like(A)
 
 
 class DenseKalman(Operator):
@@ -198,9 +200,8 @@ class DenseKalman(Operator):
         solved = _solve(covariance @ J, right)
         return _times(A, solved[..., -1]) + b, A @ solved[..., :-1] @ A.mT + C
 
-    def identity(self, like: Element) -> Element:
-        eye = torch.eye(like[0].shape[-1], dtype=like[0].dtype, device=like[0].device)
-        return eye.expand(like[0].shape), *(torch.zeros_like(part) for part in like[1:])
+    def one(self, A: Tensor) -> Tensor:
+        return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand(A.shape)
 
 
 def _column(vector: Tensor) -> Tensor:

@@ -79,14 +79,11 @@ def _padded(
     A: Tensor, b: Tensor, initial: Tensor | None, reverse: bool, structure: str | None, lengths: Tensor
 ) -> Tensor:
     """Scan with steps behind the end of a sequence that hand the state on, so that one from behind arrives."""
-    name = check(A, b, initial, structure).name
+    operator = check(A, b, initial, structure)
     _, valid = steps_of(lengths, b)
     in_A, in_b = (valid.view(*valid.shape, *[1] * (t.dim() - 2)) for t in (A, b))
-    one = torch.ones((), dtype=A.dtype, device=A.device)
-    if name != "diagonal":
-        one = torch.eye(b.shape[2] if name == "block" else b.shape[-1], dtype=A.dtype, device=A.device)
-    if name == "block":
-        one = one.view(*one.shape, *[1] * (b.dim() - 3))
+    folded, *_ = fold(operator, A, b, None)
+    one = operator.one(folded[:1, :1]).reshape(1, 1, *A.shape[2:])
     states = linear_scan(torch.where(in_A, A, one), torch.where(in_b, b, 0), initial, reverse, structure=structure)
     return torch.where(in_b, states, 0)
 
@@ -236,22 +233,25 @@ def _parts(reverse: bool) -> tuple[slice, slice, slice]:
 
 def _implementation(operator: Affine, out: Tensor) -> Callable[..., None]:
     order = {"diagonal": 1, "block": out.shape[2], "dense": out.shape[-1]}[operator.name]
-    choice = dispatch.choose("linear_scan", _candidates(operator.name, order, out.device.type, out.dtype))
-    return importlib.import_module(f"reroll.kernels.linear_scan.{choice.name}").scan
+    fits = operator.name == "diagonal" or order <= 64  # `triton.dense.SIZE`; not imported where Triton may be missing
+    limits = "for diagonal A and matrices up to 64×64"
+    return implementation("linear_scan", f"{operator.name} A", fits, limits, out.device.type, out.dtype).scan
+
+
+def implementation(op: str, what: str, fits: bool, limits: str, device: str, dtype: torch.dtype) -> Any:
+    """Return the module that scans or filters; `limits` says what `fits` Triton's kernels."""
+    choice = dispatch.choose(op, _candidates(what, fits, limits, device, dtype))
+    return importlib.import_module(f"reroll.kernels.linear_scan.{choice.name}")
 
 
 @functools.cache
-def _candidates(structure: str, order: int, device: str, dtype: torch.dtype) -> tuple[dispatch.Candidate, ...]:
+def _candidates(what: str, fits: bool, limits: str, device: str, dtype: torch.dtype) -> tuple[dispatch.Candidate, ...]:
     compiled = dtype in (torch.float32, torch.float64)
-    fits = structure == "diagonal" or order <= 64  # `triton.dense.SIZE`; not imported where Triton may be missing
-    what = f"{structure} A, {str(dtype).removeprefix('torch.')} on {device}"
+    what = f"{what}, {str(dtype).removeprefix('torch.')} on {device}"
+    triton = compiled and fits and dispatch.triton_runs_on(device)
     return (
         dispatch.Candidate("cpu", device == "cpu" and compiled, f"Numba kernel, step by step: {what}"),
-        dispatch.Candidate(
-            "triton",
-            compiled and fits and dispatch.triton_runs_on(device),
-            f"Triton kernel, for diagonal A and matrices up to 64×64: {what}",
-        ),
+        dispatch.Candidate("triton", triton, f"Triton kernel, {limits}: {what}"),
         dispatch.Candidate("reference", True, f"torch operations, parallel in time: {what}"),
     )
 

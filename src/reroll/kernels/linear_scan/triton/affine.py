@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroll.kernels.linear_scan.triton.chunks import TILE, Plan, last, place, plan_of, strides_from
+from reroll.kernels.linear_scan.triton.chunks import TILE, Plan, in_three_phases, last, place, plan_of, strides_from
 
 
 def scan(A: Tensor, b: Tensor, initial: Tensor, out: Tensor, reverse: bool) -> None:
@@ -19,22 +19,13 @@ def scan(A: Tensor, b: Tensor, initial: Tensor, out: Tensor, reverse: bool) -> N
     """
     batch, time, order, channels = b.shape
     plan = plan_of(batch, time, channels, TILE // order)
-    starts = initial.unsqueeze(1)
-    if plan.chunks > 1:
-        whole_A = b.new_empty(batch, plan.chunks, order, order, channels)
-        whole_b = b.new_empty(batch, plan.chunks, order, channels)
-        _launch_affine(plan, A, b, starts, out, reverse, (whole_A, whole_b))
-        starts = b.new_empty(batch, plan.chunks, order, channels)
-        starts[:, 0] = initial
-        ends = plan_of(batch, plan.chunks - 1, channels, TILE // order, one_chunk=True)
-        _launch_affine(ends, whole_A[:, :-1], whole_b[:, :-1], initial.unsqueeze(1), starts[:, 1:], False, None)
-    _launch_affine(plan, A, b, starts, out, reverse, None)
+    ends = plan_of(batch, plan.chunks - 1, channels, TILE // order, one_chunk=True) if plan.chunks > 1 else plan
+    in_three_phases(_launch_affine, plan, ends, A, b, initial, out, reverse)
 
 
 def _launch_affine(
     plan: Plan, A: Tensor, b: Tensor, starts: Tensor, out: Tensor, reverse: bool, whole: tuple[Tensor, Tensor] | None
 ) -> None:
-    """Step through all chunks from `starts` [B, chunks, K, C] into `out`, or compose each into `whole`."""
     whole_A, whole_b = (A, b) if whole is None else whole
     _affine[(plan.programs,)](
         A, b, starts, out, whole_A, whole_b, b.shape[1], b.shape[3], plan.chunks, plan.tiles,

@@ -9,8 +9,10 @@ phases are left out.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,6 +47,27 @@ def strides_from(tensor: Tensor, reverse: bool) -> tuple[int, ...]:
     """Return where the scan starts and all strides; time runs backwards in reverse."""
     row, time, *others = tensor.stride()
     return ((tensor.shape[1] - 1) * time, row, -time, *others) if reverse else (0, row, time, *others)
+
+
+def in_three_phases(
+    launch: Callable[..., None], plan: Any, ends: Any, A: Tensor, b: Tensor, initial: Tensor, out: Tensor, reverse: bool
+) -> None:
+    """Scan by `launch(plan, A, b, starts, out, reverse, whole)`, which steps through all chunks or composes them.
+
+    Args:
+        launch: starts the programs: from `starts` [B, chunks, …] into `out`; or, given `whole`, composes into it.
+        plan, ends: how the steps are divided, and how the chunks are.
+        A, b, initial, out, reverse: as in `linear_scan`.
+    """
+    starts = initial.unsqueeze(1)
+    if plan.chunks > 1:
+        whole_A, whole_b = (b.new_empty(len(b), plan.chunks, *t.shape[2:]) for t in (A, b))
+        launch(plan, A, b, starts, out, reverse, (whole_A, whole_b))
+        each = torch.empty_like(whole_b)
+        each[:, 0] = initial
+        launch(ends, whole_A[:, :-1], whole_b[:, :-1], starts, each[:, 1:], False, None)
+        starts = each
+    launch(plan, A, b, starts, out, reverse, None)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroll.kernels.linear_scan.triton.chunks import INTERPRETED, strides_from
+from reroll.kernels.linear_scan.triton.chunks import INTERPRETED, in_three_phases, strides_from
 
 SIZE = 64
 """The largest matrix: a program keeps one and columns of another in its registers. Most of larger ones would spill."""
@@ -50,16 +50,8 @@ def scan(A: Tensor, b: Tensor, initial: Tensor, out: Tensor, reverse: bool) -> N
     batch, time, groups, size = b.shape
     width = triton.next_power_of_2(size)
     plan = cut(batch * groups, time, size, width if width <= 32 else 16)
-    starts = initial.unsqueeze(1)
-    if plan.chunks > 1:
-        whole_A = b.new_empty(batch, plan.chunks, groups, size, size)
-        whole_b = b.new_empty(batch, plan.chunks, groups, size)
-        _launch(plan, A, b, starts, out, reverse, (whole_A, whole_b))
-        starts = b.new_empty(batch, plan.chunks, groups, size)
-        starts[:, 0] = initial
-        ends = plan._replace(chunks=1, length=plan.chunks - 1)
-        _launch(ends, whole_A[:, :-1], whole_b[:, :-1], initial.unsqueeze(1), starts[:, 1:], False, None)
-    _launch(plan, A, b, starts, out, reverse, None)
+    ends = plan._replace(chunks=1, length=plan.chunks - 1)
+    in_three_phases(_launch, plan, ends, A, b, initial, out, reverse)
 
 
 def warps(width: int) -> int:
@@ -76,7 +68,6 @@ def _launch(
     plan: Cut, A: Tensor, b: Tensor, starts: Tensor, out: Tensor, reverse: bool,
     whole: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
-    """Step through all chunks from `starts` [B, chunks, G, D] into `out`, or compose each into `whole`."""
     batch, time, groups, size = b.shape
     width = triton.next_power_of_2(size)
     blocks = 1 if whole is None else plan.blocks
