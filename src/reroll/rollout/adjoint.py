@@ -15,7 +15,7 @@ Second derivatives are not available.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from reroll.kernels.linear_scan import linear_scan
 from reroll.rollout import native
 from reroll.rollout.problem import Problem
 
-METHODS = ("auto", "dense", "splitting", "sequential")
+Method = Literal["auto", "dense", "splitting", "sequential"]
+METHODS = get_args(Method)
 DENSE_FLOATS = 1 << 26
 """Numbers of Jacobians up to which "auto" solves with whole ones: 256 MB of float32."""
 WINDOW_FLOATS = 1 << 24
@@ -36,8 +37,6 @@ WINDOW_FLOATS = 1 << 24
 SPLITTING_ITERATIONS = 200
 NARROW = 1 << 12
 """Numbers of state of all sequences up to which one derivative after another is faster in compiled code."""
-
-Method = Literal["auto", "dense", "splitting", "sequential"]
 
 
 def attach(problem: Problem, states: Tensor, method: Method) -> Tensor:
@@ -102,7 +101,7 @@ def adjoint(problem: Problem, states: Tensor, cotangent: Tensor, method: Method 
             "whole Jacobians take more than 256 MB in float32",
         )
         candidates = Candidate("dense", small, reasons[0]), Candidate("splitting", True, reasons[1])
-        method = cast(Method, dispatch.choose("adjoint", candidates).name)
+        method = "dense" if dispatch.choose("adjoint", candidates).name == "dense" else "splitting"
     if method == "dense":
         return _dense(problem, states, cotangent)
     if method == "splitting":

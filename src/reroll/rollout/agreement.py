@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Agreement:
     @property
     def ok(self) -> bool:
         """Whether everything is within the tolerance."""
-        return all(apart <= self.tolerance for apart in (self.states, *self.gradients.values()))
+        return all(deviation <= self.tolerance for deviation in (self.states, *self.gradients.values()))
 
     def __str__(self) -> str:
         worst = max(self.gradients, key=lambda name: self.gradients[name], default=None)
@@ -68,33 +69,27 @@ def verify_agreement(
     require_rollout(rollout)
     if tolerance is None:
         tolerance = 1e-6 if inputs.dtype == torch.float64 else 1e-3
-    expected, reference = _run(Sequential(kernel="reference"), cell, inputs, state, reset, lengths, seed)
-    trajectory, found = _run(rollout, cell, inputs, state, reset, lengths, seed)
+    call = (cell, inputs, state, reset, {} if lengths is None else {"lengths": lengths})
+    expected, reference = _run(Sequential(kernel="reference"), *call, seed)
+    trajectory, gradients = _run(rollout, *call, seed)
     # A gradient that is zero but for rounding (a bias in front of a softmax) is compared at the scale of the others.
     floor = 1e-6 * max((float(g.abs().max()) for g in reference.values() if g.numel()), default=0.0)
     return Agreement(
-        _apart(_flat(trajectory), _flat(expected)),
-        {name: _apart(found[name], gradient, floor) for name, gradient in reference.items()},
+        _deviation(_flat(trajectory), _flat(expected)),
+        {name: _deviation(gradients[name], gradient, floor) for name, gradient in reference.items()},
         tolerance,
         trajectory,
     )
 
 
 def _run(
-    rollout: Rollout,
-    cell: Cell,
-    inputs: Tensor,
-    state: State | None,
-    reset: Tensor | None,
-    lengths: Tensor | None,
-    seed: int,
+    rollout: Rollout, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, options: Any, seed: int
 ) -> tuple[Trajectory, dict[str, Tensor]]:
     with torch.enable_grad():
         leaf = inputs.detach()
         if leaf.is_floating_point():  # symbols have no gradient
             leaf.requires_grad_()
-        padded = {} if lengths is None else {"lengths": lengths}
-        trajectory = rollout(cell, leaf, state, reset, **padded)
+        trajectory = rollout(cell, leaf, state, reset, **options)
         flat = _flat(trajectory)
         generator = torch.Generator().manual_seed(seed)
         weights = torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat)
@@ -108,11 +103,10 @@ def _run(
 
 
 def _flat(trajectory: Trajectory) -> Tensor:
-    first = trajectory.final
-    return Layout.of(first).pack(trajectory.states)
+    return Layout.of(trajectory.final).pack(trajectory.states)
 
 
-def _apart(a: Tensor, b: Tensor, floor: float = 1e-30) -> float:
+def _deviation(a: Tensor, b: Tensor, floor: float = 1e-30) -> float:
     if not b.numel():
         return 0.0
     a, b = a.detach(), b.detach()
@@ -120,5 +114,5 @@ def _apart(a: Tensor, b: Tensor, floor: float = 1e-30) -> float:
     if bool(same.all()):
         return 0.0
     scale = max(float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()), floor, 1e-30)
-    apart = float(torch.where(same, 0.0, a - b).abs().max()) / scale
-    return apart if math.isfinite(apart) else math.inf
+    deviation = float(torch.where(same, 0.0, a - b).abs().max()) / scale
+    return deviation if math.isfinite(deviation) else math.inf

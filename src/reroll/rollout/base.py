@@ -23,7 +23,7 @@ from reroll.cells.base import Cell, State
 from reroll.cells.wrapped import FunctionCell
 from reroll.errors import UsageError
 from reroll.outcome import Outcome
-from reroll.trees import map_state
+from reroll.trees import combine_states, map_state
 
 
 class Trajectory(NamedTuple):
@@ -56,6 +56,15 @@ class Trajectory(NamedTuple):
             f"Trajectory(states {shapes}, outcome {self.outcome.name}, at most {most} iterations, "
             f"residual {worst:.2g}, {int(self.converged.sum())} of {self.converged.numel()} converged)"
         )
+
+
+def exact(states: State, final: State, inputs: Tensor, passes: int = 1) -> Trajectory:
+    """Return the trajectory of states that nothing had to be iterated for."""
+    batch, device = inputs.shape[0], inputs.device
+    return Trajectory(
+        states, final, Outcome.ok, iterations=torch.full((batch,), passes, dtype=torch.int64, device=device),
+        residual=torch.zeros(batch, device=device), converged=torch.ones(batch, dtype=torch.bool, device=device),
+    )  # fmt: skip
 
 
 class Rollout(Protocol):
@@ -258,8 +267,6 @@ def _shapes(state: State) -> str:
 
 def where_reset(reset: Tensor, initial: State, state: State) -> State:
     """Return `initial` for the sequences [batch] in which `reset` is True, and `state` for the others."""
-    if isinstance(state, Tensor):
-        mask = reset.view(-1, *[1] * (state.dim() - 1))
-        return torch.where(mask, initial, state)
-    parts = (where_reset(reset, a, b) for a, b in zip(initial, state))
-    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return combine_states(
+        [state, initial], lambda pair: torch.where(reset.view(-1, *[1] * (pair[0].dim() - 1)), pair[1], pair[0])
+    )

@@ -78,7 +78,7 @@ def solve(transition: Transition, residual: Tensor) -> Tensor:
 class Undamped:
     """The whole Newton step."""
 
-    damped: bool = False
+    damped = False
     adaptive = False
 
     def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
@@ -94,7 +94,7 @@ class Scale:
     """
 
     k: float
-    damped: bool = True
+    damped = True
     adaptive = False
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class Clip:
     """
 
     limit: float = 1.0
-    damped: bool = True
+    damped = True
     adaptive = False
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ class Kalman:
     variance: float
     smoother: bool = False
     adaptive: bool = False
-    damped: bool = True
+    damped = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.variance, Real) or math.isnan(self.variance) or self.variance <= 0:

@@ -55,7 +55,10 @@ def filled(inputs: Tensor, lengths: Any) -> tuple[Tensor, Tensor, Tensor]:
 def in_place(
     solve: Solve, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, lengths: Any
 ) -> Padded | None:
-    """Solve with a fresh start at every padded step; None where `solve` gives up."""
+    """Solve with a fresh start at every padded step, if there are any; None where `solve` gives up."""
+    if lengths is None:
+        trajectory = solve(cell, inputs, state, reset)
+        return None if trajectory is None else Padded(trajectory, None)
     check(cell, inputs)
     check_reset(reset, inputs)
     inputs, valid, lengths = filled(inputs, lengths)
@@ -73,7 +76,7 @@ def packing(
     A reset begins with the cell's own state, so sequences that are given one lie in a lane each; so do those whose
     projection may look beyond a step.
     """
-    if state is not None or not cell.projects_stepwise:
+    if lengths is None or state is not None or not cell.projects_stepwise:
         return in_place(solve, cell, inputs, state, reset, lengths)
     check(cell, inputs)
     check_reset(reset, inputs)

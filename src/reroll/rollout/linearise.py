@@ -13,7 +13,7 @@ Each takes rows, steps outermost and sequences within, and returns the next stat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeGuard, get_args
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -46,12 +46,9 @@ class Transition(NamedTuple):
 
 
 class Linearisation(Protocol):
-    """What of a Jacobian is kept."""
+    """What of a Jacobian is kept, and its structure."""
 
-    @property
-    def kind(self) -> Kind:
-        """The structure of what is kept."""
-        ...
+    kind: ClassVar[Kind]
 
     @property
     def every(self) -> int:
@@ -76,9 +73,14 @@ class Linearisation(Protocol):
 class Followed:
     """What is read off the operations of a step, by torch or by compiled code."""
 
-    structure: Structure | None
+    kind: ClassVar[Kind]
     every: int = 1
     count: int | None = None
+
+    @property
+    def structure(self) -> Structure | None:
+        """The structure in which the Jacobian is computed; None where none is."""
+        return None if self.kind in ("zero", "identity") else self.kind
 
     def blocks(self, layout: Layout) -> int:
         """Return K, for a Jacobian in blocks."""
@@ -94,8 +96,7 @@ class Followed:
 class Dense(Followed):
     """The whole Jacobian: Newton's method, DEER (Lim et al., arXiv:2309.12252)."""
 
-    kind: Kind = "dense"
-    structure: Structure | None = "dense"
+    kind: ClassVar[Kind] = "dense"
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,7 @@ class Block(Followed):
     """
 
     count: int | None = None
-    kind: Kind = "block"
-    structure: Structure | None = "block"
+    kind: ClassVar[Kind] = "block"
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ class Diagonal(Followed):
     """
 
     every: int = 1
-    kind: Kind = "diagonal"
-    structure: Structure | None = "diagonal"
+    kind: ClassVar[Kind] = "diagonal"
 
     def __post_init__(self) -> None:
         require_count(every=self.every)
@@ -142,7 +141,7 @@ class Hutchinson:
 
     products: int = 4
     seed: int = 0
-    kind: Kind = "diagonal"
+    kind: ClassVar[Kind] = "diagonal"
     every = 1
 
     def __post_init__(self) -> None:
@@ -162,16 +161,14 @@ class Hutchinson:
 class Identity(Followed):
     """A ≈ 1: Picard iteration; good for small steps of a differential equation."""
 
-    kind: Kind = "identity"
-    structure: Structure | None = None
+    kind: ClassVar[Kind] = "identity"
 
 
 @dataclass(frozen=True)
 class Zero(Followed):
     """A ≈ 0: Jacobi iteration; good where a step forgets nearly everything."""
 
-    kind: Kind = "zero"
-    structure: Structure | None = None
+    kind: ClassVar[Kind] = "zero"
 
 
 Written = Dense | Block | Diagonal | Identity | Zero

@@ -29,10 +29,10 @@ from reroll.cells.base import Cell, State
 from reroll.errors import RunError, UsageError, require_count
 from reroll.outcome import Outcome
 from reroll.rollout import adjoint, native
-from reroll.rollout.base import Trajectory, uncompiled
+from reroll.rollout.base import Trajectory, exact, uncompiled
 from reroll.rollout.damping import Damping, Kalman, Undamped
 from reroll.rollout.iterate import Iterate, largest
-from reroll.rollout.lengths import Padded, in_place
+from reroll.rollout.lengths import in_place
 from reroll.rollout.linearise import WINDOW_FLOATS, Diagonal, Linearisation, Zero, is_written
 from reroll.rollout.memory import require_memory_for_jacobians
 from reroll.rollout.problem import Field, Problem, make_problem, rows
@@ -127,22 +127,15 @@ class Newton:
                 random.
             RunError: with on_failure="raise", if a sequence does not converge.
         """
-        padded = self._padded(cell, inputs, state, reset, lengths)
-        return padded.trajectory._replace(states=padded.zeroed(padded.trajectory.states))
-
-    def _padded(
-        self, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, lengths: Tensor | None
-    ) -> Padded:
-        if lengths is None:
-            return Padded(self._run(cell, inputs, state, reset), None)
         padded = in_place(self._run, cell, inputs, state, reset, lengths)
         assert padded is not None
-        return padded
+        return padded.trajectory._replace(states=padded.zeroed(padded.trajectory.states))
 
     def _run(self, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Trajectory:
         problem = make_problem(cell, inputs, state, reset)
         if inputs.shape[0] == 0 or inputs.shape[1] == 0:
-            return _empty(problem, inputs)
+            empty = problem.start.new_zeros(problem.shape)
+            return exact(problem.layout.unpack(empty), problem.layout.unpack(problem.start), inputs, passes=0)
         require_pure(cell, problem)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             found = self._solve(problem)
@@ -162,7 +155,8 @@ class Newton:
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Return the readouts and the final state; see `Rollout`."""
-        padded = self._padded(cell, inputs, state, reset, lengths)
+        padded = in_place(self._run, cell, inputs, state, reset, lengths)
+        assert padded is not None
         trajectory = padded.trajectory
         if trajectory.outcome is Outcome.fell_back and self.on_failure == "sequential" and current() is None:
             # Who reads sees no outcome, and nobody watches for him.
@@ -360,13 +354,3 @@ def _joined(windows: list[Solution]) -> Solution:
         torch.stack([w.converged for w in windows]).all(0),
         torch.stack([w.resets for w in windows]).sum(0),
     )
-
-
-def _empty(problem: Problem, inputs: Tensor) -> Trajectory:
-    batch, device = inputs.shape[0], inputs.device
-    states = problem.start.new_zeros(batch, inputs.shape[1], problem.layout.size)
-    return Trajectory(
-        states=problem.layout.unpack(states), final=problem.layout.unpack(problem.start), outcome=Outcome.ok,
-        iterations=torch.zeros(batch, dtype=torch.int64, device=device), residual=problem.start.new_zeros(batch),
-        converged=torch.ones(batch, dtype=torch.bool, device=device),
-    )  # fmt: skip

@@ -17,7 +17,7 @@ def deer(**options: Any) -> Newton:
 
     Example:
         >>> deer(rtol=1e-4).linearise
-        Dense(kind='dense', structure='dense')
+        Dense()
     """
     return Newton(linearise=Dense(), **options)
 

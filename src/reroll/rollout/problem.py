@@ -239,15 +239,10 @@ def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor 
         )
     inputs, state = _in_one_dtype(cell, inputs, state)
     with torch.autocast(inputs.device.type, enabled=False):
-        return _problem(cell, inputs, state, reset)
-
-
-def _problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Problem:
-    initial = start(cell, inputs, state)
-    check_reset(reset, inputs)
-    layout = Layout.of(initial)
-    first = layout.pack(initial)
-    fresh = None if reset is None else layout.pack(start(cell, inputs, None))
-    problem = Problem(cell, layout, inputs, first, fresh, reset)
-    # A gradient needs the graph of all steps at once; without one, pieces can be projected where they are solved.
-    return problem if cell.projects_stepwise and not torch.is_grad_enabled() else problem.piece()
+        initial = start(cell, inputs, state)
+        check_reset(reset, inputs)
+        layout = Layout.of(initial)
+        fresh = None if reset is None else layout.pack(start(cell, inputs, None))
+        problem = Problem(cell, layout, inputs, layout.pack(initial), fresh, reset)
+        # A gradient needs the graph of all steps at once; without one, pieces can be projected where they are solved.
+        return problem if cell.projects_stepwise and not torch.is_grad_enabled() else problem.piece()

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from reroll.cells.base import Cell, State
 from reroll.errors import UsageError
-from reroll.outcome import Outcome
 from reroll.rollout import adjoint, native
 from reroll.rollout.base import (
     Trajectory,
     check,
     check_reset,
+    exact,
     explaining_dtypes,
     require_same_shapes,
     start,
@@ -34,6 +34,7 @@ from reroll.rollout.base import (
 from reroll.rollout.lengths import Padded, dropping, filled, packing
 from reroll.rollout.problem import make_problem
 from reroll.rollout.purity import require_pure
+from reroll.trees import combine_states
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Sequential:
             return _stack(states, first), final
 
         states, final = self._run(run, cell, inputs, state, reset, lengths)
-        return _trajectory(states, final, inputs)
+        return exact(states, final, inputs)
 
     @uncompiled
     def read(
@@ -120,10 +121,7 @@ class Sequential:
         check(cell, inputs)
         if 0 in inputs.shape[:2]:
             return None
-        if lengths is not None:
-            return packing(_compiled, cell, inputs, state, reset, lengths)
-        trajectory = _compiled(cell, inputs, state, reset)
-        return None if trajectory is None else Padded(trajectory, None)
+        return packing(_compiled, cell, inputs, state, reset, lengths)
 
 
 def _compiled(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Trajectory | None:
@@ -135,19 +133,7 @@ def _compiled(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | N
         return None
     if torch.is_grad_enabled():
         states = adjoint.attach(problem, states, "auto")
-    return _trajectory(problem.layout.unpack(states), problem.layout.unpack(states[:, -1]), inputs)
-
-
-def _trajectory(states: State, final: State, inputs: Tensor) -> Trajectory:
-    batch, device = inputs.shape[0], inputs.device
-    return Trajectory(
-        states=states,
-        final=final,
-        outcome=Outcome.ok,
-        iterations=torch.ones(batch, dtype=torch.int64, device=device),
-        residual=torch.zeros(batch, device=device),
-        converged=torch.ones(batch, dtype=torch.bool, device=device),
-    )
+    return exact(problem.layout.unpack(states), problem.layout.unpack(states[:, -1]), inputs)
 
 
 def _steps(cell: Cell, inputs: Tensor, state: State, reset: Tensor | None, projected: bool) -> Any:
@@ -165,7 +151,6 @@ def _steps(cell: Cell, inputs: Tensor, state: State, reset: Tensor | None, proje
 
 def _stack(states: list[State], like: State) -> State:
     """Stack states along a new axis 1; with no steps, that axis is empty."""
-    if isinstance(like, Tensor):
-        return torch.stack(states, 1) if states else like.unsqueeze(1)[:, :0]
-    parts = (_stack([state[i] for state in states], part) for i, part in enumerate(like))
-    return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
+    return combine_states(
+        [like, *states], lambda tensors: torch.stack(tensors[1:], 1) if states else tensors[0].unsqueeze(1)[:, :0]
+    )

@@ -9,6 +9,8 @@
     with watching(observe=look): …               look(states) at every iterate, [D, steps of the window, batch]
 
 Blocks can be nested; an outer one goes on seeing, guessing and tightening. Rollouts that do not iterate take no part.
+Guesses go by the order of the calls, as cells may be copies: a model that skips a layer begins the next one at that
+layer's trajectory, where their shapes agree. That costs iterations; what is converged to is the same.
 """
 
 from __future__ import annotations
