@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reroll.cells.base import Cell
 from reroll.cells.compiled import compile_adjoint
-from reroll.cells.jacobian import feature_major, followed_vjp, leave_to_autograd, step, vjp
+from reroll.cells.jacobian import MISTAKES, feature_major, followed_vjp, leave_to_autograd, step, vjp
 from reroll.cells.layout import Layout
 from reroll.errors import RerollError, UsageError
 from reroll.kernels import dispatch
@@ -25,8 +25,6 @@ ROWS = 8
 """Rows on which a step is tried."""
 WIDEST = 1 << 12
 """Numbers of state up to which its derivative is tried: to follow it takes their square."""
-BAD = (RuntimeError, IndexError, TypeError, ValueError, AttributeError)
-"""What a step may raise that does not fit its arguments."""
 LOOSE = 1e-2
 """Difference between a row alone and among others that is rounding; a branch makes one of order 1."""
 ALONG = "A rollout along time evaluates many steps side by side as rows; use rollout=Sequential() otherwise."
@@ -54,7 +52,7 @@ def require_pure(cell: Cell, problem: Problem) -> None:
         try:
             with explaining_dtypes(cell, u, state):
                 after = cell.step(u.clone(), layout.unpack(state.clone()))
-        except BAD as error:
+        except MISTAKES as error:
             if isinstance(error, RerollError):
                 raise
             raise UsageError(
@@ -66,25 +64,26 @@ def require_pure(cell: Cell, problem: Problem) -> None:
         first, once = step(cell, layout, tried_u, tried_state), _buffers(cell)
         second, twice = step(cell, layout, u.clone(), state.clone()), _buffers(cell)
         alone = torch.cat([step(cell, layout, u[i : i + 1].clone(), state[i : i + 1].clone()) for i in range(ROWS)])
+    changed = [buffer for buffer in once if not _same(once[buffer], twice[buffer])]
+    wrong = None
     if first.is_complex():
-        raise UsageError(f"{name}.step returns complex numbers for a real state; use rollout=Sequential().")
-    if not (_same(tried_u, u) and _same(tried_state, state)):
-        raise UsageError(f"{name}.step changes its arguments in place; let it return new tensors.")
-    for buffer in once:
-        if not _same(once[buffer], twice[buffer]):
-            raise UsageError(
-                f"{name}.step changes the buffer {buffer}; what one step hands to the next belongs into the state."
-            )
-    if not _same(first, second):
-        raise UsageError(
-            f"{name}.step gives different results for the same arguments (dropout, or random numbers drawn inside). "
-            "Give the noise as part of the inputs, or use rollout=Sequential()."
+        wrong = "returns complex numbers for a real state; use rollout=Sequential()."
+    elif not (_same(tried_u, u) and _same(tried_state, state)):
+        wrong = "changes its arguments in place; let it return new tensors."
+    elif changed:
+        wrong = f"changes the buffer {changed[0]}; what one step hands to the next belongs into the state."
+    elif not _same(first, second):
+        wrong = (
+            "gives different results for the same arguments (dropout, or random numbers drawn inside). Give the noise "
+            "as part of the inputs, or use rollout=Sequential()."
         )
-    if not torch.allclose(first, alone, rtol=LOOSE, atol=LOOSE, equal_nan=True):
-        raise UsageError(
-            f"{name}.step mixes sequences: the result of a row changes with the other rows (a branch on values, or a "
-            f"mean over the batch). {ALONG}"
+    elif not torch.allclose(first, alone, rtol=LOOSE, atol=LOOSE, equal_nan=True):
+        wrong = (
+            "mixes sequences: the result of a row changes with the other rows (a branch on values, or a mean over the "
+            f"batch). {ALONG}"
         )
+    if wrong:
+        raise UsageError(f"{name}.step {wrong}")
     if state.shape[1] <= WIDEST and not dispatch.is_mapped():
         with torch.inference_mode(False), torch.autocast(u.device.type, enabled=False):
             _try_derivatives(cell, layout, u.clone(), state.clone())

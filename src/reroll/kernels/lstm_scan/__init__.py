@@ -15,6 +15,8 @@ the weights one group of heads at a time there.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -64,13 +66,7 @@ def lstm_scan(
         return handle_torch_function(lstm_scan, arguments, *arguments)
     _check(*arguments)
     choice = dispatch.choose("lstm_scan", _candidates(arguments))
-    if choice.name == "library":
-        from reroll.kernels.lstm_scan.library import scan
-    elif choice.name == "cpu":
-        from reroll.kernels.lstm_scan.cpu import scan
-    else:
-        from reroll.kernels.lstm_scan.reference import scan
-    return scan(*arguments)
+    return importlib.import_module(f"reroll.kernels.lstm_scan.{choice.name}").scan(*arguments)
 
 
 def _check(inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h: Tensor, c: Tensor) -> None:

@@ -129,12 +129,11 @@ def newton(
     solved = np.zeros(len(firsts), np.int64)
     how = (cpu.KINDS[kind], order, window, limit, every)
     within = tuple(np.float32(t) for t in tolerance)
-    step, whole = programs
 
     def work(begin: int, end: int) -> None:
         for g in range(begin, end):
             group = (firsts[g], columns[g], rows.counts[g], rows.time)
-            a, b = (_given(program, _addresses(program)) for program in (step, whole))
+            a, b = ((p.code, p.registers, p.outputs, _addresses(p)) for p in programs)
             solved[g] = cpu.newton(
                 a, b, group, how, within, starts, freshes, reset, guesses, states, iterations, residual
             )
@@ -151,7 +150,3 @@ def _addresses(program: Program) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     addresses = np.array([0, *(t.data_ptr() for t in tensors)], np.int64)
     strides = np.array([0, *(t.shape[1] for t in tensors)], np.int64)
     return addresses, strides, np.zeros(len(addresses), np.int64)
-
-
-def _given(program: Program, inputs: tuple[np.ndarray, np.ndarray, np.ndarray]):
-    return program.code, program.registers, program.outputs, inputs

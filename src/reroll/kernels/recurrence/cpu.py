@@ -74,6 +74,7 @@ def newton(step, whole, group, how, within, start, fresh, reset, guess, out, ite
     step_code, step_registers, _, step_inputs = step
     _, whole_registers, outputs, whole_inputs = whole
     most = min(window, time) * count
+    # Every group owns its memory, so that threads share nothing but what they read and disjoint columns of the results.
     held = count + most  # the state before the window, then those of the window: the states before, one step early
     file = np.zeros(max(step_registers, whole_registers) * ROWS, np.float32)
     states, correction = np.zeros(size * held, np.float32), np.zeros(size * most, np.float32)
@@ -206,7 +207,7 @@ def _residuals(states, following, sums, errors, scales, sizes):
             _store(following, d * most + i, r, n)
             store(largest, lane, max_abs(load(largest, lane), r))
             store(scale, lane, max_abs(load(scale, lane), s))
-            bad = fma(r, splat(np.float32(0)), bad)
+            bad = fma(r, splat(np.float32(0)), bad)  # 0 · r is NaN where r is not finite, and a sum keeps it
             lane = lane + LANES if lane + LANES < lanes else 0
         _fold(largest, errors, d)
         _fold(scale, scales, d)
