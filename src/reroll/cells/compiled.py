@@ -34,11 +34,9 @@ def compile_step(
     """Return a step as a program, alone and with its Jacobian; or None if it cannot be written as one.
 
     Args:
-        cell: the recurrence.
-        layout: of its state.
+        cell, layout: the recurrence.
         inputs: projected inputs of all steps, [rows, U], feature-major, float32 on a CPU.
-        structure: "diagonal", "block" or "dense" for the Jacobian behind the next states; None for those alone.
-        blocks: K, for "block".
+        structure, blocks: of the Jacobian, as in `jacobian.linearise`; None for none.
 
     Returns:
         Two programs whose first input is the state. Outputs of the first are the D next states, of the second these and
@@ -68,12 +66,7 @@ def compile_step(
 def compile_adjoint(cell: Cell, layout: Layout, inputs: Tensor, states: Tensor, cotangent: Tensor) -> Program | None:
     """Return g ← Aᵀ g + c as a program whose first input is g, [D, rows]; or None if it cannot be written as one.
 
-    Args:
-        cell: the recurrence; A is the Jacobian of its step.
-        layout: of its state.
-        inputs: projected inputs of all steps, [rows, U], feature-major, float32 on a CPU.
-        states: the states that A is taken at, [D, rows].
-        cotangent: c, [D, rows].
+    A is the Jacobian of the step at `states`, c the `cotangent`, both [D, rows]; `inputs` are as in `compile_step`.
     """
     if has_own_derivative(cell):
         return None

@@ -88,13 +88,7 @@ def linearise(
 ) -> tuple[Tensor, Tensor]:
     """Return the next states and their Jacobian in a structure; see the module.
 
-    Args:
-        cell: the recurrence.
-        layout: of its state.
-        u: projected inputs, [rows, U]; `Tracked.inputs` of them where they come again.
-        state: [rows, D].
-        structure: what of the Jacobian is wanted.
-        blocks: K, for "block"; must divide D.
+    `u` are projected inputs, [rows, U], or `Tracked.inputs` of them where they come again; `blocks` is K, for "block".
 
     Raises:
         UsageError: if K does not divide D.
@@ -184,11 +178,9 @@ def _row(following: Tensor, leaf: Tensor, index: int, retain: bool) -> Tensor:
 
 @torch.no_grad()
 def hutchinson(cell: Cell, layout: Layout, u: Tensor, state: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the next states and an unbiased estimate of the Jacobian's diagonal, v ∘ Aᵀv averaged over v = ±1.
+    """Return the next states and an unbiased estimate of the Jacobian's diagonal: v ∘ Aᵀv, averaged over `signs`.
 
-    Args:
-        cell, layout, u, state: as for `linearise`.
-        signs: v, [m, rows, D].
+    v is ±1, [m, rows, D]; the rest is as for `linearise`.
     """
     with torch.enable_grad():
         leaf = state.detach().requires_grad_()

@@ -59,14 +59,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(problem: Problem, fewest: int, structure: str | None, blocks: int = 1) -> Prepared | None:
-    """Write a step as programs over rows, or return None.
-
-    Args:
-        problem: the recurrence.
-        fewest: sequences that are worth another thread.
-        structure: of the Jacobian; see `reroll.cells.compiled.compile_step`.
-        blocks: K, of a Jacobian in blocks.
-    """
+    """Write a step as programs over rows (`compile_step`), or return None; `fewest` sequences pay for a thread."""
     batch, time, _ = problem.u.shape
     u = problem.u.detach()
     floats = batch * time * problem.layout.size
@@ -194,10 +187,7 @@ class Method(NamedTuple):
 def newton(problem: Problem, method: Method, guess: Tensor | None) -> tuple[Tensor, Found] | None:
     """Return the states of the first steps [B, steps, D], all of them if nothing went wrong; and how they were found.
 
-    Args:
-        problem: the recurrence.
-        method: how it is solved.
-        guess: states to begin with, [B, T, D]; None: f of the state before the window.
+    `guess` are states to begin with, [B, T, D]; None: f of the state before the window.
     """
     size, time = problem.layout.size, problem.u.shape[1]
     if method.kind == "identity" and problem.reset is not None:

@@ -45,13 +45,7 @@ def kalman(
 
 
 def states_of(operator: Operator, elements: Element, state: State) -> State:
-    """Return the state after every step by the method that suits the sizes and the device.
-
-    Args:
-        operator: what the elements are.
-        elements: one step at each index of axis 1; at least one.
-        state: the state before the first step, without that axis.
-    """
+    """Return the state after every step (axis 1 of the elements) by the method that suits the sizes and the device."""
     wide = state[0].numel() >= CHUNKED_FROM
     on_cpu = elements[0].device.type == "cpu"
     # A GPU waits for the start of every operation, of which the odd-even scan has fewest.

@@ -26,12 +26,7 @@ from reroll.kernels.threads import split
 
 
 class Rows(NamedTuple):
-    """Sequences in groups, each of which a thread goes through by itself.
-
-    Args:
-        counts: B of every group.
-        time: T.
-    """
+    """Sequences in groups, B of each in `counts`, that a thread goes through by itself; all have T steps."""
 
     counts: tuple[int, ...]
     time: int
@@ -64,14 +59,10 @@ class Found(NamedTuple):
 
 
 def loop(program: Program, rows: Rows, start: Tensor, fresh: Tensor, reset: np.ndarray, out: Tensor) -> None:
-    """Run a recurrence step by step.
+    """Run a recurrence step by step into `out`, [D, rows].
 
-    Args:
-        program: the step; its first input is the state.
-        rows: how sequences lie.
-        start, fresh: the state before the first step and after a reset, [D, B].
-        reset: where sequences start afresh, [rows]; or empty.
-        out: the states, [D, rows].
+    `start` and `fresh` are the states before the first step and after a reset, [D, B]; `reset` says where sequences
+    start afresh, [rows], or is empty. The first input of the program is the state.
     """
     from reroll.kernels.recurrence import cpu
 
@@ -102,20 +93,15 @@ def newton(
     every: int,
     out: Tensor,
 ) -> Found:
-    """Solve a recurrence window by window, as far as it goes.
+    """Solve a recurrence window by window into `out`, as far as it goes.
 
     Args:
         programs: the step, and the step with its Jacobian behind the next states.
-        kind: the structure of the Jacobian.
-        order: K, features that act on one another: 1 for a diagonal, D for a whole Jacobian.
-        rows: how sequences lie.
+        kind, order: the structure of the Jacobian; K, features that act on one another: 1 for a diagonal, D for all.
         given: (start, fresh, reset) as in `loop`.
         guess: states to begin with, [D, rows]; None: f of the state before the window.
-        window: steps in a window.
-        tolerance: (absolute, relative).
-        limit: most iterations in a window.
-        every: iterations for which a Jacobian is used.
-        out: the states, [D, rows].
+        window, tolerance, limit, every: steps, (absolute, relative), most iterations, and iterations for which a
+            Jacobian is used.
     """
     from reroll.kernels.recurrence import cpu
 
