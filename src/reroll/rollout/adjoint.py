@@ -40,15 +40,9 @@ NARROW = 1 << 12
 
 
 def attach(problem: Problem, states: Tensor, method: Method) -> Tensor:
-    """Return the states [B, T, D] with the graph of one batched step and the adjoint in front of it.
-
-    Args:
-        problem: attached to whatever needs a gradient.
-        states: its solution.
-        method: how the adjoint is found.
-    """
-    known = states.detach()
-    before = problem.before(known)
+    """Return the solution [B, T, D] with the graph of one batched step and the adjoint in front of it."""
+    solution = states.detach()
+    before = problem.before(solution)
     u = problem.u
     with torch.autocast(u.device.type, enabled=False):
         following = jacobian.step(problem.cell, problem.layout, u.flatten(0, 1), before.flatten(0, 1))
@@ -57,10 +51,10 @@ def attach(problem: Problem, states: Tensor, method: Method) -> Tensor:
 
     def solve(cotangent: Tensor) -> Tensor:
         with torch.autocast(u.device.type, enabled=False):
-            return adjoint(problem, known, cotangent, method)
+            return adjoint(problem, solution, cotangent, method)
 
     used = (u, problem.start, *problem.cell.parameters(), *problem.cell.buffers())
-    return _Attach.apply(following.view_as(states), known, solve, *used)
+    return _Attach.apply(following.view_as(states), solution, solve, *used)
 
 
 class _Attach(torch.autograd.Function):

@@ -185,14 +185,14 @@ def explaining_dtypes(cell: Cell, inputs: Tensor, state: State | None = None) ->
 
 def require_one_dtype(cell: Cell, inputs: Tensor, state: State | None) -> None:
     """Raise if inputs or state have another dtype than the weights."""
-    known = weights_dtype(cell, inputs)
+    expected = weights_dtype(cell, inputs)
     parts = () if state is None else (state,) if isinstance(state, Tensor) else tuple(state)
     for name, tensor in (("inputs", inputs), *(("state", part) for part in parts)):
-        if tensor.dtype != known:
-            change = f", or cell.to({tensor.dtype})" if tensor.is_floating_point() and known != inputs.dtype else ""
+        if tensor.dtype != expected:
+            change = f", or cell.to({tensor.dtype})" if tensor.is_floating_point() and expected != inputs.dtype else ""
             raise UsageError(
                 f"{name} has dtype {dtype_name(tensor)} and the weights of {type(cell).__name__} have "
-                f"{dtype_name(known)}; convert one: {name}.to({known}){change}."
+                f"{dtype_name(expected)}; convert one: {name}.to({expected}){change}."
             )
 
 

@@ -38,13 +38,7 @@ class Damping(Protocol):
         ...
 
     def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
-        """Return δ, [D, T, B].
-
-        Args:
-            transition: A, zero where a sequence starts.
-            residual: r, [D, T, B].
-            trust: what multiplies σ², [B]; None is 1.
-        """
+        """Return δ, [D, T, B], for A, zero where a sequence starts, and r [D, T, B]; `trust` [B] multiplies σ²."""
         ...
 
 

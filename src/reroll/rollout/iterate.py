@@ -44,41 +44,27 @@ class Iterate(NamedTuple):
         before: Transition | None = None,
         fresh: bool = True,
     ) -> Iterate:
-        """Evaluate the recurrence at a trajectory.
-
-        Args:
-            field: the recurrence.
-            states: the trajectory.
-            linearise: what is kept of the Jacobian.
-            before: the linearisation of the iterate before.
-            fresh: whether a new one is due.
-        """
+        """Evaluate the recurrence at a trajectory; `fresh`: do not keep the linearisation of the iterate before."""
         size, time, batch = field.shape
         ahead = field.before(states)
         fresh = fresh or before is None or before.tensor is None
         if field.programs is not None:
-            following, kept = field.run(ahead, fresh)
+            following, a = field.run(ahead, fresh)
         else:
-            following, kept = linearise(field.cell, field.layout, field.inputs, rows(ahead), time, fresh)
+            following, a = linearise(field.cell, field.layout, field.inputs, rows(ahead), time, fresh)
             following = following.T.reshape(size, time, batch)
             # [rows, …] → […, T, B]
-            kept = None if kept is None else kept.movedim(0, -1).contiguous().unflatten(-1, (time, batch))
-        residual = following - states
-        if kept is None and linearise.kind == "identity":
-            kept = torch.ones_like(states)
-        if kept is None:
+            a = None if a is None else a.movedim(0, -1).contiguous().unflatten(-1, (time, batch))
+        if a is None and linearise.kind == "identity":
+            a = torch.ones_like(states)
+        if a is None:
             a = None if before is None else before.tensor
-        else:
-            a = kept  # zero where a sequence starts
+        else:  # zero where a sequence starts
             a[..., 0, :] = 0
             if field.reset is not None:
                 a.masked_fill_(field.reset, 0.0)
-        transition = Transition(linearise.kind, a)
-        return cls(field, states, residual, transition, largest(residual))
-
-    def scale(self) -> Tensor:
-        """Return the largest state of each feature and sequence, [D, B]."""
-        return largest(self.states)
+        residual = following - states
+        return cls(field, states, residual, Transition(linearise.kind, a), largest(residual))
 
     def merit(self) -> Tensor:
         """Return Σ r², [B]."""
@@ -96,26 +82,22 @@ class Iterate(NamedTuple):
         return exact.all(0).long().cumprod(0).sum(0)
 
     def advance(self, damping: Damping, trust: Tensor | None, guess: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the next trajectory; and per sequence how many numbers had to be replaced, [B].
+        """Return the next trajectory, and how many numbers of each sequence had to be replaced by the guess, [B].
 
-        Args:
-            damping: how corrections are computed.
-            trust: factor on its variance, [B].
-            guess: what takes the place of numbers that are not finite.
-            frozen: sequences that stay, [B].
+        Sequences that are `frozen` [B] stay; `trust` [B] multiplies the damping's variance.
         """
         correction = damping.correct(self.transition, self.residual, trust)
         states, resets = correction.add_(self.states), torch.zeros_like(frozen, dtype=torch.int64)
         # One number that is not finite makes the sum so; so may many large ones, which are clipped.
         if not bool(torch.isfinite(states.sum())):
-            states, resets = self._rescued(damping, trust, guess)
+            states, resets = self._restarted(damping, trust, guess)
         limit = min(CLIP, torch.finfo(states.dtype).max)
         states.clamp_(-limit, limit)
         if bool(frozen.any()):
             states = torch.where(frozen, self.states, states)
         return states, resets
 
-    def _rescued(self, damping: Damping, trust: Tensor | None, guess: Tensor) -> tuple[Tensor, Tensor]:
+    def _restarted(self, damping: Damping, trust: Tensor | None, guess: Tensor) -> tuple[Tensor, Tensor]:
         """The same with what cannot be computed cut out: such steps begin again at the guess, exact ones stay."""
         guess = guess.nan_to_num(0.0, 0.0, 0.0)
         kind, a = self.transition
@@ -126,8 +108,8 @@ class Iterate(NamedTuple):
         cut = Transition(kind, a)
         states = self.states + damping.correct(cut, residual, trust)
         bad = ~torch.isfinite(states) | broken
-        known = torch.arange(states.shape[1], device=states.device).unsqueeze(1) < self.exact_steps()
-        states = torch.where(bad, torch.where(known, self.states, guess), states)
+        is_exact = torch.arange(states.shape[1], device=states.device).unsqueeze(1) < self.exact_steps()
+        states = torch.where(bad, torch.where(is_exact, self.states, guess), states)
         return states, bad.sum((0, 1))
 
     def merged(self, other: Iterate, which: Tensor) -> Iterate:

@@ -291,7 +291,7 @@ class Newton:
 
     def _near(self, before: Iterate, found: Iterate, damping: Damping, atol: float, rtol: float) -> Tensor:
         """Return which sequences have converged, [B]: by their residual and, if undamped, by their last correction."""
-        scale = found.scale()
+        scale = largest(found.states)
         bound = atol + rtol * scale
         near = ((found.error <= bound) & torch.isfinite(scale)).all(0)
         if not damping.damped and bool(near.any()):

@@ -19,16 +19,8 @@ from reroll.cells.layout import Layout
 from reroll.cells.tracked import Tracked
 from reroll.errors import UsageError
 from reroll.kernels.program import Program
-from reroll.rollout.base import (
-    check,
-    check_reset,
-    explaining_dtypes,
-    has_tangent,
-    is_transformed,
-    require_one_dtype,
-    start,
-    weights_dtype,
-)  # fmt: skip
+from reroll.rollout import base
+from reroll.rollout.base import check, check_reset, explaining_dtypes, require_one_dtype, start, weights_dtype
 from reroll.trees import map_state
 
 PIECE_FLOATS = 1 << 23
@@ -70,12 +62,7 @@ class Problem(NamedTuple):
         return self.projected
 
     def piece(self, begin: int = 0, end: int | None = None, start: Tensor | None = None) -> Problem:
-        """Return some of the steps, with their inputs projected.
-
-        Args:
-            begin, end: which; None is the last one.
-            start: the state before them, [B, D]; None is that before all.
-        """
+        """Return some of the steps, with their inputs projected; `start`: the state before them, if not the first."""
         inputs = self.inputs[:, begin:end]
         if self.projected is not None:
             u = self.projected[:, begin:end]
@@ -86,11 +73,7 @@ class Problem(NamedTuple):
         return self._replace(inputs=inputs, start=self.start if start is None else start, reset=reset, projected=u)
 
     def pieces(self, multiple: int = 1) -> list[tuple[int, int]]:
-        """Return where pieces of bounded memory begin and end.
-
-        Args:
-            multiple: of what number their steps must be.
-        """
+        """Return where pieces of bounded memory begin and end; all but the last have a multiple of so many steps."""
         batch, time, size = self.shape
         per_step = batch * (self.inputs.shape[-1] + 4 * size)
         count = max(1, -(-time * per_step // PIECE_FLOATS))
@@ -221,18 +204,14 @@ def _in_one_dtype(cell: Cell, inputs: Tensor, state: State | None) -> tuple[Tens
 
 
 def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Problem:
-    """Return the recurrence on vectors.
-
-    Raises:
-        UsageError: if shapes do not fit, or the state is not floating point.
-    """
+    """Return the recurrence on vectors, or raise `UsageError` where it is none that a solver can take."""
     check(cell, inputs)
-    if has_tangent(inputs):
+    if base.has_tangent(inputs):
         raise UsageError(
             "inputs carries a forward-mode derivative, which only a loop over the steps hands on; use "
             "rollout=Sequential()."
         )
-    if is_transformed(inputs) or any(map(is_transformed, cell.parameters())):
+    if base.is_transformed(inputs) or any(map(base.is_transformed, cell.parameters())):
         raise UsageError(
             f"inputs, or a weight of {type(cell).__name__}, is inside torch.func.grad or vmap, which only go through a "
             "loop over the steps; use rollout=Sequential()."
