@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from reroll import CentralDifference, Key
+from reroll.data.synthetic import Copy
 from reroll.kernels.threads import pool, torch_threads
+from reroll.train.loop import train
+from reroll.train.records import read_config
+from tests.runs import small
 
 
 def test_threads_are_put_back():
@@ -39,3 +43,21 @@ def test_a_forked_child_has_pools_that_work():
         except BaseException:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_small_models_backpropagate_on_the_threads_that_the_config_records(tmp_path, monkeypatch):
+    """One, whatever torch has, unless another number was asked for: in the first process as in one that resumes."""
+    seen = []
+
+    def threads_of(config, resume=False):
+        seen.clear()
+        with torch_threads(3):
+            train(config, tmp_path / str(config.run.threads), resume=resume)
+        return seen, read_config(tmp_path / str(config.run.threads)).run.threads
+
+    original = Copy.loss
+    monkeypatch.setattr(Copy, "loss", lambda *args: seen.append(torch.get_num_threads()) or original(*args))
+    for asked, expected in ((None, 1), (2, 2)):
+        config = small(gradient="backprop", run={"threads": asked, "steps": 2})
+        assert threads_of(config) == ([expected] * 2, expected)
+        assert threads_of(config.replace(run={"steps": 4}), resume=True) == ([expected] * 2, expected)

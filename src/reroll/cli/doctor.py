@@ -52,8 +52,7 @@ def examine() -> list[Finding]:
     from reroll.data.cache import cache_folder
 
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    available, used, free = cores(), torch.get_num_threads(), shutil.disk_usage(".").free
-    threads = "unset OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else "export OMP_NUM_THREADS=CORES"
+    free = shutil.disk_usage(".").free
     cache, wished = str(cache_folder()), os.environ.get("REROLL_CACHE")
     cached = wished is None or cache == os.path.expanduser(wished)
     extras = []
@@ -66,7 +65,7 @@ def examine() -> list[Finding]:
         Finding("torch", version >= (2, 9), torch.__version__, "pip install 'torch>=2.9'"),
         _card(),
         _kernels(),
-        Finding("threads", used >= available, f"{used} of torch on {available} cores", threads),
+        _threads(),
         Finding("text cache", cached, cache, "REROLL_CACHE cannot be written; texts are encoded for every run."),
         Finding("disk", free > 2**30, f"{free / 2**30:.1f} GiB free here", "Less than 1 GiB: runs may not be saved."),
         *extras,
@@ -104,3 +103,15 @@ def _kernels() -> Finding:
         )
     same = torch.equal(fast, slow)
     return Finding("cpu kernels", same, f"numba {numba.__version__}, {'same bits as' if same else 'NOT'} the reference")
+
+
+def _threads() -> Finding:
+    import torch
+
+    available, used = cores(), torch.get_num_threads()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > available / 2:
+        busy = f"{used} of torch on {available} cores, which others use too (load {load:.1f})"
+        return Finding("threads", used == 1, busy, "--threads 1: torch's threads spin while they wait for one another")
+    remedy = "unset OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else "export OMP_NUM_THREADS=CORES"
+    return Finding("threads", used >= available, f"{used} of torch on {available} cores", remedy)

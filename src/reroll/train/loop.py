@@ -85,14 +85,15 @@ def train(
 
     for line in filter(None, (note, session.task.describe())):
         say(line)
-    # Backpropagation runs with the run's number of threads, which its results depend on.
-    threads = None if session.config.gradient.seeded else session.config.run.threads
-    with torch_threads(threads), signals() as stop, watching():
+    with signals() as stop, watching():
         try:
             session.folder.write_status("running", step=session.progress.step, steps=session.config.run.steps)
-            if session.progress.step == 0:
+            if not session.progress.step:
+                say(session.plan())
+            # Backpropagation runs with the run's number of threads, which its results depend on.
+            with torch_threads(None if session.config.gradient.seeded else session.config.run.threads):
                 _prepare(session, say, stop)
-            return _run(session, report, stop, say)
+                return _run(session, report, stop, say)
         except Exception as error:
             if isinstance(error, UsageError) and session.progress.step == 0:
                 session.folder.discard()  # nothing was started, so nothing is left
@@ -122,8 +123,9 @@ def _finished(config: Config, path: Path, report: Reporter) -> dict[str, Any] | 
 
 
 def _prepare(session: Session, say: Callable[[str], None], stop: list[str]) -> None:
-    """What happens once, before the first step: decide the units, find a learning rate, begin the record."""
-    say(session.plan())
+    """Before the first step, find a learning rate where none is set, and begin the record."""
+    if session.progress.step:
+        return
     if session.config.optim.lr == "auto":
         lr = session.mesh.share(search_lr(session, say, stop))
         if lr is None:

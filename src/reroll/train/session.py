@@ -15,6 +15,7 @@ from reroll.errors import RunError, require_positive
 from reroll.grad import Backprop
 from reroll.grad.base import Estimator, LossFn, trainable
 from reroll.grad.central_difference import CentralDifference
+from reroll.grad.evaluate.plan import SMALL
 from reroll.grad.units import BranchStates
 from reroll.keys import Key
 from reroll.models import Interface
@@ -199,7 +200,8 @@ class Session:
             note = f"Probes are evaluated {plan.evaluate}, {plan.chunk} at a time ({plan.reason})."
             threads = plan.threads
         else:
-            threads = config.run.threads or torch.get_num_threads()
+            small = sum(p.numel() for p in trainable(self.model).values()) <= SMALL and not config.model.iterates
+            threads = config.run.threads or (1 if small else torch.get_num_threads())
             note = f"Gradient by backpropagation, on {threads} thread{'' if threads == 1 else 's'}."
         self.planned(self.mesh.share(config.replace(run={"threads": threads})))
         return note

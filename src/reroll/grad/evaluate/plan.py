@@ -21,7 +21,10 @@ from reroll.grad.units import first_tensor
 from reroll.models import Stateful
 
 SMALL = 1 << 18
-"""Weights up to which a model is evaluated batched: a perturbed copy (1 MB) and the next stay in the second cache."""
+"""Weights up to which a model is evaluated batched: a perturbed copy (1 MB) and the next stay in the second cache.
+
+Up to here torch also runs on one thread: a second gains 15 %, and costs a factor of 8 and more where another process
+wants the core, because threads that have finished an operation wait for the others by spinning (docs/log.md)."""
 BATCHED_FLOATS = 1 << 20
 """Numbers in the perturbed copies of a batched unit, unless that is less than four probes: 4 MB of fp32."""
 BATCHED_ACTIVATIONS = 1 << 24
@@ -88,7 +91,7 @@ def make_plan(model: nn.Module | None, parameters: Mapping[str, Tensor], batch: 
     alone = evaluate == "in_place" or isolate or not on_cpu
     cores = torch.get_num_threads() if on_cpu else 1
     if threads is None:
-        threads = cores if alone or weights > ONE_THREAD else 1
+        threads = 1 if weights <= (SMALL if alone else ONE_THREAD) else cores
     workers = 1 if alone else options.workers or max(1, cores // threads)
     if chunk is None and evaluate == "batched":
         chunk = _chunk(weights, -(-options.probes // workers), sides, _activations(model, batch))
