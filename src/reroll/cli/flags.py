@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import os
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,17 +67,6 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     return value if isinstance(value, bool) or str in kinds else convert(parse_value(value), kind, f"--{name}")
 
 
-def refuse_unusable(arguments: Sequence[str]) -> None:
-    """Raise `UsageError` for an argument that no file can be named: it holds a NUL, or half a character."""
-    for argument in arguments:
-        try:
-            if b"\0" not in os.fsencode(argument):
-                continue
-        except UnicodeEncodeError:
-            pass
-        raise UsageError(f"the argument {argument!r} holds a character that no file's name can have; leave it out.")
-
-
 def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
     """What is said of words that are no options; what follows an unknown flag is its value."""
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -129,7 +117,6 @@ class Parser(argparse.ArgumentParser):
             UsageError: one line, for anything wrong.
             SystemExit: with 0, after `--help`.
         """
-        refuse_unusable(arguments)
         values, unknown = self.parse_known_args(list(arguments))
         if unknown:
             raise UsageError(f"{self.prog}: {_unknown(unknown, self.flags)}")
