@@ -163,3 +163,16 @@ def test_a_rate_of_zero_is_refused():
 def test_it_is_public():
     assert reroll.Session is Session
     assert reroll.train.train is train
+
+
+def test_what_is_no_object_of_its_kind_is_one_line():
+    task, net = small().task.build(0), nn.Linear(2, 2)
+    right = {
+        "task": task,
+        "model": net,
+        "estimator": Backprop(),
+        "optimizer": torch.optim.SGD(net.parameters(), lr=0.1),
+    }
+    for name, value in (("task", "copy"), ("model", None), ("estimator", "probes"), ("optimizer", None)):
+        with pytest.raises(UsageError, match=f"{name}={value!r} must be a "):
+            Session.of(**right | {name: value}, steps=1)

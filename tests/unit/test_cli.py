@@ -441,7 +441,9 @@ def test_runs_never_wraps_a_name(cli, run, tmp_path, monkeypatch):
 
 
 def test_the_line_of_a_step_shows_the_rollouts(cli):
-    trained = cli("train", "parallel", "--length", 20, "--hidden", 4, "--batch", 2, "--steps", 1, "--run-dir", "run")
+    Path("text.txt").write_text("A few words that come again. " * 40)
+    small = ("--path", "text.txt", "--length", 20, "--hidden", 4, "--batch", 2, "--steps", 1, "--run-dir", "run")
+    trained = cli("train", "parallel", *small)
     assert re.search(r"^step 1/1 .*  \d+ iterations  ", trained.out, re.MULTILINE)
     assert "fell back" not in trained.out
     least = ("--set", "model.rollout.iterations=1")
@@ -456,7 +458,9 @@ def test_the_line_of_a_step_shows_the_rollouts(cli):
 
 def test_a_tolerance_too_loose_for_the_probes_is_said_once(cli):
     loose = ("--set", "model.rollout.rtol=0.9", "--set", "gradient.epsilon=0.001", "--lr", "0.001")
-    trained = cli("train", "parallel_probes", "--length", 40, "--batch", 2, "--probes", 4, "--steps", 3, *loose)
+    Path("text.txt").write_text("A few words that come again. " * 40)
+    small = ("--path", "text.txt", "--length", 40, "--batch", 2, "--probes", 4, "--steps", 3)
+    trained = cli("train", "parallel_probes", *small, *loose)
     assert trained.code == 0
     assert trained.out.count("What the rollout's solver leaves over") == 1
 
@@ -532,3 +536,17 @@ def test_export_writes_over_its_own_config_and_no_other(cli, run, tmp_path):
             assert f"{name}.toml" in cli(*command, f"{name}.safetensors").error
         assert (tmp_path / f"{name}.toml").read_text() == mine
     assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_what_differs_between_runs_is_shown(cli, run):
+    assert cli(*TRAIN, "--lr", "0.01", "--cell", "gru", "--run-dir", "other").code == 0
+    rows = {row["name"]: row["differs"] for row in json.loads(cli("runs", ".", "--json").out)}
+    assert (rows["other"]["cell"], rows["other"]["lr"]) == ("gru", 0.01)
+    assert rows["run"].keys() >= {"cell", "lr"}
+    assert not {"batch", "recipe", "seed"} & rows["run"].keys()
+    assert "cell=gru" in cli("runs", ".").out
+
+
+def test_names_that_only_the_estimator_knows_are_refused_by_show(cli):
+    assert "noise='pink'" in cli("show", "copy", "--noise", "pink").error.replace('"', "'")
+    assert 'difference="sideways"' in cli("show", "copy", "--set", "gradient.difference=sideways").error

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from reroll.errors import visible
+from reroll.specs.task import Generated
 from reroll.train.config import Config
 from reroll.train.loop import Reporter
 
@@ -28,7 +29,7 @@ class Console(Reporter):
         self.live = self.terminal.is_terminal
         self.losses = Series()
         self.valid: dict[str, Any] = {}
-        self.spoke = 0.0
+        self.last_line = 0.0
         self.first: tuple[float, float, int] | None = None
         self.bar: Progress | None = None
         self.job: Any = None
@@ -53,8 +54,8 @@ class Console(Reporter):
         self.valid = {name: value for name, value in row.items() if name.startswith("valid_")} or self.valid
         if self.live:
             self._advance(row, config)
-        elif time.monotonic() - self.spoke >= EVERY or row["step"] + 1 == config.run.steps:
-            self.spoke = time.monotonic()
+        elif time.monotonic() - self.last_line >= EVERY or row["step"] + 1 == config.run.steps:
+            self.last_line = time.monotonic()
             self.note(f"step {row['step'] + 1}/{config.run.steps}  {self._words(row)}")
 
     def farewell(self, summary: dict[str, Any], path: Path) -> str:
@@ -99,17 +100,18 @@ class Console(Reporter):
         return share, f"{hours}:{seconds // 60:02d}:{seconds % 60:02d} left"
 
     def _words(self, row: dict[str, Any]) -> str:
-        loss = row.get("loss_fast", row["loss"])
-        if self.config.task.kind == "text":
-            parts = [f"loss {loss / math.log(2):.3f} bits (average)"]
+        loss, valid, task = row.get("loss_fast", row["loss"]), self.valid, self.config.task
+        if task.kind == "text":
+            loss, unit = loss / math.log(2), " bits"
         else:
-            parts = [f"loss {loss:.3f} (average)"]
-        if "valid_bits" in self.valid and self.config.task.kind == "text":
-            parts.append(f"held-out {self.valid['valid_bits']:.3f} bits")
-        elif "valid_accuracy" in self.valid:
-            parts.append(f"held-out accuracy {self.valid['valid_accuracy']:.3f}")
-        elif "valid_loss" in self.valid:
-            parts.append(f"held-out loss {self.valid['valid_loss']:.3f}")
+            unit = " nats" if isinstance(task, Generated) or "valid_bits" in valid else ""
+        parts = [f"loss {loss:.3f}{unit} (average)"]
+        if "valid_bits" in valid and task.kind == "text":
+            parts.append(f"held-out {valid['valid_bits']:.3f} bits")
+        elif "valid_accuracy" in valid:
+            parts.append(f"held-out accuracy {valid['valid_accuracy']:.3f}")
+        elif "valid_loss" in valid:
+            parts.append(f"held-out loss {valid['valid_loss']:.3f}")
         if row.get("rollout_iterations"):
             parts.append(f"{row['rollout_iterations']} iterations")
             if row.get("rollout_fell_back"):

@@ -76,15 +76,22 @@ def _eval(request: Eval) -> int:
     if split not in task.splits:
         raise UsageError(f'split="{split}" is not there; this task has {", ".join(task.splits)}.')
     with watching() as rollouts:
-        found = evaluate(loaded.model, task, split)
+        scores = evaluate(loaded.model, task, split, progress=_progress)
     part = split if "train" in getattr(task, "tokens", {}) else "all of it"  # files named after splits keep them
     what = split if request.path is None else f"{request.path} ({part})"
-    print(f"{what}, after {loaded.step} steps: " + "  ".join(f"{name} {value:.6g}" for name, value in found.items()))
+    print(f"{what}, after {loaded.step} steps: " + "  ".join(f"{name} {value:.6g}" for name, value in scores.items()))
     for note in _notes(loaded, task, split, request):
         print(note)
     if rollouts.fell_back:
         print(f"{rollouts.fell_back} evaluations of a sequence: {Outcome.fell_back.value}")
     return 0
+
+
+def _progress(done: int, batches: int) -> None:
+    """On a terminal, a line that is written over, and erased at the end."""
+    if sys.stderr.isatty():
+        line = f"\r{done}/{batches} batches" if done < batches else "\r\033[K"
+        print(line, end="", file=sys.stderr, flush=True)
 
 
 def _task(loaded: Any, request: Eval) -> Any:
@@ -104,16 +111,16 @@ def _task(loaded: Any, request: Eval) -> Any:
     spec = replace(spec, path=request.path)
     with as_flags({"path"}):
         task = spec.build(loaded.config.run.seed, loaded.tokenizer, units=loaded.units, whole=True)
-    found, wanted = Interface.of(task), Interface.of(loaded.model)
-    if found.inputs != wanted.inputs:
+    data, wanted = Interface.of(task), Interface.of(loaded.model)
+    if data.inputs != wanted.inputs:
         raise UsageError(
-            f"--path {request.path} has {found.inputs} columns of numbers, but {request.model} reads {wanted.inputs}; "
+            f"--path {request.path} has {data.inputs} columns of numbers, but {request.model} reads {wanted.inputs}; "
             f"give a file with {wanted.inputs}."
         )
-    fewer = task.categorical and found.outputs <= wanted.outputs  # not every class need be in the file
-    if found.readout != wanted.readout or not (fewer or found.outputs == wanted.outputs):
+    fewer = task.categorical and data.outputs <= wanted.outputs  # not every class need be in the file
+    if data.readout != wanted.readout or not (fewer or data.outputs == wanted.outputs):
         raise UsageError(
-            f"--path {request.path} asks for {found.outputs} outputs ({_place(found)}), but {request.model} gives "
+            f"--path {request.path} asks for {data.outputs} outputs ({_place(data)}), but {request.model} gives "
             f"{wanted.outputs} ({_place(wanted)}); give a file whose targets are those of the training."
         )
     return task
@@ -124,8 +131,10 @@ def _place(sizes: Any) -> str:
 
 
 def _notes(loaded: Any, task: Any, split: str, request: Eval) -> list[str]:
-    """What of the data the model cannot know."""
-    notes = []
+    """How much was scored, and what of the data the model cannot know."""
+    notes, seen = [], getattr(loaded.config.task, "eval_batches", 0)
+    if request.path is None and 0 < seen < task.batches(split):
+        notes.append(f"All {task.batches(split)} batches are scored; scores while training are of the first {seen}.")
     if loaded.tokenizer is not None and loaded.tokenizer.has_unknown:
         tokens = task.tokens[split]
         count = int((tokens == 0).sum())

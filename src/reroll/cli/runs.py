@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reroll.cli.flags import parse, positional
+from reroll.cli.flags import flag_fields, parse, positional
 from reroll.errors import RunError, UsageError, visible
-from reroll.specs.base import option
-from reroll.train.records import ROOT, Tally, find, find_run, holder, read_json
+from reroll.specs.base import leaves, option
+from reroll.train.records import ROOT, Tally, find, find_run, holder, read_config, read_json
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if not request.folder.is_dir():
         raise UsageError(f"folder {request.folder} does not exist; give the folder your runs are in.")
     if request.json:
-        print(json.dumps(find(request.folder), indent=2))
+        print(json.dumps(tell_apart(find(request.folder)), indent=2))
         return 0
     if request.follow:
         return _follow(request.folder)
-    rows, width = find(request.folder), _console().width
+    rows, width = tell_apart(find(request.folder)), _console().width
     # A name that is wider than the line is printed all the same: it is there to be copied.
     _console(fitting(rows, width)[1]).print(table(rows, width))
     return 0
@@ -58,6 +58,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "time": lambda row: _time(row["seconds"]),
     "memory": lambda row: _memory(row["peak_bytes"]),
     "to go": lambda row: _time(row["seconds_left"]),
+    "differs": lambda row: visible(" ".join(f"{name}={value}" for name, value in row["differs"].items())),
 }
 """Columns of the table, and what is in them."""
 DISPENSABLE = ("memory", "best", "time", "to go", "held-out", "loss")
@@ -65,11 +66,31 @@ DISPENSABLE = ("memory", "best", "time", "to go", "held-out", "loss")
 COLOURS = {"running": "green", "done": "default", "dead": "red", "diverged": "red", "failed": "red"}
 
 
+def tell_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to every run the values of the flags, as in `reroll train`, that are not the same in all of them."""
+    configs = []
+    for row in rows:
+        values = {}
+        with contextlib.suppress(UsageError):  # a config that cannot be read tells nothing
+            values = leaves(read_config(Path(row["path"])))
+        configs.append(values)
+    flags = {"recipe": "recipe"} | {flag: dotted for flag, (dotted, *_) in flag_fields().items() if flag != "threads"}
+    flags = {flag: flags[flag] for flag in ("cell", "gradient", "optimizer", "lr", *flags)}
+    for row, values in zip(rows, configs):
+        differing = {f: d for f, d in flags.items() if d in values and any(c.get(d) != values[d] for c in configs)}
+        row["differs"] = {flag: values[dotted] for flag, dotted in differing.items()}
+    return rows
+
+
 def fitting(rows: list[dict[str, Any]], width: int) -> tuple[list[str], int]:
     """Return the columns that fit into a line of some width, and how wide they are; what tells runs apart stays."""
     from rich.cells import cell_len
 
     wide = {name: max(map(cell_len, [name, *map(content, rows)])) for name, content in COLUMNS.items()}
+    if any(row["differs"] for row in rows):
+        wide["differs"] = min(wide["differs"], width // 3)
+    else:
+        del wide["differs"]
     for name in DISPENSABLE:
         if sum(wide.values()) + len(wide) - 1 > width:
             del wide[name]
@@ -84,7 +105,9 @@ def table(rows: list[dict[str, Any]], width: int) -> Any:
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     names = fitting(rows, width)[0] if rows else list(COLUMNS)
     for name in names:
-        shown.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=bool(rows))
+        left = "left" if name in ("run", "state", "differs") else "right"
+        most = width // 3 if name == "differs" else None
+        shown.add_column(name, justify=left, no_wrap=bool(rows), max_width=most, overflow="ellipsis")
     for row in rows:
         # As Text: in a plain string, brackets in the name of a folder would be markup.
         colours = {"state": COLOURS.get(row["state"], "yellow")}
@@ -110,7 +133,7 @@ def _follow(folder: Path) -> int:
         console = _console()
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(table(find(folder, tallies), console.width), refresh=True)
+                live.update(table(tell_apart(find(folder, tallies)), console.width), refresh=True)
                 time.sleep(2)
     return 0
 

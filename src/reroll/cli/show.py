@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reroll.cli.flags import parse
+from reroll.cli.flags import as_flags, parse
 from reroll.cli.train import Request, read, resolved
 from reroll.errors import UsageError, visible
 from reroll.recipes import RECIPES
@@ -16,6 +16,7 @@ from reroll.specs.base import leaves
 from reroll.specs.model import LSTM
 from reroll.train import toml
 from reroll.train.config import Config
+from reroll.train.machine import cores, find_device
 from reroll.train.records import ROOT, look_for, read_config, read_json
 
 
@@ -46,6 +47,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
         "show", arguments, "Show the config of RECIPE, changed by flags and files, and where its values are from."
     )
     config = resolved(request)
+    with as_flags(request.given):  # what only the estimator itself knows: names of noises and differences
+        config.gradient.build(config.gradient.epsilon_at(1.0), config.run)
     print(toml.dumps(config, _origins(request, config)), end="")
     print("\n" + _computing(config))
     return 0
@@ -85,11 +88,10 @@ def _computing(config: Config) -> str:
     import torch
 
     from reroll.kernels.lstm_scan import _candidates
-    from reroll.train import build
 
-    device = build.find_device(config.run.device)
+    device = find_device(config.run.device)
     why = "asked for" if config.run.device != "auto" else "a CUDA card is there" if device.type == "cuda" else "no card"
-    lines = [f"# device {device} ({why}), dtype {config.run.dtype}, {build.cores()} cores, torch {torch.__version__}"]
+    lines = [f"# device {device} ({why}), dtype {config.run.dtype}, {cores()} cores, torch {torch.__version__}"]
     if config.gradient.seeded:
         from reroll.kernels.noise_axpy.noises import candidates
 

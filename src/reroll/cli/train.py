@@ -126,6 +126,8 @@ def _base(
         saved = read_config(flags.run_dir)
         if recipe is not None and not flags.config and saved.recipe != recipe().recipe:
             raise UsageError(f'--run-dir {flags.run_dir} holds a run of the recipe "{saved.recipe}", not of "{name}".')
+        for argument, value in arguments.items():
+            raise UsageError(f"--{argument} {value} chooses the recipe of a new run; leave it out with --resume.")
         return saved
     config = Config() if recipe is None and flags.config else (recipe or RECIPES["demo"])(**arguments)
     for tables, _ in layers:

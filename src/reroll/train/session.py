@@ -11,7 +11,7 @@ import torch
 
 from reroll.data.batch import START, Batch
 from reroll.data.task import Task
-from reroll.errors import RunError, require_positive
+from reroll.errors import RunError, UsageError, require_positive
 from reroll.grad import Backprop
 from reroll.grad.base import Estimator, LossFn, trainable
 from reroll.grad.central_difference import CentralDifference
@@ -156,6 +156,7 @@ class Session:
             >>> Session.of(task, model, Backprop(), sgd, steps=10).settings().lr
             0.1
         """
+        _require_objects(task, model, estimator, optimizer)
         base, first = float(optimizer.param_groups[0]["lr"]), task.batch(0)
         require_positive(lr=base)  # of the first group, which those of the others are relative to
         for group in optimizer.param_groups:
@@ -288,6 +289,17 @@ class Session:
         if self.config.gradient.per_branch_state:
             return BranchStates(None if branch is None else typed(branch) for branch in saved)
         return typed(saved)
+
+
+def _require_objects(*objects: Any) -> None:
+    wanted = (
+        ("task", "batch", "a reroll.data.task.Task"), ("model", "named_parameters", "a torch.nn.Module"),
+        ("estimator", "__call__", "a reroll.CentralDifference, a reroll.Backprop or one of your own"),
+        ("optimizer", "param_groups", "a torch.optim.Optimizer"),
+    )  # fmt: skip
+    for value, (name, attribute, kind) in zip(objects, wanted):
+        if not hasattr(value, attribute):
+            raise UsageError(f"{name}={value!r} must be {kind}.")
 
 
 def described(estimator: Any) -> tuple[GradientSpec, dict[str, Any]]:
