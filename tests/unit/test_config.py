@@ -104,6 +104,8 @@ def test_another_kind_keeps_what_it_can():
     "tables, message",
     [
         ({"optm": {}}, 'unknown key optm. Did you mean "optim"'),
+        ({"model": {"cell": "gru"}}, "model.cell is called model.kind now"),
+        ({"gradient": {"share": "split"}}, "gradient.share is called gradient.batch now"),
         ({"optim": {"lrr": 1}}, r'unknown key optim.lrr. Did you mean "lr"'),
         ({"optim": 3}, "optim=3 must be a table"),
         ({"optim": {"lr": "fast"}}, "optim.lr='fast' must be a number or \"auto\""),

@@ -31,6 +31,7 @@ class Cell(nn.Module, ABC):
     A subclass sets `input_size` and `output_size` (features of `readout`), and defines `step` and `init_state`.
 
     Example:
+        >>> import torch
         >>> class Leak(Cell):
         ...     input_size = output_size = 1
         ...     def init_state(self, batch_shape):

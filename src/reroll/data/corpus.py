@@ -280,6 +280,8 @@ def _matches(pattern: Path) -> list[Path]:
 
 def _several(name: str, paths: list[Path], field: str, root: Path | None = None) -> Corpus:
     """The corpus of several files, each once: those named after splits if there are such, else all that hold text."""
+    if not paths and glob.has_magic(name):
+        raise UsageError(f"path={name!r} matches no file. Give {KINDS}.")
     real: dict[str, Path] = {}
     for path in sorted(filter(os.path.isfile, paths), key=os.path.islink):
         real.setdefault(os.path.realpath(path), path)  # by its own name if it has one here
