@@ -92,7 +92,7 @@ def mistakes(folder):
         ((*text, "no*.txt"), 2, ["path='no*.txt'", "matches no file"]),
         ((*text, ""), 2, ["path=''", "Give"]),
         ((*text, "empty.txt"), 2, ["empty.txt", "is empty"]),
-        ((*text, "nothing"), 2, ["'nothing'", "no text files"]),
+        ((*text, "nothing"), 2, ["'nothing'", "has no text"]),
         ((*text, "short.txt"), 2, ["length=64", "short.txt", "more text"]),
         ((*text, "binary.bin", *char), 2, ["binary.bin", "UTF-8", "tokenizer='byte'"]),
         ((*text, "latin.txt", *char), 2, ["latin.txt", "not UTF-8", "tokenizer='byte'"]),

@@ -221,7 +221,7 @@ def test_a_stripped_python_says_so(monkeypatch, tmp_path):
     "path, message",
     [
         ("nothing.txt", "path='nothing.txt' does not exist. Give a file, a folder"),
-        ("no*.txt", r"path='no\*.txt' has no text in its 0 files"),
+        ("no*.txt", r"path='no\*.txt' matches no file"),
         ("empty.txt", "path='empty.txt' is empty"),
         ("hollow", "path='hollow' has no text in its 1 files"),
         ("bare", "path='bare' has no text in its 0 files"),
