@@ -77,8 +77,8 @@ def test_a_dialect_is_read_right_and_said_in_a_line(tmp_path, dialect):
 
 
 def test_parquet(tmp_path):
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
+    pandas = pytest.importorskip("pandas", reason="tables are read by pandas")
+    pytest.importorskip("pyarrow", reason="Parquet needs the extra `data`")
     frame = pandas.DataFrame(VALUES, columns=HEADER, index=pandas.date_range("2020-01-01", periods=40))
     frame.assign(who="a").to_parquet(tmp_path / "a.parquet")
     table = read_series(tmp_path / "a.parquet")

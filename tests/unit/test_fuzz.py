@@ -9,6 +9,7 @@ import json
 import shutil
 import typing
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,18 @@ def test_any_type_and_shape_of_arrays_is_learned_or_refused(name, shape, kind):
     array = np.arange(int(np.prod(shape))).reshape(shape).astype(kind)
     np.savez("array.npz", **({"inputs": SERIES} | {name: array}))
     call("train", "arrays", "--path", "array.npz", *TINY[2:], "--length", 4, "--steps", 1, "--run-dir", "new")
+
+
+def test_archives_that_lie():
+    """An .npz whose members are no arrays, or promise more than there is memory for."""
+    header = b"\x93NUMPY\x01\x00v\x00"
+    header += b"{'descr': '<f8', 'fortran_order': False, 'shape': (2000000000000,), }".ljust(117) + b"\n"
+    for content in (b"", b"nothing", header, header + b"\0" * 64):
+        with zipfile.ZipFile("array.npz", "w") as archive:
+            archive.writestr("inputs.npy", content)
+        Path("array.npy").write_bytes(content)
+        for name in ("array.npz", "array.npy"):
+            assert call("train", "arrays", "--path", name, "--run-dir", "new")[0] in (1, 2)
 
 
 # Runs and models

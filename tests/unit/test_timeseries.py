@@ -104,3 +104,10 @@ def test_a_wrong_request_is_told_in_a_line(arguments, message, capsys):
     told = capsys.readouterr().err
     assert re.search(message, told)
     assert told.count("\n") == 1
+
+
+def test_a_file_of_one_endless_line_is_refused(tmp_path):
+    with (tmp_path / "w.ts").open("wb") as file:
+        file.truncate(8 << 30)  # no space is taken
+    with pytest.raises(UsageError, match="line 1: longer than"):
+        read_ts(tmp_path / "w.ts")

@@ -21,6 +21,8 @@ import numpy.typing as npt
 from reroll.data.tables import printable
 from reroll.errors import UsageError
 
+LONGEST = 1 << 24
+"""Characters of a line: a file of one endless line, or padded with zeros, is refused before it fills the memory."""
 Rows = list[tuple[npt.NDArray[np.float32], int]]
 
 
@@ -37,8 +39,14 @@ def read_ts(path: str | os.PathLike[str]) -> tuple[list[npt.NDArray[np.float32]]
     rows: Rows = []
     try:
         with path.open(encoding="utf-8") as file:
-            lines = ((n, line.strip()) for n, line in enumerate(file, 1) if line.strip() and not line.startswith("#"))
-            for number, line in lines:
+            for number, text in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
+                if len(text) == LONGEST:
+                    raise UsageError(
+                        f"path={path}, line {number}: longer than {LONGEST:,} characters; is it a .ts file?"
+                    )
+                line = text.strip()
+                if not line or text.startswith("#"):
+                    continue
                 word, *values = line.split()
                 if "data" in header:
                     rows.append(_row(f"path={path}, line {number}", line, header["classlabel"][1:]))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from reroll.errors import UsageError, nearest, require_positive
 from reroll.grad.base import trainable
 from reroll.models.roles import ROLES, roles
-from reroll.optim.sgd import SGD
+from reroll.optim.sgd import SGD, evaluated
 
 Groups = list[dict[str, Any]]
 Betas = tuple[float, float]
@@ -159,10 +159,7 @@ class MultiOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step with each; return what the closure returned, which is called once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for optimizer in self.optimizers.values():
             optimizer.step()
         return loss

@@ -20,6 +20,14 @@ from torch import Tensor
 from reroll.errors import UsageError
 
 
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """Return what a closure returns, with gradients switched on around it, as torch's optimizers call theirs."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class SGD(torch.optim.Optimizer):
     """Gradient descent with momentum.
 
@@ -62,10 +70,7 @@ class SGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step with every `.grad` there is; return what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

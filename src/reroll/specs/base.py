@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from reroll.errors import UsageError, nearest
 
-O = TypeVar("O", bound="Options")  # noqa: E741
+O = TypeVar("O", bound="Options")  # noqa: E741 (a type of options: no number is near to take it for)
 
 
 RENAMED = {"cell": "kind", "method": "kind", "share": "batch", "optimizer": "kind"}

@@ -18,7 +18,7 @@ from reroll.train.config import Config
 try:
     import fcntl
 except ImportError:  # Windows: nothing keeps two processes from one folder there
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]: a module, or the lack of it
 
 ROOT = Path("runs")
 LOCK = "lock"

@@ -23,7 +23,7 @@ from reroll.models import Stateful
 SMALL = 1 << 18
 """Weights up to which a model is evaluated batched: a perturbed copy (1 MB) and the next stay in the second cache.
 
-Up to here torch also runs on one thread: a second gains 15 %, and costs a factor of 8 and more where another process
+Up to here torch also runs on one thread: a second gains 15 %, and costs a factor of 3 and more where another process
 wants the core, because threads that have finished an operation wait for the others by spinning (docs/log.md)."""
 BATCHED_FLOATS = 1 << 20
 """Numbers in the perturbed copies of a batched unit, unless that is less than four probes: 4 MB of fp32."""

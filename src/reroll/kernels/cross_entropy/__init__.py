@@ -54,11 +54,13 @@ def cross_entropy(
     device = features.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+        # A generator's entries have one type for the checker, so it cannot see that only the bias may be None.
         features, weight, bias = (None if t is None else t.to(dtype) for t in (features, weight, bias))  # pyright: ignore[reportAssignmentType]
     rows = rows or max(1, CHUNK_FLOATS // weight.shape[0])
     with torch.autocast(device, enabled=False):
         flat = features.reshape(-1, features.shape[-1]), weight, bias, targets.reshape(-1), rows
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (features, weight, bias) if t is not None)
+        # torch declares no type for what `apply` returns.
         losses, hits = _Chunked.apply(*flat) if needs_grad else _forward(*flat)  # pyright: ignore[reportGeneralTypeIssues]
     return losses.view(targets.shape), hits.view(targets.shape)
 
@@ -94,6 +96,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    # torch names no argument of its own backward.
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         features, weight, bias, targets = ctx.saved_tensors
         wide = torch.promote_types(weight.dtype, torch.float32)

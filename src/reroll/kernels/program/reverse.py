@@ -51,7 +51,7 @@ def reverse(builder: Builder, outputs: Sequence[Range], cotangents: Sequence[int
         if back is None:
             a, weight, inputs = columns
             matrix = constants[weight : weight + features * inputs].view(features, inputs)
-            held.add(range(a, a + inputs), functional.linear(g, matrix.T).registers)  # type: ignore[arg-type]
+            held.add(range(a, a + inputs), functional.linear(g, matrix.T).registers)  # type: ignore[arg-type]: a Symbol, which torch dispatches
             continue
         arguments = [Symbol.range(builder, column, features) for column in (first, *columns[:operands])]
         constant = [constants[columns[operands] :][:features]] if name.endswith("_c") else []
