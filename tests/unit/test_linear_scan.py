@@ -717,8 +717,8 @@ pointers = "A b y eta J precision starts means variances covariances out mean va
 pointers += "whole whole_A whole_b whole_C whole_eta whole_J".split()
 counts = ("time", "channels", "batch", "chunks", "tiles", "groups", "size", "length", "blocks")
 for (function, constants, warps), ones in itertools.product(kernels, both):
-    # An argument that is 1 becomes a constant, without a type.
-    if ones and constants.get("D", 8) != 8:
+    # An argument that is 1 becomes a constant, without a type: tried where nothing else varies.
+    if ones and (constants.get("D", 8) != 8 or constants.get("REDUCE")):
         continue
     constants = constants | (dict.fromkeys([n for n in counts if n in function.arg_names], 1) if ones else {{}})
     signature = {{name: "{real}" if name in pointers else "i32" for name in function.arg_names}}
