@@ -47,7 +47,7 @@ class Generated(Task):
         length: L, the largest length of the training sequences (each task says what it counts).
         batch: B, sequences per batch.
         seed: names the sequences; in [0, 2⁶⁴).
-        symbols: S, the number of content symbols.
+        symbols: S, the number of content symbols; None is the usual number of the task.
         marks: the texts of the symbols after these.
     """
 
@@ -87,11 +87,7 @@ class Generated(Task):
 class Transduction(Generated):
     """A task that turns a prompt into an output: prompt, output, EOS, PAD…; subclasses say which output.
 
-    Args:
-        length: L; training lengths are uniform in 1 … L, those of the split "longer" in L+1 … 2L.
-        batch: B, sequences per batch.
-        seed: names the sequences.
-        symbols: S, the number of content symbols; None is the usual number of the task.
+    Training lengths are uniform in 1 … L, those of the split "longer" in L+1 … 2L.
 
     Example:
         >>> task = Reverse(length=4, batch=2, seed=1)
@@ -104,6 +100,8 @@ class Transduction(Generated):
 
     splits = ("valid", "longer")
     extras: Sequence[str] = ()
+    widest = (2, 2)
+    """(a, b) of the longest sequence of a limit n: a·n + b symbols."""
 
     def __init__(self, length: int = 10, batch: int = 32, seed: int = 0, *, symbols: int | None = None) -> None:
         super().__init__(length, batch, seed, symbols, ("|", "$", ".", *self.extras))
@@ -115,7 +113,7 @@ class Transduction(Generated):
         low, high = (limit + 1, 2 * limit) if split == "longer" else (1, limit)
         key = self.key(split, step, unit)
         lengths = random_integers(key.at("lengths"), self.batch_size, high + 1, low)
-        width, rows, ends = self.width(high), [], []
+        width, rows, ends = self.widest[0] * high + self.widest[1], [], []
         for prompt, output in self.examples(key, lengths, high):
             row = [*prompt, *output, self.end]
             rows.append(row + [self.pad] * (width - len(row)))
@@ -128,10 +126,6 @@ class Transduction(Generated):
     @abstractmethod
     def examples(self, key: Key, lengths: IntArray, limit: int) -> Examples:
         """Yield prompts and outputs of given lengths [B], none above `limit`."""
-
-    def width(self, limit: int) -> int:
-        """Return the symbols of the longest sequence."""
-        return 2 * limit + 2
 
     def content(self, key: Key, lengths: IntArray, limit: int) -> list[list[int]]:
         """Return random content symbols."""
@@ -180,12 +174,10 @@ class Parity(Copy):
     name = "parity"
     alphabet = DIGITS + LETTERS
     usual_symbols = 2
+    widest = (1, 3)
 
     def answer(self, content: list[int]) -> list[int]:
         return [sum(content) % self.symbols]
-
-    def width(self, limit: int) -> int:
-        return limit + 3
 
 
 class RepeatCopy(Transduction):
@@ -203,16 +195,13 @@ class RepeatCopy(Transduction):
     ) -> None:
         require_positive(repeats=repeats)
         self.extras = [str(count) if count < 10 else f"<x{count}>" for count in range(1, repeats + 1)]
-        self.repeats = repeats
+        self.repeats, self.widest = repeats, (1 + repeats, 3)
         super().__init__(length, batch, seed, symbols=symbols)
 
     def examples(self, key: Key, lengths: IntArray, limit: int) -> Examples:
         counts = random_integers(key.at("repeats"), self.batch_size, self.repeats + 1, 1).tolist()
         for content, count in zip(self.content(key, lengths, limit), counts):
             yield [*content, self.first_extra + count - 1, self.separator], content * count
-
-    def width(self, limit: int) -> int:
-        return (1 + self.repeats) * limit + 3
 
 
 class Add(Transduction):
@@ -226,6 +215,7 @@ class Add(Transduction):
     alphabet = DIGITS + LETTERS
     usual_symbols = 10
     extras = ("+",)
+    widest = (3, 4)
 
     def examples(self, key: Key, lengths: IntArray, limit: int) -> Examples:
         drawn = random_integers(key.at("content"), (self.batch_size, 2, limit), self.symbols).tolist()
@@ -238,9 +228,6 @@ class Add(Transduction):
                 carry = (a + b + carry) // self.symbols
             yield [*first[::-1], self.first_extra, *second[::-1], self.separator], total[::-1]
 
-    def width(self, limit: int) -> int:
-        return 3 * limit + 4
-
 
 class Recall(Transduction):
     """Associative recall, say the value of a key: akbz|bz$ holds the pairs ak and bz. The length counts pairs.
@@ -250,6 +237,7 @@ class Recall(Transduction):
     """
 
     name = "recall"
+    widest = (2, 4)
 
     def __init__(self, length: int = 10, batch: int = 32, seed: int = 0, *, symbols: int | None = None) -> None:
         symbols = max(self.usual_symbols, 2 * length) if symbols is None else symbols
@@ -271,9 +259,6 @@ class Recall(Transduction):
         for row, length, place in zip(pairs, lengths.tolist(), asked.tolist()):
             key_symbol, value = row[2 * place : 2 * place + 2]
             yield [*row[: 2 * length], self.separator, key_symbol], [value]
-
-    def width(self, limit: int) -> int:
-        return 2 * limit + 4
 
 
 class Memorise(Generated):

@@ -223,10 +223,12 @@ def _is_text(column: Any) -> bool:
 
 
 def _numbers(column: Any, decimal: str) -> tuple[Any, Any]:
-    """The numbers of a column of text, NaN where a cell is none; and which cells are not missing.
+    """The numbers of a column, NaN where a cell is none; and which cells are not missing.
 
     Marks between thousands go where they are in their places: 1,234.5 but not 1,5.
     """
+    if not _is_text(column):
+        return column, column.notna()
     cells = column.astype(str).str.strip()
     known = column.notna() & ~cells.str.lower().isin(MISSING)
     mark = "." if decimal == "," else ","
@@ -236,23 +238,23 @@ def _numbers(column: Any, decimal: str) -> tuple[Any, Any]:
     return _pandas().to_numeric(cells.where(known), errors="coerce").astype(float), known
 
 
+def _if_numbers(column: Any, decimal: str) -> Any | None:
+    """The numbers of a column of text whose cells are all numbers, else None."""
+    numbers, known = _numbers(column, decimal)
+    return numbers if known.any() and numbers[known].notna().all() else None
+
+
 def _take_numbers(frame: Any, decimal: str) -> Any:
     """Make columns of text whose cells are all numbers columns of numbers."""
     for name in frame:
-        if _is_text(frame[name]):
-            numbers, known = _numbers(frame[name], decimal)
-            frame[name] = numbers if known.any() and numbers[known].notna().all() else frame[name]
+        if _is_text(frame[name]) and (numbers := _if_numbers(frame[name], decimal)) is not None:
+            frame[name] = numbers
     return frame
 
 
 def _decimal(texts: list[Any], sep: str) -> str:
     """The decimal mark that makes numbers of more columns of text; of both, a comma where none is between cells."""
-
-    def count(mark: str) -> int:
-        read = [_numbers(column.iloc[:10_000], mark) for column in texts]
-        return sum(bool(known.any()) and bool(numbers[known].notna().all()) for numbers, known in read)
-
-    points, commas = count("."), count(",")
+    points, commas = (sum(_if_numbers(text.iloc[:10_000], mark) is not None for text in texts) for mark in ".,")
     return "," if commas > points or (commas == points > 0 and sep != ",") else "."
 
 
@@ -260,9 +262,7 @@ def _date_formats(cell: str) -> list[str]:
     """The ways to read a cell as a date; its month or its day may come first."""
     if len(cell) > 40 or not re.search(r"\d\D+\d", cell):
         return []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        formats = [_pandas().tseries.api.guess_datetime_format(cell, dayfirst=first) for first in (False, True)]
+    formats = [_pandas().tseries.api.guess_datetime_format(cell, dayfirst=first) for first in (False, True)]
     return [form for form in dict.fromkeys(formats) if form and "%d" in form]
 
 
@@ -356,7 +356,7 @@ def _counts(column: Any, series: Any) -> bool:
 
 def _require_numbers(path: Path, column: Any, decimal: str) -> None:
     """Refuse a column with a word among its numbers."""
-    numbers, known = _numbers(column, decimal) if _is_text(column) else (column, column.notna())
+    numbers, known = _numbers(column, decimal)
     wrong = column[known & numbers.isna()]
     if len(wrong):
         cell = printable(wrong.iloc[0])

@@ -229,15 +229,6 @@ def sequence_score(model: Any, batch: Batch) -> tuple[Score, Any]:
     return Score(total, float(batch.mask.sum()), correct, exact, float(len(batch))), state
 
 
-def position_losses(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of every position: cross-entropy in nats for int64 targets, else the mean squared error."""
-    # At least fp32, whatever the model computes in.
-    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    if targets.is_floating_point():
-        return (outputs - targets).square().mean(-1)
-    return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
-
-
 class Outputs(NamedTuple):
     """What a model gives at some positions; with a head, the features it has yet to map to logits."""
 
@@ -245,11 +236,18 @@ class Outputs(NamedTuple):
     head: nn.Linear | None = None
 
     def against(self, targets: Tensor, hits: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Return the loss of every position, and if asked for whether its largest logit is the target symbol."""
+        """Return the loss of every position, and if asked for whether its largest logit is the target symbol.
+
+        The loss is cross-entropy in nats for int64 targets, else the mean squared error.
+        """
         if self.head is not None:
             return cross_entropy(self.values, self.head.weight, self.head.bias, targets)
-        losses = position_losses(self.values, targets)
-        return losses, self.values.argmax(-1) == targets if hits and not targets.is_floating_point() else None
+        # At least fp32, whatever the model computes in.
+        outputs = self.values.to(torch.promote_types(self.values.dtype, torch.float32))
+        if targets.is_floating_point():
+            return (outputs - targets).square().mean(-1), None
+        losses = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+        return losses.view(targets.shape), self.values.argmax(-1) == targets if hits else None
 
 
 def predictions(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:

@@ -12,8 +12,9 @@ Archives with time stamps, "(time,value)", are refused. `prepare` writes an .npz
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,6 @@ from reroll.errors import UsageError
 
 LONGEST = 1 << 24
 """Characters of a line: a file of one endless line, or padded with zeros, is refused before it fills the memory."""
-Rows = list[tuple[npt.NDArray[np.float32], int]]
 
 
 def read_ts(path: str | os.PathLike[str]) -> tuple[list[npt.NDArray[np.float32]], list[int], tuple[str, ...]]:
@@ -36,25 +36,21 @@ def read_ts(path: str | os.PathLike[str]) -> tuple[list[npt.NDArray[np.float32]]
     if not path.is_file():
         raise UsageError(f"path={path} is no .ts file and no folder that holds some.")
     header: dict[str, list[str]] = {}
-    rows: Rows = []
     try:
         with path.open(encoding="utf-8") as file:
-            for number, text in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
-                if len(text) == LONGEST:
-                    raise UsageError(
-                        f"path={path}, line {number}: longer than {LONGEST:,} characters; is it a .ts file?"
-                    )
-                line = text.strip()
-                if not line or text.startswith("#"):
-                    continue
+            lines = _lines(path, file)
+            while "data" not in header and (numbered := next(lines, None)):
+                where, line = numbered
                 word, *values = line.split()
-                if "data" in header:
-                    rows.append(_row(f"path={path}, line {number}", line, header["classlabel"][1:]))
-                elif not word.startswith("@"):
-                    raise UsageError(f"path={path}, line {number}: data before `@data`; is this a .ts file?")
-                else:
-                    header[word[1:].lower()] = values
-                    _check_header(path, header)
+                if not word.startswith("@"):
+                    raise UsageError(f"{where}: data before `@data`; is this a .ts file?")
+                header[word[1:].lower()] = values
+                if "true" in map(str.lower, header.get("timestamps", [])):
+                    raise UsageError(f"path={path} has time stamps; only series of equal steps can be read.")
+            flag, *labels = header.get("classlabel") or ["false"]
+            if "data" in header and (flag.lower() != "true" or not labels):
+                raise UsageError(f"path={path} has no classes; its header needs a line such as `@classLabel true a b`.")
+            rows = [_row(where, line, labels) for where, line in lines]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"path={path} cannot be read as text ({printable(error)}).") from None
     if not rows:
@@ -65,16 +61,17 @@ def read_ts(path: str | os.PathLike[str]) -> tuple[list[npt.NDArray[np.float32]]
         raise UsageError(
             f"path={path}: its series have {features} dimensions, the header says {printable(declared)}; mend it."
         )
-    return [values for values, _ in rows], [label for _, label in rows], tuple(header["classlabel"][1:])
+    return [values for values, _ in rows], [label for _, label in rows], tuple(labels)
 
 
-def _check_header(path: Path, header: dict[str, list[str]]) -> None:
-    """Refuse a header, at its end, whose series cannot be read."""
-    flag, *labels = header.get("classlabel") or ["false"]
-    if "data" in header and (flag.lower() != "true" or not labels):
-        raise UsageError(f"path={path} has no classes; its header needs a line such as `@classLabel true a b`.")
-    if "true" in map(str.lower, header.get("timestamps", [])):
-        raise UsageError(f"path={path} has time stamps; only series of equal steps can be read.")
+def _lines(path: Path, file: TextIO) -> Iterator[tuple[str, str]]:
+    """The lines that say something, each after where it is."""
+    for number, text in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
+        where, line = f"path={path}, line {number}", text.strip()
+        if len(text) == LONGEST:
+            raise UsageError(f"{where}: longer than {LONGEST:,} characters; is it a .ts file?")
+        if line and not text.startswith("#"):
+            yield where, line
 
 
 def _row(where: str, line: str, labels: list[str]) -> tuple[npt.NDArray[np.float32], int]:

@@ -15,7 +15,7 @@ import codecs
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -316,13 +316,18 @@ def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[bytes], name: str) -> I
         # The bytes as they are, UTF-8 or not.
         yield from (np.frombuffer(chunk, dtype=np.uint8) for chunk in chunks)
         return
+    yield from map(tokenizer.encode, _pieces(decode_utf8(chunks, name), tokenizer.cut))
+
+
+def _pieces(texts: Iterable[str], cut: Callable[[str], int]) -> Iterator[str]:
+    """The same text, in pieces that end where it can be cut."""
     pending = ""
-    for text in decode_utf8(chunks, name):
+    for text in texts:
         pending += text
-        place = tokenizer.cut(pending)
-        yield tokenizer.encode(pending[:place])
+        place = cut(pending)
+        yield pending[:place]
         pending = pending[place:]
-    yield tokenizer.encode(pending)
+    yield pending
 
 
 def _count_characters(texts: Iterable[str]) -> Counter[str]:
@@ -334,16 +339,11 @@ def _count_characters(texts: Iterable[str]) -> Counter[str]:
 
 
 def _count_words(texts: Iterable[str]) -> Counter[str]:
-    counts, pending = Counter[str](), ""
-    for text in texts:
-        pending += text
-        # Only the last word can go on in the next text.
-        place = last_space(pending)
-        counts.update(split_words(pending[:place]))
-        pending = pending[place:]
+    counts = Counter[str]()
+    for piece in _pieces(texts, last_space):
+        counts.update(split_words(piece))
         if len(counts) > COUNTED_WORDS:
             counts = Counter(dict(counts.most_common(COUNTED_WORDS // 2)))
-    counts.update(split_words(pending))
     return counts
 
 
