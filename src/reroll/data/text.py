@@ -109,13 +109,10 @@ class Text(FileTask):
             return self._evaluation(step, split, steps)
         if self.carries:
             begin = np.arange(self.batch_size) * (pairs // self.batch_size) + step * self.length
-            place = (begin[:, None] + np.arange(steps)) % pairs
-            reset = place == 0
-            reset[:, 0] |= step == 0
-            return self._gather(split, place, np.ones_like(reset), reset)
-        begin = random_places(self.key(split, step, unit), self.batch_size, pairs - steps + 1)
-        place = begin[:, None] + np.arange(steps)
-        return self._gather(split, place, np.ones(place.shape, dtype=bool))
+        else:
+            begin = random_places(self.key(split, step, unit), self.batch_size, pairs - steps + 1)
+        place = (begin[:, None] + np.arange(steps)) % pairs
+        return self._gather(split, place, np.ones(place.shape, dtype=bool), step)
 
     def count(self, split: str) -> int:
         pairs = len(self.tokens[split]) - 1
@@ -149,18 +146,16 @@ class Text(FileTask):
             end = begin + self.length
         place = begin[:, None] + np.arange(steps)
         mask = place < np.minimum(end, pairs)[:, None]
-        reset = None
-        if self.carries:
-            reset = np.zeros_like(mask)
-            reset[:, 0] = step == 0
-        return self._gather(split, np.minimum(place, pairs - 1), mask, reset)
+        return self._gather(split, np.minimum(place, pairs - 1), mask, step)
 
-    def _gather(self, split: str, place: IntArray, mask: BoolArray, reset: BoolArray | None = None) -> Batch:
+    def _gather(self, split: str, place: IntArray, mask: BoolArray, step: int) -> Batch:
         """The pairs of symbols at places [B, T] of a split."""
         tokens = np.asarray(self.tokens[split])
         inputs, targets = (torch.from_numpy(tokens[at].astype(np.int64)) for at in (place, place + 1))
+        reset = place == 0
+        reset[:, 0] |= step == 0
         # A mask of resets keeps a model from running the sequence by one kernel; most batches begin no document.
-        begins = torch.from_numpy(reset) if reset is not None and reset.any() else None
+        begins = torch.from_numpy(reset) if self.carries and reset.any() else None
         return Batch(inputs, targets, torch.from_numpy(mask), reset=begins)
 
 

@@ -97,14 +97,17 @@ def hints(kind: type) -> dict[str, Any]:
 def _check_value(name: str, value: Any, within: str) -> None:
     if isinstance(value, str) and ("\0" in value or value.encode("utf-8", "ignore").decode() != value):
         raise UsageError(f"{name}={value!r} holds a character that no file can hold; leave it out.")
-    numbers: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
-    for number in numbers:
+    for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, Real) and not isinstance(number, bool):
             within = within or ("[1, 2**24]" if isinstance(number, Integral) else "(0, 1e18]")
-            low, high = map(_bound, within[1:-1].split(","))
-            above = low <= number if within[0] == "[" else low < number
-            if not (above and (number <= high if within[-1] == "]" else number < high)):
+            if not _lies(number, within):
                 raise UsageError(f"{name}={value!r} must lie in {within}.")
+
+
+def _lies(number: Any, within: str) -> bool:
+    low, high = map(_bound, within[1:-1].split(","))
+    above = low <= number if within[0] == "[" else low < number
+    return above and (number <= high if within[-1] == "]" else number < high)
 
 
 def _bound(text: str) -> float:

@@ -31,13 +31,10 @@ class Parallel(RolloutSpec):
     iterations: int | None = option(None, "most iterations; none: 100, deer 50")
     iterates: ClassVar[bool] = True
 
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of the rollout."""
-        tolerance = {} if self.rtol is None else {"rtol": self.rtol, "atol": self.rtol}
-        return {"max_iterations": self.iterations, **tolerance}
-
     def build(self) -> Any:
-        return runtime(f"rollout:{self.kind}")(**self.options())
+        options = {"rtol": self.rtol, "atol": self.rtol, "variance": getattr(self, "variance", None)}
+        given = {name: value for name, value in options.items() if value is not None}
+        return runtime(f"rollout:{self.kind}")(max_iterations=self.iterations, **given)
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,6 @@ class Elk(Parallel):
 
     kind: str = option("elk", "the method")
     variance: float | None = option(None, "σ²: smaller is more careful; none: usual")
-
-    def options(self) -> dict[str, Any]:
-        return super().options() | ({} if self.variance is None else {"variance": self.variance})
 
 
 ROLLOUTS: dict[str, type[RolloutSpec]] = {
