@@ -120,11 +120,7 @@ def _parquet(path: Path) -> tuple[Any, str]:
 
 def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
     """The cells of a text, columns of numbers where all cells are numbers; and the decimal mark."""
-
-    def open_file() -> Any:
-        return OPEN[path.suffix.lower()](path) if path.suffix.lower() in OPEN else path.open("rb")
-
-    with open_file() as file:
+    with OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
         head = file.read(HEAD)
     encoding, lines = _lines(path, head)
     comments = any(line.startswith("#") for line in lines)
@@ -136,18 +132,17 @@ def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
     missing = [*MISSING, *(word.strip() for word in (reading.missing or "").split(","))]
 
     def read(**options: Any) -> Any:
-        with open_file() as file:
-            return _pandas().read_csv(
-                file, sep=sep, header=0 if header else None, index_col=0 if row_names else False, skipinitialspace=True,
-                comment="#" if comments else None, na_values=[*missing, *map(str.upper, missing), "None", "Null"],
-                **options,
-            )  # fmt: skip
+        return _pandas().read_csv(
+            path, sep=sep, header=0 if header else None, index_col=0 if row_names else False, skipinitialspace=True,
+            comment="#" if comments else None, na_values=[*missing, *map(str.upper, missing), "None", "Null"],
+            **options,
+        )  # fmt: skip
 
     try:
         frame = read(encoding=encoding)
     except UnicodeDecodeError:
         frame = read(encoding=(encoding := "Latin-1"))
-    decimal = reading.decimal or _decimal([frame[name] for name in frame if _is_text(frame[name])], sep)
+    decimal = reading.decimal or _decimal(frame.iloc[:10_000], sep)
     if decimal == ",":
         frame = read(encoding=encoding, decimal=",")  # which leaves 1.234, maybe 1234, as text
     frame = _take_numbers(frame.reset_index(drop=True), decimal)
@@ -241,20 +236,20 @@ def _numbers(column: Any, decimal: str) -> tuple[Any, Any]:
 def _if_numbers(column: Any, decimal: str) -> Any | None:
     """The numbers of a column of text whose cells are all numbers, else None."""
     numbers, known = _numbers(column, decimal)
-    return numbers if known.any() and numbers[known].notna().all() else None
+    return numbers if _is_text(column) and known.any() and numbers[known].notna().all() else None
 
 
 def _take_numbers(frame: Any, decimal: str) -> Any:
     """Make columns of text whose cells are all numbers columns of numbers."""
     for name in frame:
-        if _is_text(frame[name]) and (numbers := _if_numbers(frame[name], decimal)) is not None:
+        if (numbers := _if_numbers(frame[name], decimal)) is not None:
             frame[name] = numbers
     return frame
 
 
-def _decimal(texts: list[Any], sep: str) -> str:
+def _decimal(frame: Any, sep: str) -> str:
     """The decimal mark that makes numbers of more columns of text; of both, a comma where none is between cells."""
-    points, commas = (sum(_if_numbers(text.iloc[:10_000], mark) is not None for text in texts) for mark in ".,")
+    points, commas = (sum(_if_numbers(frame[name], mark) is not None for name in frame) for mark in ".,")
     return "," if commas > points or (commas == points > 0 and sep != ",") else "."
 
 
@@ -333,10 +328,8 @@ def _shown(names: Collection[str]) -> str:
 
 def _has_numbers(column: Any, decimal: str) -> bool:
     """Whether a column is of numbers, or begins with one: a later word is a mistake in it."""
-    if not _is_text(column):
-        return column.dtype.kind in "biuf" and bool(column.notna().any())
     numbers, known = _numbers(column, decimal)
-    return bool(known.any()) and bool(numbers[known].notna().iloc[0])
+    return column.dtype.kind in "biufO" and bool(known.any()) and bool(numbers[known].notna().iloc[0])
 
 
 def _counts(column: Any, series: Any) -> bool:

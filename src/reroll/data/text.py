@@ -40,14 +40,13 @@ class Text(FileTask):
     """Predict the next symbol of a text.
 
     Args:
-        path: a file, a folder, a glob, a .jsonl file, a folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt,
-            "stdlib" or "stdlib:prose"; see `corpus.find`.
+        path: a file, a folder, a glob, a .jsonl file, "stdlib" or "stdlib:prose"; see `corpus.find`.
         tokenizer: "byte", "char", "word" or "gpt2"; or a tokenizer, used as it is.
         length: T, steps per window.
         batch: B, windows per batch.
         seed: names the windows.
         carry: batches continue each other, row by row, so that a model's state can be carried on; `Batch.reset` is
-            True where a row begins, at the first step and whenever it has come around to the beginning of the text.
+            True where a row begins, at the first step and whenever it comes around to the beginning of the text.
         max_vocab: the largest vocabulary of `char` (None: 1024) and `word` (None: 10,000).
         field: the field of a JSON line that holds the text.
         eval_batches: the most batches an evaluation takes; None is the whole of the held-out part.

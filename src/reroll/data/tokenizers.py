@@ -280,12 +280,7 @@ def split_words(text: str) -> list[str]:
 
 
 def last_space(text: str) -> int:
-    """Return the place after the last white space of a text, 0 if there is none.
-
-    Example:
-        >>> last_space("one two"), last_space("one "), last_space("one")
-        (4, 4, 0)
-    """
+    """Return the place after the last white space of a text, 0 if there is none."""
     if not text or text[-1].isspace():
         return len(text)
     return len(text) - len(text.rsplit(None, 1)[-1])
