@@ -123,14 +123,30 @@ class Arrays(FileTask):
             self._targets = np.where(self._known[:, None], targets, 0).astype(np.float32)
         self._description = self._described(data)
 
+    @np.errstate(invalid="ignore")  # a signalling NaN
     def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
-        """Return the windows of a step; a smaller `length` is the first steps of every window."""
-        windows = self._windows[split]
+        """Return the windows of a step, filled up with what is not scored; a smaller `length` is their first steps."""
+        windows, steps, later = self._windows[split], length or self.length, int(self.predicts == "next")
         if split == "train":
             which: Any = random_integers(self.key(split, step, unit), self.batch_size, len(windows.begin))
         else:
             which = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        return self._gather(Windows(*(part[which] for part in windows)), length or self.length)
+        series, begin, end = (part[which] for part in windows)
+        place = begin[:, None] + np.arange(steps + later)
+        inside = place < end[:, None]
+        place = np.minimum(place, end[:, None] - 1)
+        values = np.asarray(self._values[place], dtype=np.float64)
+        there = inside if self._mask is None else inside & self._mask[place]
+        known = np.isfinite(values) & (inside if self.predicts == "every" else there)[:, :, None]
+        values = self.standardise(np.where(known, values, self.mean[: self.inputs]))
+        inputs = torch.from_numpy(values[:, :steps])
+        if self._targets is None:
+            scored = known[:, 1:].all(-1) & inside[:, :steps]
+            return Batch(inputs, torch.from_numpy(values[:, 1:].copy()), torch.from_numpy(scored))
+        at = place if self.predicts == "every" else series
+        scored = self._known[at] & inside if self.predicts == "every" else self._known[at]
+        present = torch.from_numpy(there) if self._by_step and self.predicts == "sequence" else None
+        return Batch(inputs, torch.from_numpy(self._targets[at]), torch.from_numpy(scored), present=present)
 
     def count(self, split: str) -> int:
         return -(-len(self._windows[split].begin) // self.batch_size)
@@ -239,26 +255,6 @@ class Arrays(FileTask):
             held_out, training = chosen[windows.series], np.repeat(~chosen, lengths)
         parts = {"train": ~held_out, "valid": held_out}
         return {split: Windows(*(part[which] for part in windows)) for split, which in parts.items()}, training
-
-    @np.errstate(invalid="ignore")  # a signalling NaN
-    def _gather(self, windows: Windows, steps: int) -> Batch:
-        """The batch of some windows: their first `steps` steps, filled up with what is not scored."""
-        later = int(self.predicts == "next")
-        place = windows.begin[:, None] + np.arange(steps + later)
-        inside = place < windows.end[:, None]
-        place = np.minimum(place, windows.end[:, None] - 1)
-        values = np.asarray(self._values[place], dtype=np.float64)
-        there = inside if self._mask is None else inside & self._mask[place]
-        known = np.isfinite(values) & (inside if self.predicts == "every" else there)[:, :, None]
-        values = self.standardise(np.where(known, values, self.mean[: self.inputs]))
-        inputs = torch.from_numpy(values[:, :steps])
-        if self._targets is None:
-            scored = known[:, 1:].all(-1) & inside[:, :steps]
-            return Batch(inputs, torch.from_numpy(values[:, 1:].copy()), torch.from_numpy(scored))
-        at = place if self.predicts == "every" else windows.series
-        scored = self._known[at] & inside if self.predicts == "every" else self._known[at]
-        present = torch.from_numpy(there) if self._by_step and self.predicts == "sequence" else None
-        return Batch(inputs, torch.from_numpy(self._targets[at]), torch.from_numpy(scored), present=present)
 
 
 def cut(lengths: IntArray, length: int, shift: int) -> Windows:

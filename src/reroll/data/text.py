@@ -31,7 +31,6 @@ from reroll.kernels.philox import random_integers
 from reroll.keys import Key
 
 IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 MEASURED = 1 << 22  # symbols that baselines look at: the pairs of these are sorted in 100 MB
 
@@ -99,19 +98,34 @@ class Text(FileTask):
             raise UsageError(f"batch={batch} has more rows than {self.path} has symbols; lower it, or give more text.")
 
     def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
-        """Return the windows of a step; with `carry` each batch begins where the last one ended, in every unit."""
-        pairs = len(self.tokens[split]) - 1
-        steps = length or self.length
+        """Return the windows of a step; with `carry` each batch begins where the last one ended, in every unit.
+
+        A held-out part is read in B windows one after the other; when carrying, by B readers of a B-th each.
+        """
+        tokens, row = np.asarray(self.tokens[split]), np.arange(self.batch_size)
+        pairs, steps = len(tokens) - 1, length or self.length
         if self.carries and steps != self.length:
             raise UsageError(f"length={length} cannot change with carry=True; drop the curriculum, or the carrying.")
-        if split != "train":
-            return self._evaluation(step, split, steps)
         if self.carries:
-            begin = np.arange(self.batch_size) * (pairs // self.batch_size) + step * self.length
+            share = pairs // self.batch_size if split == "train" else _ceil(pairs, self.batch_size)
+            begin, end = row * share + step * self.length, (row + 1) * share
+        elif split == "train":
+            begin = end = random_places(self.key(split, step, unit), self.batch_size, pairs - steps + 1)
         else:
-            begin = random_places(self.key(split, step, unit), self.batch_size, pairs - steps + 1)
-        place = (begin[:, None] + np.arange(steps)) % pairs
-        return self._gather(split, place, np.ones(place.shape, dtype=bool), step)
+            begin = (step * self.batch_size + row) * self.length
+            begin = begin[begin < pairs]  # the last batch may have fewer rows
+            end = begin + self.length
+        place = begin[:, None] + np.arange(steps)
+        if split == "train":  # goes round and round
+            place, mask = place % pairs, np.ones(place.shape, dtype=bool)
+        else:
+            place, mask = np.minimum(place, pairs - 1), place < np.minimum(end, pairs)[:, None]
+        inputs, targets = (torch.from_numpy(tokens[at].astype(np.int64)) for at in (place, place + 1))
+        reset = place == 0
+        reset[:, 0] |= step == 0
+        # A mask of resets keeps a model from running the sequence by one kernel; most batches begin no document.
+        begins = torch.from_numpy(reset) if self.carries and reset.any() else None
+        return Batch(inputs, targets, torch.from_numpy(mask), reset=begins)
 
     def count(self, split: str) -> int:
         pairs = len(self.tokens[split]) - 1
@@ -132,30 +146,6 @@ class Text(FileTask):
     def encode(self, text: str) -> list[int]:
         """Return the symbols of a text."""
         return self.tokenizer.encode(text).tolist()
-
-    def _evaluation(self, step: int, split: str, steps: int) -> Batch:
-        """A batch of the held-out part: B windows one after the other; when carrying, B readers of a B-th each."""
-        pairs, row = len(self.tokens[split]) - 1, np.arange(self.batch_size)
-        if self.carries:
-            share = _ceil(pairs, self.batch_size)
-            begin, end = row * share + step * self.length, (row + 1) * share
-        else:
-            begin = (step * self.batch_size + row) * self.length
-            begin = begin[begin < pairs]  # the last batch may have fewer rows
-            end = begin + self.length
-        place = begin[:, None] + np.arange(steps)
-        mask = place < np.minimum(end, pairs)[:, None]
-        return self._gather(split, np.minimum(place, pairs - 1), mask, step)
-
-    def _gather(self, split: str, place: IntArray, mask: BoolArray, step: int) -> Batch:
-        """The pairs of symbols at places [B, T] of a split."""
-        tokens = np.asarray(self.tokens[split])
-        inputs, targets = (torch.from_numpy(tokens[at].astype(np.int64)) for at in (place, place + 1))
-        reset = place == 0
-        reset[:, 0] |= step == 0
-        # A mask of resets keeps a model from running the sequence by one kernel; most batches begin no document.
-        begins = torch.from_numpy(reset) if self.carries and reset.any() else None
-        return Batch(inputs, targets, torch.from_numpy(mask), reset=begins)
 
 
 class Baselines(NamedTuple):
