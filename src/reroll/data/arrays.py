@@ -180,11 +180,11 @@ class Arrays(FileTask):
         """Mean and std of the features over the training part, and of real targets behind them."""
         # With targets of every step the mask is about the targets; the inputs are all there.
         used = training if self._mask is None or self.predicts == "every" else training & self._mask
-        units = moments(self._values, used)
-        if self._targets is None or self.categorical:
-            return units
-        of_targets = moments(self._targets, rows & self._known)
-        return np.concatenate([units[0], of_targets[0]]), np.concatenate([units[1], of_targets[1]])
+        units = [moments(self._values, used)]
+        if self._targets is not None and not self.categorical:
+            units.append(moments(self._targets, rows & self._known))
+        mean, std = np.concatenate(units, axis=1)
+        return mean, std
 
     def _given(self, units: tuple[list[float], list[float]]) -> tuple[Array, Array]:
         mean, std = (np.asarray(values, dtype=np.float64) for values in units)
@@ -258,12 +258,9 @@ class Arrays(FileTask):
 
 
 def cut(lengths: IntArray, length: int, shift: int) -> Windows:
-    """Return the windows of series that lie one after the other, each series cut into as few as hold all its steps.
+    """Return the windows of `length` steps, the last of a series maybe shorter, that hold all steps of all series.
 
-    Args:
-        lengths: steps of every series.
-        length: steps of a window; the last one of a series may have fewer.
-        shift: 1 if a step needs the one after it as its target, so that the last step begins no window; else 0.
+    With a shift of 1 a step needs the one after it as its target, so that the last step begins no window.
 
     Example:
         >>> windows = cut(np.array([5, 1, 3]), length=2, shift=1)

@@ -51,12 +51,11 @@ def demo_backprop() -> Config:
 
 def smoke() -> Config:
     """Nine symbols memorised by CD-RGE, in seconds: does this installation train?"""
-    return Config(recipe="smoke").replace(
-        task={"kind": "memorise", "length": 9, "batch": 1, "symbols": 100},
-        model={"kind": "lstm", "hidden": 64, "heads": 4, "embed": 32},
-        gradient={"kind": "probes", "probes": 32, "epsilon": 0.05},
-        optim={"kind": "sgd", "lr": 0.1, "momentum": 0.9},
-        run={"steps": 60, "target_loss": 0.1, "threads": 1},
+    return memorise().replace(
+        recipe="smoke",
+        model={"hidden": 64, "heads": 4, "embed": 32},
+        gradient={"probes": 32, "epsilon": 0.05},
+        run={"steps": 60, "eval_every": None, "threads": 1},
     )
 
 
@@ -105,15 +104,12 @@ def arrays() -> Config:
 
 def parallel() -> Config:
     """A GRU by backprop on long windows of text, evaluated for all steps at once by quasi-DEER: exact gradients."""
-    return Config(recipe="parallel").replace(
-        task={
-            "kind": "text", "path": "stdlib:prose", "tokenizer": "char", "max_vocab": 100, "length": 512, "batch": 8,
-        },
+    return by(demo(), "backprop").replace(
+        recipe="parallel",
+        task={"length": 512, "batch": 8},
         model={"kind": "gru", "hidden": 32, "embed": 16, "rollout": "quasi_deer"},
-        gradient="backprop",
-        optim={"kind": "adamw", "lr": 0.003, "clip": 1.0},
         run={"steps": 300},
-    )  # fmt: skip
+    )
 
 
 def parallel_elk() -> Config:
