@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import reroll
 from reroll.cli import COMMANDS
 from reroll.cli.runs import DISPENSABLE
+from reroll.data.arrays import Arrays
 from reroll.data.tokenizers import from_dict
 from reroll.errors import UsageError
 from reroll.models import Interface
@@ -245,11 +246,14 @@ def test_series_are_scored_whole_and_in_the_units_of_the_run(cli, tmp_path):
     write("wide.csv", "t,h,p", np.ones((300, 3)))
     flags = (*TINY[2:], "--length", 8)
     trained = cli("train", "arrays", "--path", "my.csv", *flags, "--run-dir", "run")
-    assert "my.csv: 1 series × 300 steps × 2 features (t, h); predicts the next row, 8 % held out." in trained.out
+    assert (
+        "my.csv: 1 series × 300 steps × 2 features (t, h); predicts the next row, 8 % held out. Held-out loss without"
+        in trained.out
+    )
     found = cli("eval", "run", "--path", "moved.csv")
     assert found.out.startswith("moved.csv (all of it), after 4 steps: loss ")
     # In its own units it would be like the training part; in those of the run it is a hundred away.
-    assert float(found.out.split()[-1]) > 100
+    assert float(re.search(r"steps: loss (\S+)", found.out)[1]) > 100
     assert cli("export", "run", "--to", "m.safetensors").code == 0
     assert cli("eval", "m.safetensors", "--path", "moved.csv").out == found.out
     assert cli("eval", "m.safetensors").out == cli("eval", "run").out
@@ -550,3 +554,33 @@ def test_what_differs_between_runs_is_shown(cli, run):
 def test_names_that_only_the_estimator_knows_are_refused_by_show(cli):
     assert "noise='pink'" in cli("show", "copy", "--noise", "pink").error.replace('"', "'")
     assert 'difference="sideways"' in cli("show", "copy", "--set", "gradient.difference=sideways").error
+
+
+def test_a_series_is_continued_in_its_own_units(cli, tmp_path):
+    rows = [f"{20 + 3 * np.sin(t / 4):.4f};{5 - t % 7}" for t in range(200)]
+    (tmp_path / "power.csv").write_text("\n".join(["load;day", *rows]))
+    run = ("--length", 20, "--batch", 4, "--hidden", 6, "--steps", 3, "--gradient", "backprop", "--run-dir", "run")
+    found = cli("train", "arrays", "--path", "power.csv", *run)
+    assert "Held-out loss without training: persistence" in found.out
+    assert "loss without training: persistence" in cli("eval", "run").out
+    lines = cli("forecast", "run", "--steps", 5).out.splitlines()
+    assert lines[0] == "step,load,day"
+    assert len(lines) == 6
+    model, task = open_model("run"), Arrays("power.csv", length=20)
+    values, state = torch.from_numpy(task.history(20)[0])[None], None
+    for line in lines[1:]:  # the first row after all twenty, the others after the row that was predicted
+        with torch.no_grad():
+            outputs, state = model.model.advance(values, state)
+        values = outputs[:, -1:]
+        expected = values[0, 0].double().numpy() * task.std + task.mean
+        assert [float(cell) for cell in line.split(",")[1:]] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert "5 rows of step, load, day" in cli("forecast", "run", "--steps", 5, "--to", "next.csv").out
+    assert Path("next.csv").read_text().splitlines() == lines
+    np.save("two.npy", np.ones((2, 30, 2)))
+    assert len(cli("forecast", "run", "--path", "two.npy", "--steps", 3).out.splitlines()) == 7
+    assert "steps=0" in cli("forecast", "run", "--steps", 0).error
+    assert "cannot be written" in cli("forecast", "run", "--to", "no/such/folder.csv").error
+
+
+def test_what_does_not_predict_the_next_row_is_not_continued(cli, smoke):
+    assert "does not predict the next row" in cli("forecast", smoke).error

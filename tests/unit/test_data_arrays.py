@@ -478,3 +478,32 @@ def test_errors_of_batches(tmp_path):
         Arrays(tmp_path / "a.npz", length=3)
     with pytest.raises(UsageError, match=r"shape \(20,\) do not fit"):
         Arrays(tmp_path / "a.npz", readout="every")
+
+
+def test_baselines_are_the_losses_of_the_row_before_and_of_the_row_a_period_before(tmp_path):
+    time, values = np.arange(3000), RANDOM.normal(0, 0.3, (3000, 2))
+    values += np.stack([3 * np.sin(2 * np.pi * time / 23), np.cos(2 * np.pi * time / 23)], 1)
+    values[2950, 0] = np.nan
+    task = Arrays(saved(tmp_path / "a.npy", values), length=50, batch=7)
+    (persistence, before), (seasonal, period) = task.baselines().items()
+    assert (persistence, seasonal) == ("persistence", "seasonal (23 steps)")
+    begin = int(task._windows["valid"].begin[0])
+    standard = np.nan_to_num((values - task.mean) / task.std)
+    scored = np.isfinite(values[begin + 1 :]).all(1)
+    for loss, lag in ((before, 1), (period, 23)):
+        errors = standard[begin + 1 :] - standard[begin + 1 - lag : len(values) - lag]
+        assert loss == pytest.approx(np.square(errors)[scored].mean(), rel=1e-5)
+    assert period < before
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 2), (300,), (6, 2), (6,)])
+def test_noise_has_no_period_and_short_series_have_baselines(tmp_path, shape):
+    task = Arrays(saved(tmp_path / "a.npy", RANDOM.normal(size=shape)), length=2)
+    losses = task.baselines()
+    assert list(losses) == ["persistence"]
+    assert np.isfinite(losses["persistence"])
+
+
+def test_series_with_targets_of_their_own_have_no_baselines(tmp_path):
+    path = save(tmp_path / "a.npz", inputs=RANDOM.normal(size=(20, 5, 2)), targets=np.arange(20) % 2)
+    assert Arrays(path).baselines() == {}

@@ -27,6 +27,7 @@ COMMANDS = {
     "runs": ("runs", "every run under a folder, and how it is doing; stop one", "reroll runs --follow"),
     "eval": ("models", "score a run or file on held-out data, or on a file", "reroll eval RUN --path more.txt"),
     "sample": ("models", "generate text from a prompt", 'reroll sample RUN --prompt "The "'),
+    "forecast": ("forecast", "the rows that follow a series, in its own units", "reroll forecast RUN --steps 24"),
     "export": ("models", "write a model as safetensors and config", "reroll export RUN --to model.safetensors"),
     "replay": ("models", "the weights of any step again, without the data", "reroll replay RUN --to 100 --checksum"),
     "data": ("data", "turn files of an archive into one to train on", "reroll data prepare eigenworms --path FOLDER"),

@@ -71,7 +71,7 @@ def _eval(request: Eval) -> int:
     from reroll.train.load import open_model
 
     loaded = open_model(request.model)
-    task = _task(loaded, request)
+    task = task_of(loaded, request)
     split = request.split or task.splits[0]
     if split not in task.splits:
         raise UsageError(f'split="{split}" is not there; this task has {", ".join(task.splits)}.')
@@ -94,7 +94,7 @@ def _progress(done: int, batches: int) -> None:
         print(line, end="", file=sys.stderr, flush=True)
 
 
-def _task(loaded: Any, request: Eval) -> Any:
+def task_of(loaded: Any, request: Any) -> Any:
     """What to score: the run's own task, or all of another file of the same kind."""
     from dataclasses import replace
 
@@ -133,6 +133,8 @@ def _place(sizes: Any) -> str:
 def _notes(loaded: Any, task: Any, split: str, request: Eval) -> list[str]:
     """How much was scored, and what of the data the model cannot know."""
     notes, seen = [], getattr(loaded.config.task, "eval_batches", 0)
+    if getattr(task, "predicts", "") == "next" and (rules := task.baselines(split)):
+        notes.append("loss without training: " + "  ".join(f"{rule} {loss:.6g}" for rule, loss in rules.items()))
     if request.path is None and 0 < seen < task.batches(split):
         notes.append(f"All {task.batches(split)} batches are scored; scores while training are of the first {seen}.")
     if loaded.tokenizer is not None and loaded.tokenizer.has_unknown:

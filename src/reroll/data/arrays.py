@@ -41,6 +41,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 USUAL_LENGTH = 128  # of the windows of one long series
 SHOWN = 8  # names of features in a description
+SEASON = 1 << 15  # rows that a period is looked for in
 MOST_CLASSES = 1 << 20
 
 
@@ -106,6 +107,7 @@ class Arrays(FileTask):
             self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
         self.inputs, self.features, self.labels = int(data.values.shape[1]), data.features, data.labels
         self._values, self._mask, self._by_step = data.values, data.mask, data.by_step
+        self._ends = np.cumsum(data.lengths)
         self._set_targets(data, readout)
         self.length = self._window_length(data.lengths, length)
         windows = cut(data.lengths, self.length, shift=int(self.predicts == "next"))
@@ -158,8 +160,81 @@ class Arrays(FileTask):
         """Return values [..., F] in units of the training part: (x − mean) / std."""
         return ((values - self.mean[: self.inputs]) / self.std[: self.inputs]).astype(np.float32)
 
+    def history(self, steps: int) -> list[Array]:
+        """Return the last rows of every series, at most `steps`, standardised as inputs are, [T, F] each."""
+        begins = np.maximum(self._ends - np.diff(self._ends, prepend=0), self._ends - steps)
+        return [self._standard(np.arange(begin, end))[0] for begin, end in zip(begins, self._ends)]
+
+    def baselines(self, split: str = "valid") -> dict[str, float]:
+        """Return the loss that two rules without training have on the outputs that an evaluation scores.
+
+            persistence       the next row is this row
+            seasonal (p)      the next row is the one p steps before it
+
+        The period p is the lag at which the training part is most like itself, beyond the first lag at which it is
+        less like itself than on average; without such a lag there is no seasonal rule. Rows that have none p steps
+        before them are predicted by the row before. Empty for tasks with targets of their own.
+
+        Example:
+            >>> import tempfile
+            >>> path = Path(tempfile.mkdtemp()) / "days.npy"
+            >>> np.save(path, np.tile([0.0, 1.0, 5.0, 2.0, 0.0, -3.0, -1.0], 60))
+            >>> {rule: round(loss, 3) for rule, loss in Arrays(path, length=10).baselines().items()}
+            {'persistence': 1.177, 'seasonal (7 steps)': 0.0}
+        """
+        if self.predicts != "next":
+            return {}
+        scored = slice(self.batches(split) * self.batch_size)
+        windows = Windows(*(part[scored] for part in self._windows[split]))
+        place = windows.begin[:, None] + np.arange(1, self.length + 1)
+        inside = place < windows.end[:, None]
+        start = np.broadcast_to((self._ends - np.diff(self._ends, prepend=0))[windows.series][:, None], place.shape)
+        place, start = place[inside], start[inside]
+        targets, known = self._standard(place)
+        scored, period = known.all(-1), self._period()
+
+        def loss(lag: int) -> float:
+            before = np.where(place - lag >= start, place - lag, place - 1)
+            return float(np.square(targets - self._standard(before)[0])[scored].mean())
+
+        seasonal = {} if period is None else {f"seasonal ({period} steps)": loss(period)}
+        return {"persistence": loss(1)} | seasonal
+
+    @np.errstate(invalid="ignore")  # a signalling NaN
+    def _standard(self, place: IntArray) -> tuple[Array, BoolArray]:
+        """The rows at some places, standardised, with 0 for what is missing; and what is not, [n, F]."""
+        values = np.asarray(self._values[place], dtype=np.float64)
+        there = np.ones(len(place), dtype=bool) if self._mask is None else self._mask[place]
+        known = np.isfinite(values) & there[:, None]
+        return self.standardise(np.where(known, values, self.mean[: self.inputs])), known
+
+    def _period(self) -> int | None:
+        """The lag of the best seasonal rule over the end of the longest series that was trained on."""
+        windows = self._windows.get("train", self._windows["valid"])
+        begin, end = windows.begin, np.minimum(windows.begin + self.length + 1, windows.end)
+        spans = [(begin[windows.series == i].min(), end[windows.series == i].max()) for i in np.unique(windows.series)]
+        first, last = max(spans, key=lambda span: span[1] - span[0])
+        rows = self._standard(np.arange(max(first, last - SEASON), last))[0].astype(np.float64)
+        count, lags = len(rows), np.arange(1, len(rows) // 3 + 1)
+        if len(lags) < 2:
+            return None
+        # Σ (x_t − x_{t−p})² for all lags p: two sums of squares, less twice the correlation.
+        spectrum = np.fft.rfft(rows, 2 * count, axis=0)
+        correlation = np.fft.irfft(np.abs(spectrum) ** 2, axis=0)[lags].sum(1)
+        squares = np.concatenate([[0.0], np.square(rows).sum(1).cumsum()])
+        errors = (squares[count - lags] + squares[count] - squares[lags] - 2 * correlation) / (count - lags)
+        unlike = np.flatnonzero(errors > errors.mean())
+        if not len(unlike):
+            return None
+        # The first valley about as deep as the deepest: multiples of a period are as good as the period.
+        low = min(errors[unlike[0] :].min() + 0.02 * errors.mean(), 0.8 * errors.mean())
+        walled = np.pad(errors, 1, constant_values=np.inf)
+        valleys = np.flatnonzero((errors <= low) & (errors <= walled[:-2]) & (errors <= walled[2:]))
+        return next((int(lags[valley]) for valley in valleys if valley > unlike[0]), None)
+
     def describe(self) -> str:
-        return self._description
+        losses = ", ".join(f"{rule} {loss:.4g}" for rule, loss in self.baselines().items())
+        return self._description + (f" Held-out loss without training: {losses}." if losses else "")
 
     def _described(self, data: Series) -> str:
         """What was read: how many series, steps and features; what is predicted, held out, left out and filled in."""

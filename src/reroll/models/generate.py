@@ -1,4 +1,4 @@
-"""Continue a prompt, one symbol at a time.
+"""Continue a prompt, one symbol at a time; or a series, row by row.
 
     p ∝ exp(logits / temperature), restricted to the `top_k` largest
 
@@ -69,6 +69,33 @@ def generate(
         new.append(_draw(outputs[:, -1, :size], temperature, top_k, key.at(position)))
     result = torch.stack(new, 1)
     return result if batched else result[0]
+
+
+@torch.no_grad()
+def forecast(model: Any, history: Tensor, steps: int) -> Tensor:
+    """Continue a series: each row predicted is the input of the next; returns [batch, steps, features].
+
+    Args:
+        model: of series, with an output for every step that predicts the next row; `Stateful` (`reroll.models.base`).
+        history: [batch, time, features], at least one step, in the units of training.
+        steps: how many rows to add.
+
+    Example:
+        >>> from reroll import Recurrent, cells
+        >>> forecast(Recurrent(cell=cells.RNN(2, 8), inputs=2, outputs=2), torch.randn(1, 9, 2), 4).shape
+        torch.Size([1, 4, 2])
+    """
+    require_positive(steps=steps)
+    if model.vocab is not None or model.outputs != model.inputs or model.readout != "every":
+        raise UsageError("forecast needs a model that predicts the next row of a series from every row.")
+    if history.dim() != 3 or not history.shape[1]:
+        raise UsageError(f"history has shape {tuple(history.shape)}; give [batch, time, features], one step at least.")
+    outputs, state = model.advance(history)
+    rows = [outputs[:, -1]]
+    for _ in range(steps - 1):
+        outputs, state = model.advance(rows[-1].unsqueeze(1), state)
+        rows.append(outputs[:, -1])
+    return torch.stack(rows, 1)
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, key: Key) -> Tensor:

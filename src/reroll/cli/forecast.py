@@ -1,0 +1,58 @@
+"""`reroll forecast RUN --steps N`: the rows that follow a series, in the units of its file, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reroll.cli.flags import parse, positional
+from reroll.errors import RunError, UsageError
+from reroll.specs.base import option
+
+
+@dataclass(frozen=True)
+class Forecast:
+    model: str = positional("a run folder, the name of one under runs/, or a file of `reroll export`")
+    steps: int = option(10, "rows to add to every series")
+    path: str | None = option(None, "series to continue instead of the run's own")
+    context: int | None = option(None, "rows that are read before; none: as many as a window of the training")
+    to: Path | None = option(None, "the CSV file to write; none: standard output")
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    request = parse(Forecast, arguments, "reroll forecast", "Continue a series, row by row.")
+    import torch
+
+    from reroll.cli.models import task_of
+    from reroll.errors import require_count
+    from reroll.models.generate import forecast
+    from reroll.train.load import open_model
+
+    require_count(steps=request.steps, context=request.context)
+    loaded = open_model(request.model)
+    task = task_of(loaded, request)
+    if getattr(task, "predicts", "") != "next":
+        raise UsageError(f"{request.model} does not predict the next row of a series, so it cannot continue one.")
+    rows: list[list[Any]] = []
+    histories = task.history(request.context or loaded.config.task.length)
+    for number, history in enumerate(histories):
+        new = forecast(loaded.model, torch.from_numpy(history)[None], request.steps)[0].double().numpy()
+        values = new * task.std[: task.inputs] + task.mean[: task.inputs]
+        series = [number] if len(histories) > 1 else []
+        rows += [[*series, step + 1, *(f"{value:.6g}" for value in row)] for step, row in enumerate(values)]
+    names = list(task.features) or [f"value{i}" for i in range(task.inputs)]
+    header = [*(["series"] if len(histories) > 1 else []), "step", *names]
+    if request.to is None:
+        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+        return 0
+    try:
+        with request.to.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+    except OSError as error:
+        raise RunError(f"{request.to} cannot be written: {error.strerror}.") from None
+    print(f"written: {request.to}, {len(rows)} rows of {', '.join(header)}")
+    return 0
