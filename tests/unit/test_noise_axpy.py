@@ -227,6 +227,9 @@ def test_bad_shapes():
         noise_axpy(p, stream, [0], [0.1], out=torch.empty(3, 20))
     with pytest.raises(UsageError, match="laid out as one row"):
         noise_axpy(p, stream, [0], [0.1], first_row=1)
+    for shape in ((), (7,)):
+        with pytest.raises(UsageError, match="laid out as one row"):
+            noise_axpy(torch.zeros(shape), stream, [0], [0.1], first_row=1)
     with pytest.raises(UsageError, match="at least 32 columns"):
         noise_axpy_rows(p, torch.tensor([0]), stream, 0, 0.1, out=torch.empty(1, 20))
 

@@ -81,7 +81,7 @@ def _check(inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise UsageError(f"lstm_scan: {name} has shape {tuple(tensor.shape)}; expected {shape}.")
-    if hidden % width:
+    if not width or hidden % width:
         raise UsageError(f"lstm_scan: weight_hh has {width} columns, which do not divide the {hidden} features of h.")
 
 

@@ -71,7 +71,7 @@ def noise_axpy(
         raise UsageError(f"noise_axpy: out has shape {tuple(out.shape)}, p has {tuple(p.shape)}; they must agree.")
     if len(probes) != len(alphas):
         raise UsageError(f"noise_axpy: {len(probes)} probes but {len(alphas)} alphas; give one factor per probe.")
-    if first_row and layout(p.shape)[1] != p.shape[-1]:
+    if first_row and (p.dim() < 2 or layout(p.shape)[1] != p.shape[-1]):
         raise UsageError(f"noise_axpy: a tensor of shape {tuple(p.shape)} is laid out as one row; first_row must be 0.")
     if not len(probes):
         out.detach().copy_(p)

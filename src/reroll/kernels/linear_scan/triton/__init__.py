@@ -1,7 +1,7 @@
 """linear_scan and kalman_scan on a CUDA device: float32 and float64, parallel over chunks of time too.
 
     affine           diagonal A and 2×2 blocks
-    dense            a matrix per step, and larger blocks, up to 128×128
+    dense            a matrix per step, and larger blocks, up to 64×64
     scalar_kalman    the filter of one channel
     dense_kalman     the filter of a whole state, up to 32 numbers
 
