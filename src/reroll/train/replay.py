@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from reroll.errors import RunError, UsageError
 from reroll.grad.base import Seeded, padding_rows, trainable
@@ -70,7 +69,7 @@ def replay(path: Path, to: int | None = None, session: Session | None = None) ->
         return _take_steps(path, config, record, steps, session), steps
     except RunError:
         raise
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+    except checkpoint.UNREADABLE as error:
         what = f"{type(error).__name__}: {error}"
         raise RunError(f"the journal of {path} is of another run, or of another version of reroll ({what}).") from None
 
