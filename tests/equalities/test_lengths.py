@@ -197,3 +197,11 @@ def test_a_model_of_padded_sequences(readout, symbols):
         torch.testing.assert_close(
             outputs[row : row + 1, :length] if readout == "every" else outputs[row : row + 1], one
         )
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3)])
+@pytest.mark.parametrize("structure", [1, 3])
+def test_nothing_to_scan_is_scanned(shape, structure):
+    b = torch.ones(shape)
+    A = torch.ones(shape) if structure == 1 else torch.ones(*shape, 3)
+    assert linear_scan(A, b, lengths=torch.zeros(shape[0], dtype=torch.int64)).shape == shape

@@ -507,3 +507,10 @@ def test_noise_has_no_period_and_short_series_have_baselines(tmp_path, shape):
 def test_series_with_targets_of_their_own_have_no_baselines(tmp_path):
     path = save(tmp_path / "a.npz", inputs=RANDOM.normal(size=(20, 5, 2)), targets=np.arange(20) % 2)
     assert Arrays(path).baselines() == {}
+
+
+def test_many_series_and_series_without_a_known_row_have_baselines(tmp_path):
+    task = Arrays(saved(tmp_path / "many.npy", RANDOM.normal(size=(3000, 4, 1))), length=3)
+    assert task.baselines()["persistence"] > 0
+    with pytest.raises(UsageError, match="split='tets'"):
+        task.baselines("tets")

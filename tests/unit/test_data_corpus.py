@@ -178,8 +178,9 @@ def test_what_is_no_text_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="pipe"):
         find(tmp_path / "pipe")
-    for name in ("a.csv.gz", "a.txt.xz", "a.zip", "a.parquet"):
-        (tmp_path / name).write_bytes(b"\x1f\x8b")
+    packed = {"a.csv.gz": b"\x1f\x8b", "a.txt": b"\xfd7zXZ\0", "b.txt": b"BZh\x91", "a.parquet": b"PAR1\0"}
+    for name, head in packed.items():
+        (tmp_path / name).write_bytes(head)
         with pytest.raises(UsageError, match="compressed.*train arrays"):
             find(tmp_path / name)
 
@@ -441,3 +442,8 @@ def test_documents_in_memory_and_on_disk_are_read_alike(tmp_path):
             blocks = list(document.chunks(begin, end, chunk=9))
             assert b"".join(blocks) == data[begin:end]
             assert all(0 < len(block) <= 9 for block in blocks)
+
+
+def test_a_text_may_be_called_anything(tmp_path):
+    (tmp_path / "notes.zip").write_text("Packed for the journey.")
+    assert len(find(tmp_path / "notes.zip").files) == 1

@@ -289,3 +289,25 @@ def test_a_split_shorter_than_a_window_is_named(tmp_path):
         Text(tmp_path, length=9)
     with pytest.raises(UsageError, match=r"length=3 is too long for the split 'test' of .*Give more text"):
         Text(tmp_path, length=3)
+
+
+def test_a_split_that_is_not_there_is_named_everywhere(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("to be or not to be " * 50)
+    task = Text(path, length=8, batch=2)
+    for call in (task.batches, task.baselines, lambda split: task.batch(0, split)):
+        with pytest.raises(UsageError, match="split='tets' is none of the task's"):
+            call("tets")
+    with pytest.raises(UsageError, match="split='train' is none of the task's"):
+        Text(path, length=8, batch=2, whole=True).batch(0)
+
+
+def test_nul_bytes_and_cut_characters_are_no_text(tmp_path):
+    (tmp_path / "wide.txt").write_bytes("to be or not to be ".encode("utf-16-le") * 50)
+    with pytest.raises(UsageError, match="NUL bytes"):
+        Text(tmp_path / "wide.txt", "char", length=8, batch=2)
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / f"{name}.txt").write_text("to be or not to be " * 50)
+    (tmp_path / "texts" / "cut.txt").write_bytes("é".encode() * 20 + b"\xc3")
+    assert Text(tmp_path / "texts", "char", length=8, batch=2).vocab < 12

@@ -135,3 +135,12 @@ def test_records_reach_the_file_one_by_one(tmp_path):
         writer.write(record(step))
         assert read(tmp_path / "journal").steps == step + 1
     writer.close()
+
+
+def test_a_record_of_another_step_is_damage(tmp_path):
+    writer = Writer.create(tmp_path / "journal", HEADER)
+    for step in (0, 1, 1, 3):
+        writer.write(record(step))
+    writer.close()
+    with pytest.raises(RunError, match="damaged at step 2: the record there is of step 1"):
+        list(read(tmp_path / "journal").iterate())

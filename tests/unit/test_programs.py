@@ -1,5 +1,7 @@
 """Programs: what a step does, run block by block, is what torch computes operation by operation."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ USERS = {
     "turned": lambda u, s: torch.tanh(torch.cat([s[:, 3:], s[:, :3]], -1) @ w(s) + u) - s.roll(1, -1) * 0.3,
     "functions": lambda u, s: torch.sin(s + u) * torch.exp(-s * s) + (2 + torch.cos(u * s)).log() - (1 + s * s).sqrt(),
     "more": lambda u, s: F.silu(s @ w(s)) + F.softplus(u - 3 * s) / (1 + u * u) - abs(u + s) * (2 + s * s).reciprocal(),
+    "named": lambda u, s: torch.tanh(torch.roll(s.unflatten(-1, (2, -1)).flatten(start_dim=-2), 1, dims=-1) + u),
     "inputs": lambda u, s: torch.softmax(u, -1) * s + torch.addcmul(u, s, 1 - u) + (u > 0) * u,
 }  # fmt: skip
 WRITTEN = {
@@ -144,3 +147,18 @@ def test_rollouts_by_programs_agree_with_the_loop(rollout, name):
     found, expected = rollout(cell, x, reset=reset), Sequential(kernel="reference")(cell, x, reset=reset)
     pack = Layout.of(expected.final).pack
     torch.testing.assert_close(pack(found.states), pack(expected.states), rtol=0, atol=1e-4)
+
+
+def test_a_function_that_works_in_place_is_no_program():
+    """Its argument changes under the step, which a program would not see."""
+
+    def step(u, s):
+        v = s * 0.5 + u
+        return torch.tanh(F.silu(v, inplace=True) + v)
+
+    cell, x = cell_from(step, D), torch.randn(2, 9, D)
+    expected = Sequential(kernel="reference")(cell, x).states
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = Sequential(kernel="compiled")(cell, x).states
+    torch.testing.assert_close(found, expected)

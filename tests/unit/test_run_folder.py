@@ -39,8 +39,8 @@ def test_a_run_is_found_by_its_path_and_by_its_name(tmp_path, monkeypatch):
 
 
 def test_new_names_differ():
-    names = {new_folder("copy") for _ in range(20)}
-    assert len(names) == 20
+    names = {new_folder("copy") for _ in range(3)}  # of 65,536
+    assert len(names) == 3
     assert all(re.fullmatch(r"runs/\d{4}-\d\d-\d\d-copy-[0-9a-f]{4}", name.as_posix()) for name in names)
 
 

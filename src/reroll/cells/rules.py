@@ -90,11 +90,22 @@ def _total(name: str) -> Callable[..., Tracked]:
     return rule
 
 
+def _refuse_in_place() -> Any:
+    raise Untrackable("an operation in place")
+
+
+AXES = ("dim", "dims", "start_dim", "dim0", "dim1")
+"""Keywords that name an axis, in the order of the positions they stand for."""
+
+
 def _shape(name: str, position: int, default: Any = None, count: int = 1) -> Callable[..., Any]:
     """A change of shape whose axes are the `count` arguments from `position` on; it may return several."""
 
     def rule(function: Any, x: Tracked, *args: Any, **kwargs: Any) -> Any:
-        dims = [kwargs["dim"]] if "dim" in kwargs else args[position : position + count] or [default]
+        named = [kwargs[axis] for axis in AXES if axis in kwargs]
+        dims = [*args[position : position + count], *named] or [default]
+        if name == "split":
+            kwargs = {"split_size" if key == "split_size_or_sections" else key: v for key, v in kwargs.items()}
         if name == "unsqueeze" and (not isinstance(dims[0], int) or dims[0] % (x.value.dim() + 1) == 0):
             raise Untrackable("a new first axis")
         if name != "unsqueeze":
@@ -198,7 +209,7 @@ COMPOSED |= {
     "abs": lambda x: x * x.sign(),
     "square": lambda x: x * x,
     "reciprocal": lambda x: 1 / x,
-    "silu": lambda x, inplace=False: x * x.sigmoid(),
+    "silu": lambda x, inplace=False: x * x.sigmoid() if not inplace else _refuse_in_place(),
     "lerp": lambda a, b, weight: a + weight * (b - a),
     "addmm": lambda bias, x, weight: x @ weight + bias,
     "addcmul": lambda a, b, c, *, value=1: a + (b * c if value == 1 else b * c * value),

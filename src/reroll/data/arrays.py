@@ -19,6 +19,7 @@ those whose index has a small hash, or those the file names; of one long series 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -112,6 +113,7 @@ class Arrays(FileTask):
         self.length = self._window_length(data.lengths, length)
         windows = cut(data.lengths, self.length, shift=int(self.predicts == "next"))
         self._windows, training = self._hold_out(windows, data)
+        self.trains = "train" in self._windows
         rows = training[np.cumsum(data.lengths) - 1] if self.predicts == "sequence" else training
         for split in self._windows:
             if not ((rows if split == "train" or whole else ~rows) & self._known).any():
@@ -184,8 +186,8 @@ class Arrays(FileTask):
         """
         if self.predicts != "next":
             return {}
-        scored = slice(self.batches(split) * self.batch_size)
-        windows = Windows(*(part[scored] for part in self._windows[split]))
+        seen = slice(self.batches(split) * self.batch_size)
+        windows = Windows(*(part[seen] for part in self._windows[split]))
         place = windows.begin[:, None] + np.arange(1, self.length + 1)
         inside = place < windows.end[:, None]
         start = np.broadcast_to((self._ends - np.diff(self._ends, prepend=0))[windows.series][:, None], place.shape)
@@ -195,7 +197,7 @@ class Arrays(FileTask):
 
         def loss(lag: int) -> float:
             before = np.where(place - lag >= start, place - lag, place - 1)
-            return float(np.square(targets - self._standard(before)[0])[scored].mean())
+            return float(np.square(targets - self._standard(before)[0])[scored].mean()) if scored.any() else math.nan
 
         seasonal = {} if period is None else {f"seasonal ({period} steps)": loss(period)}
         return {"persistence": loss(1)} | seasonal
@@ -212,8 +214,10 @@ class Arrays(FileTask):
         """The lag of the best seasonal rule over the end of the longest series that was trained on."""
         windows = self._windows.get("train", self._windows["valid"])
         begin, end = windows.begin, np.minimum(windows.begin + self.length + 1, windows.end)
-        spans = [(begin[windows.series == i].min(), end[windows.series == i].max()) for i in np.unique(windows.series)]
-        first, last = max(spans, key=lambda span: span[1] - span[0])
+        where = np.unique(windows.series, return_index=True)[1]  # windows are in the order of their series
+        firsts, lasts = np.minimum.reduceat(begin, where), np.maximum.reduceat(end, where)
+        longest = int((lasts - firsts).argmax())
+        first, last = firsts[longest], lasts[longest]
         rows = self._standard(np.arange(max(first, last - SEASON), last))[0].astype(np.float64)
         count, lags = len(rows), np.arange(1, len(rows) // 3 + 1)
         if len(lags) < 2:
@@ -227,7 +231,8 @@ class Arrays(FileTask):
         if not len(unlike):
             return None
         # The first valley about as deep as the deepest: multiples of a period are as good as the period.
-        low = min(errors[unlike[0] :].min() + 0.02 * errors.mean(), 0.8 * errors.mean())
+        # Of noise, the correlation at a lag is about 1/√n: what is not far beyond that is no period.
+        low = min(errors[unlike[0] :].min() + 0.02 * errors.mean(), (1 - max(5 / count**0.5, 0.2)) * errors.mean())
         walled = np.pad(errors, 1, constant_values=np.inf)
         valleys = np.flatnonzero((errors <= low) & (errors <= walled[:-2]) & (errors <= walled[2:]))
         return next((int(lags[valley]) for valley in valleys if valley > unlike[0]), None)

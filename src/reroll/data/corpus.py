@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20  # bytes read at a time
 FEW = 100  # fewer documents than this are held out by size, so that a tenth of the text is, not of the documents
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tgz", ".parquet")
+COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"PAR1")
+"""How gzip, zip, bzip2, xz, zstd and Parquet files begin."""
 
 # Folders of the standard library that are no library: tests, applications, what pip installed, the topics twice.
 LEFT_OUT = {
@@ -179,7 +180,9 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
         return _several(name, _matches(where), field)
     if not where.is_file():
         raise UsageError(f"path={name!r} is a pipe, socket or device; save its text as a file.")
-    if where.suffix.lower() in COMPRESSED:
+    with _open(where) as file:
+        compressed = file.read(6).startswith(COMPRESSED)
+    if compressed and not _is_text(where):
         raise UsageError(
             f"path={name!r} is compressed, not text. Unpack it; a table is read as it is: reroll train arrays --path "
             f"{name}"
@@ -291,7 +294,8 @@ def _several(name: str, paths: list[Path], field: str, root: Path | None = None)
         log.info("%s: the splits are %s.", name, ", ".join(f"{split} = {file.name}" for split, file in splits.items()))
         return Corpus(name, tuple(File(file.name, file, split) for split, file in splits.items()), field)
     texts = [file for file in files if _is_text(file)]
-    other = [path.name for path in paths if path not in texts and (path in once or not os.path.isfile(path))]
+    readable = set(texts)
+    other = [path.name for path in paths if path not in readable and (path in once or not os.path.isfile(path))]
     if other:
         log.info("%s: %d entries are binary or no files and left out, such as %r.", name, len(other), other[0])
     if not any(file.stat().st_size for file in texts):
@@ -319,7 +323,8 @@ def _is_text(path: Path) -> bool:
     with _open(path) as file:
         head = file.read(8192)
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # a character that the end of the head cuts is no fault
+        # A character that the end of the head cuts is no fault, one that the end of the file cuts is.
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < 8192)
     except UnicodeDecodeError:
         return False
     return b"\0" not in head

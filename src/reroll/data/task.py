@@ -77,8 +77,9 @@ class Task(ABC):
     None), `outputs` (logits or values the model gives), `readout` ("every", "last" or "mean"), `splits` (names other
     than "train"), `categorical` (whether targets are symbols or classes, not numbers), `fingerprint` (SHA-256 of the
     data, or of its definition), `carries` (whether batches continue each other, so that a state is carried on),
-    `length` (the longest sequences; 0: any), `finite` (whether there is an end to held-out batches), `name` and `seed`,
-    which name its random numbers. It defines `make`, and overrides `batch` where rows can be had cheaper.
+    `length` (the longest sequences; 0: any), `finite` (whether there is an end to held-out batches), `trains` (whether
+    there is a split "train"), `name` and `seed`, which name its random numbers. It defines `make`, and overrides
+    `batch` where rows can be had cheaper.
     """
 
     name: str = ""
@@ -93,6 +94,7 @@ class Task(ABC):
     carries: bool = False
     length: int = 0
     finite: bool = False
+    trains: bool = True
 
     @abstractmethod
     def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
@@ -119,14 +121,18 @@ class Task(ABC):
         Raises:
             UsageError: if there is no such batch.
         """
-        if split not in (splits := ("train", *self.splits)):
-            raise UsageError(f"split={split!r} is none of the task's.{nearest(split, splits)}")
+        self.check_split(split)
         if length is not None and not 1 <= length <= (self.length or length):
             raise UsageError(f"length={length} must lie in [1, {self.length}], the length of the task.")
         if step < 0 or (self.finite and split != "train" and step >= self.batches(split)):
             below = "" if split == "train" else f" and below {self.batches(split)}, the number of batches of {split!r}"
             raise UsageError(f"step={step} must be 0 or more{below}.")
         return self.make(step, split, length, unit).part(rows)
+
+    def check_split(self, split: str) -> None:
+        """Raise `UsageError` if the task has no such split."""
+        if split not in (splits := (*(("train",) if self.trains else ()), *self.splits)):
+            raise UsageError(f"split={split!r} is none of the task's.{nearest(split, splits)}")
 
     def key(self, split: str, step: int, unit: int | None) -> Key:
         """Return the key of a batch's random numbers."""
@@ -190,6 +196,7 @@ class FileTask(Task):
         """Return how many batches a held-out split has."""
 
     def batches(self, split: str) -> int:
+        self.check_split(split)
         if split == "train":
             return super().batches(split)
         return min(self.count(split), self.eval_batches or self.count(split))

@@ -94,6 +94,7 @@ class Text(FileTask):
         self.length = length
         self.tokens = _splits(streams, self.path, length, whole)
         self.splits = tuple(split for split in self.tokens if split != "train")
+        self.trains = "train" in self.tokens
         if carry and not whole and len(self.tokens["train"]) <= batch:
             raise UsageError(f"batch={batch} has more rows than {self.path} has symbols; lower it, or give more text.")
 
@@ -137,6 +138,7 @@ class Text(FileTask):
 
     def baselines(self, split: str = "valid") -> Baselines:
         """Return the bits per symbol that counting and gzip need for a split; see `baselines`."""
+        self.check_split(split)
         return baselines(self.tokens[split], self.tokenizer)
 
     def decode(self, symbols: list[int]) -> str:

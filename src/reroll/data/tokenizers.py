@@ -263,7 +263,7 @@ def from_dict(saved: dict[str, Any]) -> Tokenizer:
     try:
         options = dict(saved)
         return TOKENIZERS[options.pop("name")](**options)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             f"tokenizer={str(saved)[:60]} is none that this version of reroll knows ({error!r})."
         ) from None
@@ -293,7 +293,13 @@ def decode_utf8(chunks: Iterable[bytes], name: str) -> Iterator[str]:
         UsageError: if they are not UTF-8.
     """
     try:
-        yield from codecs.iterdecode(chunks, "utf-8")
+        for text in codecs.iterdecode(chunks, "utf-8"):
+            if "\0" in text:
+                raise UsageError(
+                    f"path={name} holds NUL bytes, as UTF-16 and binary files do. Convert it to UTF-8 text, or take "
+                    "tokenizer='byte', which learns any file."
+                )
+            yield text
     except UnicodeDecodeError as error:
         before = error.object[max(error.start - 20, 0) : error.start].decode("utf-8", "ignore")
         raise UsageError(

@@ -190,7 +190,7 @@ class CentralDifference(ProbeOptions):
         return {
             "lost_probes": taken.lost, "spread": taken.spread, "probe_snr": taken.snr, "epsilon": probes.epsilon,
             "evaluate": plan.evaluate, "chunk": plan.chunk, "threads": plan.threads, "workers": plan.workers,
-            "reason": plan.reason, "extra_bytes": plan.extra_bytes(probes.parameters, self.restore, self.dtype),
+            "reason": plan.reason, "extra_bytes": plan.extra_bytes(probes.parameters, evaluation.restore, self.dtype),
         } | ({} if evaluation.drift is None else {"drift": evaluation.drift})  # fmt: skip
 
     def _clean(self, evaluation: Evaluation, batch: Any) -> tuple[Tensor, Any, int]:
@@ -210,7 +210,10 @@ class CentralDifference(ProbeOptions):
         if len(units) == 1:
             return results[0][0].cpu(), results[0][1], 1
         rows = [batch_size(unit.batch) or 1 for unit in units]
-        total = torch.stack([loss.cpu().double() * count for (loss, _), count in zip(results, rows)]).sum() / sum(rows)
+        total = torch.zeros((), dtype=torch.float64)
+        for (loss, _), count in zip(results, rows):  # one after another: a sum over a stack may take another order
+            total = total + loss.cpu().double() * count
+        total = total / sum(rows)
         return total.to(results[0][0].dtype), combine_states([state for _, state in results], torch.cat), len(units)
 
 

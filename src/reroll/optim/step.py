@@ -116,7 +116,7 @@ def step(
     try:
         estimate = at_epsilon(estimator, epsilon)(model, loss_fn, batch, key)
     except EpsilonTooSmall as error:
-        if settings is None or not tied or error.least <= (epsilon or 0):
+        if settings is None or not tied or epsilon is None or error.least <= epsilon:
             raise
         warnings.warn(RAISED, stacklevel=2)
         settings = replace(settings, epsilon=error.least)

@@ -82,9 +82,12 @@ class Journal:
                 start, end = self.offsets[step : step + 2]
                 file.seek(start + _HEAD.size)
                 try:
-                    yield _unpack(file.read(end - start - _HEAD.size))
+                    record = _unpack(file.read(end - start - _HEAD.size))
                 except (ValueError, struct.error) as error:
                     raise RunError(f"{self.path} is not of this version of reroll (step {step}: {error}).") from None
+                if record.step != step:
+                    raise RunError(f"{self.path} is damaged at step {step}: the record there is of step {record.step}.")
+                yield record
 
 
 class Writer:

@@ -208,6 +208,9 @@ def evaluator(plan: Plan, probes: ProbeContext, restore: str) -> Evaluator:
     return InPlace(probes, restore)
 
 
+FEW = 64  # things in a container that are looked at
+
+
 def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
     """Return what tells a loss from another, and the objects whose ids are in it.
 
@@ -229,7 +232,8 @@ def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
         elif isinstance(value, functools.partial):
             inside = value.func, value.args, value.keywords
         elif isinstance(value, list | tuple | dict):
-            inside = value.values() if isinstance(value, dict) else value
+            # A container may hold a data set; what tells losses apart is few and in front.
+            inside = list(itertools.islice(value.values() if isinstance(value, dict) else value, FEW))
         else:
             return by_id(value) if isinstance(value, nn.Parameter) or callable(value) else None
         parts = (describe(part, depth - 1) for part in inside) if depth else ()

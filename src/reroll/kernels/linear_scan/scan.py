@@ -82,6 +82,8 @@ def _padded(
     operator = check(A, b, initial, structure)
     _, valid = steps_of(lengths, b)
     in_A, in_b = (valid.view(*valid.shape, *[1] * (t.dim() - 2)) for t in (A, b))
+    if not b.numel():
+        return torch.zeros_like(b)
     folded, *_ = fold(operator, A, b, None)
     one = operator.one(folded[:1, :1]).reshape(1, 1, *A.shape[2:])
     states = linear_scan(torch.where(in_A, A, one), torch.where(in_b, b, 0), initial, reverse, structure=structure)
