@@ -478,3 +478,29 @@ def test_what_is_reroll_s_own_needs_no_second_look():
     assert not is_ours(model, Mine(3, 2).loss)
     assert not is_ours(model, lambda model, batch: Copy(3, 2).loss(model, batch))
     assert not is_ours(nn.Sequential(model, nn.TransformerEncoderLayer(4, 1)), Copy(3, 2).loss)
+
+
+class Counting(nn.Module):
+    """Each call is another function: the number of calls before is a factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls, self.warm = nn.Linear(4, 2, dtype=torch.float64), 0, 1.0
+
+    def forward(self, x):
+        self.calls += 1
+        self.warm *= 0.5
+        return self.layer(x) * (self.calls + self.warm)
+
+
+@pytest.mark.parametrize("evaluate", ["auto", "in_place", "tiles", "batched"])
+def test_numbers_that_a_forward_pass_counts_up_are_the_same_for_every_probe(evaluate):
+    model, x = Counting(), torch.randn(3, 4, dtype=torch.float64)
+    loss = lambda m, b: m(b).square().mean()
+    estimator = CentralDifference(probes=4, epsilon=0.01, evaluate=evaluate)
+    gradient = estimator(model, loss, x, Key(0).at(0)).gradient
+    assert (model.calls, model.warm) == (0, 1.0)
+    fixed = lambda m, b: (m.layer(b) * 1.5).square().mean()
+    expected = estimator(model, fixed, x, Key(0).at(0)).gradient
+    for term, other in zip(gradient.terms, expected.terms):
+        torch.testing.assert_close(term.coefficients, other.coefficients, rtol=1e-6, atol=0)

@@ -584,3 +584,29 @@ def test_a_series_is_continued_in_its_own_units(cli, tmp_path):
 
 def test_what_does_not_predict_the_next_row_is_not_continued(cli, smoke):
     assert "does not predict the next row" in cli("forecast", smoke).error
+
+
+def test_a_forecast_shows_what_a_series_varies_by_and_whose_columns_it_has(cli, tmp_path):
+    rows = [(12345678 + np.sin(t / 7), 1e-3 * np.cos(t / 5)) for t in range(120)]
+
+    def write(name, header, columns):
+        Path(name).write_text(header + "\n" + "\n".join(",".join(f"{row[c]:.17g}" for c in columns) for row in rows))
+
+    write("ok.csv", "a,b", (0, 1))
+    write("swapped.csv", "b,a", (1, 0))
+    write("other.csv", "x,y", (0, 1))
+    run = ("--length", 20, "--batch", 4, "--hidden", 6, "--steps", 3, "--gradient", "backprop", "--run-dir", "run")
+    assert cli("train", "arrays", "--path", "ok.csv", *run).code == 0
+    found = cli("forecast", "run", "--steps", 3)
+    values = np.array([[float(cell) for cell in line.split(",")[1:]] for line in found.out.splitlines()[1:]])
+    assert len(set(values[:, 0])) == 3
+    assert (values[:, 0] % 1 != 0).all()
+    assert np.abs(values[:, 1]).max() < 0.01
+    assert cli("forecast", "run", "--steps", 3, "--path", "swapped.csv").out == found.out
+    assert "the columns x, y; the model was trained on a, b" in cli("forecast", "run", "--path", "other.csv").error
+    Path("nan.csv").write_text("a,b\n1,1\n" + ",\n" * 60)
+    assert "every row lacks a value" in cli("eval", "run", "--path", "nan.csv").error
+    Path("one.csv").write_text("a,b\n1,1\n")
+    assert "needs two rows" in cli("eval", "run", "--path", "one.csv").error
+    for recipe, path in (("arrays", "~nosuch/x.csv"), ("text", "~nosuch/x")):
+        assert "does not exist" in cli("train", recipe, "--path", path).error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,12 +39,14 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if getattr(task, "predicts", "") != "next":
         raise UsageError(f"{request.model} does not predict the next row of a series, so it cannot continue one.")
     rows: list[list[Any]] = []
+    # A millionth of what a column varies by, whatever it varies around.
+    places = [min(max(6 - math.floor(math.log10(std)), 0), 17) for std in task.std[: task.inputs]]
     histories = task.history(request.context or loaded.config.task.length)
     for number, history in enumerate(histories):
         new = forecast(loaded.model, torch.from_numpy(history)[None], request.steps)[0].double().numpy()
         values = new * task.std[: task.inputs] + task.mean[: task.inputs]
         series = [number] if len(histories) > 1 else []
-        rows += [[*series, step + 1, *(f"{value:.6g}" for value in row)] for step, row in enumerate(values)]
+        rows += [[*series, step + 1, *(f"{v:.{n}f}" for v, n in zip(row, places))] for step, row in enumerate(values)]
     names = list(task.features) or [f"value{i}" for i in range(task.inputs)]
     header = [*(["series"] if len(histories) > 1 else []), "step", *names]
     if request.to is None:
@@ -51,7 +54,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         return 0
     try:
         with request.to.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *rows])
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
     except OSError as error:
         raise RunError(f"{request.to} cannot be written: {error.strerror}.") from None
     print(f"written: {request.to}, {len(rows)} rows of {', '.join(header)}")

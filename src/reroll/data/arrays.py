@@ -18,8 +18,8 @@ those whose index has a small hash, or those the file names; of one long series 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -38,6 +38,8 @@ from reroll.keys import Key
 
 Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
+Units = tuple[list[float], list[float]] | tuple[list[float], list[float], list[str]]
+"""Mean and std of every feature of series, and the features' names: what a model was trained to read them in."""
 BoolArray = npt.NDArray[np.bool_]
 
 USUAL_LENGTH = 128  # of the windows of one long series
@@ -66,8 +68,8 @@ class Arrays(FileTask):
             values of the steps, not T values of the sequence.
         eval_batches: the most batches an evaluation takes; None is the whole of the held-out part.
         whole: all of the file is "valid", none of it for training: to score a model on it.
-        units: the mean and the std of every feature, then of every real target, to standardise by; None: those of the
-            training part.
+        units: the mean and the std of every feature, then of every real target, to standardise by, and maybe the names
+            of the features, in whose order columns are then put; None: those of the training part.
         sep, decimal, columns, time, missing: how a table is read, see `tables.Reading`.
 
     Attributes: `mean` and `std`, [F + O], of the features and the real targets; `features` and `labels`, the names of
@@ -95,7 +97,7 @@ class Arrays(FileTask):
         readout: Readout = "last",
         eval_batches: int | None = 64,
         whole: bool = False,
-        units: tuple[list[float], list[float]] | None = None,
+        units: Units | None = None,
         **reading: str | None,
     ) -> None:
         require_positive(length=length, batch=batch, eval_batches=eval_batches)
@@ -104,7 +106,9 @@ class Arrays(FileTask):
         self.path, self.batch_size, self.seed, self.eval_batches = os.fspath(path), batch, seed, eval_batches
         self._whole = whole
         data = read_series(path, Reading(**reading))
-        with Path(path).expanduser().open("rb") as file:
+        if units is not None and len(units) > 2:
+            data = _in_order(self.path, data, tuple(units[2]))
+        with Path(os.path.expanduser(path)).open("rb") as file:
             self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
         self.inputs, self.features, self.labels = int(data.values.shape[1]), data.features, data.labels
         self._values, self._mask, self._by_step = data.values, data.mask, data.by_step
@@ -156,7 +160,7 @@ class Arrays(FileTask):
         return -(-len(self._windows[split].begin) // self.batch_size)
 
     def metadata(self) -> dict[str, Any]:
-        return super().metadata() | {"units": (self.mean.tolist(), self.std.tolist())}
+        return super().metadata() | {"units": (self.mean.tolist(), self.std.tolist(), list(self.features))}
 
     def standardise(self, values: Array) -> npt.NDArray[np.float32]:
         """Return values [..., F] in units of the training part: (x − mean) / std."""
@@ -194,10 +198,12 @@ class Arrays(FileTask):
         place, start = place[inside], start[inside]
         targets, known = self._standard(place)
         scored, period = known.all(-1), self._period()
+        if not scored.any():
+            raise UsageError(f"path={self.path}: nothing in the split {split!r} is scored: every row lacks a value.")
 
         def loss(lag: int) -> float:
             before = np.where(place - lag >= start, place - lag, place - 1)
-            return float(np.square(targets - self._standard(before)[0])[scored].mean()) if scored.any() else math.nan
+            return float(np.square(targets - self._standard(before)[0])[scored].mean())
 
         seasonal = {} if period is None else {f"seasonal ({period} steps)": loss(period)}
         return {"persistence": loss(1)} | seasonal
@@ -266,8 +272,8 @@ class Arrays(FileTask):
         mean, std = np.concatenate(units, axis=1)
         return mean, std
 
-    def _given(self, units: tuple[list[float], list[float]]) -> tuple[Array, Array]:
-        mean, std = (np.asarray(values, dtype=np.float64) for values in units)
+    def _given(self, units: Units) -> tuple[Array, Array]:
+        mean, std = (np.asarray(values, dtype=np.float64) for values in units[:2])
         values = 0 if self._targets is None or self.categorical else self.outputs
         if mean.shape != (len(self._values[0]) + values,) or std.shape != mean.shape:
             raise UsageError(
@@ -318,6 +324,8 @@ class Arrays(FileTask):
         series, count = np.unique(windows.series), len(windows.begin)
         if self._whole and count:
             return {"valid": windows}, np.ones(len(data.values), dtype=bool)
+        if self._whole:
+            raise UsageError(f"path={self.path} is too short: to score the next row, a series needs two rows.")
         if count < 2 or (self.predicts == "sequence" and len(series) < 2):
             raise UsageError(
                 f"path={self.path} is too short: {len(lengths)} series of {int(lengths.max())} steps at most give "
@@ -352,6 +360,19 @@ def cut(lengths: IntArray, length: int, shift: int) -> Windows:
     series = np.repeat(np.arange(len(lengths)), counts)
     within = np.arange(len(series)) - np.repeat(np.cumsum(counts) - counts, counts)
     return Windows(series, (ends - lengths)[series] + within * length, ends[series])
+
+
+def _in_order(path: str, data: Series, names: tuple[str, ...]) -> Series:
+    """The series with its columns in the order of the names a model was trained with, where both have names."""
+    if not names or not data.features or len(names) != len(data.features) or names == data.features:
+        return data
+    if set(names) != set(data.features):
+        raise UsageError(
+            f"path={path} has the columns {', '.join(data.features)}; the model was trained on {', '.join(names)}. "
+            "Rename them, if they are the same."
+        )
+    order = [data.features.index(name) for name in names]
+    return dataclasses.replace(data, values=data.values[:, order], features=names)
 
 
 def _names(names: tuple[str, ...]) -> str:

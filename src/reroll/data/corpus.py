@@ -171,7 +171,7 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
     name = os.fspath(path)
     if name in ("stdlib", "stdlib:prose"):
         return Corpus(name, _standard_library(prose_only=name == "stdlib:prose"), field)
-    where = Path(name).expanduser()
+    where = Path(os.path.expanduser(name))
     if not name or not (where.exists() or glob.has_magic(name)):
         raise UsageError(f"path={name!r} does not exist. Give {KINDS}.")
     if where.is_dir():

@@ -58,7 +58,7 @@ def read_series(path: str | os.PathLike[str], reading: Reading | None = None) ->
     Raises:
         UsageError: if the file is missing, of another kind, or its shapes do not fit together.
     """
-    where, reading = Path(path).expanduser(), reading or Reading()
+    where, reading = Path(os.path.expanduser(path)), reading or Reading()
     if not is_table(where) and where.suffix.lower() not in (".npy", ".npz"):
         known = ".csv, .tsv, .txt (also .gz), .parquet, .npy, .npz"
         raise UsageError(f"path={where} ends in {where.suffix or 'nothing'!r}; known are {known}.")

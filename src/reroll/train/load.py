@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reroll.data.arrays import Units
 from reroll.data.tokenizers import Tokenizer, from_dict
 from reroll.errors import RerollError, RunError, UsageError
 from reroll.grad.evaluate.snapshot import seeded_generators
@@ -30,8 +31,6 @@ from reroll.train.config import Config, resolve
 from reroll.train.records import find_run, read_config, read_json
 
 METADATA = "reroll"
-Units = tuple[list[float], list[float]]
-"""The mean and std of every feature of series: what a model was trained to read them in."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +135,11 @@ def read_about(about: Mapping[str, Any], where: str) -> tuple[Interface, Tokeniz
 def _units(saved: Any) -> Units | None:
     if saved is None:
         return None
-    mean, std = ([float(value) for value in values] for values in saved)
+    mean, std = ([float(value) for value in values] for values in saved[:2])
+    names = [str(name) for name in (saved[2] if len(saved) > 2 else ())]
     if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or min(std, default=1.0) <= 0:
         raise UsageError(f"units={str(saved)[:100]} are those of no series.")
-    return mean, std
+    return mean, std, names
 
 
 def _foreign(source: str, error: Exception) -> RunError:

@@ -70,7 +70,7 @@ def measure(full: bool, steps: int = 1000, count: int = 10) -> dict[str, Any]:
 
 
 def holds(result: dict[str, Any]) -> bool:
-    """Whether the counts are those that were result before, and ELK needs fewer than scaling."""
+    """Whether the counts are about the published ones, and ELK needs fewer than scaling."""
     elk, scale = result["elk"], result["scale"]
     return 0.7 <= elk / 152 <= 1.4 and 0.7 <= scale / 249 <= 1.4 and elk < scale
 

@@ -100,7 +100,7 @@ def _may_move(module: nn.Module) -> bool:
 
 
 def _changed(module: nn.Module, before: dict[str, Any]) -> list[str]:
-    """The attributes that were set anew since, from or to something that holds a tensor."""
+    """The attributes that were set anew since, from or to a number or something that holds a tensor."""
     now, none = vars(module), object()
     pairs = {name: (before.get(name, none), now.get(name, none)) for name in before.keys() | now.keys()}
     return [
@@ -111,4 +111,4 @@ def _changed(module: nn.Module, before: dict[str, Any]) -> list[str]:
 def _holds(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_holds, value.values()))
-    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_holds, value)))
+    return isinstance(value, Tensor | int | float) or (isinstance(value, tuple | list) and any(map(_holds, value)))
