@@ -838,7 +838,7 @@ def test_two_parameters_on_one_memory_are_refused():
 
 def test_a_rule_and_an_optimizer_are_a_row_each(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    monkeypatch.setitem(RULES, "toy", lambda groups, lr, momentum, betas: torch.optim.Rprop(groups, lr))
+    monkeypatch.setitem(RULES, "toy", lambda groups, lr, **options: torch.optim.Rprop(groups, lr))
     monkeypatch.setitem(OPTIMIZERS, "mixed", dict.fromkeys(ROLES, "sgd") | {"matrix": "toy"})
     optimizer = build_optimizer("mixed", model, 0.01)
     assert {rule: type(o).__name__ for rule, o in optimizer.optimizers.items()} == {"sgd": "SGD", "toy": "Rprop"}

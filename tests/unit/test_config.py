@@ -18,10 +18,10 @@ from reroll.train import toml
 from reroll.train.config import Config, resolve
 
 FLAGS = {
-    "path", "length", "batch", "tokenizer", "overfit", "cell", "rollout", "hidden", "heads", "layers", "gradient",
-    "probes",
-    "epsilon", "noise", "evaluate", "optimizer", "lr", "momentum", "clip", "schedule", "steps", "seed", "device",
-    "dtype", "threads", "max-seconds", "target-loss", "field", "sep", "decimal", "columns", "time", "missing",
+    "path", "length", "batch", "tokenizer", "overfit", "cell", "rollout", "hidden", "width", "heads", "layers",
+    "gradient", "probes", "epsilon", "noise", "evaluate", "optimizer", "lr", "momentum", "clip", "schedule", "steps",
+    "seed", "device", "dtype", "threads", "max-seconds", "target-loss", "field", "sep", "decimal", "columns", "time",
+    "missing",
 }  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_another_kind_keeps_what_it_can():
         ({"task": {"overfit": 1}}, "task.overfit=1 must be true or false"),
         ({"model": "lsmt"}, "model.kind='lsmt' is unknown. Did you mean \"lstm\""),
         ({"model": {"rollout": "dear"}}, "model.rollout.kind='dear' is unknown. Did you mean \"deer\""),
-        ({"model": {"kind": "gru", "heads": 2}}, "heads=2 is for model lstm or dnc; this one is gru"),
+        ({"model": {"kind": "gru", "heads": 2}}, "heads=2 is for model lstm or dnc or gpt; this one is gru"),
         ({"model": {"rollout": {"variance": 2.0}}}, "variance=2.0 is for model.rollout elk or quasi_elk"),
         ({"gradient": {"truncate": 3}}, "truncate=3 is for gradient backprop; this one is probes"),
         (

@@ -4,6 +4,7 @@ from reroll.optim.apply import apply, clip_norm
 from reroll.optim.cdrge import CDRGE
 from reroll.optim.ema import Average
 from reroll.optim.groups import OPTIMIZERS, MultiOptimizer, build_optimizer, groups
+from reroll.optim.muon import Muon, orthogonalize
 from reroll.optim.schedule import Plateau
 from reroll.optim.sgd import SGD
 from reroll.optim.step import StepResult, StepSettings, configure, step
@@ -14,6 +15,7 @@ __all__ = [
     "SGD",
     "Average",
     "MultiOptimizer",
+    "Muon",
     "Plateau",
     "StepResult",
     "StepSettings",
@@ -22,5 +24,6 @@ __all__ = [
     "clip_norm",
     "configure",
     "groups",
+    "orthogonalize",
     "step",
 ]  # fmt: skip

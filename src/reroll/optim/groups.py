@@ -2,7 +2,7 @@
 
     sgd      every parameter; momentum
     adamw    every parameter
-    muon     matrices by torch.optim.Muon; embedding, head, kernels and vectors by AdamW
+    muon     matrices by `Muon`; embedding, head, kernels and vectors by AdamW
 
 Weight decay is decoupled, and leaves vectors alone. Muon orthogonalises the update of a matrix, which means something
 for a matrix that maps features to features; the rows of an embedding and of a head are separate vectors (Jordan et al.,
@@ -20,18 +20,16 @@ from torch import Tensor, nn
 from reroll.errors import UsageError, nearest, require_positive
 from reroll.grad.base import trainable
 from reroll.models.roles import ROLES, roles
+from reroll.optim.muon import Muon
 from reroll.optim.sgd import SGD, evaluated
 
 Groups = list[dict[str, Any]]
-Betas = tuple[float, float]
-RULES: dict[str, Callable[[Groups, float, float, Betas], torch.optim.Optimizer]] = {
-    "sgd": lambda groups, lr, momentum, betas: SGD(groups, lr, momentum),
-    "adamw": lambda groups, lr, momentum, betas: torch.optim.AdamW(groups, lr, betas),
-    "muon": lambda groups, lr, momentum, betas: torch.optim.Muon(
-        groups, lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"
-    ),
+RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda groups, lr, *, momentum=0.9, **_: SGD(groups, lr, momentum),
+    "adamw": lambda groups, lr, *, betas=(0.9, 0.999), eps=1e-8, **_: torch.optim.AdamW(groups, lr, betas, eps),
+    "muon": lambda groups, lr, *, betas=None, eps=None, **options: Muon(groups, lr, **options),
 }
-"""Every update rule, over groups that say their own weight decay."""
+"""Every update rule, over groups that say their own weight decay; each takes its own of an optimizer's options."""
 
 OPTIMIZERS: dict[str, dict[str, str]] = {
     "sgd": dict.fromkeys(ROLES, "sgd"),
@@ -46,10 +44,9 @@ def build_optimizer(
     model: nn.Module | Mapping[str, Tensor],
     lr: float,
     *,
-    momentum: float = 0.9,
-    betas: Betas = (0.9, 0.999),
     weight_decay: float = 0.0,
     lr_scales: Mapping[str, float] | None = None,
+    **options: Any,
 ) -> torch.optim.Optimizer:
     """Return an optimizer over the parameters of a model.
 
@@ -58,14 +55,15 @@ def build_optimizer(
         model: the module, whose parameters with `requires_grad` are trained; or tensors by name, whose roles follow
             from their shapes.
         lr: η.
-        momentum: of sgd and muon; `betas`: of adamw.
         weight_decay: λ, decoupled (θ ← (1 − η λ) θ), on tensors with two axes or more.
         lr_scales: factors on η by role.
+        options: of the rules: momentum (0.9) of sgd and muon, betas and eps of adamw, and the others of `Muon`.
 
     Raises:
         UsageError: for an unknown name or role, a number out of range, or a rule without parameters.
     """
     require_positive(lr=lr, **{f"lr_scales[{role!r}]": scale for role, scale in (lr_scales or {}).items()})
+    momentum, betas = options.get("momentum", 0.0), options.get("betas", ())
     if not 0 <= momentum < 1 or not all(0 <= beta < 1 for beta in betas) or weight_decay < 0:
         raise UsageError(
             f"momentum={momentum} and betas={betas} must lie in [0, 1), weight_decay={weight_decay} must be ≥ 0."
@@ -76,7 +74,7 @@ def build_optimizer(
     by_rule = {rule: [g for g in all_groups if g["rule"] == rule] for rule in dict.fromkeys(OPTIMIZERS[name].values())}
     if not by_rule[OPTIMIZERS[name]["matrix"]]:
         raise UsageError(f'optimizer="{name}" needs matrices besides embedding and head; use optimizer="adamw".')
-    built = {rule: RULES[rule](some, lr, momentum, betas) for rule, some in by_rule.items() if some}
+    built = {rule: RULES[rule](some, lr, **options) for rule, some in by_rule.items() if some}
     return next(iter(built.values())) if len(built) == 1 else MultiOptimizer(built)
 
 

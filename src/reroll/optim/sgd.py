@@ -10,7 +10,7 @@ fp32 weights and λ = 0 the two give the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -26,6 +26,27 @@ def evaluated(closure: Callable[[], Any] | None) -> Any:
         return None
     with torch.enable_grad():
         return closure()
+
+
+def in_range(group: Mapping[str, Any], **below: float) -> None:
+    """Raise `UsageError` for the first of these numbers of a group that does not lie in [0, its bound)."""
+    for name, high in below.items():
+        value = group[name]
+        if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+            raise UsageError(f"{name}={value!r} must be a number.")
+        if not 0 <= float(value) < high:
+            raise UsageError(f"{name}={value} must lie in [0, {high}).")
+
+
+def keep_precision(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Put the momentum back as it was saved: torch casts a state to the dtype of its weight, which bf16 loses by."""
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, p in zip(indices, tensors):
+        saved = state_dict["state"].get(index, {}).get("momentum_buffer")
+        if saved is not None:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            optimizer.state[p]["momentum_buffer"] = saved.to(device=p.device, dtype=wide, copy=True)
 
 
 class SGD(torch.optim.Optimizer):
@@ -60,12 +81,7 @@ class SGD(torch.optim.Optimizer):
             raise
 
     def _check(self, group: dict[str, Any]) -> None:
-        for name, high in (("lr", math.inf), ("momentum", 1), ("weight_decay", math.inf)):
-            value = group[name]
-            if isinstance(value, bool) or not isinstance(value, Real | Tensor):
-                raise UsageError(f"{name}={value!r} must be a number.")
-            if not 0 <= float(value) < high:
-                raise UsageError(f"{name}={value} must lie in [0, {high}).")
+        in_range(group, lr=math.inf, momentum=1.0, weight_decay=math.inf)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -80,14 +96,7 @@ class SGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` returned, the momentum in its own precision."""
         super().load_state_dict(state_dict)
-        # torch casts a state to the dtype of its weight, which bf16 loses by.
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        tensors = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(indices, tensors):
-            saved = state_dict["state"].get(index, {}).get("momentum_buffer")
-            if saved is not None:
-                wide = torch.promote_types(p.dtype, torch.float32)
-                self.state[p]["momentum_buffer"] = saved.to(device=p.device, dtype=wide, copy=True)
+        keep_precision(self, state_dict)
 
 
 def descend(p: Tensor, group: dict[str, Any], state: Any, add: Callable[[Tensor, float], Any]) -> None:

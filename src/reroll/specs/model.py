@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
 
 from reroll.errors import UsageError
-from reroll.specs.base import OBJECT, Handed, Spec, option, runtime
+from reroll.specs.base import OBJECT, Handed, Spec, exclude, option, runtime
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,51 @@ CELLS = {
 
 
 @dataclass(frozen=True)
+class GPT(ModelSpec):
+    """A decoder-only transformer."""
+
+    kind: str = option("gpt", "the model")
+    layers: int = option(12, "layers on top of one another")
+    heads: int = option(6, "heads of attention")
+    width: int = option(768, "features of the residual stream", flag="width")
+    vocab: int | None = option(None, "symbols, if more than the task has (padded for speed); none: as many")
+    position: Literal["rotary", "learned"] = option("rotary", "how positions are told apart")
+    qk_norm: bool = option(True, "normalise queries and keys")
+    activation: Literal["relu2", "gelu"] = option("relu2", "of the layer after attention")
+    zero_init: bool = option(True, "begin with zeros in what writes to the residual stream, and in the head")
+    tied: bool = option(False, "the head is the embedding")
+    embed_norm: bool = option(True, "normalise the embedding")
+    softcap: float | None = option(None, "bound of the logits, c · tanh(logits / c); none: no bound")
+    value_residual: bool = option(False, "mix the first layer's values into those of the others")
+    embed_shortcut: bool = option(False, "mix the embedding into the stream before every layer")
+    context: int = option(1024, "longest sequence with position=learned")
+
+    def check(self) -> None:
+        super().check()
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise UsageError(f"width={self.width} must be heads={self.heads} times an even number of features.")
+        exclude((self.tied and self.zero_init, "tied and zero_init", "the embedding would begin at zero"))
+
+    def build(self, sizes: Any) -> Any:
+        if sizes.vocab is None or sizes.readout != "every":
+            raise UsageError("model=gpt reads symbols, with an output at every step; use recurrent cells for series.")
+        size = max(sizes.vocab, sizes.outputs)
+        if self.vocab is not None and self.vocab < size:
+            raise UsageError(f"vocab={self.vocab} is less than the {size} symbols of the task.")
+        options = {f.name: getattr(self, f.name) for f in fields(GPT) if f.name not in ("kind", "vocab")}
+        return runtime("models:GPT")(self.vocab or size, **options)
+
+
+@dataclass(frozen=True)
 class ObjectModel(Handed, ModelSpec):
     """A module that was handed in."""
 
 
-MODELS: dict[str, type[ModelSpec]] = {"lstm": LSTM, "dnc": DNC, **dict.fromkeys(CELLS, Cells), OBJECT: ObjectModel}
+MODELS: dict[str, type[ModelSpec]] = {
+    "lstm": LSTM,
+    "dnc": DNC,
+    "gpt": GPT,
+    **dict.fromkeys(CELLS, Cells),
+    OBJECT: ObjectModel,
+}
 """Every model by name."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from reroll.errors import UsageError
-from reroll.specs.base import OBJECT, Handed, Spec, option, runtime
+from reroll.specs.base import OBJECT, Handed, Spec, exclude, option, runtime
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ class OptimizerSpec(Spec):
     fuses: ClassVar[bool] = False
     """Whether a gradient can be added to the weights, or to their momentum, while it is generated."""
     lr: float | Literal["auto"] = option(0.1, "learning rate, or auto: search for one", flag="lr")
+    embedding_lr: float | None = option(None, "learning rate of the embedding; none: lr")
+    head_lr: float | None = option(None, "learning rate of the head; none: lr")
+    vector_lr: float | None = option(None, "learning rate of biases, gains and initial states; none: lr")
     weight_decay: float = option(0.0, "decoupled decay of matrices", within="[0, 1e18]")
     clip: float | None = option(None, "largest norm of the gradient; none: any", flag="clip")
     update: Literal["auto", "write", "stream", "fused"] = option("auto", "how the gradient reaches the weights")
@@ -84,6 +87,8 @@ class OptimizerSpec(Spec):
 
     def check(self) -> None:
         super().check()
+        own_rates = self.embedding_lr or self.head_lr or self.vector_lr
+        exclude((self.lr == "auto" and own_rates, "lr=auto and a rate of a role", "theirs are relative to lr"))
         if self.search_low >= self.search_high:
             raise UsageError(f"search_low={self.search_low} must be below search_high={self.search_high}.")
         if self.update == "fused" and not self.fuses:
@@ -91,17 +96,40 @@ class OptimizerSpec(Spec):
 
     def build(self, model: Any, lr: float) -> Any:
         """Return the optimizer over the parameters of a model."""
-        own = {name: getattr(self, name) for name in ("momentum", "betas") if hasattr(self, name)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _COMMON}
+        rates = {role: getattr(self, f"{role}_lr") for role in ("embedding", "head", "vector")}
+        scales = {role: rate / lr for role, rate in rates.items() if rate is not None}
         make = runtime("optim:build_optimizer")
-        return make(self.kind, model, lr, weight_decay=self.weight_decay, **own)
+        return make(self.kind, model, lr, weight_decay=self.weight_decay, lr_scales=scales, **own)
+
+    def momentum_at(self, step: int) -> float | None:
+        """Return the momentum of a step; None: as the optimizer was built."""
+        return None
+
+
+_COMMON = {f.name for f in fields(OptimizerSpec)} | {"momentum_start", "momentum_warmup"}
 
 
 @dataclass(frozen=True)
-class SGD(OptimizerSpec):
+class Momentum(OptimizerSpec):
+    """A rule with a momentum, which may begin lower."""
+
+    momentum: float = option(0.9, "of sgd and muon; 0 keeps nothing per weight", flag="momentum", within="[0, 1)")
+    momentum_start: float = option(0.85, "where the momentum begins, if it has a warm-up", within="[0, 1)")
+    momentum_warmup: int = option(0, "steps until the momentum has risen to its value", within="[0, 2**31]")
+
+    def momentum_at(self, step: int) -> float | None:
+        if not self.momentum_warmup:
+            return None
+        share = min(step / self.momentum_warmup, 1.0)
+        return (1 - share) * self.momentum_start + share * self.momentum
+
+
+@dataclass(frozen=True)
+class SGD(Momentum):
     """Gradient descent, with momentum."""
 
     kind: str = option("sgd", "the update rule")
-    momentum: float = option(0.9, "of sgd and muon; 0 keeps nothing per weight", flag="momentum", within="[0, 1)")
     fuses: ClassVar[bool] = True
 
 
@@ -111,15 +139,23 @@ class AdamW(OptimizerSpec):
 
     kind: str = option("adamw", "the update rule")
     betas: tuple[float, float] = option((0.9, 0.999), "decay of the two moments", within="[0, 1)")
+    eps: float = option(1e-8, "what is added to the root of the second moment")
 
 
 @dataclass(frozen=True)
-class Muon(OptimizerSpec):
+class Muon(Momentum):
     """Orthogonalised updates of hidden matrices; the rest by AdamW."""
 
     kind: str = option("muon", "the update rule")
-    momentum: float = option(0.9, "of the hidden matrices", flag="momentum", within="[0, 1)")
     betas: tuple[float, float] = option((0.9, 0.999), "of the rest, which AdamW updates", within="[0, 1)")
+    eps: float = option(1e-8, "of AdamW: what is added to the root of the second moment")
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = option(
+        "match_rms_adamw", "factor of the rate by shape: original, √max(1, m/n), or match_rms_adamw, 0.2 √max(m, n)"
+    )
+    nesterov: bool = option(True, "orthogonalise the gradient plus the momentum, not the momentum")
+    ns_steps: int = option(5, "steps of the iteration")
+    beta2: float | None = option(None, "decay of the second moment of rows (NorMuon); none: without", within="[0, 1)")
+    cautious: bool = option(False, "decay only the weights that the update moves towards zero")
 
 
 @dataclass(frozen=True)

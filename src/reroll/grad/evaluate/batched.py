@@ -60,6 +60,7 @@ class _Slices:
 
     def __init__(self, probes: ProbeContext, weights: dict[str, Tensor]):
         self.rules = {functional.linear: self.linear}
+        self.anywhere = {functional.scaled_dot_product_attention: attention}
         self.slices = {id(p): weights[name] for name, p in probes.parameters.items()}
         if probes.dtype is not None and probes.model is not None:
             for p in probes.model.parameters():
@@ -76,3 +77,21 @@ class _Slices:
         rows = input.reshape(-1, input.shape[-1])
         product = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
         return product.view(*input.shape[:-1], -1)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, **other: Any,
+) -> Tensor:  # fmt: skip
+    """scaled_dot_product_attention by its formula: the fused kernels have no rule for a probe axis."""
+    if dropout_p or any(other.values()):
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, **other}
+        return functional.scaled_dot_product_attention(query, key, value, **options)
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        logits = logits.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.softmax(-1) @ value

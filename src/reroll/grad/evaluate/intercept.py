@@ -53,6 +53,9 @@ class Intercept(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         source = self.source
+        anywhere = getattr(source, "anywhere", {}).get(func)  # whether or not a parameter is an argument
+        if anywhere is not None:
+            return anywhere(*args, **kwargs)
         if func in _ABOUT or not (_mentions(args, source.ids) or (kwargs and _mentions(kwargs.values(), source.ids))):
             return func(*args, **kwargs)
         rule = source.rules.get(func)
