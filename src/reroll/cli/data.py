@@ -1,47 +1,80 @@
-"""`reroll data prepare NAME`: turn files of an archive into one that `reroll train arrays` reads."""
+"""`reroll data prepare NAME`: turn files into ones that can be trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from reroll.cli.flags import parse, positional
 from reroll.errors import UsageError, nearest
 from reroll.specs.base import option
 
-ARCHIVES = ("eigenworms", "ts")
-
 
 @dataclass(frozen=True)
 class Data:
     action: str = positional("prepare")
-    name: str = positional("eigenworms, or ts for any other classified series in .ts files")
-    path: Path | None = option(
-        None, "a .ts file, or a folder with NAME_TRAIN.ts and NAME_TEST.ts; nothing is downloaded"
+    name: str = positional(
+        "eigenworms, or ts for any other classified series in .ts files; tokens for shards of a text; fineweb, the one "
+        "that uses the network"
+    )
+    path: str | None = option(
+        None, "a .ts file, or a folder with NAME_TRAIN.ts and NAME_TEST.ts; tokens: as for reroll train text"
     )
     to: Path | None = option(
-        None, "folder for NAME.npz; none: the cache folder, where `reroll reproduce elk-fig3` finds it"
+        None,
+        "folder to write to; none: the cache folder (series, where `reroll reproduce elk-fig3` finds them), or NAME",
     )
-    every: int = option(1, "keep every k-th step")
+    every: int = option(1, "series: keep every k-th step")
+    tokenizer: Literal["byte", "char", "word", "gpt2"] = option("byte", "tokens: what a symbol of the text is")
+    max_vocab: int | None = option(None, "tokens: largest vocabulary of char and word; none: 1024 and 10000")
+    shard: int = option(100_000_000, "tokens: tokens of a shard", within="[1, 2**31)")
+    shards: int = option(24, "fineweb: training shards of 100 million tokens, 200 MB each")
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
     request = parse(Data, arguments, "reroll data", "Turn files of an archive into one that can be trained on.")
     if request.action != "prepare":
         raise UsageError(f'action "{request.action}" is unknown.{nearest(request.action, ["prepare"])}')
-    if request.name not in ARCHIVES:
-        raise UsageError(f'archive "{request.name}" is unknown.{nearest(request.name, ARCHIVES)}')
+    if request.name not in PREPARE:
+        raise UsageError(f'archive "{request.name}" is unknown.{nearest(request.name, PREPARE)}')
+    PREPARE[request.name](request)
+    return 0
+
+
+def _series(request: Data) -> None:
     if request.path is None:
         raise UsageError("--path is missing: name a .ts file or a folder of them; nothing is downloaded.")
     from reroll.data.cache import cache_folder
     from reroll.data.timeseries import prepare
 
     target = (request.to or cache_folder()) / f"{request.name}.npz"
-    arrays = prepare(request.path, target, request.every)
+    arrays = prepare(Path(request.path), target, request.every)
     count, steps, features = arrays["inputs"].shape
     print(f"{target}: {count} series of {steps} steps, {features} features, {len(arrays['labels'])} classes")
     if "held_out" in arrays:
         print(f"held out: the {arrays['held_out'].sum()} series of the test file")
     print(f"train on it: reroll train arrays --path {target} --length {steps}")
-    return 0
+
+
+def _tokens(request: Data) -> None:
+    if request.path is None:
+        raise UsageError("--path is missing: name a text file, a folder, a glob, a .jsonl file, or stdlib.")
+    from reroll.data.prepare import encode
+
+    target = request.to or Path(request.name)
+    about = encode(request.path, target, request.tokenizer, max_vocab=request.max_vocab, shard=request.shard)
+    for name, file in about["files"].items():
+        print(f"{target / name}: {file['tokens']:,} tokens of {file['bytes']:,} bytes, sha256 {file['sha256'][:12]}…")
+    print(f"train on it: reroll train --set task.kind=tokens task.path={target} task.valid_tokens=none")
+
+
+def _fineweb(request: Data) -> None:
+    from reroll.data.prepare import download
+
+    download(request.to or Path(request.name), request.shards)
+
+
+PREPARE = {"eigenworms": _series, "ts": _series, "tokens": _tokens, "fineweb": _fineweb}
+"""What can be prepared."""

@@ -118,7 +118,7 @@ def _open(place: Path) -> Streams:
 def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: int | None) -> None:
     """Encode a corpus into the files of a cache entry; the description comes last, so what it says is there."""
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = fit(tokenizer, _training_text(corpus) if tokenizer in USUAL_SIZES else (), max_vocab)
+        tokenizer = fit(tokenizer, training_text(corpus) if tokenizer in USUAL_SIZES else (), max_vocab)
     files: dict[str, BinaryIO] = {}
     digests: dict[str, Any] = {}
     try:
@@ -157,7 +157,7 @@ def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, bytes]
             yield passage.split, after
 
 
-def _training_text(corpus: Corpus) -> Iterator[str]:
+def training_text(corpus: Corpus) -> Iterator[str]:
     """The text a vocabulary is made of."""
     for passage in passages(corpus):
         if passage.split == "train":

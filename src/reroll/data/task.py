@@ -77,9 +77,9 @@ class Task(ABC):
     None), `outputs` (logits or values the model gives), `readout` ("every", "last" or "mean"), `splits` (names other
     than "train"), `categorical` (whether targets are symbols or classes, not numbers), `fingerprint` (SHA-256 of the
     data, or of its definition), `carries` (whether batches continue each other, so that a state is carried on),
-    `length` (the longest sequences; 0: any), `finite` (whether there is an end to held-out batches), `trains` (whether
-    there is a split "train"), `name` and `seed`, which name its random numbers. It defines `make`, and overrides
-    `batch` where rows can be had cheaper.
+    `length` (the longest sequences; 0: any), `most_steps` (batches to train on; None: any number), `finite` (whether
+    there is an end to held-out batches), `trains` (whether there is a split "train"), `name` and `seed`, which name its
+    random numbers. It defines `make`, and overrides `batch` where rows can be had cheaper.
     """
 
     name: str = ""
@@ -93,6 +93,7 @@ class Task(ABC):
     fingerprint: str = ""
     carries: bool = False
     length: int = 0
+    most_steps: int | None = None
     finite: bool = False
     trains: bool = True
 

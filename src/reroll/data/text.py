@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +36,72 @@ IntArray = npt.NDArray[np.int64]
 MEASURED = 1 << 22  # symbols that baselines look at: the pairs of these are sorted in 100 MB
 
 
-class Text(FileTask):
+class Windows(FileTask):
+    """Predict the next symbol in windows of one long row of symbols for every split.
+
+    Attributes a subclass sets: `tokens`, by split; `length` and `batch_size`, T and B; `tokenizer`, or None; and
+    `document`, the symbol that begins a document when carrying, or None. It defines `begins`.
+    """
+
+    tokens: dict[str, Any]
+    batch_size: int
+    tokenizer: Tokenizer | None
+    document: int | None = None
+
+    @abstractmethod
+    def begins(self, step: int, unit: int | None, steps: int) -> IntArray:
+        """Return where the rows of a training step begin, [B], if nothing is carried."""
+
+    def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
+        """Return the windows of a step; when carrying each batch begins where the last one ended, in every unit.
+
+        A held-out part is read in B windows one after the other; when carrying, by B readers of a B-th each.
+        """
+        tokens, row = self.tokens[split], np.arange(self.batch_size)
+        pairs, steps = len(tokens) - 1, length or self.length
+        if self.carries and steps != self.length:
+            raise UsageError(f"length={length} cannot change with carry=True; drop the curriculum, or the carrying.")
+        if self.carries:
+            share = pairs // self.batch_size if split == "train" else _ceil(pairs, self.batch_size)
+            begin, end = row * share + step * self.length, (row + 1) * share
+        elif split == "train":
+            begin = end = self.begins(step, unit, steps)
+        else:
+            begin = (step * self.batch_size + row) * self.length
+            begin = begin[begin < pairs]  # the last batch may have fewer rows
+            end = begin + self.length
+        place = begin[:, None] + np.arange(steps)
+        if split == "train":  # goes round and round
+            place, mask = place % pairs, np.ones(place.shape, dtype=bool)
+        else:
+            place, mask = np.minimum(place, pairs - 1), place < np.minimum(end, pairs)[:, None]
+        inputs, targets = (torch.from_numpy(tokens[at].astype(np.int64)) for at in (place, place + 1))
+        reset = place == 0
+        reset[:, 0] |= step == 0
+        if self.document is not None:
+            reset |= inputs.numpy() == self.document
+        # A mask of resets keeps a model from running the sequence by one kernel; most batches begin no document.
+        begins = torch.from_numpy(reset) if self.carries and reset.any() else None
+        return Batch(inputs, targets, torch.from_numpy(mask), reset=begins)
+
+    def count(self, split: str) -> int:
+        pairs = len(self.tokens[split]) - 1
+        first, second = (self.batch_size, self.length) if self.carries else (self.length, self.batch_size)
+        return _ceil(_ceil(pairs, first), second)
+
+    def metadata(self) -> dict[str, Any]:
+        return super().metadata() | {"tokenizer": self.tokenizer and self.tokenizer.to_dict()}
+
+    def decode(self, symbols: list[int]) -> str:
+        """Return the text of symbols."""
+        return super().decode(symbols) if self.tokenizer is None else self.tokenizer.decode(symbols)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the symbols of a text."""
+        return super().encode(text) if self.tokenizer is None else self.tokenizer.encode(text).tolist()
+
+
+class Text(Windows):
     """Predict the next symbol of a text.
 
     Args:
@@ -98,56 +164,15 @@ class Text(FileTask):
         if carry and not whole and len(self.tokens["train"]) <= batch:
             raise UsageError(f"batch={batch} has more rows than {self.path} has symbols; lower it, or give more text.")
 
-    def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
-        """Return the windows of a step; with `carry` each batch begins where the last one ended, in every unit.
-
-        A held-out part is read in B windows one after the other; when carrying, by B readers of a B-th each.
-        """
-        tokens, row = np.asarray(self.tokens[split]), np.arange(self.batch_size)
-        pairs, steps = len(tokens) - 1, length or self.length
-        if self.carries and steps != self.length:
-            raise UsageError(f"length={length} cannot change with carry=True; drop the curriculum, or the carrying.")
-        if self.carries:
-            share = pairs // self.batch_size if split == "train" else _ceil(pairs, self.batch_size)
-            begin, end = row * share + step * self.length, (row + 1) * share
-        elif split == "train":
-            begin = end = random_places(self.key(split, step, unit), self.batch_size, pairs - steps + 1)
-        else:
-            begin = (step * self.batch_size + row) * self.length
-            begin = begin[begin < pairs]  # the last batch may have fewer rows
-            end = begin + self.length
-        place = begin[:, None] + np.arange(steps)
-        if split == "train":  # goes round and round
-            place, mask = place % pairs, np.ones(place.shape, dtype=bool)
-        else:
-            place, mask = np.minimum(place, pairs - 1), place < np.minimum(end, pairs)[:, None]
-        inputs, targets = (torch.from_numpy(tokens[at].astype(np.int64)) for at in (place, place + 1))
-        reset = place == 0
-        reset[:, 0] |= step == 0
-        # A mask of resets keeps a model from running the sequence by one kernel; most batches begin no document.
-        begins = torch.from_numpy(reset) if self.carries and reset.any() else None
-        return Batch(inputs, targets, torch.from_numpy(mask), reset=begins)
-
-    def count(self, split: str) -> int:
-        pairs = len(self.tokens[split]) - 1
-        first, second = (self.batch_size, self.length) if self.carries else (self.length, self.batch_size)
-        return _ceil(_ceil(pairs, first), second)
-
-    def metadata(self) -> dict[str, Any]:
-        return super().metadata() | {"tokenizer": self.tokenizer.to_dict()}
+    def begins(self, step: int, unit: int | None, steps: int) -> IntArray:
+        """Return places that the key of the step draws."""
+        return random_places(self.key("train", step, unit), self.batch_size, len(self.tokens["train"]) - steps)
 
     def baselines(self, split: str = "valid") -> Baselines:
         """Return the bits per symbol that counting and gzip need for a split; see `baselines`."""
         self.check_split(split)
+        assert self.tokenizer is not None
         return baselines(self.tokens[split], self.tokenizer)
-
-    def decode(self, symbols: list[int]) -> str:
-        """Return the text of symbols."""
-        return self.tokenizer.decode(symbols)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the symbols of a text."""
-        return self.tokenizer.encode(text).tolist()
 
 
 class Baselines(NamedTuple):

@@ -111,6 +111,31 @@ class Text(FileTask):
 
 
 @dataclass(frozen=True)
+class Tokens(TaskSpec):
+    """The next token of shards."""
+
+    kind: str = option("tokens", "the task")
+    path: str | None = option(None, "folder or glob of token shards; or cpu-bytes", flag="path")
+    epochs: int = option(1, "how often the tokens may be seen")
+    valid_tokens: int | None = option(10_485_760, "tokens that are scored, the first held-out ones; none: all")
+    vocab: int | None = option(None, "symbols; none: what tokens.json beside the shards says, or GPT-2's 50257")
+    carry: bool = option(False, "read on and on, and carry the state from window to window")
+
+    @property
+    def carries(self) -> bool:
+        return self.carry
+
+    def build(self, seed: int, tokenizer: Any = None, *, units: Any = None, whole: bool = False) -> Any:
+        if self.path is None:
+            raise UsageError(f"task {self.kind} needs --path.")
+        path = runtime("data.packages:shards_of")(self.path)
+        return runtime("data.tokens:TokenBatches")(
+            path, self.length, self.batch, seed, carry=self.carry, epochs=self.epochs, valid_tokens=self.valid_tokens,
+            vocab=self.vocab, whole=whole,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Arrays(FileTask):
     """Series of numbers: the next row, or a target of each."""
 
@@ -140,6 +165,7 @@ TASKS: dict[str, type[TaskSpec]] = {
     **dict.fromkeys(GENERATED, Generated),
     "text": Text,
     "arrays": Arrays,
+    "tokens": Tokens,
     OBJECT: ObjectTask,
 }
 """Every task by name."""

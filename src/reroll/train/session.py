@@ -101,6 +101,12 @@ class Session:
 
     def __post_init__(self) -> None:
         config = self.config
+        most = self.task.most_steps if isinstance(self.task, Task) and not config.task.overfit else None
+        if most is not None and config.run.steps > most:
+            raise UsageError(
+                f"steps={config.run.steps} are more than the {most} batches of the data; give more data or epochs, or "
+                "take fewer steps."
+            )
         self.device = next(self.model.parameters()).device
         self.plateau = Plateau(config.optim.plateau, config.optim.plateau_factor)
         average = config.optim.average
@@ -236,7 +242,8 @@ class Session:
             optim, run = self.config.optim, self.config.run
             assert isinstance(optim.lr, float)
             lr = optim.lr * optim.schedule(self.progress.step, run.steps) * self.plateau.multiplier
-        return StepSettings(lr, epsilon=self.config.gradient.epsilon_at(lr, self.plateau.multiplier))
+        momentum = self.config.optim.momentum_at(self.progress.step)
+        return StepSettings(lr, momentum, self.config.gradient.epsilon_at(lr, self.plateau.multiplier))
 
     def save(self) -> None:
         """Write a checkpoint of the present step, behind the record of all steps that led to it."""
