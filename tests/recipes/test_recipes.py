@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from reroll.data.tokens import write_shard
 from reroll.models import Interface
 from reroll.recipes import RECIPES
 from reroll.train.config import resolve
@@ -40,7 +41,21 @@ def write_arrays(folder):
     return folder / "series.npy"
 
 
-FILES = {"text": write_text, "ptb": write_ptb, "arrays": write_arrays}
+def write_shards(folder):
+    words = random.Random(0).choices([b"ab", b"bca", b"cabb", b"d e", b"\n"], k=9000)
+    write_shard(folder / "x_train_000001.bin", list(b"".join(words)))
+    write_shard(folder / "x_val_000000.bin", list(b"".join(words[:400])))
+    return folder
+
+
+FILES = {
+    "text": write_text,
+    "ptb": write_ptb,
+    "arrays": write_arrays,
+    "fineweb_124m": write_shards,
+    "cpu_bytes": write_shards,
+}
+SHRUNK = {"gpt": {"layers": 2, "heads": 2, "width": 16}}
 
 
 def shrunk(name, folder):
@@ -50,12 +65,15 @@ def shrunk(name, folder):
     if name in FILES:
         folder.mkdir()
         task["path"] = str(FILES[name](folder))
+    if config.task.kind == "tokens":
+        task["valid_tokens"] = None
     steps = STEPS.get(name, 60)
     return config.replace(
         task=task,
-        model={"hidden": 16, "embed": 8} | ({"heads": 2} if getattr(config.model, "heads", 1) > 1 else {}),
+        model=SHRUNK.get(config.model.kind)
+        or {"hidden": 16, "embed": 8} | ({"heads": 2} if getattr(config.model, "heads", 1) > 1 else {}),
         gradient={"probes": PROBES.get(name, 32)} if config.gradient.seeded else {},
-        run={"steps": steps, "eval_every": steps, "threads": 1, "target_loss": None},
+        run={"steps": steps, "eval_every": steps, "threads": 1, "target_loss": None, "target_valid": None},
     )
 
 
@@ -79,6 +97,40 @@ def test_shrunk_it_improves(name, tmp_path):
     assert summary["loss_fast"] < 0.93 * rows[0]["loss"]
     assert summary["valid_loss"] < 0.93 * before
     assert not rows[-1].get("drift")
+
+
+@pytest.mark.parametrize("record", "1234567")
+def test_every_record_of_the_speedrun_trains(record, tmp_path):
+    config = RECIPES["fineweb_124m"](record)
+    model = SHRUNK["gpt"] | {"vocab": 300}
+    (tmp_path / "data").mkdir()
+    path = str(write_shards(tmp_path / "data"))
+    config = config.replace(
+        task={"path": path, "length": 16, "batch": 4, "valid_tokens": 600, "vocab": 256},
+        model=model,
+        optim={"schedule": {"warmup": 2}},
+        run={"steps": 12, "threads": 1, "target_valid": None},
+    )
+    summary = train(config, tmp_path / "run")
+    rows = list(read_metrics(tmp_path / "run"))
+    assert summary["state"] == "done"
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_record_8_is_the_published_one():
+    config = resolve(RECIPES["fineweb_124m"]())
+    assert config.run.steps * config.task.batch * config.task.length == 2_400_190_464
+    assert [config.optim.schedule(step, 4578) for step in (0, 3269, 3270)] == [1, 1, 1]
+    assert config.optim.schedule(4577, 4578) == pytest.approx(1 / 1308)
+    assert config.task.valid_tokens == 10_485_760
+    with torch.device("meta"):
+        model = config.model.build(Interface(50_257, None, 50_257, "every"))
+        optimizer = config.optim.build(model, config.optim.lr)
+    assert sum(p.numel() for p in model.parameters()) == 162_201_600
+    groups = [(g["rule"], len(g["params"]), g["lr"] * g["lr_scale"]) for g in optimizer.param_groups]
+    assert sorted(groups) == [
+        ("adamw", 1, pytest.approx(0.002)), ("adamw", 1, pytest.approx(0.3)), ("muon", 72, pytest.approx(0.02)),
+    ]  # fmt: skip
 
 
 def test_smoke_as_it_is_reaches_its_target(tmp_path):
