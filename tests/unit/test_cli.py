@@ -610,3 +610,26 @@ def test_a_forecast_shows_what_a_series_varies_by_and_whose_columns_it_has(cli, 
     assert "needs two rows" in cli("eval", "run", "--path", "one.csv").error
     for recipe, path in (("arrays", "~nosuch/x.csv"), ("text", "~nosuch/x")):
         assert "does not exist" in cli("train", recipe, "--path", path).error
+
+
+def test_a_field_may_be_set_of_the_kind_that_a_flag_asks_for(cli, tmp_path):
+    sizes = ("model.layers=1", "model.heads=2", "model.width=16", "run.threads=1")
+    flags = ("--gradient", "backprop", "--optimizer", "muon", "--steps", 2, "--length", 3, "--batch", 2)
+    assert (
+        cli("train", "copy", "--cell", "gpt", *flags, "--run-dir", "run", "--set", *sizes, "optim.ns_steps=4").code == 0
+    )
+    config = read_config(tmp_path / "run")
+    assert (config.model.kind, config.model.width, config.optim.ns_steps) == ("gpt", 16, 4)
+
+
+def test_shards_of_a_text_are_made_and_trained_on(cli, tmp_path):
+    Path("my notes.txt").write_text("to be or not to be " * 400)
+    found = cli("data", "prepare", "tokens", "--path", "my notes.txt", "--to", "shards", "--shard", 3000)
+    assert "my-notes_train_000001.bin: 3,000 tokens of 2,999 bytes" in found.out
+    advice = found.out.splitlines()[-1].partition("reroll ")[2].split()
+    small = ("model.width=16", "model.layers=1", "run.threads=1")
+    run = cli(*advice, *small, "--batch", 2, "--length", 16, "--steps", 3, "--run-dir", "run")
+    assert run.code == 0
+    assert "to train" in run.out
+    assert len(cli("sample", "run", "--prompt", "to", "--length", 5).out) >= 7
+    assert "reroll data prepare fineweb" in cli("train", "fineweb-124m", "--run-dir", "other").error

@@ -67,7 +67,7 @@ def _tokens(request: Data) -> None:
     about = encode(request.path, target, request.tokenizer, max_vocab=request.max_vocab, shard=request.shard)
     for name, file in about["files"].items():
         print(f"{target / name}: {file['tokens']:,} tokens of {file['bytes']:,} bytes, sha256 {file['sha256'][:12]}…")
-    print(f"train on it: reroll train --set task.kind=tokens task.path={target} task.valid_tokens=none")
+    print(f"train on it: reroll train cpu-bytes --path {target} --set task.valid_tokens=none")
 
 
 def _fineweb(request: Data) -> None:

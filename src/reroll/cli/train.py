@@ -93,7 +93,9 @@ def read(command: str, arguments: Sequence[str], about: str = "Train RECIPE, cha
         raise UsageError(f"{given['recipe']} is unknown here: what is trained comes first, and flags behind it.")
     flags = SimpleNamespace(**dict.fromkeys(flag.replace("-", "_") for flag in EXTRA) | given)
     layers = [(toml.load(path), str(path)) for path in flags.config or ()]
-    layers += [(toml.parse_pairs(flags.set or ()), "--set"), (tables_of(given), "")]
+    # Kinds first: --set may be of a field that only the kind asked for has.
+    kinds = tables_of({flag: given[flag] for flag in ("cell", "gradient", "optimizer") if flag in given})
+    layers += [(kinds, ""), (toml.parse_pairs(flags.set or ()), "--set"), (tables_of(given), "")]
     base = _base(name, recipe, flags, {n: value for n, value in given.items() if n in arguments_of}, layers)
     config, origin = base, dict.fromkeys(leaves(base), f"recipe {base.recipe}")
     with as_flags(given):

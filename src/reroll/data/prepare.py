@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ def encode(
         raise UsageError(
             f"the tokenizer has {tokenizer.size} symbols; a shard holds 65536. Set max_vocab=65536 or less."
         )
-    target, stem, files = Path(folder), Path(path).stem or "text", {}
+    target, stem, files = Path(folder), re.sub(r"[^\w.-]+", "-", Path(path).stem).strip("-") or "text", {}
     try:
         target.mkdir(parents=True, exist_ok=True)
         for old in (ABOUT, *(p.name for p in target.glob(f"{glob.escape(stem)}_*_??????.bin"))):
@@ -79,13 +80,15 @@ def encode(
     except OSError as error:
         raise RunError(f"{target} cannot be made: {error.strerror}.") from None
     for split, label, first in (("train", "train", 1), ("valid", "val", 0)):
-        for number, tokens in enumerate(_shards(_symbols(corpus, tokenizer, split), shard), first):
+        separators: list[int] = []  # their places: they are no bytes of the text, even where they look like some
+        for number, tokens in enumerate(_shards(_symbols(corpus, tokenizer, split, separators), shard), first):
             name = f"{stem}_{label}_{number:06d}.bin"
             write_shard(target / name, tokens)
-            # Separators are no bytes of the text.
-            text = tokens if tokenizer.separator is None else tokens[tokens != tokenizer.separator]
+            begin = (number - first) * shard
+            inserted = [tokenizer.separator for place in separators if begin <= place < begin + shard]
+            size = len(tokenizer.decode_bytes(tokens)) - len(tokenizer.decode_bytes(inserted))
             files[name] = {
-                "tokens": len(tokens), "bytes": len(tokenizer.decode_bytes(text)),
+                "tokens": len(tokens), "bytes": size,
                 "sha256": hashlib.sha256((target / name).read_bytes()).hexdigest(),
             }  # fmt: skip
     about = {"tokenizer": tokenizer.to_dict(), "vocab": tokenizer.size, "files": files}
@@ -93,13 +96,19 @@ def encode(
     return about
 
 
-def _symbols(corpus: Corpus, tokenizer: Tokenizer, split: str) -> Iterator[npt.NDArray[Any]]:
+def _symbols(corpus: Corpus, tokenizer: Tokenizer, split: str, separators: list[int]) -> Iterator[npt.NDArray[Any]]:
+    """The symbols of a split; the places of the separators are put into the list."""
+    count = 0
     for passage in passages(corpus):
         if passage.split == split:
-            if tokenizer.separator is not None:
-                yield np.array([tokenizer.separator])
             chunks = passage.document.chunks(passage.begin, passage.end, CHUNK)
-            yield from encode_chunks(tokenizer, chunks, passage.document.where)
+            if tokenizer.separator is not None:
+                separators.append(count)
+                count += 1
+                yield np.array([tokenizer.separator])
+            for symbols in encode_chunks(tokenizer, chunks, passage.document.where):
+                count += len(symbols)
+                yield symbols
 
 
 def _shards(parts: Iterator[npt.NDArray[Any]], size: int) -> Iterator[npt.NDArray[np.uint16]]:

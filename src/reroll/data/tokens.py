@@ -243,7 +243,8 @@ def _find(path: str, needs_train: bool) -> dict[str, list[Path]]:
     if missing:
         raise UsageError(
             f"{path} has no {' and no '.join(missing)} shard: files NAME_train_000001.bin and NAME_val_000000.bin are "
-            "read. Make them of any text by `reroll data prepare tokens --path TEXT --to FOLDER`."
+            "read. `reroll data prepare tokens --path TEXT --to FOLDER` makes them of a text, and "
+            "`reroll data prepare fineweb` fetches the speedrun's."
         )
     return {split: paths for split, paths in splits.items() if paths}
 
