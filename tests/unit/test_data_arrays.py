@@ -514,3 +514,13 @@ def test_many_series_and_series_without_a_known_row_have_baselines(tmp_path):
     assert task.baselines()["persistence"] > 0
     with pytest.raises(UsageError, match="split='tets'"):
         task.baselines("tets")
+
+
+def test_values_far_beyond_the_others_have_a_loss(tmp_path):
+    for seed in range(4):
+        values = np.random.default_rng(seed).normal(size=(6, 40, 2)).astype(np.float32)
+        values[seed, 20 + seed, 1] = 3e38
+        values[5 - seed, 7, 0] = -3e38
+        task = Arrays(saved(tmp_path / f"{seed}.npy", values), length=15)
+        assert task.baselines()["persistence"] >= 0
+        assert task.describe()

@@ -171,6 +171,7 @@ class Arrays(FileTask):
         begins = np.maximum(self._ends - np.diff(self._ends, prepend=0), self._ends - steps)
         return [self._standard(np.arange(begin, end))[0] for begin, end in zip(begins, self._ends)]
 
+    @np.errstate(over="ignore", invalid="ignore")  # values far beyond those of the training part
     def baselines(self, split: str = "valid") -> dict[str, float]:
         """Return the loss that two rules without training have on the outputs that an evaluation scores.
 
@@ -203,12 +204,13 @@ class Arrays(FileTask):
 
         def loss(lag: int) -> float:
             before = np.where(place - lag >= start, place - lag, place - 1)
-            return float(np.square(targets - self._standard(before)[0])[scored].mean())
+            errors = targets.astype(np.float64) - self._standard(before)[0]
+            return float(np.square(errors)[scored].mean())
 
         seasonal = {} if period is None else {f"seasonal ({period} steps)": loss(period)}
         return {"persistence": loss(1)} | seasonal
 
-    @np.errstate(invalid="ignore")  # a signalling NaN
+    @np.errstate(over="ignore", invalid="ignore")  # as for baselines; and a signalling NaN
     def _standard(self, place: IntArray) -> tuple[Array, BoolArray]:
         """The rows at some places, standardised, with 0 for what is missing; and what is not, [n, F]."""
         values = np.asarray(self._values[place], dtype=np.float64)

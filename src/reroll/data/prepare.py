@@ -85,7 +85,7 @@ def encode(
             name = f"{stem}_{label}_{number:06d}.bin"
             write_shard(target / name, tokens)
             begin = (number - first) * shard
-            inserted = [tokenizer.separator for place in separators if begin <= place < begin + shard]
+            inserted = [tokenizer.separator or 0 for place in separators if begin <= place < begin + shard]
             size = len(tokenizer.decode_bytes(tokens)) - len(tokenizer.decode_bytes(inserted))
             files[name] = {
                 "tokens": len(tokens), "bytes": size,
