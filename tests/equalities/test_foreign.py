@@ -17,6 +17,7 @@ from reroll.grad import Backprop, CentralDifference
 from reroll.grad.base import trainable
 from reroll.grad.checks import floors
 from reroll.grad.evaluate import verify
+from reroll.grad.evaluate.batched import attention
 from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.grad.evaluate.snapshot import seed_of
 from reroll.grad.probes import RULES, Rule, Slopes
@@ -157,7 +158,7 @@ def by_hand(model, loss_fn, batch):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # what falls back, or differs nowhere, says so
 def test_every_evaluator_gives_the_slopes_of_a_plain_loop_or_refuses(name):
     for mode in ("in_place", "tiles", "batched", "auto"):
         torch.manual_seed(0)
@@ -504,3 +505,16 @@ def test_numbers_that_a_forward_pass_counts_up_are_the_same_for_every_probe(eval
     expected = estimator(model, fixed, x, Key(0).at(0)).gradient
     for term, other in zip(gradient.terms, expected.terms):
         torch.testing.assert_close(term.coefficients, other.coefficients, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "bool", "float"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("new, all_", [(5, 5), (3, 7)])
+def test_attention_by_its_formula_is_torchs(mask, scale, new, all_):
+    q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (new, all_, all_))
+    options = {"scale": scale, "is_causal": mask == "causal"}
+    if mask in ("bool", "float"):
+        seen = (torch.rand(new, all_) < 0.6).index_fill(1, torch.tensor([0]), True)
+        options["attn_mask"] = seen if mask == "bool" else torch.randn(new, all_, dtype=torch.float64)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(attention(q, k, v, **options), expected)

@@ -252,6 +252,8 @@ def test_muon_takes_the_matrices_of_the_recurrence_and_names_what_it_lacks():
         (lambda: build_optimizer("muon", nn.Linear(3, 2), 0.01), 'use optimizer="adamw"'),
         (lambda: build_optimizer("sgd", model, 0.01, lr_scales={"haed": 1.0}), 'Did you mean "head"'),
         (lambda: build_optimizer("smuon", model, 0.01), 'Did you mean "muon"'),
+        (lambda: build_optimizer("sgd", model, 0.01, momentun=0.5), 'momentun is no option.*Did you mean "momentum"'),
+        (lambda: build_optimizer("sgd", model, 0.01, betas=(0.9, 0.9)), 'betas is no option of optimizer="sgd"'),
         (lambda: SGD(model.parameters(), lr="a"), "lr='a' must be a number"),
     ]:
         with pytest.raises(UsageError, match=message):
@@ -838,7 +840,7 @@ def test_two_parameters_on_one_memory_are_refused():
 
 def test_a_rule_and_an_optimizer_are_a_row_each(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    monkeypatch.setitem(RULES, "toy", lambda groups, lr, **options: torch.optim.Rprop(groups, lr))
+    monkeypatch.setitem(RULES, "toy", lambda groups, lr: torch.optim.Rprop(groups, lr))
     monkeypatch.setitem(OPTIMIZERS, "mixed", dict.fromkeys(ROLES, "sgd") | {"matrix": "toy"})
     optimizer = build_optimizer("mixed", model, 0.01)
     assert {rule: type(o).__name__ for rule, o in optimizer.optimizers.items()} == {"sgd": "SGD", "toy": "Rprop"}

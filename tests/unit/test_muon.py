@@ -204,7 +204,7 @@ def test_vectors_are_refused_because_they_would_only_be_scaled():
 
 def test_it_is_an_optimizer_of_torch():
     p = nn.Parameter(torch.randn(4, 6, dtype=torch.bfloat16))
-    optimizer = Muon([p], lr=0.1)
+    optimizer = Muon([p], lr=0.1, beta2=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
 
     def closure():
@@ -220,7 +220,8 @@ def test_it_is_an_optimizer_of_torch():
     q = nn.Parameter(weights.clone())
     other = Muon([q], lr=9.0)
     other.load_state_dict(saved)
-    assert torch.equal(other.state[q]["momentum_buffer"], optimizer.state[p]["momentum_buffer"])
+    for name in ("momentum_buffer", "second_moment"):
+        assert torch.equal(other.state[q][name], optimizer.state[p][name])
     for optim, tensor in ((optimizer, p), (other, q)):
         tensor.grad = weights
         optim.step()

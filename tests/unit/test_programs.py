@@ -159,6 +159,6 @@ def test_a_function_that_works_in_place_is_no_program():
     cell, x = cell_from(step, D), torch.randn(2, 9, D)
     expected = Sequential(kernel="reference")(cell, x).states
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # it says that it runs as a loop
         found = Sequential(kernel="compiled")(cell, x).states
     torch.testing.assert_close(found, expected)

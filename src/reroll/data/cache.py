@@ -125,7 +125,7 @@ def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: i
         with contextlib.ExitStack() as undo:
             for split, symbols in _encoded(corpus, tokenizer):
                 if split not in files:
-                    files[split] = undo.enter_context(_replacing(_beside(place, split)))
+                    files[split] = undo.enter_context(replacing(_beside(place, split)))
                     digests[split] = hashlib.sha256()
                 files[split].write(symbols)
                 digests[split].update(symbols)
@@ -138,7 +138,7 @@ def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: i
             "single": is_single(corpus),
             "fingerprint": hashlib.sha256(every.encode()).hexdigest(),
         }
-        with _replacing(_beside(place, "json")) as file:
+        with replacing(_beside(place, "json")) as file:
             file.write(json.dumps(description).encode())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -171,7 +171,7 @@ def _chunks(passage: Passage) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its place when it is whole, and vanishes if it never is."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:

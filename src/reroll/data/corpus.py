@@ -228,7 +228,7 @@ def passages(corpus: Corpus) -> Iterator[Passage]:
         return
     held_out = _hold_out({document.name: document.size for document in first}) if len(first) < FEW else None
     for _, document in corpus.documents():
-        valid = _hash(document.name) < 2**64 // 10 if held_out is None else document.name in held_out
+        valid = is_held_out(document.name) if held_out is None else document.name in held_out
         yield Passage("valid" if valid else "train", document, 0, None, True)
 
 
@@ -251,6 +251,11 @@ def _border(document: Document) -> int:
         if match and border + match.end() < document.size:
             return border + match.end()
     return border
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a document is in the tenth that is held out by a hash of its name."""
+    return _hash(name) < 2**64 // 10
 
 
 def _hash(name: str) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from reroll.data.cache import cache_folder
+from reroll.data.corpus import is_held_out
 from reroll.data.tokens import ABOUT, write_shard
 from reroll.errors import UsageError
 
@@ -57,7 +58,7 @@ def shards_of(path: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     about = {}
     for label, number in (("train", 1), ("val", 0)):
-        texts = [b"\0" + text for key, text in sorted(files.items()) if held_out(key) == (label == "val")]
+        texts = [b"\0" + text for key, text in sorted(files.items()) if is_held_out(key) == (label == "val")]
         write_shard(folder / f"bytes_{label}_{number:06d}.bin", np.frombuffer(b"".join(texts), np.uint8))
         about[f"bytes_{label}_{number:06d}.bin"] = {"tokens": sum(map(len, texts))}
     (folder / ABOUT).write_text(json.dumps({"tokenizer": {"name": "byte"}, "files": about}))  # last: now it is whole
@@ -71,11 +72,6 @@ def source_files(package: str) -> dict[str, bytes]:
     except metadata.PackageNotFoundError:
         raise UsageError(f"the package {package} is not installed: pip install {package}") from None
     return {str(f): Path(str(f.locate())).read_bytes() for f in files if f.suffix == ".py" and f.parts[0] == package}
-
-
-def held_out(name: str) -> bool:
-    """Whether a file is for validation."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < 2**64 // 10
 
 
 def digest(files: Mapping[str, bytes]) -> str:

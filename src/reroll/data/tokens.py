@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from reroll.data.cache import replacing
 from reroll.data.text import IntArray, Windows
 from reroll.data.tokenizers import Tokenizer, from_dict
 from reroll.errors import RunError, UsageError, require_positive
@@ -59,14 +60,11 @@ def write_shard(path: str | os.PathLike[str], tokens: npt.ArrayLike) -> None:
         raise UsageError(f"{array.size} tokens are more than a shard's header can count; write several.")
     header = np.zeros(HEADER // 4, "<i4")
     header[:3] = MAGIC, VERSION, array.size
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as file:
+        with replacing(path) as file:
             file.write(header.tobytes())
             file.write(array.astype("<u2", copy=False).tobytes())
-        os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise RunError(f"{path} cannot be written: {error.strerror}.") from None
 
 

@@ -12,6 +12,7 @@ for a matrix that maps features to features; the rows of an embedding and of a h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,16 +21,34 @@ from torch import Tensor, nn
 from reroll.errors import UsageError, nearest, require_positive
 from reroll.grad.base import trainable
 from reroll.models.roles import ROLES, roles
-from reroll.optim.muon import Muon
+from reroll.optim.muon import JORDAN, Muon
 from reroll.optim.sgd import SGD, evaluated
 
 Groups = list[dict[str, Any]]
-RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda groups, lr, *, momentum=0.9, **_: SGD(groups, lr, momentum),
-    "adamw": lambda groups, lr, *, betas=(0.9, 0.999), eps=1e-8, **_: torch.optim.AdamW(groups, lr, betas, eps),
-    "muon": lambda groups, lr, *, betas=None, eps=None, **options: Muon(groups, lr, **options),
-}
-"""Every update rule, over groups that say their own weight decay; each takes its own of an optimizer's options."""
+Betas = tuple[float, float]
+
+
+def _sgd(groups: Groups, lr: float, *, momentum: float = 0.9) -> torch.optim.Optimizer:
+    return SGD(groups, lr, momentum)
+
+
+def _adamw(groups: Groups, lr: float, *, betas: Betas = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr, betas, eps)
+
+
+def _muon(
+    groups: Groups, lr: float, *, momentum: float = 0.9, nesterov: bool = True, ns_coefficients: Any = JORDAN,
+    ns_steps: int = 5, adjust_lr_fn: Any = "match_rms_adamw", beta2: float | None = None, cautious: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.optim.Optimizer:  # fmt: skip
+    return Muon(
+        groups, lr, momentum=momentum, nesterov=nesterov, ns_coefficients=ns_coefficients, ns_steps=ns_steps,
+        adjust_lr_fn=adjust_lr_fn, beta2=beta2, cautious=cautious, dtype=dtype,
+    )  # fmt: skip
+
+
+RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw, "muon": _muon}
+"""Every update rule, over groups that say their own weight decay; each takes the options that it names."""
 
 OPTIMIZERS: dict[str, dict[str, str]] = {
     "sgd": dict.fromkeys(ROLES, "sgd"),
@@ -57,7 +76,8 @@ def build_optimizer(
         lr: η.
         weight_decay: λ, decoupled (θ ← (1 − η λ) θ), on tensors with two axes or more.
         lr_scales: factors on η by role.
-        options: of the rules: momentum (0.9) of sgd and muon, betas and eps of adamw, and the others of `Muon`.
+        options: of the rules: momentum (0.9) of sgd and muon; betas and eps of adamw; the others of `Muon`, whose
+            adjust_lr_fn is "match_rms_adamw" here.
 
     Raises:
         UsageError: for an unknown name or role, a number out of range, or a rule without parameters.
@@ -74,7 +94,15 @@ def build_optimizer(
     by_rule = {rule: [g for g in all_groups if g["rule"] == rule] for rule in dict.fromkeys(OPTIMIZERS[name].values())}
     if not by_rule[OPTIMIZERS[name]["matrix"]]:
         raise UsageError(f'optimizer="{name}" needs matrices besides embedding and head; use optimizer="adamw".')
-    built = {rule: RULES[rule](some, lr, **options) for rule, some in by_rule.items() if some}
+    takes = {rule: signature(RULES[rule]).parameters for rule in by_rule}
+    known = {name for parameters in takes.values() for name in list(parameters)[2:]}
+    for option in options.keys() - known:
+        raise UsageError(f'{option} is no option of optimizer="{name}".{nearest(option, known)}')
+    built = {
+        rule: RULES[rule](some, lr, **{name: value for name, value in options.items() if name in takes[rule]})
+        for rule, some in by_rule.items()
+        if some
+    }
     return next(iter(built.values())) if len(built) == 1 else MultiOptimizer(built)
 
 

@@ -39,14 +39,13 @@ def in_range(group: Mapping[str, Any], **below: float) -> None:
 
 
 def keep_precision(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Put the momentum back as it was saved: torch casts a state to the dtype of its weight, which bf16 loses by."""
+    """Put moments back as they were saved: torch casts a state to the dtype of its weight, which bf16 loses by."""
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in zip(indices, tensors):
-        saved = state_dict["state"].get(index, {}).get("momentum_buffer")
-        if saved is not None:
-            wide = torch.promote_types(p.dtype, torch.float32)
-            optimizer.state[p]["momentum_buffer"] = saved.to(device=p.device, dtype=wide, copy=True)
+        wide = torch.promote_types(p.dtype, torch.float32)
+        for name, saved in state_dict["state"].get(index, {}).items():
+            optimizer.state[p][name] = saved.to(device=p.device, dtype=wide, copy=True)
 
 
 class SGD(torch.optim.Optimizer):

@@ -40,6 +40,9 @@ class Source(Protocol):
     rules: dict[Callable[..., Any], Callable[..., Any]]
     """Functions a source computes by itself: called with (*args, **kwargs) of the function."""
 
+    anywhere: dict[Callable[..., Any], Callable[..., Any]]
+    """Functions it computes by itself whether or not a parameter is among their arguments."""
+
     def tensor(self, p: Tensor) -> Tensor: ...
 
 
@@ -53,7 +56,7 @@ class Intercept(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         source = self.source
-        anywhere = getattr(source, "anywhere", {}).get(func)  # whether or not a parameter is an argument
+        anywhere = source.anywhere.get(func)
         if anywhere is not None:
             return anywhere(*args, **kwargs)
         if func in _ABOUT or not (_mentions(args, source.ids) or (kwargs and _mentions(kwargs.values(), source.ids))):

@@ -95,6 +95,7 @@ class Perturbed:
             # Weights that are not perturbed are still cast to the dtype of the branch.
             self.names = {id(p): None for p in probes.model.parameters()} | self.names
         self.ids = set(self.names)
+        self.anywhere = {}
         self.rules = {functional.linear: self.linear, functional.embedding: self.embedding, lstm_scan: self.lstm_scan}
         self.copies: dict[int, Tensor] = {}
         self.copied_bytes = 0
