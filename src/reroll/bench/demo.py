@@ -50,8 +50,8 @@ def prepare(what: str, config: ModelSpec, sizes: Interface, rows: int, length: i
         "probes": CentralDifference(4, 0.01, evaluate="in_place"),
         "batched": CentralDifference(96, 0.01),
     }
-    rule, options = ("adamw", {}) if what == "backprop" else ("sgd", {"momentum": 0.0})
-    optimizer = build_optimizer(rule, case.model, 1e-6, **options)
+    options: dict[str, Any] = {} if what == "backprop" else {"momentum": 0.0}
+    optimizer = build_optimizer("adamw" if what == "backprop" else "sgd", case.model, 1e-6, **options)
     return lambda: case.step(estimators[what], optimizer)
 
 
