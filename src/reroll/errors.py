@@ -48,13 +48,13 @@ def visible(text: str) -> str:
     return text.translate(symbols | dict.fromkeys(range(0x80, 0xA0), "�"))
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean "x"?` for the closest known word, or the list of all of them when none is close.
 
     Example:
-        >>> nearest("lsmt", ["lstm", "gru"])
+        >>> did_you_mean("lsmt", ["lstm", "gru"])
         ' Did you mean "lstm"?'
-        >>> nearest("zzz", ["lstm", "gru"])
+        >>> did_you_mean("zzz", ["lstm", "gru"])
         ' Known: gru, lstm.'
     """
     known = sorted(known)

@@ -12,7 +12,7 @@ from reroll.bench.experiments import agreement, convergence, generator, lorenz, 
 from reroll.cells import GRU
 from reroll.cells.dynamics import ARState, Lorenz96
 from reroll.rollout import Newton, Sequential
-from reroll.rollout.watch import watching
+from reroll.rollout.monitor import monitoring
 from reroll.train.measure import Measurement
 
 FOUND = {
@@ -40,7 +40,7 @@ def test_a_watch_sees_every_iterate_and_the_last_one_is_the_result():
     torch.manual_seed(1)
     inputs, state = torch.zeros(2, 37, 1).double(), 8 + torch.randn(2, 5).double()
     inner, outer = [], []
-    with watching(observe=lambda x: outer.append(x.clone())), watching(observe=lambda x: inner.append(x.clone())):
+    with monitoring(observe=lambda x: outer.append(x.clone())), monitoring(observe=lambda x: inner.append(x.clone())):
         found = Newton(window=None, max_iterations=60)(Lorenz96(), inputs, state)
     assert len(inner) == len(outer) == int(found.iterations.max()) > 3
     assert torch.equal(inner[-1].permute(2, 1, 0), found.states)
@@ -49,7 +49,7 @@ def test_a_watch_sees_every_iterate_and_the_last_one_is_the_result():
 
 def test_windows_show_their_iterates_one_after_the_other():
     shapes = []
-    with watching(observe=lambda x: shapes.append(tuple(x.shape))):
+    with monitoring(observe=lambda x: shapes.append(tuple(x.shape))):
         Newton(window=5)(Lorenz96(), torch.zeros(1, 8, 1).double(), torch.arange(5.0).double()[None])
     assert sorted(set(shapes)) == [(5, 3, 1), (5, 5, 1)]
 

@@ -25,8 +25,8 @@ from reroll.rollout import (
     problem,
     quasi_deer,
 )
+from reroll.rollout.monitor import monitoring
 from reroll.rollout.problem import make_problem
-from reroll.rollout.watch import watching
 
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}
 COMPILED = Sequential(kernel="compiled")
@@ -168,7 +168,7 @@ def test_a_warm_start_is_used():
     cell, x = case(GRU, 4, 400)
     exact = LOOP(cell, x).states
     assert int(quasi_deer(guess=exact)(cell, x).iterations.max()) <= 1
-    with watching(guesses=[exact]):
+    with monitoring(guesses=[exact]):
         assert int(quasi_deer()(cell, x).iterations.max()) <= 1
     assert int(quasi_deer()(cell, x).iterations.max()) > 3
 

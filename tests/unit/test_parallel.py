@@ -24,7 +24,7 @@ from reroll.rollout import (
 )  # fmt: skip
 from reroll.rollout.damping import Undamped
 from reroll.rollout.linearise import Transition
-from reroll.rollout.watch import watching
+from reroll.rollout.monitor import monitoring
 
 
 @torch.no_grad()
@@ -105,15 +105,15 @@ def test_agreement_notices_a_wrong_rollout():
 @torch.no_grad()
 def test_a_watch_sees_iterations_and_hands_on_guesses():
     cell, x = GRU(3, 3).double(), torch.randn(2, 50, 3, dtype=torch.float64)
-    with watching(keep=True) as first:
+    with monitoring(keep=True) as first:
         quasi_deer()(cell, x)
-    with watching(guesses=first.kept) as second:
+    with monitoring(guesses=first.trajectories) as second:
         quasi_deer()(cell, x)
         elk(max_iterations=1)(cell, x)
     assert first.iterations > 3
     assert second.calls == 2
     assert second.fell_back == 2
-    with watching(guesses=first.kept) as third:
+    with monitoring(guesses=first.trajectories) as third:
         quasi_deer()(cell, x)
     assert third.iterations <= 2
 

@@ -10,7 +10,7 @@ from reroll.cells import GRU, cell_from
 from reroll.grad.evaluate.warm import TOO_LOOSE
 from reroll.outcome import Outcome
 from reroll.rollout import Sequential, jacobi, quasi_deer
-from reroll.rollout.watch import watching
+from reroll.rollout.monitor import monitoring
 
 EPSILON = 1e-3
 
@@ -46,9 +46,9 @@ def test_coefficients_are_the_loops_to_tolerance_over_epsilon(options, seed):
 
 def test_a_warm_start_saves_iterations():
     model, batch = problem(quasi_deer())
-    with watching() as cold:
+    with monitoring() as cold:
         squared(model, batch)
-    with watching() as seen:
+    with monitoring() as seen:
         CentralDifference(probes=1, epsilon=EPSILON)(model, squared, batch, Key(0))
     assert seen.calls == 3  # the unperturbed weights and both sides; what is tried again is not seen
     looked = []
@@ -56,7 +56,7 @@ def test_a_warm_start_saves_iterations():
 
     class Counting(type(model.rollout)):
         def read(self, *arguments):
-            with watching() as one:
+            with monitoring() as one:
                 result = original(self, *arguments)
             looked.append(one.iterations)
             return result
@@ -115,7 +115,7 @@ def test_a_model_that_falls_back_says_so_unless_it_is_watched():
     model, (x, _) = problem(quasi_deer(max_iterations=1))
     with pytest.warns(UserWarning, match="GRU: Some sequences did not converge"):
         model(x)
-    with warnings.catch_warnings(), watching() as seen:
+    with warnings.catch_warnings(), monitoring() as seen:
         warnings.simplefilter("error")
         model(x)
     assert seen.fell_back == 2
@@ -147,10 +147,10 @@ def test_the_error_is_that_of_the_whole_batch_when_that_is_cut():
 def test_what_is_tried_again_more_exactly_fails_no_step(on_failure):
     """It converges with so many iterations, and would not at a hundredth of the tolerance."""
     model, batch = problem(jacobi())
-    with watching() as seen:
+    with monitoring() as seen:
         squared(model, batch)
     model.rollout = jacobi(on_failure=on_failure, max_iterations=seen.iterations + 1)
-    with warnings.catch_warnings(), watching() as seen:
+    with warnings.catch_warnings(), monitoring() as seen:
         warnings.simplefilter("error")
         found = CentralDifference(probes=3, epsilon=EPSILON)(model, squared, batch, Key(0))
     assert found.outcome is Outcome.ok

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reroll.data.cache import cache_folder
-from reroll.errors import UsageError, nearest
+from reroll.errors import UsageError, did_you_mean
 from reroll.train.machine import commit, hardware
 from reroll.train.records import read_json
 
@@ -145,7 +145,7 @@ def reproduce(name: str, full: bool = False) -> dict[str, Any]:
         UsageError: for an unknown name.
     """
     if name not in CLAIMS:
-        raise UsageError(f'claim "{name}" is unknown.{nearest(name, CLAIMS)}')
+        raise UsageError(f'claim "{name}" is unknown.{did_you_mean(name, CLAIMS)}')
     claim, began = CLAIMS[name], time.perf_counter()
     result = claim.experiment.measure(full, **dict(claim.options))
     about = {

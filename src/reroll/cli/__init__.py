@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reroll.errors import RerollError, UsageError, nearest, visible
+from reroll.errors import RerollError, UsageError, did_you_mean, visible
 
 COMMANDS = {
     "train": ("train", "train a recipe: a model, on a task, by a gradient", "reroll train copy --steps 300"),
@@ -89,7 +89,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     command = arguments[0]
     if command not in COMMANDS:
-        raise UsageError(f'"{command}" is no command.{nearest(command, COMMANDS)}')
+        raise UsageError(f'"{command}" is no command.{did_you_mean(command, COMMANDS)}')
     module = importlib.import_module(f"reroll.cli.{COMMANDS[command][0]}")
     return module.run(command, arguments[1:])
 

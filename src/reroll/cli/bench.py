@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reroll.cli.flags import parse, positional
-from reroll.errors import UsageError, nearest
+from reroll.errors import UsageError, did_you_mean
 from reroll.specs.base import option
 
 BENCHES = ("zeroth", "estimator", "rollouts", "grid")
@@ -42,7 +42,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 def _bench(arguments: Sequence[str]) -> int:
     request = parse(Bench, arguments, "reroll bench", "Measure speed and memory, as ratios, in one run.")
     if request.name not in BENCHES:
-        raise UsageError(f'bench "{request.name}" is unknown.{nearest(request.name, BENCHES)}')
+        raise UsageError(f'bench "{request.name}" is unknown.{did_you_mean(request.name, BENCHES)}')
     if request.rounds is not None and request.rounds < 1:
         raise UsageError(f"rounds={request.rounds} must be greater than zero.")
     _make_room(request.json)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from reroll.cli.flags import parse, positional
-from reroll.errors import UsageError, nearest
+from reroll.errors import UsageError, did_you_mean
 from reroll.specs.base import option
 
 
@@ -36,9 +36,9 @@ class Data:
 def run(command: str, arguments: Sequence[str]) -> int:
     request = parse(Data, arguments, "reroll data", "Turn files of an archive into one that can be trained on.")
     if request.action != "prepare":
-        raise UsageError(f'action "{request.action}" is unknown.{nearest(request.action, ["prepare"])}')
+        raise UsageError(f'action "{request.action}" is unknown.{did_you_mean(request.action, ["prepare"])}')
     if request.name not in PREPARE:
-        raise UsageError(f'archive "{request.name}" is unknown.{nearest(request.name, PREPARE)}')
+        raise UsageError(f'archive "{request.name}" is unknown.{did_you_mean(request.name, PREPARE)}')
     PREPARE[request.name](request)
     return 0
 

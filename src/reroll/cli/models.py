@@ -66,7 +66,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 def _eval(request: Eval) -> int:
     from reroll.outcome import Outcome
-    from reroll.rollout.watch import watching
+    from reroll.rollout.monitor import monitoring
     from reroll.train.evaluate import evaluate
     from reroll.train.load import open_model
 
@@ -75,7 +75,7 @@ def _eval(request: Eval) -> int:
     split = request.split or task.splits[0]
     if split not in task.splits:
         raise UsageError(f'split="{split}" is not there; this task has {", ".join(task.splits)}.')
-    with watching() as rollouts:
+    with monitoring() as rollouts:
         scores = evaluate(loaded.model, task, split, progress=_progress)
     part = split if "train" in getattr(task, "tokens", {}) else "all of it"  # files named after splits keep them
     what = split if request.path is None else f"{request.path} ({part})"
@@ -150,14 +150,14 @@ def _notes(loaded: Any, task: Any, split: str, request: Eval) -> list[str]:
 
 def _sample(request: Sample) -> int:
     from reroll.models.generate import generate
-    from reroll.rollout.watch import watching
+    from reroll.rollout.monitor import monitoring
     from reroll.train.load import open_model
 
     loaded = open_model(request.model)
     encode, decode, start = _symbols(loaded)
     _refuse_unknown(loaded, request.prompt)
     prompt = encode(request.prompt) if request.prompt else start
-    with watching():  # a text needs no word on how the model came by it
+    with monitoring():  # fallbacks are not reported beside generated text
         new = generate(loaded.model, prompt, request.length, request.temperature, request.top_k, request.seed)
     print(visible(request.prompt + decode(new.tolist())))
     return 0

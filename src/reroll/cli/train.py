@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 from reroll.cli.flags import Parser, add_config, as_flags, tables_of
-from reroll.errors import UsageError, nearest
+from reroll.errors import UsageError, did_you_mean
 from reroll.recipes import RECIPES, by
 from reroll.specs.base import leaves
 from reroll.specs.task import SERIES
@@ -107,7 +107,7 @@ def read(command: str, arguments: Sequence[str], about: str = "Train RECIPE, cha
 def _recipe(name: str) -> Callable[..., Config]:
     recipe = RECIPES.get(name.replace("-", "_"))
     if recipe is None:
-        hint = f" To train on the file: {_suggestion(name)}" if os.path.exists(name) else nearest(name, RECIPES)
+        hint = f" To train on the file: {_suggestion(name)}" if os.path.exists(name) else did_you_mean(name, RECIPES)
         raise UsageError(f'recipe "{name}" is unknown.{hint}')
     return recipe
 

@@ -32,7 +32,7 @@ from reroll.data.batch import Batch
 from reroll.data.series import Series, missing, moments, read_series
 from reroll.data.tables import Reading
 from reroll.data.task import FileTask, Readout
-from reroll.errors import UsageError, nearest, require_positive
+from reroll.errors import UsageError, did_you_mean, require_positive
 from reroll.kernels.philox import random_integers
 from reroll.keys import Key
 
@@ -102,7 +102,7 @@ class Arrays(FileTask):
     ) -> None:
         require_positive(length=length, batch=batch, eval_batches=eval_batches)
         if readout not in get_args(Readout):
-            raise UsageError(f"readout={readout!r} is unknown.{nearest(readout, get_args(Readout))}")
+            raise UsageError(f"readout={readout!r} is unknown.{did_you_mean(readout, get_args(Readout))}")
         self.path, self.batch_size, self.seed, self.eval_batches = os.fspath(path), batch, seed, eval_batches
         self._whole = whole
         data = read_series(path, Reading(**reading))

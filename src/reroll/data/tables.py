@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from reroll.errors import UsageError, nearest
+from reroll.errors import UsageError, did_you_mean
 
 TEXTS, PARQUET = (".csv", ".tsv", ".txt", ".dat"), (".parquet", ".pq")
 OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -280,7 +280,7 @@ def _column(path: Path, frame: Any, option: str, asked: str) -> str:
     if asked not in names and asked.isdecimal() and 0 < int(asked) <= len(names):
         return names[int(asked) - 1]
     if asked not in names:
-        raise UsageError(f"{option}={asked!r} is no column of {path}.{nearest(asked, names[:50])}")
+        raise UsageError(f"{option}={asked!r} is no column of {path}.{did_you_mean(asked, names[:50])}")
     return asked
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reroll.data.batch import START, Batch
-from reroll.errors import UsageError, nearest
+from reroll.errors import UsageError, did_you_mean
 from reroll.kernels.cross_entropy import cross_entropy
 from reroll.keys import Key
 from reroll.passes import passes
@@ -133,7 +133,7 @@ class Task(ABC):
     def check_split(self, split: str) -> None:
         """Raise `UsageError` if the task has no such split."""
         if split not in (splits := (*(("train",) if self.trains else ()), *self.splits)):
-            raise UsageError(f"split={split!r} is none of the task's.{nearest(split, splits)}")
+            raise UsageError(f"split={split!r} is none of the task's.{did_you_mean(split, splits)}")
 
     def key(self, split: str, step: int, unit: int | None) -> Key:
         """Return the key of a batch's random numbers."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reroll.errors import UsageError, nearest, require_positive
+from reroll.errors import UsageError, did_you_mean, require_positive
 
 Symbols = npt.NDArray[Any]
 
@@ -237,7 +237,7 @@ def fit(name: str, texts: Iterable[str] = (), max_vocab: int | None = None) -> T
         UsageError: if the name is unknown, or the vocabulary not one that can be chosen.
     """
     if name not in TOKENIZERS:
-        raise UsageError(f"tokenizer={name!r} is unknown.{nearest(name, TOKENIZERS)}")
+        raise UsageError(f"tokenizer={name!r} is unknown.{did_you_mean(name, TOKENIZERS)}")
     if name not in USUAL_SIZES:
         if max_vocab is not None:
             raise UsageError(f"max_vocab={max_vocab} has no meaning for tokenizer={name!r}; leave it out.")

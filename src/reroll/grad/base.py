@@ -25,7 +25,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from reroll.errors import UsageError, nearest
+from reroll.errors import UsageError, did_you_mean
 from reroll.kernels.noise_axpy import Noise, Stream, layout, noise_axpy, noise_of
 from reroll.kernels.philox import stream_id
 from reroll.keys import Key
@@ -205,7 +205,7 @@ class Seeded:
     def tensor(self, name: str) -> Tensor:
         """Return ĝ of one tensor, in fp32 (fp64 for fp64 tensors)."""
         if name not in self.parameters:
-            raise UsageError(f'the gradient has no tensor "{name}".{nearest(name, self.parameters)}')
+            raise UsageError(f'the gradient has no tensor "{name}".{did_you_mean(name, self.parameters)}')
         p = self.parameters[name]
         made = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
         self.add_to(made, name)

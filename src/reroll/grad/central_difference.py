@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reroll.errors import UsageError, nearest
+from reroll.errors import UsageError, did_you_mean
 from reroll.grad.base import Estimate, LossFn, Seeded, padding_rows, trainable
 from reroll.grad.checks import check_epsilon
 from reroll.grad.evaluate.base import ProbeContext, split_result
@@ -35,7 +35,7 @@ from reroll.grad.units import Execute, batch_size, cut, gather, with_state
 from reroll.kernels.noise_axpy import Noise, noise_of
 from reroll.keys import Key
 from reroll.outcome import Outcome
-from reroll.rollout.watch import current, watching
+from reroll.rollout.monitor import current, monitoring
 from reroll.specs.gradient import ProbeOptions
 from reroll.trees import combine_states, map_state
 
@@ -89,7 +89,7 @@ class CentralDifference(ProbeOptions):
 
     def __post_init__(self) -> None:
         if self.difference not in RULES:
-            raise UsageError(f'difference="{self.difference}" is no rule.{nearest(self.difference, RULES)}')
+            raise UsageError(f'difference="{self.difference}" is no rule.{did_you_mean(self.difference, RULES)}')
         self.check()
         _ = self.directions  # says what is wrong with it
 
@@ -150,7 +150,7 @@ class CentralDifference(ProbeOptions):
                 with probes.isolated(model) as rewind:
                     rewind()
                     warm.prepare(model, [with_state(unit.batch, unit.states and unit.states[0]) for unit in units])
-            with watching() as seen:
+            with monitoring() as seen:
                 results = evaluation.settle(units, loss_fn)
                 error = warm.error(units, results, evaluation.run) if warm is not None and seen.calls else None
             losses, branches = gather(units, results, self.probes)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError, nearest
+from reroll.errors import UsageError, did_you_mean
 from reroll.grad.base import Gradient
 from reroll.optim.sgd import SGD, descend
 
@@ -48,7 +48,7 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write", budget: int | 
         remedy = "pass estimate.gradient" if hasattr(gradient, "gradient") else "pass what an estimator returned"
         raise UsageError(f"gradient is a {type(gradient).__name__}; {remedy}.")
     if how not in WAYS:
-        raise UsageError(f'how="{how}" is no way to apply a gradient.{nearest(how, WAYS)}')
+        raise UsageError(f'how="{how}" is no way to apply a gradient.{did_you_mean(how, WAYS)}')
     groups = _groups_of(gradient, optimizer)
     if how == "fused":
         _refuse_unless_fusable(optimizer, groups)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reroll.errors import UsageError, nearest, require_positive
+from reroll.errors import UsageError, did_you_mean, require_positive
 from reroll.grad.base import trainable
 from reroll.models.roles import ROLES, roles
 from reroll.optim.muon import JORDAN, Muon
@@ -89,7 +89,7 @@ def build_optimizer(
             f"momentum={momentum} and betas={betas} must lie in [0, 1), weight_decay={weight_decay} must be ≥ 0."
         )
     if name not in OPTIMIZERS:
-        raise UsageError(f'optimizer="{name}" is not known.{nearest(name, OPTIMIZERS)}')
+        raise UsageError(f'optimizer="{name}" is not known.{did_you_mean(name, OPTIMIZERS)}')
     all_groups = groups(model, OPTIMIZERS[name], weight_decay, lr_scales)
     by_rule = {rule: [g for g in all_groups if g["rule"] == rule] for rule in dict.fromkeys(OPTIMIZERS[name].values())}
     if not by_rule[OPTIMIZERS[name]["matrix"]]:
@@ -97,7 +97,7 @@ def build_optimizer(
     takes = {rule: signature(RULES[rule]).parameters for rule in by_rule}
     known = {name for parameters in takes.values() for name in list(parameters)[2:]}
     for option in options.keys() - known:
-        raise UsageError(f'{option} is no option of optimizer="{name}".{nearest(option, known)}')
+        raise UsageError(f'{option} is no option of optimizer="{name}".{did_you_mean(option, known)}')
     built = {
         rule: RULES[rule](some, lr, **{name: value for name, value in options.items() if name in takes[rule]})
         for rule, some in by_rule.items()
@@ -130,7 +130,7 @@ def groups(
     scales = lr_scales or {}
     for role in (*rules, *scales):
         if role not in ROLES:
-            raise UsageError(f'"{role}" is no role of a parameter.{nearest(role, ROLES)}')
+            raise UsageError(f'"{role}" is no role of a parameter.{did_you_mean(role, ROLES)}')
     parameters, role_of = trainable(model) if isinstance(model, nn.Module) else model, roles(model)
     if parameters is model and any(
         (rules[role], scales.get(role)) != (rules["matrix"], scales.get("matrix")) for role in ("embedding", "head")

@@ -35,9 +35,9 @@ from reroll.rollout.iterate import Iterate, largest
 from reroll.rollout.lengths import in_place
 from reroll.rollout.linearise import WINDOW_FLOATS, Diagonal, Linearisation, Zero, is_written
 from reroll.rollout.memory import require_memory_for_jacobians
+from reroll.rollout.monitor import current
 from reroll.rollout.problem import Field, Problem, make_problem, rows
 from reroll.rollout.purity import require_pure
-from reroll.rollout.watch import current
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Default `rtol` and `atol`."""
@@ -145,8 +145,8 @@ class Newton:
         layout = problem.layout
         outcome = Outcome.ok if bool(found.converged.all()) else Outcome.fell_back
         trajectory = Trajectory(layout.unpack(states), layout.unpack(states[:, -1]), outcome, *found[1:])
-        if (watch := current()) is not None:
-            watch.see(trajectory, states)
+        if (monitor := current()) is not None:
+            monitor.record(trajectory, states)
         return trajectory
 
     @uncompiled
@@ -168,8 +168,8 @@ class Newton:
     def _solve(self, problem: Problem) -> Solution:
         """Solve window after window; what does not converge is evaluated step by step before the next one begins."""
         batch, time, size = problem.shape
-        watch = current()
-        warm = None if watch is None else watch.guess((batch, time, size))
+        monitor = current()
+        warm = None if monitor is None else monitor.guess((batch, time, size))
         given = self.guess if warm is None else warm
         if isinstance(given, Tensor) and ((given.shape[0], given.shape[-1]) != (batch, size) or given.shape[1] < time):
             raise UsageError(
@@ -199,7 +199,7 @@ class Newton:
     def _in_compiled_code(self, problem: Problem, guess: str | Tensor) -> list[Solution]:
         """Solve as many steps as compiled code can; often all of them or none."""
         undamped = self.damping is None or isinstance(self.damping, Undamped)
-        observed = (watch := current()) is not None and watch.observed
+        observed = (monitor := current()) is not None and monitor.observed
         linearise = self.linearise
         if not (undamped and is_written(linearise)) or observed or (isinstance(guess, str) and guess != "f0"):
             return []
@@ -263,7 +263,7 @@ class Newton:
     def _newton(self, field: Field, guess: Tensor) -> Solution:
         """Iterate on one window until every sequence has converged, or the iterations are used up."""
         damping: Damping = self.damping or Undamped()
-        watch = current()
+        monitor = current()
         batch, device = field.shape[2], guess.device
         atol, rtol = self._tolerances(guess.dtype)
         every = self.linearise.every
@@ -285,8 +285,8 @@ class Newton:
                 following = following.merged(found, worse)
             found = following
             converged = converged | near
-            if watch is not None:
-                watch.show(found.states)
+            if monitor is not None:
+                monitor.show(found.states)
         return Solution(found.states, iterations, found.error.amax(0), converged, resets)
 
     def _near(self, before: Iterate, found: Iterate, damping: Damping, atol: float, rtol: float) -> Tensor:
@@ -309,7 +309,7 @@ class Newton:
 
     def _tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         usual = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
-        factor = 1.0 if (watch := current()) is None else watch.factor
+        factor = 1.0 if (monitor := current()) is None else monitor.factor
         floor = 8 * torch.finfo(dtype).eps
         atol, rtol = (usual if given is None else given for given in (self.atol, self.rtol))
         if factor == 1.0:
@@ -318,7 +318,7 @@ class Newton:
 
     def _say(self, found: Solution) -> None:
         """Raise or warn about sequences that have not converged, if that was asked for."""
-        if self.on_failure == "sequential" or ((watch := current()) is not None and watch.quiet):
+        if self.on_failure == "sequential" or ((monitor := current()) is not None and monitor.quiet):
             return
         message = (
             f"{int((~found.converged).sum())} of {len(found.converged)} sequences did not converge in "

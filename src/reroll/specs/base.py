@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from reroll.errors import UsageError, nearest
+from reroll.errors import UsageError, did_you_mean
 
 O = TypeVar("O", bound="Options")  # noqa: E741 (a type of options: no number is near to take it for)
 
@@ -152,7 +152,7 @@ def change(spec: O, values: Any, kinds: Mapping[str, type[O]] | None = None, whe
     before = getattr(spec, "kind", "")
     kind = values.get("kind", before) if "" not in kinds else ""
     if not isinstance(kind, str) or kind not in kinds:
-        raise UsageError(f"{where}.kind={kind!r} is unknown.{nearest(str(kind), kinds)}")
+        raise UsageError(f"{where}.kind={kind!r} is unknown.{did_you_mean(str(kind), kinds)}")
     target, prefix = kinds[kind], f"{where}." if where else ""
     fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(typing.cast(Any, target))}
     for name in values:
@@ -162,7 +162,7 @@ def change(spec: O, values: Any, kinds: Mapping[str, type[O]] | None = None, whe
                 raise UsageError(f"{name}={values[name]!r} is for {where} {' or '.join(others)}; this one is {kind}.")
             if RENAMED.get(name) in fields:
                 raise UsageError(f"{prefix}{name} is called {prefix}{RENAMED[name]} now.")
-            raise UsageError(f"unknown key {prefix}{name}.{nearest(name, fields)}")
+            raise UsageError(f"unknown key {prefix}{name}.{did_you_mean(name, fields)}")
     result: dict[str, Any] = {"kind": kind} if kind else {}
     for name, f in fields.items():
         hint, nested = hints(target)[name], f.metadata["kinds"]
@@ -200,7 +200,7 @@ def convert(value: Any, kind: Any, key: str) -> Any:
         if value in get_args(kind) and isinstance(value, str):
             return value
         choices = [str(choice) for choice in get_args(kind)]
-        hint = nearest(str(value), choices)
+        hint = did_you_mean(str(value), choices)
         raise UsageError(f"{key}={value!r} must be {', '.join(choices)}.{hint if 'Did you mean' in hint else ''}")
     elif origin is tuple:
         parts = get_args(kind)

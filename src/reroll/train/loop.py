@@ -19,7 +19,7 @@ from reroll.grad.base import Seeded, trainable
 from reroll.kernels.threads import torch_threads
 from reroll.optim import StepResult, step
 from reroll.outcome import Outcome
-from reroll.rollout.watch import watching
+from reroll.rollout.monitor import monitoring
 from reroll.train.config import Config, resolve
 from reroll.train.evaluate import evaluate
 from reroll.train.journal import Record
@@ -27,7 +27,7 @@ from reroll.train.machine import signals
 from reroll.train.mesh import ALONE, Mesh
 from reroll.train.observers import OBSERVERS, Taken, Warnings, ends, how_to_go_on
 from reroll.train.records import read_config, read_json
-from reroll.train.resume import agree, open_session, start_record
+from reroll.train.resume import merge_resumed, open_session, start_record
 from reroll.train.search import search_lr, trial
 from reroll.train.session import Session
 
@@ -85,7 +85,7 @@ def train(
 
     for line in filter(None, (note, session.task.describe())):
         say(line)
-    with signals() as stop, watching():
+    with signals() as stop, monitoring():
         try:
             session.folder.write_status("running", step=session.progress.step, steps=session.config.run.steps)
             if not session.progress.step:
@@ -113,7 +113,7 @@ def _finished(config: Config, path: Path, report: Reporter) -> dict[str, Any] | 
     if status.get("state") not in ("done", "diverged"):
         return None
     saved = read_config(path)
-    if agree(saved, config) != saved:
+    if merge_resumed(saved, config) != saved:
         return None
     status = {"step": saved.run.steps, "reason": "it had ended before."} | status
     report.note(f"{path} is finished ({status['state']} at step {status['step']}); nothing to do.")
@@ -184,7 +184,7 @@ def take_step(session: Session) -> dict[str, Any]:
             session.journal.write(Record(number, float(result.loss), result.settings or settings, terms))
 
     try:
-        with watching() as rollouts:
+        with monitoring() as rollouts:
             result = step(
                 session.model, session.loss_fn, session.estimator, session.optimizer, batch, settings, key,
                 clip=config.optim.clip, update=config.optim.update, norm=number % config.run.log_every == 0,
@@ -220,7 +220,7 @@ def validate(session: Session) -> dict[str, float]:
     if not task.splits:
         return {}
     averaged = nullcontext() if session.average is None else session.average.swapped_in(trainable(model))
-    with averaged, session.precision.scope(), watching() as rollouts:
+    with averaged, session.precision.scope(), monitoring() as rollouts:
         scores = evaluate(model, task, task.splits[0], session.device)
     session.progress.valid = {f"valid_{name}": value for name, value in scores.items()}
     return session.progress.valid | ({"valid_fell_back": rollouts.fell_back} if rollouts.fell_back else {})

@@ -11,7 +11,7 @@ from reroll.grad.base import trainable
 from reroll.grad.evaluate.warm import TOO_LOOSE
 from reroll.optim import StepResult, StepSettings
 from reroll.outcome import Outcome
-from reroll.rollout.watch import Watch
+from reroll.rollout.monitor import Monitor
 from reroll.specs.base import OBJECT
 from reroll.train.config import Config
 from reroll.train.machine import peak_bytes
@@ -32,7 +32,7 @@ class Taken:
     settings: StepSettings
     result: StepResult
     loss: float
-    rollouts: Watch
+    rollouts: Monitor
 
 
 def average(session: Session, taken: Taken) -> dict[str, Any]:

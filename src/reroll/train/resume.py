@@ -80,7 +80,7 @@ def open_session(
 def _go_on(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Session, str]:
     """Put a run back to its newest checkpoint."""
     path, environment = folder.path, folder.path / "environment.json"
-    config = agree(read_config(path), what.config if isinstance(what, Session) else what)
+    config = merge_resumed(read_config(path), what.config if isinstance(what, Session) else what)
     saved, extra = checkpoint.newest(folder.checkpoints), read_json(environment)
     if saved is None:
         raise _unresumable(path, "none of its checkpoints is whole", recovery_hint(path, config))
@@ -126,7 +126,7 @@ def _unresumable(path: Path, why: str, remedy: str) -> RunError:
     return RunError(f"{path} cannot be resumed: {why}. It is left as it is. {remedy}")
 
 
-def agree(saved: Config, asked: Config) -> Config:
+def merge_resumed(saved: Config, asked: Config) -> Config:
     """Return the saved config of a resumed run with what may change taken from the one that is asked for.
 
     Raises:

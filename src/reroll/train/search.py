@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from reroll.errors import EpsilonTooSmall, RunError
 from reroll.keys import Key
 from reroll.optim import step
-from reroll.rollout.watch import watching
+from reroll.rollout.monitor import monitoring
 from reroll.train import checkpoint
 from reroll.train.session import Session
 
@@ -84,7 +84,7 @@ def trial(session: Session, lr: float, steps: int) -> float:
             # Far from the first batches, which the run itself will see.
             batch = session.batch(0 if config.task.overfit else 10**9 + number)
             try:
-                with watching():  # what a rate leads to is no news
+                with monitoring():  # fallbacks during the search are not reported
                     result = step(
                         session.model, session.loss_fn, session.estimator, session.optimizer, batch, settings,
                         key.at(number), clip=config.optim.clip, update=config.optim.update,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reroll.cells import Cell
 from reroll.rollout import Newton
-from reroll.rollout.watch import watching
+from reroll.rollout.monitor import monitoring
 
 
 class Approach(NamedTuple):
@@ -43,7 +43,7 @@ def approach(
     deviations: list[Tensor] = []
     rollout = Newton(linearise, damping, guess="zeros", window=None, max_iterations=limit)
     began = time.perf_counter()
-    with watching(observe=lambda states: deviations.append((states[: len(truth)] - truth).abs().mean((0, 1)))):
+    with monitoring(observe=lambda states: deviations.append((states[: len(truth)] - truth).abs().mean((0, 1)))):
         trajectory = rollout(cell, inputs, state)
     assert trajectory.resets is not None
     return Approach(

@@ -23,7 +23,7 @@ from reroll.data.cache import cache_folder
 from reroll.errors import UsageError
 from reroll.models import Recurrent
 from reroll.rollout import Dense, Diagonal, Newton, Rollout, Sequential
-from reroll.rollout.watch import watching
+from reroll.rollout.monitor import monitoring
 
 STEPS, FEATURES, CLASSES = 17_984, 6, 5
 """Of EigenWorms; it has 259 series."""
@@ -70,7 +70,7 @@ def train(rollout: Rollout, inputs: Tensor, classes: Tensor, settings: dict[str,
     )
     optimizer = torch.optim.Adam(model.parameters(), settings.get("rate", 3e-3))
     losses, began = [], time.perf_counter()
-    with watching() as seen:
+    with monitoring() as seen:
         for update in range(updates):
             chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(update))[: settings["batch"]]
             loss = functional.cross_entropy(model(inputs[chosen]), classes[chosen])

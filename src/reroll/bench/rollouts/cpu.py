@@ -15,7 +15,7 @@ from reroll.bench.harness import evaluation, in_turn, medians, ratio
 from reroll.bench.rollouts.cells import Compared, compared
 from reroll.cells import GRU
 from reroll.rollout import Rollout, Sequential, auto, deer, elk, jacobi, picard, quasi_deer, quasi_elk
-from reroll.rollout.watch import watching
+from reroll.rollout.monitor import monitoring
 from reroll.train.measure import measure
 
 METHODS: dict[str, Callable[[], Rollout]] = {
@@ -80,10 +80,10 @@ def rows_of(case: Case, rounds: int) -> list[dict[str, Any]]:
     deviation, fell_back = {}, {}
     exact = {cell: methods["loop"]() for cell, methods in runs.items()}
     for name, call in together.items():
-        with watching() as seen:
+        with monitoring() as seen:
             deviation[name] = _deviation(case, call(), exact[name.split(":")[0]])
         fell_back[name] = seen.fell_back
-    with watching():  # what falls back is in the row; no need to say so at every call
+    with monitoring():  # what falls back is in the row; no need to say so at every call
         seconds = in_turn(together, rounds, LEAST_SECONDS)
     return [_row(case, cell, list(methods), seconds, deviation, fell_back) for cell, methods in runs.items()]
 

@@ -35,7 +35,7 @@ from reroll.grad.evaluate.snapshot import Snapshot, cuda_devices
 from reroll.grad.evaluate.tiles import Tiles
 from reroll.grad.units import Execute, Result, Unit, threads
 from reroll.passes import passes
-from reroll.rollout.watch import watching
+from reroll.rollout.monitor import monitoring
 
 ROUNDING = 16
 """Units in the last place of a loss by which two ways may differ, and differences of unperturbed losses."""
@@ -184,7 +184,7 @@ class Evaluation:
         return bool((alike | (gap <= bound + ROUNDING * amplified)).all())
 
     def _once(self, probes: ProbeContext, unit: Unit, plan: Plan) -> Tensor:
-        with passes(0), watching(quiet=True), evaluator(plan, probes, "copy") as way:
+        with passes(0), monitoring(quiet=True), evaluator(plan, probes, "copy") as way:
             return threads(1, plan.threads)(way, [unit])[0].losses
 
 

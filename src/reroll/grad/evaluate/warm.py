@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from reroll.grad.units import Result, Unit, batch_size, first_tensor
 from reroll.rollout import Newton
 from reroll.rollout.auto import Auto
-from reroll.rollout.watch import watching
+from reroll.rollout.monitor import monitoring
 
 TIGHTER = 0.01
 """Factor on the tolerance of the evaluation that the other one is compared with."""
@@ -48,15 +48,15 @@ class WarmStarts:
         for part in parts:
             if _name(part) in self.trajectories:
                 continue
-            with watching(keep=True) as clean:
+            with monitoring(keep=True) as clean:
                 self.loss_fn(model, part)
-            self.trajectories[_name(part)] = clean.kept
+            self.trajectories[_name(part)] = clean.trajectories
             self.passes += 1
 
     def __call__(self, model: Any, batch: Any) -> Any:
         """Return the loss, warm-started from the unperturbed trajectory if there is one."""
         again = self.tolerance != 1.0
-        with watching(guesses=self.trajectories.get(_name(batch), ()), tolerance=self.tolerance, quiet=again):
+        with monitoring(guesses=self.trajectories.get(_name(batch), ()), tolerance=self.tolerance, quiet=again):
             return self.loss_fn(model, batch)
 
     def error(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError, nearest
+from reroll.errors import UsageError, did_you_mean
 from reroll.kernels import dispatch
 from reroll.kernels.lengths import steps_of
 from reroll.kernels.linear_scan.operators import AFFINE, Affine
@@ -279,7 +279,7 @@ def check(A: Tensor, b: Tensor, initial: Tensor | None, structure: str | None) -
         )
     expected = shapes(b)
     if structure is not None and structure not in AFFINE:
-        raise UsageError(f'linear_scan: structure="{structure}" is not known.{nearest(structure, AFFINE)}')
+        raise UsageError(f'linear_scan: structure="{structure}" is not known.{did_you_mean(structure, AFFINE)}')
     wanted = expected if structure is None else {structure: expected.get(structure)}
     fitting = [name for name, shape in wanted.items() if shape == tuple(A.shape)]
     if len(fitting) > 1:

@@ -1,12 +1,12 @@
 """Look at, and steer, the rollouts inside a model without touching the model.
 
-    with watching() as seen:
+    with monitoring() as seen:
         loss_fn(model, batch)
     seen.iterations, seen.fell_back              how hard they were to evaluate
 
-    with watching(keep=True) as clean: …         keep the trajectories of an evaluation,
-    with watching(guesses=clean.kept): …         and begin the next ones there: a warm start
-    with watching(observe=look): …               look(states) at every iterate, [D, steps of the window, batch]
+    with monitoring(keep=True) as clean: …         keep the trajectories of an evaluation,
+    with monitoring(guesses=clean.trajectories): …         and begin the next ones there: a warm start
+    with monitoring(observe=look): …               look(states) at every iterate, [D, steps of the window, batch]
 
 Blocks can be nested; an outer one goes on seeing, guessing and tightening. Rollouts that do not iterate take no part.
 Guesses go by the order of the calls, as cells may be copies: a model that skips a layer begins the next one at that
@@ -26,16 +26,16 @@ from reroll.rollout.base import Trajectory
 
 
 @dataclass
-class Watch:
+class Monitor:
     """What was seen of the rollouts inside a block.
 
     Args:
         guesses: trajectories to begin with, in the order of the calls; those of another shape are passed over.
-        keep: keep the trajectories in `kept`.
+        keep: keep the trajectories in `trajectories`.
         tolerance: factor on `rtol` and `atol`.
         quiet: what does not converge is evaluated step by step without a word, and no block around this one sees it.
         observe: called with every iterate of every window, the guess left out; it must not change what it is given.
-        kept: the trajectories [batch, time, D], in the order of the calls.
+        trajectories: the trajectories [batch, time, D], in the order of the calls.
         calls: how many rollouts ran.
         iterations: the most that any needed.
         fell_back: sequences that did not converge.
@@ -46,11 +46,11 @@ class Watch:
     tolerance: float = 1.0
     quiet: bool = False
     observe: Callable[[Tensor], None] | None = None
-    kept: list[Tensor] = field(default_factory=list)
+    trajectories: list[Tensor] = field(default_factory=list)
     calls: int = 0
     iterations: int = 0
     fell_back: int = 0
-    outer: Watch | None = None
+    outer: Monitor | None = None
 
     def guess(self, shape: tuple[int, ...]) -> Tensor | None:
         """Return the trajectory for the call that comes, if there is one that fits."""
@@ -77,39 +77,39 @@ class Watch:
         if self.outer is not None:
             self.outer.show(states)
 
-    def see(self, trajectory: Trajectory, states: Tensor) -> None:
-        """Take in a finished call."""
+    def record(self, trajectory: Trajectory, states: Tensor) -> None:
+        """Record a finished call."""
         self.calls += 1
         if trajectory.iterations.numel():
             self.iterations = max(self.iterations, int(trajectory.iterations.max()))
             self.fell_back += int((~trajectory.converged).sum())
         if self.keep:
-            self.kept.append(states.detach())
+            self.trajectories.append(states.detach())
         if self.outer is not None and not self.quiet:
-            self.outer.see(trajectory, states)
+            self.outer.record(trajectory, states)
 
 
-_current: ContextVar[Watch | None] = ContextVar("watch over rollouts", default=None)
+_current: ContextVar[Monitor | None] = ContextVar("rollout monitor", default=None)
 
 
-def current() -> Watch | None:
-    """Return the innermost watch of this context."""
+def current() -> Monitor | None:
+    """Return the innermost monitor of this context."""
     return _current.get()
 
 
 @contextmanager
-def watching(
+def monitoring(
     *,
     guesses: Sequence[Tensor] = (),
     keep: bool = False,
     tolerance: float = 1.0,
     quiet: bool = False,
     observe: Callable[[Tensor], None] | None = None,
-) -> Iterator[Watch]:
-    """Watch over the rollouts of a block; see `Watch`."""
-    watch = Watch(guesses, keep, tolerance, quiet, observe, outer=_current.get())
-    token = _current.set(watch)
+) -> Iterator[Monitor]:
+    """Monitor over the rollouts of a block; see `Monitor`."""
+    monitor = Monitor(guesses, keep, tolerance, quiet, observe, outer=_current.get())
+    token = _current.set(monitor)
     try:
-        yield watch
+        yield monitor
     finally:
         _current.reset(token)
