@@ -10,6 +10,8 @@ from reroll.data.arrays import Arrays
 from reroll.data.synthetic import SYNTHETIC
 from reroll.data.text import Text
 from reroll.errors import UsageError
+from reroll.grad import Backprop, CentralDifference
+from reroll.keys import Key
 
 KINDS = [*SYNTHETIC, "text", "carried", "next", "classes", "steps"]
 
@@ -47,6 +49,44 @@ def test_rows_are_rows_of_the_batch(task_of, kind):
     for rows in (range(0), range(2, 9), range(0, 4, 2), range(3, 1)):
         with pytest.raises(UsageError, match="rows="):
             task.batch(0, rows=rows)
+
+
+class Fixed(torch.nn.Module):
+    """Returns the same outputs whatever it is given."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs, self.scale = outputs, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs, **options):
+        return self.outputs if isinstance(self.outputs, dict) else self.outputs * self.scale
+
+
+MISFITS = {
+    "one output": ("copy", torch.zeros(7, 27), r"of shape \[7, 27\]; .* of shape \[7, 13, classes\]. Return"),
+    "classes before steps": ("copy", torch.zeros(7, 29, 13), r"shape \[7, 29, 13\]; .* \[7, 13, classes\]"),
+    "too few classes": ("copy", torch.zeros(7, 13, 5), r"5 logits, for classes 0 … 4; .* up to 28. Build it with outp"),
+    "every step": ("classes", torch.zeros(7, 9, 3), r"shape \[7, 9, 3\]; .* \[7, classes\].*per sequence for 'last'"),
+    "fewer values": ("next", torch.zeros(7, 8, 1), r"shape \[7, 8, 1\]; .* \[7, 8, 2\]"),  # which broadcasts
+    "a dictionary": ("next", {"logits": 0}, "returned a dict; the task needs a tensor"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_outputs_that_do_not_fit_the_task_are_refused_in_a_line(task_of, case):
+    kind, outputs, message = MISFITS[case]
+    task, model = task_of(kind), Fixed(outputs)
+    batch = task.batch(0)
+    losses = (
+        lambda: task.loss(model, batch), lambda: task.score(model, batch),
+        lambda: Backprop()(model, task.loss, batch, Key(0)),
+        lambda: CentralDifference(2, 0.01)(model, task.loss, batch, Key(0)),
+        lambda: CentralDifference(2, 0.01, evaluate="batched")(model, task.loss, batch, Key(0)),
+    )  # fmt: skip
+    for loss in losses:
+        with pytest.raises(UsageError, match=message) as caught:
+            loss()
+        assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("kind", KINDS)

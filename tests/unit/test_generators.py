@@ -55,3 +55,21 @@ def test_a_snapshot_copies_buffers_that_can_move_and_puts_them_back():
     snapshot.restore()
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert {name for _, name, *_ in Snapshot(model.eval()).buffers} == {"_u", "_v"}
+
+
+def test_batch_statistics_are_constants_in_eval_mode_only_where_torchs_own_forward_runs():
+    """A subclass, or a patch, may go on counting in eval mode."""
+
+    class Counting(nn.BatchNorm1d):
+        def forward(self, x):
+            self.num_batches_tracked.add_(1)
+            return nn.BatchNorm1d.forward(self, x)
+
+    patched = nn.BatchNorm1d(3)
+    patched.forward = lambda x: Counting.forward(patched, x)
+    for norm in (Counting(3), patched):
+        model = nn.Sequential(nn.Linear(3, 3), norm).eval()
+        CentralDifference(3, 0.01)(model, loss_fn, torch.randn(6, 3), Key(0))
+        assert norm.num_batches_tracked == 0
+        assert len(Snapshot(model).buffers) == 3
+    assert not Snapshot(nn.BatchNorm1d(3).eval()).buffers

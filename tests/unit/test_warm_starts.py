@@ -7,10 +7,10 @@ import torch
 
 from reroll import CDRGE, CentralDifference, Key, Recurrent
 from reroll.cells import GRU, cell_from
-from reroll.grad.evaluate.warm import TOO_LOOSE
+from reroll.grad.evaluate.warm import TOO_LOOSE, WarmStarts
 from reroll.outcome import Outcome
 from reroll.rollout import Sequential, jacobi, quasi_deer
-from reroll.rollout.monitor import monitoring
+from reroll.rollout.monitor import current, monitoring
 
 EPSILON = 1e-3
 
@@ -65,6 +65,33 @@ def test_a_warm_start_saves_iterations():
     CentralDifference(probes=3, epsilon=EPSILON)(model, squared, batch, Key(0))
     assert looked[0] == cold.iterations
     assert max(looked[1:7]) < cold.iterations
+
+
+def test_a_part_is_warm_started_from_its_own_trajectory_alone():
+    """Not from that of a part that is gone and whose address was used again, nor of one that shares its first tensor."""
+
+    class Part:
+        def __init__(self, x, wanted):
+            self.both = x, wanted
+
+    model, batch = problem(quasi_deer())
+    guesses = []
+
+    def loss_fn(model, part):
+        guesses.append(current().guesses)
+        return squared(model, part.both)
+
+    warm = WarmStarts(loss_fn)
+    warm.prepare(model, [Part(*batch)])
+    for _ in range(10):
+        warm(model, Part(*batch))
+    assert not any(map(len, guesses))
+
+    x, wanted = batch
+    scale = torch.ones((), dtype=x.dtype)
+    warm = WarmStarts(lambda model, part: squared(model, part[1:]) * part[0])
+    warm.prepare(model, [(scale, x[:1], wanted[:1]), (scale, x[1:], wanted[1:]), (scale, x[:1], wanted[:1])])
+    assert warm.passes == 2
 
 
 def test_forward_passes_are_counted():

@@ -250,12 +250,31 @@ class Outputs(NamedTuple):
         """
         if self.head is not None:
             return cross_entropy(self.values, self.head.weight, self.head.bias, targets)
+        self._require_fit(targets)
         # At least fp32, whatever the model computes in.
         outputs = self.values.to(torch.promote_types(self.values.dtype, torch.float32))
         if targets.is_floating_point():
             return (outputs - targets).square().mean(-1), None
-        losses = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+        try:
+            losses = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+        except IndexError:
+            classes, largest = outputs.shape[-1], int(targets.max())
+            raise UsageError(
+                f"the model gives {classes} logits, for classes 0 … {classes - 1}; the batch has targets up to "
+                f"{largest}. Build it with outputs={largest + 1} or more: task.outputs says how many there are."
+            ) from None
         return losses.view(targets.shape), self.values.argmax(-1) == targets if hits else None
+
+    def _require_fit(self, targets: Tensor) -> None:
+        shape, real = getattr(self.values, "shape", None), targets.is_floating_point()
+        if shape is not None and (shape if real else shape[:-1]) == targets.shape:
+            return
+        result = f"a {type(self.values).__name__}" if shape is None else f"outputs of shape {list(shape)}"
+        expected = ", ".join([*map(str, targets.shape), *([] if real else ["classes"])])
+        raise UsageError(
+            f"the model returned {result}; the task needs a tensor of shape [{expected}]. Return that: an output per "
+            "step for readout 'every', per sequence for 'last' and 'mean'."
+        )
 
 
 def predictions(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:

@@ -38,7 +38,8 @@ class Backprop(BackpropOptions):
         checkpoint: recompute, for memory that grows as √T.
 
     `truncate` and `checkpoint` need a model that carries a state (`reroll.models.Stateful`, such as `reroll.Recurrent`)
-    and batches with `steps` (`reroll.data.Batch`).
+    and batches with `steps` (`reroll.data.Batch`). Random numbers that model and loss draw from torch's global
+    generators follow from the key; the generators are put back afterwards.
 
     Example:
         >>> model = nn.Linear(3, 1)

@@ -79,6 +79,9 @@ class Estimator(Protocol):
             loss_fn: `loss_fn(model, batch)` → scalar, or one loss per sequence [batch].
             batch: whatever `loss_fn` takes.
             key: the key of this step, `Key(seed).at(step)`; all randomness comes from it.
+
+        Random numbers that the model or the loss draws from torch's global generators follow from the key, too. After
+        the estimate these generators are as they were before it: a loss does not move them on.
         """
         ...
 

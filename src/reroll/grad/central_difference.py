@@ -64,7 +64,10 @@ class CentralDifference(ProbeOptions):
             same key.
         chunk, threads, workers: probes of a unit, torch threads of a unit, units at a time; None: by static rules.
         sums: "fp32" or "fp64", for sums over probes.
-        execute: who evaluates the units of a step (see `reroll.grad.execute`); None: threads of this process.
+        execute: who evaluates the units of a step (see `reroll.grad.units`); None: threads of this process.
+
+    Every probe of a step sees the same random numbers from torch's global generators, which are put back afterwards: a
+    loss that draws its data from them does not move them on, so draw the data before the call and pass it as the batch.
 
     Raises:
         UsageError: naming the argument that is out of range.

@@ -93,8 +93,9 @@ class Snapshot:
 
 
 def _may_move(module: nn.Module) -> bool:
-    """Whether a forward pass may change a module's buffers: batch statistics at rest and ours are constants."""
-    if isinstance(module, STATISTICS):
+    """Whether a forward pass may change a module's buffers: ours, and batch statistics in eval mode, are constants."""
+    # A subclass or a patch with a forward of its own may do anything.
+    if isinstance(module, STATISTICS) and module.forward.__module__.startswith("torch.nn."):
         return module.training
     return not type(module).__module__.startswith("reroll.")
 

@@ -208,14 +208,16 @@ def evaluator(plan: Plan, probes: ProbeContext, restore: str) -> Evaluator:
     return InPlace(probes, restore)
 
 
-FEW = 64  # things in a container that are looked at
+FEW = 64
+"""Entries of a container that are looked at."""
 
 
 def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
     """Return what tells a loss from another, and the objects whose ids are in it.
 
-    That is its code, and the modules, parameters and functions that it is bound to, closes over or has as defaults. A
-    lambda that is made anew at every step is the same loss.
+    That is its code, and the modules, parameters and functions that it is bound to, closes over or has as defaults; of
+    a list, tuple or dict only the first 64 entries count, so two losses that differ in a later one are taken for the
+    same, and the second is not compared. A lambda that is made anew at every step is the same loss.
     """
     objects: list[Any] = []
 

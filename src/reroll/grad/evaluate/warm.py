@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reroll.grad.units import Result, Unit, batch_size, first_tensor
+from reroll.grad.units import Result, Unit, batch_size
 from reroll.rollout import Newton
 from reroll.rollout.auto import Auto
 from reroll.rollout.monitor import monitoring
+from reroll.trees import map_state
 
 TIGHTER = 0.01
 """Factor on the tolerance of the evaluation that the other one is compared with."""
@@ -39,24 +40,26 @@ class WarmStarts:
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any]):
         self.loss_fn = loss_fn
-        self.trajectories: dict[Any, list[Tensor]] = {}
+        self.trajectories: dict[Any, tuple[Any, list[Tensor]]] = {}
+        """The part and its trajectories, by `_address` of the part: while it lives, no other is there."""
         self.tolerance = 1.0
         self.passes = 0
 
     def prepare(self, model: nn.Module, parts: Iterable[Any]) -> None:
         """Solve the parts of a batch that the probes will see with the weights as they are."""
         for part in parts:
-            if _name(part) in self.trajectories:
+            if _address(part) in self.trajectories:
                 continue
             with monitoring(keep=True) as clean:
                 self.loss_fn(model, part)
-            self.trajectories[_name(part)] = clean.trajectories
+            self.trajectories[_address(part)] = part, clean.trajectories
             self.passes += 1
 
     def __call__(self, model: Any, batch: Any) -> Any:
         """Return the loss, warm-started from the unperturbed trajectory if there is one."""
         again = self.tolerance != 1.0
-        with monitoring(guesses=self.trajectories.get(_name(batch), ()), tolerance=self.tolerance, quiet=again):
+        _, guesses = self.trajectories.get(_address(batch), (None, ()))
+        with monitoring(guesses=guesses, tolerance=self.tolerance, quiet=again):
             return self.loss_fn(model, batch)
 
     def error(
@@ -100,7 +103,9 @@ def _every(unit: Unit, first: int) -> Unit:
     return unit._replace(probes=unit.probes[first::SHARE], states=states)
 
 
-def _name(batch: Any) -> Any:
-    """What tells one part of a batch from another: where its first tensor lies."""
-    first = first_tensor(batch)
-    return id(batch) if first is None else (first.data_ptr(), tuple(first.shape))
+def _address(batch: Any) -> Any:
+    """What tells one part of a batch from another: where its tensors are, or without tensors the object itself."""
+    tensors: list[Tensor] = []
+    map_state(getattr(batch, "inputs", batch), lambda tensor: tensors.append(tensor) or tensor)
+    strided = torch.strided
+    return tuple((t.data_ptr(), t.shape, t.stride()) if t.layout is strided else id(t) for t in tensors) or id(batch)
