@@ -142,7 +142,8 @@ def test_several_series_need_not_be_together(tmp_path, sep):
         (b"a,b\n1,2\n3,4,5\n", {}, "Expected 2 fields in line 3, saw 3"),
         (b'a,b\n1,"2\n3,4\n', {}, "cannot be read"),
         (b"\x89PNG\r\n\x00\x1a\n" + bytes(range(1, 200)) * 9, {}, "NUL bytes"),
-        (b"x" * (1 << 17), {}, "first line has no end"),
+        (b"x" * (1 << 17), {}, "a header and no rows"),
+        (b"x" * (1 << 26), {}, "no whole line in its first 32 MB"),
         (b"a\x1b[2J,b\nx,y\nz,w\n", {}, "its columns are a�"),
         (b"a,b\n1,2\n3,3\n", {"columns": "c"}, "columns='c' is no column"),
         (b"a,b\n1,2\n3,3\n", {"time": "c"}, "time='c' is no column"),
@@ -156,6 +157,61 @@ def test_what_is_no_table_is_refused_in_a_line(tmp_path, content, reading, messa
     with pytest.raises(UsageError, match=message) as caught:
         Arrays(tmp_path / "a.csv", **reading)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("comments", [False, True])
+def test_a_header_may_be_long(tmp_path, comments):
+    names = [f"a column with a long name and the number {n}" for n in range(4000)]
+    before = b"# a long story\n" * 10_000 if comments else b""
+    data = read(tmp_path, "a.csv", before + text(names, *(map(str, RANDOM.random(4000)) for _ in range(3))))
+    assert data.values.shape == (3, 4000)
+    assert data.features == tuple(names)
+
+
+BIG = 1 << 60
+LARGE = {
+    "a feature": (("v", "key"), [("1.5", BIG), ("2", BIG + 1), ("7", BIG + 7)], "", {}),
+    "an index": (("v", "n"), [("1.5", BIG), ("2", BIG + 1), ("7", BIG + 2)], "without n (only counts the rows)", {}),
+    "unsigned": (("v", "n"), [("1.5", 2**64 - 1), ("2", 2**64 - 2), ("7", 2**64 - 3)], "without n (only counts", {}),
+    "beyond 64 bits": (("v", "key"), [("1.5", BIG**3), ("2", 5), ("7", 6)], "", {}),
+    "with gaps": (("v", "key"), [("1.5", BIG + 1), ("2", ""), ("7", 6)], "", {}),
+    "with thousands": (("v", "key"), [("1.5", f'"{BIG + 1:,}"'), ("2", '"1,000"'), ("7", 6)], "", {}),
+    "an order": (("v", "n"), [("1.5", BIG + 2), ("2", BIG), ("7", BIG + 1)], "n tells the time", {"time": "n"}),
+    "floats": (("v", "n"), [("1.5", "1e20"), ("2", "1e22"), ("7", "")], "", {}),
+    "exact": (("v", "n"), [("1.5", 2**53), ("2", -(2**53)), ("7", "3")], "", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_whole_numbers_that_floats_round_are_refused_or_stay_exact(tmp_path, case):
+    names, rows, note, reading = LARGE[case]
+    content = text(names, *((v, str(n)) for v, n in rows))
+    if names[1] == "key":
+        with pytest.raises(UsageError, match="key=.*is beyond 2⁵³, where floats round whole numbers") as caught:
+            read(tmp_path, "a.csv", content, **reading)
+        assert str(caught.value).isprintable()
+        assert read(tmp_path, "a.csv", content, columns="v").values.ravel().tolist() == [1.5, 2, 7]
+        return
+    data = read(tmp_path, "a.csv", content, **reading)
+    assert note in data.note
+    assert data.values[:, 0].tolist() == ([2, 7, 1.5] if "time" in reading else [1.5, 2, 7])
+    if not note:
+        assert data.values[:2, 1].tolist() == [float(n) for _, n in rows[:2]]
+
+
+def test_large_names_of_series_tell_them_apart(tmp_path):
+    rows = [(str(BIG + n), str(v)) for v, n in ((1, 0), (2, 1), (3, 0), (4, 1))]
+    assert read(tmp_path, "a.csv", text(("id", "v"), *rows)).lengths.tolist() == [2, 2]
+    assert read(tmp_path, "a.csv", text(("id", "v"), *rows, ("", "5"))).lengths.tolist() == [1, 2, 2]
+
+
+def test_large_whole_numbers_in_arrays_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(40).reshape(20, 2) + BIG)
+    with pytest.raises(UsageError, match="step 0, feature 0 is .* whole number beyond 2⁵³"):
+        Arrays(tmp_path / "a.npy", length=4)
+    np.savez(tmp_path / "a.npz", inputs=np.ones((9, 5, 2)), targets=np.full((9, 5, 1), BIG + 1))
+    with pytest.raises(UsageError, match="45 targets are .* whole number beyond 2⁵³"):
+        Arrays(tmp_path / "a.npz", readout="every")
 
 
 LONE = {

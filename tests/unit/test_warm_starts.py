@@ -68,7 +68,7 @@ def test_a_warm_start_saves_iterations():
 
 
 def test_a_part_is_warm_started_from_its_own_trajectory_alone():
-    """Not from that of a part that is gone and whose address was used again, nor of one that shares its first tensor."""
+    """Not that of a part that is gone and whose address was used again, nor of one with the same first tensor."""
 
     class Part:
         def __init__(self, x, wanted):

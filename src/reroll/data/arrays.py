@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 
 from reroll.data.batch import Batch
-from reroll.data.series import Series, missing, moments, read_series
+from reroll.data.series import UNUSABLE, Series, cannot_be_used, missing, moments, read_series
 from reroll.data.tables import Reading
 from reroll.data.task import FileTask, Readout
 from reroll.errors import UsageError, did_you_mean, require_positive
@@ -387,10 +387,10 @@ def _cleaned(path: str, targets: Array, known: BoolArray, classes: bool) -> tupl
     NaN is a missing target. What is scored must be finite, or a class.
     """
     known = known if classes else known & ~np.isnan(targets).any(1)
-    wrong = ((targets < 0) | (targets >= MOST_CLASSES) if classes else np.isinf(targets)).any(1) & known
+    wrong = ((targets < 0) | (targets >= MOST_CLASSES) if classes else cannot_be_used(targets)).any(1) & known
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
-        fault = f"no class, 0 … {MOST_CLASSES - 1}" if classes else "infinite"
+        fault = f"no class, 0 … {MOST_CLASSES - 1}" if classes else UNUSABLE
         raise UsageError(
             f"path={path}: {int(wrong.sum())} targets are {fault}; the first is number {first} of {len(targets)}, "
             f"{targets[first].tolist()}. Mend them, or mark what is missing by a mask that is False there."

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reroll.data.tables import Reading, is_table, printable, read_table
+from reroll.data.tables import EXACT, Reading, is_table, printable, read_table
 from reroll.errors import UsageError
 
 Array = npt.NDArray[Any]
 BoolArray = npt.NDArray[np.bool_]
 
 NAMES = ("inputs", "targets", "mask", "lengths", "held_out", "labels")  # what is read of an .npz file
+UNUSABLE = "infinite, or a whole number beyond 2⁵³, which a float rounds"
 ROWS = 1 << 16  # steps looked at at a time
 
 
@@ -118,22 +119,27 @@ def missing(path: str, series: Series, mask: BoolArray | None) -> int:
     """Return how many values are NaN where the mask [M] is True; None: everywhere.
 
     Raises:
-        UsageError: for an infinite value there.
+        UsageError: for an infinite value there, or a whole number that a float rounds.
     """
     count = 0
     for begin in range(0, len(series.values), ROWS):
         block = np.asarray(series.values[begin : begin + ROWS])
         there = True if mask is None else mask[begin : begin + ROWS, None]
         count += int((np.isnan(block) & there).sum())
-        wrong = np.argwhere(np.isinf(block) & there)
+        wrong = np.argwhere(cannot_be_used(block) & there)
         if len(wrong):
             place = begin + int(wrong[0, 0])
             which = int(np.searchsorted(np.cumsum(series.lengths), place, side="right"))
             raise UsageError(
                 f"path={path}: the value of series {which}, step {place - int(series.lengths[:which].sum())}, feature "
-                f"{wrong[0, 1]} is infinite. Mend it, or make it NaN, a missing value."
+                f"{wrong[0, 1]} is {UNUSABLE}. Mend it, or make it NaN, a missing value."
             )
     return count
+
+
+def cannot_be_used(values: Array) -> BoolArray:
+    """Return which values are infinite, or whole numbers beyond 2⁵³, which float64 rounds."""
+    return np.isinf(values) if values.dtype.kind == "f" else (values > EXACT) | (values < -EXACT)
 
 
 def _read_npz(path: Path, archive: Any) -> Series:

@@ -30,7 +30,9 @@ WORDS = {"tab": "\t", r"\t": "\t", "space": r"\s+", " ": r"\s+"}
 MISSING = ("", "?", "-", "--", ".", "na", "n/a", "#n/a", "nan", "-nan", "null", "none", "nil", "missing", "<na>")
 TIME = re.compile(r"date|time|epoch|unix|stamp|unnamed|^(t|ts|index|no\.?|row|step)$", re.IGNORECASE)
 NUMBER = re.compile(r"[+-]?[\d.,' ]*\d[\d.,' ]*(e[+-]?\d+)?", re.IGNORECASE)
-HEAD = 1 << 16  # bytes whose lines tell the form of a text
+HEAD = 1 << 16  # bytes whose lines tell the form of a text; more where they are not two
+LONGEST = 1 << 24  # bytes that are looked at for two lines
+EXACT = 1 << 53  # whole numbers up to this are exact as floats; beyond, neighbours become one value
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def read_table(path: Path, reading: Reading) -> tuple[Any, tuple[str, ...], Any,
         wanted = [_column(path, frame, "columns", c) for c in reading.columns.split(",")] if reading.columns else None
         several = (name for name in ("series", "id") if name in frame and frame[name].duplicated().any())
         group = next((name for name in several if name not in (wanted or ())), None)
+        if group and frame[group].dtype.kind == "f" and (frame[group].abs() > EXACT).any():
+            raise UsageError(f"path={path}: {group} was read as floats, which round beyond 2⁵³; save it as text.")
         series = np.zeros(len(frame), int) if group is None else _pandas().factorize(frame[group])[0]
         features = frame.drop(columns=[group] if group else [])
         features, series = _in_order(path, features, series, reading, wanted or (), notes)
@@ -120,11 +124,7 @@ def _parquet(path: Path) -> tuple[Any, str]:
 
 def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
     """The cells of a text, columns of numbers where all cells are numbers; and the decimal mark."""
-    with OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
-        head = file.read(HEAD)
-    encoding, lines = _lines(path, head)
-    comments = any(line.startswith("#") for line in lines)
-    lines = [line for line in lines if line.strip() and not line.startswith("#")][:20]
+    encoding, lines, comments = _head(path)
     lone = _is_lone_column(lines, reading)
     sep, rows = _cells(lines, ";" if lone else reading.sep and WORDS.get(reading.sep, reading.sep))
     header = _is_header(rows[0], rows[1:])
@@ -145,6 +145,10 @@ def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
     decimal = reading.decimal or _decimal(frame.iloc[:10_000], sep)
     if decimal == ",":
         frame = read(encoding=encoding, decimal=",")  # which leaves 1.234, maybe 1234, as text
+    rounded = [name for name in frame if frame[name].dtype.kind == "f" and (frame[name].abs() >= EXACT).any()]
+    if rounded:  # maybe whole numbers, which a missing value among them made floats
+        cells = read(encoding=encoding, dtype=str)
+        frame = frame.assign(**{name: cells[name] for name in rounded if _inexact(cells[name], frame[name], decimal)})
     frame = _take_numbers(frame.reset_index(drop=True), decimal)
     if not header:
         frame.columns = [str(number) for number in range(1, len(frame.columns) + 1)]
@@ -158,19 +162,32 @@ def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
     return frame, decimal
 
 
-def _lines(path: Path, head: bytes) -> tuple[str, list[str]]:
-    """The encoding, and the whole lines of the beginning of a file."""
-    encoding = "utf-8-sig"
+def _head(path: Path) -> tuple[str, list[str], bool]:
+    """The encoding, the first lines that are no comments, at most 20, and whether there are comments."""
+    with OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
+        head = file.read(HEAD)
+        while True:
+            more = file.read(len(head)) if head else b""
+            encoding = _encoding(path, head)
+            lines = head.decode(encoding, "replace").splitlines()[: -1 if more else None]
+            content = [line for line in lines if line.strip() and not line.startswith("#")]
+            if len(content) > 1 or not more or len(head) > LONGEST:
+                break
+            head += more
+    if not content:
+        fault = f"has no whole line in its first {len(head) >> 20} MB" if more else "is empty"
+        raise UsageError(f"path={path} {fault}; give a table, a row for every step.")
+    return encoding, content[:20], any(line.startswith("#") for line in lines)
+
+
+def _encoding(path: Path, head: bytes) -> str:
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        encoding = "UTF-16"
-    elif head.count(0) * 4 > len(head):
-        encoding = "UTF-16-LE" if head[1::2].count(0) > head[::2].count(0) else "UTF-16-BE"
-    elif b"\0" in head:
+        return "UTF-16"
+    if head.count(0) * 4 > len(head):
+        return "UTF-16-LE" if head[1::2].count(0) > head[::2].count(0) else "UTF-16-BE"
+    if b"\0" in head:
         raise UsageError(f"path={path} is no text (it holds NUL bytes), whatever its name says.")
-    lines = head.decode(encoding, "replace").splitlines()[: None if len(head) < HEAD else -1]
-    if not any(line.strip() and not line.startswith("#") for line in lines):
-        raise UsageError(f"path={path} is empty, or its first line has no end; give a table, a row for every step.")
-    return encoding, lines
+    return "utf-8-sig"
 
 
 def _cells(lines: list[str], sep: str | None) -> tuple[str, list[list[str]]]:
@@ -179,7 +196,10 @@ def _cells(lines: list[str], sep: str | None) -> tuple[str, list[list[str]]]:
     for candidate in [sep] if sep else SEPARATORS:
         spaces = candidate == r"\s+"
         rows = [x.split() for x in lines] if spaces else csv.reader(lines, delimiter=candidate, skipinitialspace=True)
-        rows = [[cell.strip() for cell in row] for row in rows]
+        try:
+            rows = [[cell.strip() for cell in row] for row in rows]
+        except csv.Error:  # a cell beyond csv's limit: a long line is cut elsewhere
+            continue
         counts = {len(row) for row in rows[1:]} or {len(rows[0])}
         if max(counts) > 1 and len(counts) == 1 and len(rows[0]) in (max(counts), max(counts) - 1):
             return candidate, rows
@@ -233,10 +253,19 @@ def _numbers(column: Any, decimal: str) -> tuple[Any, Any]:
     return _pandas().to_numeric(cells.where(known), errors="coerce").astype(float), known
 
 
+def _inexact(column: Any, numbers: Any, decimal: str) -> list[str]:
+    """The cells of a column that are whole numbers which its numbers, as floats, cannot hold."""
+    large = [] if column.dtype.kind == "f" else column[numbers.astype(float).abs() >= EXACT].astype(str)
+    whole = re.compile(r"\s*[+-]?\d[\d.,' \u00a0]*")
+    whole_cells = [cell for cell in large if whole.fullmatch(cell) and decimal not in cell]
+    return [cell for cell in whole_cells if int(re.sub(r"\D", "", cell)) > EXACT]
+
+
 def _if_numbers(column: Any, decimal: str) -> Any | None:
     """The numbers of a column of text whose cells are all numbers, else None."""
     numbers, known = _numbers(column, decimal)
-    return numbers if _is_text(column) and known.any() and numbers[known].notna().all() else None
+    are_numbers = _is_text(column) and known.any() and numbers[known].notna().all()
+    return numbers if are_numbers and not _inexact(column, numbers, decimal) else None
 
 
 def _take_numbers(frame: Any, decimal: str) -> Any:
@@ -336,6 +365,8 @@ def _counts(column: Any, series: Any) -> bool:
     """Whether a column goes on by one step from row to row, or has the name of a time and never goes back."""
     if _is_text(column):
         return False
+    if column.dtype.kind in "iu" and _inexact(column, column, "."):
+        column = column.astype(object) - int(column.iloc[0])
     values = column.astype(float).to_numpy()
     if column.name == "Unnamed: 0":
         return len(np.unique(values)) == len(values)
@@ -348,7 +379,7 @@ def _counts(column: Any, series: Any) -> bool:
 
 
 def _require_numbers(path: Path, column: Any, decimal: str) -> None:
-    """Refuse a column with a word among its numbers."""
+    """Refuse a column with a word among its numbers, or with whole numbers that would be rounded."""
     numbers, known = _numbers(column, decimal)
     wrong = column[known & numbers.isna()]
     if len(wrong):
@@ -356,4 +387,9 @@ def _require_numbers(path: Path, column: Any, decimal: str) -> None:
         raise UsageError(
             f"path={path}, row {wrong.index[0] + 1}: {column.name}={cell!r} is no number; leave it empty, give "
             f"missing={cell!r}, or name the columns to read."
+        )
+    if cells := _inexact(column, numbers, decimal):
+        raise UsageError(
+            f"path={path}: {column.name}={printable(cells[0])} is beyond 2⁵³, where floats round whole numbers; name "
+            "the columns to read without it, or subtract a constant from it."
         )
