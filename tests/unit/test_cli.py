@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -123,6 +124,15 @@ def test_eval(cli, smoke):
     words = re.fullmatch(r"valid, after (\d+) steps: loss (\S+)  bits \S+  accuracy 1  exact 1\n", found.out)
     assert int(words[1]) == last["step"] + 1
     assert float(words[2]) == pytest.approx(last["valid_loss"], rel=1e-5)
+
+
+def test_eval_fails_if_the_loss_is_not_finite(cli, smoke):
+    loaded = open_model(smoke)
+    torch.nn.init.constant_(next(loaded.model.parameters()), math.nan)
+    export(loaded, Path("nan.safetensors"))
+    found = cli("eval", "nan.safetensors")
+    assert (found.code, "loss nan" in found.out) == (1, True)
+    assert "The loss is not finite" in found.error
 
 
 def test_sample_goes_on_with_the_prompt(cli, smoke):
@@ -262,7 +272,7 @@ def test_series_are_scored_whole_and_in_the_units_of_the_run(cli, tmp_path):
     assert "--path=wide.csv has 3 features (t, h, p), but 2 are wanted" in refused.error
     about = json.loads(Path("run/environment.json").read_text())
     Path("run/environment.json").write_text(json.dumps({k: v for k, v in about.items() if k != "units"}))
-    assert "in units of its own" in cli("eval", "run", "--path", "moved.csv").out  # a run of an older version
+    assert "standardised by its own" in cli("eval", "run", "--path", "moved.csv").out  # a run of an older version
     assert "has 3 columns of numbers, but run reads 2" in cli("eval", "run", "--path", "wide.csv").error
     Path("run/environment.json").write_text(json.dumps(about | {"units": [[1.0], [0.0]]}))
     assert "units=" in cli("eval", "run").error
@@ -277,8 +287,8 @@ def test_a_classifier_is_scored_on_files_of_its_classes(cli, tmp_path):
     flags = (*TINY[2:], "--length", 9)
     assert cli("train", "arrays", "--path", "my.npz", *flags, "--run-dir", "run").code == 0
     assert cli("eval", "run", "--path", "two.npz").code == 0
-    assert "7 outputs (for every series), but run gives 3" in cli("eval", "run", "--path", "many.npz").error
-    assert "2 outputs (at every step), but run gives 3" in cli("eval", "run", "--path", "none.npz").error
+    assert "7 outputs per series, but run has 3" in cli("eval", "run", "--path", "many.npz").error
+    assert "2 outputs per step, but run has 3" in cli("eval", "run", "--path", "none.npz").error
 
 
 # Configs: recipe < files < --set < flags
@@ -295,7 +305,7 @@ def test_show_says_what_and_why(cli):
     assert lines["layers"] == "1  # default"
     assert lines["eval_every"] == "100  # derived"
     notes = [line for line in found.out.splitlines() if line.startswith("#")]
-    assert re.match(r"# device (cpu|cuda) \((no card|a CUDA card is there)\), dtype fp32", notes[0])
+    assert re.match(r"# device (cpu|cuda) \((no CUDA|CUDA is available)\), dtype fp32", notes[0])
     assert re.match(r"# noise by \w+: .", notes[1])
     assert re.match(r"# lstm, without a gradient, by \w+: .", notes[2])
     resolved = toml.overlay(Config(), tomllib.loads(found.out), "show")
@@ -526,7 +536,7 @@ def test_doctor(cli):
     lines = {line[6:20].strip(): line for line in found.out.splitlines() if line.startswith(("ok", "note"))}
     assert lines["torch"] == f"ok    {'torch':<14} {torch.__version__}"
     assert "same bits as the reference" in lines["cpu kernels"]
-    assert {"python", "card", "threads", "text cache", "disk", "extra plot"} <= set(lines)
+    assert {"python", "GPU", "threads", "text cache", "disk", "extra plot"} <= set(lines)
 
 
 def test_export_writes_over_its_own_config_and_no_other(cli, run, tmp_path):
@@ -620,6 +630,7 @@ def test_a_field_may_be_set_of_the_kind_that_a_flag_asks_for(cli, tmp_path):
     )
     config = read_config(tmp_path / "run")
     assert (config.model.kind, config.model.width, config.optim.ns_steps) == ("gpt", 16, 4)
+    assert "rtol = 0.1" in cli("show", "copy", "--rollout", "deer", "--set", "model.rollout.rtol=0.1").out
 
 
 def test_shards_of_a_text_are_made_and_trained_on(cli, tmp_path):

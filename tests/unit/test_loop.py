@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console as Terminal
 
-from reroll.cli.console import Console, Series
+from reroll.cli.console import Console, Sparkline
 from reroll.data.batch import START
 from reroll.data.synthetic import Copy
 from reroll.errors import RunError, UsageError
@@ -506,7 +506,7 @@ def test_a_live_bar_survives_a_loss_that_is_not_finite():
 
 def test_a_series_of_any_length_is_the_means_of_equal_shares():
     """Of 1,000 values in at most 24 blocks: as many of each share as went into it, and none that is not finite."""
-    series, values = Series(), [math.cos(i / 100) for i in range(1000)]
+    series, values = Sparkline(), [math.cos(i / 100) for i in range(1000)]
     for value in values:
         series.add(value)
         series.add(math.nan)

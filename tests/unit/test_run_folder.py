@@ -34,7 +34,7 @@ def test_a_run_is_found_by_its_path_and_by_its_name(tmp_path, monkeypatch):
     assert find_run(str(tmp_path / "runs" / "there")) == tmp_path / "runs" / "there"
     Path("runs/empty").mkdir()
     for name in ("nowhere", "empty", "runs"):
-        with pytest.raises(UsageError, match=f"RUN='{name}' is no run: neither {name} nor runs/{name} holds a config"):
+        with pytest.raises(UsageError, match=f"RUN='{name}' is not a run: neither {name} nor runs/{name} has a config"):
             find_run(name)
 
 
@@ -294,7 +294,7 @@ def test_stop_asks_the_process_that_has_the_folder_and_no_other(tmp_path, living
 
 def test_stop_of_what_is_no_run(tmp_path, capsys):
     assert main(["runs", "stop", str(tmp_path)]) == 2
-    assert "is no run" in capsys.readouterr().err
+    assert "is not a run" in capsys.readouterr().err
 
 
 def test_stop_says_when_it_takes_too_long(tmp_path, living, capsys):

@@ -10,6 +10,8 @@ import importlib
 import json
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,8 +136,15 @@ CLAIMS = {claim.name: claim for claim in ROWS}
 """Every claim by name; a new one is a new row."""
 
 
+def claim_of(name: str) -> Claim:
+    """Return the claim of a name; raise `UsageError` if there is none."""
+    if name not in CLAIMS:
+        raise UsageError(f'claim "{name}" is unknown.{did_you_mean(name, CLAIMS)}')
+    return CLAIMS[name]
+
+
 def reproduce(name: str, full: bool = False) -> dict[str, Any]:
-    """Measure a claim, keep the result, and return it with `status`, `commit` and `hardware`.
+    """Measure a claim, store the result, and return it with `status`, `commit` and `hardware`.
 
     Args:
         name: the claim.
@@ -144,37 +153,42 @@ def reproduce(name: str, full: bool = False) -> dict[str, Any]:
     Raises:
         UsageError: for an unknown name.
     """
-    if name not in CLAIMS:
-        raise UsageError(f'claim "{name}" is unknown.{did_you_mean(name, CLAIMS)}')
-    claim, began = CLAIMS[name], time.perf_counter()
+    claim, start = claim_of(name), time.perf_counter()
     result = claim.experiment.measure(full, **dict(claim.options))
     about = {
         "status": "holds" if claim.experiment.holds(result) else "does not hold", "commit": commit(),
-        "hardware": hardware(), "seconds": time.perf_counter() - began, "full": full,
+        "hardware": hardware(), "seconds": time.perf_counter() - start, "full": full,
     }  # fmt: skip
     _cache().write_text(json.dumps(measured() | {name: {"value": result[claim.key], **about}}, indent=2) + "\n")
     return result | about | {"published": claim.published, "tolerance": claim.tolerance}
 
 
 def write(name: str, result: dict[str, Any], folder: Path) -> list[str]:
-    """Write the table of a result, NAME.txt, and its figure, NAME.png; return where they are, a line each.
+    """Write the table of a result, NAME.txt, and its figure, NAME.png; return their paths, one line each.
 
     Raises:
         UsageError: if the folder cannot be written.
     """
     claim, table = CLAIMS[name], folder / f"{name}.txt"
     report = claim.experiment.report(result)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
         table.write_text(f"{claim.says}\n{report}\npublished: {claim.published}\n")
-    except OSError as error:
-        raise UsageError(f"--to {folder} cannot be written ({error.strerror}); name another folder.") from None
     figure = [_figure(claim, result, folder / f"{name}.png")] if hasattr(claim.experiment, "draw") else []
     return [f"table: {table}", *figure]
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make the folder of the results; `UsageError` if it cannot be made, or written to inside."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UsageError(f"--to {folder} cannot be written ({error.strerror}); choose another folder.") from None
+
+
 def _figure(claim: Claim, result: dict[str, Any], path: Path) -> str:
-    """Draw a result; return where it is, or what is missing, in a sentence."""
+    """Draw a result; return its path, or what is missing to draw it, in a sentence."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

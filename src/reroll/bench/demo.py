@@ -93,12 +93,12 @@ def rows_of(
     """Return the table: both runs below what needs no model."""
     base = task.baselines("valid")
     return [
-        Row("unigram entropy of the held-out text", base.unigram),
-        Row("bigram entropy of the held-out text", base.bigram),
-        Row("gzip -9 of the held-out text", base.gzip),
+        Row("unigram entropy", base.unigram),
+        Row("bigram entropy", base.bigram),
+        Row("gzip -9", base.gzip),
         Row("CD-RGE (forward passes only)", probes["valid_bits"], probes["forward_passes"], probes["total_seconds"],
             memory["batched"]),
-        Row("    the same, evaluated in place", math.nan, memory=memory["probes"]),
+        Row("    evaluated in place", math.nan, memory=memory["probes"]),
         Row("backprop (BPTT, AdamW)", backprop["valid_bits"], backprop["forward_passes"], backprop["total_seconds"],
             memory["backprop"]),
     ]  # fmt: skip

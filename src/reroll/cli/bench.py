@@ -17,21 +17,26 @@ BENCHES = ("zeroth", "estimator", "rollouts", "grid")
 
 @dataclass(frozen=True)
 class Bench:
+    """Measure speed and memory, as ratios within one run."""
+
     name: str = positional(
-        "zeroth (speed and memory of CD-RGE), estimator (its gradient), rollouts (ways along time) or grid (DEER's)"
+        "zeroth (speed and memory of CD-RGE), estimator (accuracy of its gradient), rollouts (sequential and parallel "
+        "in time) or grid (rollouts on the grid of the DEER paper)"
     )
     json: Path | None = option(None, "write the result to this file")
     rounds: int | None = option(
-        None, "times everything is measured, of which the median counts; none: 5, 7 for rollouts, 20 for estimator"
+        None, "repetitions, of which the median is reported (default: 5; rollouts 7, estimator 20)"
     )
 
 
 @dataclass(frozen=True)
 class Reproduce:
-    name: str | None = positional("the claim to measure; none: list them", None)
-    list: bool = option(False, "list all claims with their last measured values; with a name, all about it")
-    full: bool = option(False, "at the published size, which may need a GPU or hours")
-    to: Path | None = option(None, "folder for the table and the figure; none: reproduce/ in the cache folder")
+    """Measure a claim of the papers on this machine."""
+
+    name: str | None = positional("the claim to measure (default: list them all)", None)
+    list: bool = option(False, "list all claims with their last measured values; with NAME, its details")
+    full: bool = option(False, "measure at the published size, which may take a GPU, or hours")
+    to: Path | None = option(None, "folder for the table and the figure (default: reproduce/ in the cache)")
     json: Path | None = option(None, "write the result to this file")
 
 
@@ -40,38 +45,34 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _bench(arguments: Sequence[str]) -> int:
-    request = parse(Bench, arguments, "reroll bench", "Measure speed and memory, as ratios, in one run.")
+    request = parse(Bench, arguments, "reroll bench")
     if request.name not in BENCHES:
         raise UsageError(f'bench "{request.name}" is unknown.{did_you_mean(request.name, BENCHES)}')
     if request.rounds is not None and request.rounds < 1:
         raise UsageError(f"rounds={request.rounds} must be greater than zero.")
-    _make_room(request.json)
+    _refuse_unwritable(request.json)
     rounds = {} if request.rounds is None else {"rounds": request.rounds}
     importlib.import_module(f"reroll.bench.{request.name}").run(**rounds, path=request.json)
     return 0
 
 
 def _reproduce(arguments: Sequence[str]) -> int:
-    request = parse(Reproduce, arguments, "reroll reproduce", "Measure a claim of the papers here.")
+    request = parse(Reproduce, arguments, "reroll reproduce")
     from reroll.bench import claims
     from reroll.data.cache import cache_folder
 
-    if request.list or request.name is None:
-        if request.name in claims.CLAIMS:
-            print(claims.details(claims.CLAIMS[request.name]))
-        elif request.name is None:
-            print(claims.table(), "reroll reproduce NAME --list says more about one.", sep="\n\n")
-        else:
-            raise UsageError(f'"{request.name}" is no claim.')
+    if request.name is None:
+        print(claims.table(), "Details of one: reroll reproduce NAME --list", sep="\n\n")
         return 0
-    _make_room(request.json)
+    claim = claims.claim_of(request.name)
+    if request.list:
+        print(claims.details(claim))
+        return 0
+    _refuse_unwritable(request.json)
     folder = request.to or cache_folder() / "reproduce"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--to {folder} cannot be written ({error.strerror}); name another folder.") from None
+    with claims.writing(folder):  # refused now rather than after measuring
+        pass
     result = claims.reproduce(request.name, request.full)
-    claim = claims.CLAIMS[request.name]
     print(f"{claim.name}: {claim.says}\n{claim.experiment.report(result)}")
     print(f"published: {claim.published}")
     print(f"measured:  {claim.key} = {result[claim.key]:.4g}, {result['status']} ({claim.tolerance})")
@@ -82,13 +83,13 @@ def _reproduce(arguments: Sequence[str]) -> int:
     return 0 if result["status"] == "holds" else 1
 
 
-def _make_room(path: Path | None) -> None:
-    """Refuse a file that cannot be written before the minutes of measuring, not after them."""
+def _refuse_unwritable(path: Path | None) -> None:
+    """Refuse a file that cannot be written before minutes are spent measuring, not after."""
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--json {path} cannot be written ({error.strerror}); name another file.") from None
+        raise UsageError(f"--json {path} cannot be written ({error.strerror}); choose another file.") from None
     if path.is_dir() or not path.name:
         raise UsageError(f"--json {str(path)!r} is a folder; name a file in it.")

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live bar on a terminal, a plain line now and then anywhere else."""
+"""What is shown while a run trains: a live bar on a terminal, elsewhere a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reroll.train.config import Config
 from reroll.train.loop import Reporter
 
 EVERY = 10.0
-"""Seconds between lines where there is no terminal."""
+"""Seconds between lines without a terminal."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -27,7 +27,7 @@ class Console(Reporter):
     def __init__(self, config: Config):
         self.config, self.terminal = config, Terminal(highlight=False, soft_wrap=True, emoji=False)
         self.live = self.terminal.is_terminal
-        self.losses = Series()
+        self.losses = Sparkline()
         self.valid: dict[str, Any] = {}
         self.last_line = 0.0
         self.first: tuple[float, float, int] | None = None
@@ -53,53 +53,53 @@ class Console(Reporter):
             self.first = time.monotonic(), row.get("total_seconds", 0.0), row["step"]
         self.valid = {name: value for name, value in row.items() if name.startswith("valid_")} or self.valid
         if self.live:
-            self._advance(row, config)
+            self._update_bar(row, config)
         elif time.monotonic() - self.last_line >= EVERY or row["step"] + 1 == config.run.steps:
             self.last_line = time.monotonic()
-            self.note(f"step {row['step'] + 1}/{config.run.steps}  {self._words(row)}")
+            self.note(f"step {row['step'] + 1}/{config.run.steps}  {self._text(row)}")
 
-    def farewell(self, summary: dict[str, Any], path: Path) -> str:
-        """Return what is said at the end."""
+    def closing(self, summary: dict[str, Any], path: Path) -> str:
+        """Return the last lines of a run: how it ended, its scores, what to try next."""
         lines = [f"{summary['state']}: {summary['reason']}"]
         valid = [(name, value) for name, value in summary.items() if name.startswith("valid_")]
         if valid:
-            words = (f"{name.removeprefix('valid_')} {value:.4g}" for name, value in valid if isinstance(value, float))
-            lines.append("held-out " + "  ".join(words))
+            scores = (f"{name.removeprefix('valid_')} {value:.4g}" for name, value in valid if isinstance(value, float))
+            lines.append("held-out " + "  ".join(scores))
         if summary["state"] == "done":
             lines.append(f"run folder {path}; try: reroll eval {path}")
         return visible("\n".join(lines))
 
-    def _advance(self, row: dict[str, Any], config: Config) -> None:
+    def _update_bar(self, row: dict[str, Any], config: Config) -> None:
         if self.bar is None:
-            # A narrow terminal cuts the words, which come last, and never the step, the bar or the time to go.
-            words = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-            columns = (TextColumn("{task.fields[step]}"), BarColumn(12), TextColumn("{task.fields[left]}"), words)
+            # A narrow terminal cuts the text, which comes last, and never the step, the bar or the remaining time.
+            text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+            columns = (TextColumn("{task.fields[step]}"), BarColumn(12), TextColumn("{task.fields[left]}"), text)
             self.bar = Progress(*columns, console=self.terminal, expand=True)
             self.bar.start()
             self.job = self.bar.add_task("", total=1.0, step="", left="")
-        share, left = self.to_go(row, config)
+        share, left = self.remaining(row, config)
         self.bar.update(
             self.job, completed=share, step=f"{row['step'] + 1}/{config.run.steps}", left=left,
-            description=f"{self._words(row)}  {self.losses}",
+            description=f"{self._text(row)}  {self.losses}",
         )  # fmt: skip
 
-    def to_go(self, row: dict[str, Any], config: Config) -> tuple[float, str]:
-        """Return how much of the run is over, and the time that is left, by its steps or its seconds."""
+    def remaining(self, row: dict[str, Any], config: Config) -> tuple[float, str]:
+        """Return the share of the run that is done, and the time left, by its steps or its seconds."""
         run, done, trained = config.run, row["step"] + 1, row.get("total_seconds", 0.0)
         share = done / run.steps
         if run.max_seconds is not None:
             share = min(max(share, trained / run.max_seconds), 1.0)
         if self.first is None or done - 1 == self.first[2]:
             return share, "-:--:-- left"
-        began, before, first = self.first
-        wall = time.monotonic() - began
+        start, before, first = self.first
+        wall = time.monotonic() - start
         left = wall / (done - 1 - first) * (run.steps - done)
         if run.max_seconds is not None and trained > before:
             left = min(left, wall / (trained - before) * max(run.max_seconds - trained, 0.0))
         hours, seconds = divmod(round(left), 3600)
         return share, f"{hours}:{seconds // 60:02d}:{seconds % 60:02d} left"
 
-    def _words(self, row: dict[str, Any]) -> str:
+    def _text(self, row: dict[str, Any]) -> str:
         loss, valid, task = row.get("loss_fast", row["loss"]), self.valid, self.config.task
         if task.kind == "text":
             loss, unit = loss / math.log(2), " bits"
@@ -121,17 +121,17 @@ class Console(Reporter):
         return "  ".join(parts)
 
 
-class Series:
-    """A series of any length as a line of blocks: neighbours are averaged once there are more than fit.
+class Sparkline:
+    """A series of any length as a line of blocks; neighbours are averaged once there are more than fit.
 
     Args:
-        width: most blocks.
+        width: maximum number of blocks.
 
     Example:
-        >>> series = Series(width=3)
+        >>> line = Sparkline(width=3)
         >>> for value in (4.0, 2.0, 2.0, 2.0, 1.0, 1.0):
-        ...     series.add(value)
-        >>> str(series)
+        ...     line.add(value)
+        >>> str(line)
         '█▅▁'
     """
 
@@ -141,7 +141,7 @@ class Series:
         self.rest: list[float] = []
 
     def add(self, value: float) -> None:
-        """Append a value; one that is not finite is left out."""
+        """Append a value; non-finite ones are dropped."""
         if not math.isfinite(value):
             return
         self.rest.append(value)

@@ -1,4 +1,4 @@
-"""`reroll data prepare NAME`: turn files into ones that can be trained on."""
+"""`reroll data prepare NAME`: convert files into ones that can be trained on."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from reroll.specs.base import option
 
 @dataclass(frozen=True)
 class Data:
+    """Convert files into ones that can be trained on."""
+
     action: str = positional("prepare")
     name: str = positional(
-        "eigenworms, or ts for any other classified series in .ts files; tokens for shards of a text; fineweb, the one "
-        "that uses the network"
+        "eigenworms, or ts for any other labelled series in .ts files; tokens: shards of a text; fineweb: the shards "
+        "of the NanoGPT speedrun, which are downloaded"
     )
     path: str | None = option(
-        None, "a .ts file, or a folder with NAME_TRAIN.ts and NAME_TEST.ts; tokens: as for reroll train text"
+        None, "a .ts file, or a folder with NAME_TRAIN.ts and NAME_TEST.ts; tokens: as for `reroll train text`"
     )
     to: Path | None = option(
-        None,
-        "folder to write to; none: the cache folder (series, where `reroll reproduce elk-fig3` finds them), or NAME",
+        None, "folder to write to (default: for series the cache, where `reroll reproduce elk-fig3` looks; else NAME/)"
     )
     every: int = option(1, "series: keep every k-th step")
-    tokenizer: Literal["byte", "char", "word", "gpt2"] = option("byte", "tokens: what a symbol of the text is")
-    max_vocab: int | None = option(None, "tokens: largest vocabulary of char and word; none: 1024 and 10000")
-    shard: int = option(100_000_000, "tokens: tokens of a shard", within="[1, 2**31)")
-    shards: int = option(24, "fineweb: training shards of 100 million tokens, 200 MB each")
+    tokenizer: Literal["byte", "char", "word", "gpt2"] = option("byte", "tokens: byte, char, word or gpt2")
+    max_vocab: int | None = option(None, "tokens: largest vocabulary (default: char 1024, word 10000)")
+    shard: int = option(100_000_000, "tokens: tokens per shard", within="[1, 2**31)")
+    shards: int = option(24, "fineweb: training shards, of 100 million tokens and 200 MB each")
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    request = parse(Data, arguments, "reroll data", "Turn files of an archive into one that can be trained on.")
+    request = parse(Data, arguments, "reroll data")
     if request.action != "prepare":
         raise UsageError(f'action "{request.action}" is unknown.{did_you_mean(request.action, ["prepare"])}')
     if request.name not in PREPARE:
@@ -45,7 +46,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 def _series(request: Data) -> None:
     if request.path is None:
-        raise UsageError("--path is missing: name a .ts file or a folder of them; nothing is downloaded.")
+        raise UsageError("--path is missing: pass a .ts file or a folder of them; nothing is downloaded.")
     from reroll.data.cache import cache_folder
     from reroll.data.timeseries import prepare
 
@@ -60,7 +61,7 @@ def _series(request: Data) -> None:
 
 def _tokens(request: Data) -> None:
     if request.path is None:
-        raise UsageError("--path is missing: name a text file, a folder, a glob, a .jsonl file, or stdlib.")
+        raise UsageError("--path is missing: pass a text file, a folder, a glob, a .jsonl file, or stdlib.")
     from reroll.data.prepare import encode
 
     target = request.to or Path(request.name)

@@ -1,4 +1,4 @@
-"""`reroll demo`: a character LSTM learns real text by CD-RGE, then by backpropagation in the same time."""
+"""`reroll demo`: train a character LSTM on real text by CD-RGE, then by backpropagation for the same time."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from reroll.train.config import Config, resolve
 from reroll.train.run import new_folder
 
 MEASURING = 20.0
-"""Seconds after which no measurement of memory begins."""
+"""Seconds after which no further measurement of memory is started."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    seconds: float = option(45.0, "time to train by each gradient")
-    seed: int = option(0, "names all randomness")
-    run_dir: Path | None = option(None, "the folder of the CD-RGE run; none: a new name under runs/")
+    """Train on real text by CD-RGE, then by backprop for the same time, and compare."""
+
+    seconds: float = option(45.0, "training time of each")
+    seed: int = option(0, "seed of all randomness")
+    run_dir: Path | None = option(None, "folder of the CD-RGE run (default: a new one under runs/)")
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
     from reroll.bench.demo import steps_in
 
-    request = parse(Demo, arguments, "reroll demo", "Train on real text by CD-RGE, and by backprop in the same time.")
+    request = parse(Demo, arguments, "reroll demo")
     require_positive(seconds=request.seconds)
     clock = {"seed": request.seed, "max_seconds": request.seconds, "eval_every": 10**6}
     config = resolve(RECIPES["demo"]().replace(run=clock))
     path = request.run_dir or new_folder("demo")
-    print("Text: the prose of this Python's own documentation. Model: an LSTM of characters. No download, no backward.")
+    print("Text: the prose of Python's own documentation. Model: a character LSTM. No download, no backward pass.")
     task = config.task.build(request.seed)
     steps = steps_in(request.seconds, config.model, task, config.task.batch, config.task.length)
     schedule = {"kind": "linear", "warmdown": max(1, 3 * steps // 10), "floor": 0.05}
@@ -60,48 +62,41 @@ def _train(config: Config, path: Path) -> dict[str, Any]:
     with Console(config) as console:
         summary = train(config, path, report=console)
         if summary["state"] != "done":
-            console.note(console.farewell(summary, path))
+            console.note(console.closing(summary, path))
     return summary
 
 
 def _result(config: Config, task: Any, probes: dict[str, Any], backprop: dict[str, Any], path: Path) -> str:
-    from rich.console import Console as Terminal
-    from rich.table import Table
-
     from reroll.bench.demo import LONG, memory_over_inference, rows_of, sample
+    from reroll.bench.harness import columns
 
     memory = memory_over_inference(config.model, task, config.task.batch, config.task.length, MEASURING)
     rows = rows_of(task, probes, backprop, memory)
-    table = Table(title="held-out text, bits per character (less is better)", title_justify="left", box=None)
-    table.add_column("")
-    for name in ("bits", "forward passes", "seconds", f"memory* T={config.task.length}", f"memory* T={LONG}"):
-        table.add_column(name, justify="right")
+    table = [["held-out text", "bits", "forwards", "seconds", f"memory* T={config.task.length}", f"T={LONG}"]]
     for row in rows:
         sizes = ["" if size is None else f"{size / 1e6:.1f} MB" for size in row.memory]
         passes = "" if row.forward_passes is None else f"{row.forward_passes:,}"
         seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
-        table.add_row(row.name, "" if math.isnan(row.bits) else f"{row.bits:.3f}", passes, seconds, *sizes)
-    terminal = Terminal(width=110, highlight=False)
-    with terminal.capture() as captured:
-        terminal.print(table)
+        table.append([row.name, "" if math.isnan(row.bits) else f"{row.bits:.3f}", passes, seconds, *sizes])
     return "\n".join(
         [
-            captured.get().rstrip(),
-            "* peak memory of a step over that of inference",
+            columns(table),
+            "bits per character, lower is better; * peak memory of a step over that of inference",
             "",
             *_verdict(rows[3].bits, rows[-1].bits, rows[0].bits, memory),
             "",
-            "a sample of what it learned:",
-            textwrap.indent(textwrap.fill(" ".join(sample(path).split()), 100), "    "),
+            "a sample of what the CD-RGE run learned:",
+            textwrap.indent(textwrap.fill(" ".join(sample(path).split()), 76), "    "),
             "",
             f"Run folder: {path}. Try next:",
-            f"    reroll sample {path} --temperature 0.5    or your own text: reroll train text --path FILE",
+            f"    reroll sample {path} --temperature 0.5",
+            "    reroll train text --path FILE        on a text of your own",
         ]
     )
 
 
 def _verdict(probes: float, backprop: float, unigram: float, memory: dict[str, Any]) -> list[str]:
-    """What was measured, in lines."""
+    """Return the result in sentences."""
     first, second = ("CD-RGE", "backprop") if probes < backprop else ("backprop", "CD-RGE")
     below = "below" if probes < unigram else "NOT below"
     lines = [
@@ -112,6 +107,7 @@ def _verdict(probes: float, backprop: float, unigram: float, memory: dict[str, A
     if short is not None and long is not None:
         lines.append(f"Backprop's memory grew from {short / 1e6:.0f} to {long / 1e6:.0f} MB with the sequence.")
     lines.append(
-        "CD-RGE is for sequences and models that do not fit, losses without a gradient, hardware that only infers."
+        "CD-RGE is for sequences and models that do not fit into memory, losses without a gradient, and hardware that "
+        "only does inference."
     )
     return lines

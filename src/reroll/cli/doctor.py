@@ -1,4 +1,4 @@
-"""`reroll doctor`: what this machine has, what it lacks, and the line that mends it."""
+"""`reroll doctor`: what this machine has, what is missing, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -17,74 +17,74 @@ from reroll.train.machine import cores
 
 @dataclass(frozen=True)
 class Doctor:
-    pass
+    """Check this machine, and say how to fix what is missing."""
 
 
-class Finding(NamedTuple):
-    """One thing looked at: whether it is well, in words, and what to do if not."""
+class Check(NamedTuple):
+    """One check: whether it passed, what was seen, and what to do if it did not pass."""
 
     name: str
-    well: bool
-    words: str
+    passed: bool
+    text: str
     remedy: str = ""
 
 
 EXTRAS = {
     "tiktoken": ("data", "GPT-2's tokenizer"),
     "matplotlib": ("plot", "figures"),
-    "triton": ("gpu", "noise and linear recurrences on a CUDA card"),
+    "triton": ("gpu", "noise and linear recurrences on a CUDA GPU"),
 }
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    parse(Doctor, arguments, "reroll doctor", "Look at this machine, and say how to mend what is missing.")
-    for finding in examine():
-        print(f"{'ok  ' if finding.well else 'note'}  {finding.name:<14} {finding.words}")
-        if not finding.well and finding.remedy:
-            print(f"      {'':<14} → {finding.remedy}")
+    parse(Doctor, arguments, "reroll doctor")
+    for check in checks():
+        print(f"{'ok  ' if check.passed else 'note'}  {check.name:<14} {check.text}")
+        if not check.passed and check.remedy:
+            print(f"      {'':<14} → {check.remedy}")
     return 0
 
 
-def examine() -> list[Finding]:
-    """Return all findings."""
+def checks() -> list[Check]:
+    """Return the results of all checks."""
     import torch
 
     from reroll.data.cache import cache_folder
 
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     free = shutil.disk_usage(".").free
-    cache, wished = str(cache_folder()), os.environ.get("REROLL_CACHE")
-    cached = wished is None or cache == os.path.expanduser(wished)
+    cache, asked = str(cache_folder()), os.environ.get("REROLL_CACHE")
+    cached = asked is None or cache == os.path.expanduser(asked)
     extras = []
     for module, (extra, purpose) in EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
-        words = f"{module} is {'there' if there else 'not installed'} ({purpose})"
-        extras.append(Finding(f"extra {extra}", there, words, f"pip install 'reroll[{extra}]'"))
+        installed = importlib.util.find_spec(module) is not None
+        text = f"{module} is {'' if installed else 'not '}installed ({purpose})"
+        extras.append(Check(f"extra {extra}", installed, text, f"pip install 'reroll[{extra}]'"))
     return [
-        Finding("python", sys.version_info >= (3, 11), platform.python_version(), "Install Python 3.11 or newer."),
-        Finding("torch", version >= (2, 9), torch.__version__, "pip install 'torch>=2.9'"),
-        _card(),
+        Check("python", sys.version_info >= (3, 11), platform.python_version(), "Install Python 3.11 or newer."),
+        Check("torch", version >= (2, 9), torch.__version__, "pip install 'torch>=2.9'"),
+        _gpu(),
         _kernels(),
         _threads(),
-        Finding("text cache", cached, cache, "REROLL_CACHE cannot be written; texts are encoded for every run."),
-        Finding("disk", free > 2**30, f"{free / 2**30:.1f} GiB free here", "Less than 1 GiB: runs may not be saved."),
+        Check("text cache", cached, cache, "REROLL_CACHE cannot be written: every run encodes its text anew."),
+        Check("disk", free > 2**30, f"{free / 2**30:.1f} GiB free here", "Less than 1 GiB: runs may fail to save."),
         *extras,
     ]
 
 
-def _card() -> Finding:
+def _gpu() -> Check:
     import torch
 
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
-        return Finding("card", True, f"{torch.cuda.get_device_name(0)}, {total / 2**30:.0f} GiB")
+        return Check("GPU", True, f"{torch.cuda.get_device_name(0)}, {total / 2**30:.0f} GiB")
     built = torch.version.cuda
     if built is None:
-        return Finding("card", True, "none; this torch is built for the CPU, which is all that reroll needs")
-    return Finding("card", False, f"none that this torch (CUDA {built}) can use", "nvidia-smi shows driver and cards.")
+        return Check("GPU", True, "none; this torch is built for the CPU, which is all that reroll needs")
+    return Check("GPU", False, f"none that this torch (CUDA {built}) can use", "nvidia-smi shows driver and GPUs.")
 
 
-def _kernels() -> Finding:
+def _kernels() -> Check:
     import numba
     import torch
 
@@ -98,20 +98,22 @@ def _kernels() -> Finding:
         with dispatch.use("noise_axpy", "reference"):
             slow = noise(Key(0), (5, 200), 3, "doctor")
     except Exception as error:
-        return Finding(
+        return Check(
             "cpu kernels", False, f"numba {numba.__version__} failed: {error}", "pip install -U numba llvmlite"
         )
     same = torch.equal(fast, slow)
-    return Finding("cpu kernels", same, f"numba {numba.__version__}, {'same bits as' if same else 'NOT'} the reference")
+    return Check(
+        "cpu kernels", same, f"numba {numba.__version__}, {'same bits as' if same else 'NOT the bits of'} the reference"
+    )
 
 
-def _threads() -> Finding:
+def _threads() -> Check:
     import torch
 
     available, used = cores(), torch.get_num_threads()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > available / 2:
-        busy = f"{used} of torch on {available} cores, which others use too (load {load:.1f})"
-        return Finding("threads", used == 1, busy, "--threads 1: torch's threads spin while they wait for one another")
+        busy = f"{used} of torch on {available} cores, which are busy (load {load:.1f})"
+        return Check("threads", used == 1, busy, "--threads 1: torch's threads spin while waiting for one another")
     remedy = "unset OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else "export OMP_NUM_THREADS=CORES"
-    return Finding("threads", used >= available, f"{used} of torch on {available} cores", remedy)
+    return Check("threads", used >= available, f"{used} of torch on {available} cores", remedy)

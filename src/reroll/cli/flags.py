@@ -1,7 +1,7 @@
-"""Flags: from dataclasses to a command line by argparse, with every mistake in one line.
+"""Flags: dataclasses as command lines, by argparse, with every mistake reported in one line.
 
-Values stay texts until they are laid over a config, whose fields know their types, so that a command line is read once
-and what was given is known.
+Values stay strings until they are applied to a config, whose fields know their types; so a command line is parsed once,
+and it is known which flags were passed.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ T = TypeVar("T")
 
 
 def positional(help: str, default: Any = dataclasses.MISSING) -> Any:
-    """A field of a command that is given without a flag."""
+    """A field of a command that is passed without a flag."""
     return dataclasses.field(default=default, metadata={"help": help, "positional": True})
 
 
-def parse(kind: type[T], arguments: Sequence[str], prog: str, description: str) -> T:
+def parse(kind: type[T], arguments: Sequence[str], prog: str) -> T:
     """Return a dataclass filled from arguments.
 
     Args:
-        kind: a dataclass whose fields are flags, by `reroll.specs.base.option`, or `positional`.
+        kind: a dataclass whose fields are flags, by `reroll.specs.base.option`, or `positional`; its docstring heads
+            the help.
         arguments: the command line after the command.
-        prog: how the command is called.
-        description: what `--help` says first.
+        prog: the command, as it is typed.
 
     Raises:
         UsageError: one line, for anything wrong.
@@ -43,22 +43,23 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, description: str) 
     """
     fields = dataclasses.fields(typing.cast(Any, kind))
     places = [f for f in fields if "positional" in f.metadata]
-    parser = Parser(prog, description, "".join(f" {f.name.upper()}" for f in places))
+    names = (f.name.upper() if f.default is dataclasses.MISSING else f"[{f.name.upper()}]" for f in places)
+    parser = Parser(prog, kind.__doc__ or "", "".join(f" {name}" for name in names))
     for f in fields:
         if f in places:
             parser.add_argument(f.name, nargs="?", metavar=f.name.upper(), help=f.metadata["help"])
         else:
             options = {"action": "store_true"} if f.default is False else {"metavar": "VALUE"}
             parser.flag(f.name.replace("_", "-"), f.metadata["help"], f.default, **options)
-    given = parser.read(arguments)
+    passed = parser.read(arguments)
     for f in places:
-        if f.name not in given and f.default is dataclasses.MISSING:
-            raise UsageError(f"{prog}: {f.name.upper()} is missing. Give {f.metadata['help']}.")
-    return kind(**{name: _typed(value, hints(kind)[name], name.replace("_", "-")) for name, value in given.items()})
+        if f.name not in passed and f.default is dataclasses.MISSING:
+            raise UsageError(f"{prog}: {f.name.upper()} is missing. Pass {f.metadata['help']}.")
+    return kind(**{name: _typed(value, hints(kind)[name], name.replace("_", "-")) for name, value in passed.items()})
 
 
 def _typed(value: Any, kind: Any, name: str) -> Any:
-    """A value of a command line as the type of a field."""
+    """Return the value of a flag as the type of its field."""
     kinds = get_args(kind) or (kind,)
     if value in ("none", "None") and type(None) in kinds:
         return None
@@ -68,17 +69,16 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
 
 
 def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
-    """What is said of words that are no options; what follows an unknown flag is its value."""
-    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    """Return the error for unknown arguments; what follows an unknown flag is taken for its value."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")] or words
     close = [match for flag in flags for match in difflib.get_close_matches(flag, known, n=1)]
-    named = ", ".join(flags or words)
-    remedy = f"Did you mean {', '.join(close)}?" if close else "Leave it out; --help lists the options."
-    return f"{named} {'are' if len(flags or words) > 1 else 'is'} unknown. {remedy}"
+    remedy = f"Did you mean {', '.join(close)}?" if close else "Drop it, or see --help for the options."
+    return f"{', '.join(flags)} {'are' if len(flags) > 1 else 'is'} unknown. {remedy}"
 
 
 @contextmanager
-def as_flags(given: Collection[str]) -> Iterator[None]:
-    """Say what is wrong with a field in the words of its flag, if that is among those given.
+def as_flags(passed: Collection[str]) -> Iterator[None]:
+    """Name the flag instead of the field in an error, if that flag is among those passed.
 
     Example:
         >>> with as_flags({"batch"}):
@@ -91,11 +91,11 @@ def as_flags(given: Collection[str]) -> Iterator[None]:
     except UsageError as error:
         name, _, rest = str(error).partition("=")
         flag = {dotted: flag for flag, (dotted, *_) in flag_fields().items()}.get(name, name.replace("_", "-"))
-        raise UsageError(f"--{flag}={rest}" if flag.replace("-", "_") in given else str(error)) from None
+        raise UsageError(f"--{flag}={rest}" if flag.replace("-", "_") in passed else str(error)) from None
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that knows only what was given: a flag that is not on the command line has no value."""
+    """A parser of what is on the command line and no more: other flags have no value, not even their default."""
 
     def __init__(self, prog: str, description: str, places: str = ""):
         super().__init__(
@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
         self.flags: list[str] = []
 
     def flag(self, name: str, help: str, default: Any = None, group: Any = None, **options: Any) -> None:
-        """Add a flag, in a group of the help; `default` is only told there."""
+        """Add a flag, in a group of the help; `default` is only shown there."""
         self.flags.append(f"--{name}")
         shown = "" if default in (None, False, "") else f" (default: {default})"
         (group or self).add_argument(f"--{name}", help=f"{help}{shown}".replace("%", "%%"), **options)
@@ -147,7 +147,7 @@ def flag_fields() -> dict[str, tuple[str, Any, dataclasses.Field[Any]]]:
 
 
 def add_config(parser: Parser, config: Config) -> None:
-    """Add the flags of a config; the help tells its values."""
+    """Add the flags of a config; the help shows its values as defaults."""
     values, groups = leaves(config), {f.name: parser.add_argument_group(f.name) for f in dataclasses.fields(config)[1:]}
     for flag, (name, kind, f) in flag_fields().items():
         options: dict[str, Any] = {"metavar": "|".join(get_args(kind)) if get_origin(kind) is Literal else "VALUE"}
@@ -156,11 +156,11 @@ def add_config(parser: Parser, config: Config) -> None:
         parser.flag(flag, f.metadata["help"], values.get(name), groups[name.partition(".")[0]], **options)
 
 
-def tables_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the flags on a command line change in a config, as tables to lay over it."""
+def tables_of(passed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the flags on a command line change in a config, as tables to overlay it with."""
     tables: dict[str, Any] = {}
     for flag, (name, kind, _) in flag_fields().items():
-        value: Any = given.get(flag.replace("-", "_"))
+        value: Any = passed.get(flag.replace("-", "_"))
         if value is not None:
             if value == "None" and type(None) in get_args(kind):
                 value = "none"  # the word of config files for no value

@@ -1,4 +1,4 @@
-"""`reroll forecast RUN --steps N`: the rows that follow a series, in the units of its file, as CSV."""
+"""`reroll forecast RUN --steps N`: predict the next rows of a series, in the units of its file, as CSV."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from reroll.cli.flags import parse, positional
-from reroll.errors import RunError, UsageError
+from reroll.cli.models import MODEL, task_of
+from reroll.errors import RunError, UsageError, require_count
 from reroll.specs.base import option
 
 
 @dataclass(frozen=True)
 class Forecast:
-    model: str = positional("a run folder, the name of one under runs/, or a file of `reroll export`")
-    steps: int = option(10, "rows to add to every series")
-    path: str | None = option(None, "series to continue instead of the run's own")
-    context: int | None = option(None, "rows that are read before; none: as many as a window of the training")
-    to: Path | None = option(None, "the CSV file to write; none: standard output")
+    """Predict the next rows of a series, one after another."""
+
+    model: str = positional(MODEL)
+    steps: int = option(10, "rows to predict for every series")
+    path: str | None = option(None, "other series to continue (default: the run's own)")
+    context: int | None = option(None, "rows to read first (default: the length of a training window)")
+    to: Path | None = option(None, "CSV file to write (default: standard output)")
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    request = parse(Forecast, arguments, "reroll forecast", "Continue a series, row by row.")
+    request = parse(Forecast, arguments, "reroll forecast")
     import torch
 
-    from reroll.cli.models import task_of
-    from reroll.errors import require_count
     from reroll.models.generate import forecast
     from reroll.train.load import open_model
 
@@ -39,7 +40,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if getattr(task, "predicts", "") != "next":
         raise UsageError(f"{request.model} does not predict the next row of a series, so it cannot continue one.")
     rows: list[list[Any]] = []
-    # A millionth of what a column varies by, whatever it varies around.
+    # Digits down to a millionth of a column's standard deviation, whatever its mean.
     places = [min(max(6 - math.floor(math.log10(std)), 0), 17) for std in task.std[: task.inputs]]
     histories = task.history(request.context or loaded.config.task.length)
     for number, history in enumerate(histories):

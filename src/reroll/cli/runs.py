@@ -1,4 +1,4 @@
-"""`reroll runs [DIR]`: one table of every run under a folder. `reroll runs stop NAME`: stop one; it saves first."""
+"""`reroll runs [FOLDER]`: a table of every run under a folder. `reroll runs stop NAME`: save a run and end it."""
 
 from __future__ import annotations
 
@@ -20,30 +20,35 @@ from reroll.train.records import ROOT, Tally, find, find_run, holder, read_confi
 
 @dataclass(frozen=True)
 class Runs:
-    folder: Path = positional("the folder whose runs are listed, however deep", ROOT)
-    follow: bool = option(False, "show the table again every two seconds, until Ctrl-C")
-    json: bool = option(False, "print one JSON list instead of a table")
+    """List every run under a folder. See also: reroll runs stop --help."""
+
+    folder: Path = positional("the folder to search, at any depth (default: runs)", ROOT)
+    follow: bool = option(False, "refresh the table every two seconds, until Ctrl-C")
+    json: bool = option(False, "print a JSON list instead of a table")
 
 
 @dataclass(frozen=True)
 class Stop:
+    """Ask a running run to save and end; it can be resumed."""
+
     name: str = positional("a run folder, or the name of one under runs/")
-    wait: float = option(60.0, "seconds to wait until it has saved and ended")
+    wait: float = option(60.0, "seconds to wait for it to end")
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
     if arguments and arguments[0] == "stop":
-        return _stop(parse(Stop, arguments[1:], "reroll runs stop", "Ask a running run to save and end."))
-    request = parse(Runs, arguments, "reroll runs", "List every run under a folder. See also: reroll runs stop NAME.")
+        return _stop(parse(Stop, arguments[1:], "reroll runs stop"))
+    request = parse(Runs, arguments, "reroll runs")
     if not request.folder.is_dir():
-        raise UsageError(f"folder {request.folder} does not exist; give the folder your runs are in.")
-    if request.json:
-        print(json.dumps(tell_apart(find(request.folder)), indent=2))
-        return 0
-    if request.follow:
+        raise UsageError(f"folder {request.folder} does not exist; pass the folder that your runs are in.")
+    if request.follow and not request.json:
         return _follow(request.folder)
-    rows, width = tell_apart(find(request.folder)), _console().width
-    # A name that is wider than the line is printed all the same: it is there to be copied.
+    rows = add_differences(find(request.folder))
+    if request.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    width = _console().width
+    # A name that is wider than the line is printed in full: it is there to be copied.
     _console(fitting(rows, width)[1]).print(table(rows, width))
     return 0
 
@@ -62,18 +67,16 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 """Columns of the table, and what is in them."""
 DISPENSABLE = ("memory", "best", "time", "to go", "held-out", "loss")
-"""Columns that make room where a line is too narrow for all of them, the first of them first."""
+"""Columns that are dropped where a line is too narrow for all, in this order."""
 COLOURS = {"running": "green", "done": "default", "dead": "red", "diverged": "red", "failed": "red"}
 
 
-def tell_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to every run the values of the flags, as in `reroll train`, that are not the same in all of them."""
-    configs = []
-    for row in rows:
-        values = {}
-        with contextlib.suppress(UsageError):  # a config that cannot be read tells nothing
-            values = leaves(read_config(Path(row["path"])))
-        configs.append(values)
+def add_differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to every run its values of the flags of `reroll train` in which the runs differ; return the rows."""
+    configs: list[dict[str, Any]] = [{} for _ in rows]
+    for row, values in zip(rows, configs):
+        with contextlib.suppress(UsageError):  # a config that cannot be read shows no differences
+            values.update(leaves(read_config(Path(row["path"]))))
     flags = {"recipe": "recipe"} | {flag: dotted for flag, (dotted, *_) in flag_fields().items() if flag != "threads"}
     flags = {flag: flags[flag] for flag in ("cell", "gradient", "optimizer", "lr", *flags)}
     for row, values in zip(rows, configs):
@@ -83,18 +86,18 @@ def tell_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def fitting(rows: list[dict[str, Any]], width: int) -> tuple[list[str], int]:
-    """Return the columns that fit into a line of some width, and how wide they are; what tells runs apart stays."""
+    """Return the columns that fit into a line of some width, and their total width; what identifies a run stays."""
     from rich.cells import cell_len
 
-    wide = {name: max(map(cell_len, [name, *map(content, rows)])) for name, content in COLUMNS.items()}
+    widths = {name: max(map(cell_len, [name, *map(content, rows)])) for name, content in COLUMNS.items()}
     if any(row["differs"] for row in rows):
-        wide["differs"] = min(wide["differs"], width // 3)
+        widths["differs"] = min(widths["differs"], width // 3)
     else:
-        del wide["differs"]
+        del widths["differs"]
     for name in DISPENSABLE:
-        if sum(wide.values()) + len(wide) - 1 > width:
-            del wide[name]
-    return list(wide), sum(wide.values()) + len(wide) - 1
+        if sum(widths.values()) + len(widths) - 1 > width:
+            del widths[name]
+    return list(widths), sum(widths.values()) + len(widths) - 1
 
 
 def table(rows: list[dict[str, Any]], width: int) -> Any:
@@ -102,18 +105,18 @@ def table(rows: list[dict[str, Any]], width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    if not rows:
+        return "no runs here yet; start one: reroll train"
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    names = fitting(rows, width)[0] if rows else list(COLUMNS)
+    names = fitting(rows, width)[0]
     for name in names:
-        left = "left" if name in ("run", "state", "differs") else "right"
-        most = width // 3 if name == "differs" else None
-        shown.add_column(name, justify=left, no_wrap=bool(rows), max_width=most, overflow="ellipsis")
+        justify = "left" if name in ("run", "state", "differs") else "right"
+        limit = width // 3 if name == "differs" else None
+        shown.add_column(name, justify=justify, no_wrap=True, max_width=limit, overflow="ellipsis")
     for row in rows:
-        # As Text: in a plain string, brackets in the name of a folder would be markup.
+        # As Text: in a plain string, brackets in a folder's name would be taken for markup.
         colours = {"state": COLOURS.get(row["state"], "yellow")}
         shown.add_row(*(Text(COLUMNS[name](row), colours.get(name, "")) for name in names))
-    if not rows:
-        shown.add_row("no runs here yet: reroll train")
     return shown
 
 
@@ -133,7 +136,7 @@ def _follow(folder: Path) -> int:
         console = _console()
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(table(tell_apart(find(folder, tallies)), console.width), refresh=True)
+                live.update(table(add_differences(find(folder, tallies)), console.width), refresh=True)
                 time.sleep(2)
     return 0
 
@@ -143,18 +146,18 @@ def _stop(request: Stop) -> int:
     pid = holder(path)
     if not pid:
         state = read_json(path / "status.json").get("state", "unknown")
-        why = f"state {state}" if pid is None else "its lock names no process that has it"
-        raise UsageError(visible(f"{path} is not running on this machine, as a process of yours ({why})."))
+        why = f"state {state}" if pid is None else "the process named in its lock does not hold it"
+        raise UsageError(visible(f"{path} is not running on this machine as a process of yours ({why})."))
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + request.wait
     while time.monotonic() < deadline:
         if holder(path) is None:
-            now = read_json(path / "status.json")
-            how = f"{now.get('state')} at step {now.get('step')}"
-            print(visible(f"{path}: {how}. Go on: reroll train --run-dir {path} --resume"))
+            status = read_json(path / "status.json")
+            how = f"{status.get('state')} at step {status.get('step')}"
+            print(visible(f"{path}: {how}. To resume: reroll train --run-dir {path} --resume"))
             return 0
         time.sleep(0.1)
-    raise RunError(f"{path} has not ended after {request.wait:g} seconds; it was asked to, and ends after its step.")
+    raise RunError(f"{path} is still running after {request.wait:g} seconds; it will end after its current step.")
 
 
 def _number(value: float | None) -> str:

@@ -40,7 +40,7 @@ def find_run(name: str) -> Path:
     path = look_for(name)
     if path is None:
         raise UsageError(
-            f"RUN={name!r} is no run: neither {name} nor {ROOT / name} holds a config.toml. See `reroll runs`."
+            f"RUN={name!r} is not a run: neither {name} nor {ROOT / name} has a config.toml. See `reroll runs`."
         )
     return path
 
