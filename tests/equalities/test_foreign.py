@@ -292,9 +292,9 @@ def test_weights_on_one_memory_are_refused_by_name():
     probe = lambda **weights: CentralDifference(2, 0.1)(
         Holder(**weights), lambda m, b: sum(p.sum() for p in trainable(m).values()), None, KEY
     )  # fmt: skip
-    with pytest.raises(UsageError, match='"a" and "b" are two parameters on one memory'):
+    with pytest.raises(UsageError, match='"a" and "b" are two parameters that share memory'):
         probe(a=w, b=w)
-    with pytest.raises(UsageError, match="on one memory"):
+    with pytest.raises(UsageError, match="two parameters that share memory"):
         probe(a=w, b=w.view(-1)[4:9])
     with pytest.raises(UsageError, match="a is an expanded tensor"):
         probe(a=torch.ones(1).expand(3))
@@ -430,7 +430,7 @@ def test_rounding_of_a_loss_near_zero_is_no_weight_out_of_reach(monkeypatch):
         return CentralDifference(3, 0.1, evaluate="batched")(model, loss_fn, X.float(), KEY).outcome
 
     assert run(3e-7)
-    with pytest.raises(UsageError, match="not all that the loss reads"):
+    with pytest.raises(UsageError, match="not everything that the loss reads"):
         run(3e-5)
 
 

@@ -453,7 +453,7 @@ def test_backprop_names_bad_arguments(arguments, message):
 def test_what_needs_a_recurrent_model_says_so():
     with pytest.raises(UsageError, match=r"truncate=4 needs a model that carries a state"):
         Backprop(truncate=4)(build("foreign"), sequence_losses, a_batch(), KEY)
-    with pytest.raises(UsageError, match="accumulate=9 cannot cut a batch of 6"):
+    with pytest.raises(UsageError, match="accumulate=9 cannot split a batch of 6"):
         Backprop(accumulate=9)(build("gru"), sequence_losses, a_batch(), KEY)
 
 
@@ -799,7 +799,7 @@ def test_an_epsilon_tied_to_a_falling_rate_stops_where_the_weights_cannot_show_i
             used.append((optimizer.param_groups[0]["lr"], optimizer.last.stats["epsilon"]))
             scheduler.step()
 
-    with pytest.warns(UserWarning, match="the least that they can show"):
+    with pytest.warns(UserWarning, match="the smallest they can resolve"):
         run(11)
     assert used[0][0] == used[0][1]
     ulp = torch.finfo(torch.bfloat16).eps
@@ -834,7 +834,7 @@ def test_the_facade_takes_every_kind_of_loss(kind):
 def test_two_parameters_on_one_memory_are_refused():
     shared = torch.ones(3)
     pair = [(name, nn.Parameter(shared)) for name in ("a", "b")]
-    with pytest.raises(UsageError, match='"a" and "b" are two parameters on one memory'):
+    with pytest.raises(UsageError, match='"a" and "b" are two parameters that share memory'):
         CDRGE(pair, 0.1).step(lambda: (pair[0][1] * pair[1][1]).sum())
 
 

@@ -1,9 +1,9 @@
-"""The gradient by backpropagation: the comparison for everything else.
+"""The gradient by backpropagation: the baseline for everything else.
 
 g = ∂L/∂θ                     exact, of the whole sequence (BPTT)
 truncate = k                  the state is carried from window to window of k steps, its gradient is not
-checkpoint = True             exact, storing only the state at the borders of about √T windows and computing the
-                              rest again on the way back
+checkpoint = True             exact, storing only the state at the borders of about √T windows and recomputing the
+                              rest in the backward pass
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Backprop(BackpropOptions):
     """Compute the gradient by automatic differentiation, into `.grad`.
 
     Args:
-        accumulate: parts the batch is cut into by sequences: the same gradient with the memory of one part.
+        accumulate: parts the batch is split into by sequences: the same gradient with the memory of one part.
         truncate: steps through which the gradient flows; None is all of them.
         checkpoint: recompute, for memory that grows as √T.
 
     `truncate` and `checkpoint` need a model that carries a state (`reroll.models.Stateful`, such as `reroll.Recurrent`)
-    and batches with `steps` (`reroll.data.Batch`). Random numbers that model and loss draw from torch's global
-    generators follow from the key; the generators are put back afterwards.
+    and batches with `steps` (`reroll.data.Batch`). What model and loss draw from torch's global generators is
+    derived from the key, and the generators' state is restored afterwards.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -52,13 +52,13 @@ class Backprop(BackpropOptions):
         self.check()
 
     def __call__(self, model: nn.Module, loss_fn: LossFn, batch: Any, key: Key) -> Estimate:
-        """Compute the gradient; see `reroll.grad.base.Estimator`. Random numbers in the model come from the key."""
+        """Compute the gradient; see `reroll.grad.base.Estimator`."""
         parameters = dict(trainable(model))
         for p in parameters.values():
             p.grad = None
         size = batch_size(batch)
         if self.accumulate > 1 and (size is None or size < self.accumulate):
-            raise UsageError(f"accumulate={self.accumulate} cannot cut a batch of {size} sequences; lower it.")
+            raise UsageError(f"accumulate={self.accumulate} cannot split a batch of {size} sequences; lower it.")
         total, passes, states = torch.zeros((), dtype=torch.float64), 0, []
         with seeded_generators(seed_of(key), cuda_devices(parameters)), torch.enable_grad():
             for a in range(self.accumulate):

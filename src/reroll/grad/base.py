@@ -7,8 +7,8 @@ keys, from which any tensor of
 
     ĝ = Σ_k c_k · noise(key, shape, k, name)
 
-can be made when it is needed, in tiles, and forgotten. Everything after the estimator (`reroll.optim.apply`) asks the
-gradient and works on either.
+can be generated when it is needed, in tiles, and discarded. What comes after the estimator (`reroll.optim.apply`) uses
+the methods of the gradient and works with either.
 
 `loss_fn(model, batch)` is any callable that returns a scalar, or one loss per sequence [batch]; the model is any
 `torch.nn.Module`.
@@ -37,10 +37,10 @@ TILE_BYTES = 8 << 20
 """A perturbed copy or a piece of a gradient is at most this large, or 1 % of the weights if that is more."""
 
 NOISE_AT_MOST = 256.0
-"""No number of the noise is larger: √(2¹⁶) of the sparsest, and less than 8 of normal noise."""
+"""Bound on the entries of the noise: √(2¹⁶) for the sparsest; normal noise stays below 8."""
 
 NORM_BYTES = 1 << 20
-"""Sums of squares are made in pieces of at most this much: a norm needs no memory to speak of."""
+"""Sums of squares are computed in blocks of at most this size, so that a norm needs almost no memory."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Estimate:
     """What an estimator returns.
 
     Args:
-        loss: the loss it saw: of the batch, or the mean of (L⁺ + L⁻)/2 over the probes. A 0-dimensional fp64 tensor.
+        loss: the loss of the batch, or the mean of (L⁺ + L⁻)/2 over the probes. A 0-dimensional fp64 tensor.
         gradient: `Dense` or `Seeded`.
         outcome: how it ended; `bool(outcome)` is False where there is no usable gradient.
         stats: numbers about it; always `forward_passes`.
@@ -69,7 +69,7 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """A way from a loss to a gradient."""
+    """Turns a loss into a gradient."""
 
     def __call__(self, model: nn.Module, loss_fn: LossFn, batch: Any, key: Key) -> Estimate:
         """Estimate the gradient of the loss.
@@ -78,10 +78,10 @@ class Estimator(Protocol):
             model: the module; its parameters with `requires_grad` are differentiated, tied ones once.
             loss_fn: `loss_fn(model, batch)` → scalar, or one loss per sequence [batch].
             batch: whatever `loss_fn` takes.
-            key: the key of this step, `Key(seed).at(step)`; all randomness comes from it.
+            key: the key of this step, `Key(seed).at(step)`; all randomness is derived from it.
 
-        Random numbers that the model or the loss draws from torch's global generators follow from the key, too. After
-        the estimate these generators are as they were before it: a loss does not move them on.
+        This includes what the model or the loss draws from torch's global generators. After the estimate the generators
+        are back in their earlier state: drawing inside the loss does not advance them.
         """
         ...
 
@@ -107,7 +107,7 @@ class Gradient(Protocol):
     def parameters(self) -> dict[str, Tensor]: ...
 
     def each(self, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield these tensors with their gradients in their dtypes, made when they are asked for."""
+        """Yield these tensors with their gradients, in the dtypes of the tensors, generated on demand."""
         ...
 
     def add_to(self, target: Tensor, name: str, factor: float = 1.0) -> None:
@@ -123,13 +123,13 @@ class Gradient(Protocol):
         ...
 
     def is_finite(self, norm: float | None = None) -> bool:
-        """Whether every number of it is finite; the norm, where it is known, may say so."""
+        """Whether every entry is finite; the norm, if it is known, saves a pass."""
         ...
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A gradient that lies in the `.grad` of these parameters."""
+    """A gradient stored in the `.grad` of these parameters."""
 
     parameters: dict[str, Tensor]
     ways: ClassVar[tuple[str, ...]] = ("write",)
@@ -148,12 +148,12 @@ class Dense:
     def is_finite(self, norm: float | None = None) -> bool:
         if norm is not None:
             return math.isfinite(norm)
-        # The largest magnitude is NaN if one number is: a pass without a copy, and the host waits once.
+        # The maximum norm is NaN if any entry is: one pass without a copy, and one synchronisation.
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         return all(fetch([torch.linalg.vector_norm(g, torch.inf).isfinite() for g in grads]))
 
     def scaled(self, factor: float) -> Dense:
-        # In place: there is no room for another.
+        # In place: a copy would take as much memory as the weights.
         for p in self.parameters.values():
             if p.grad is not None:
                 p.grad.mul_(factor)
@@ -170,7 +170,7 @@ class Seeded:
         parameters: the perturbed tensors by name.
         scales: a factor per tensor, for tensors that were probed with another ε than the coefficients are for.
         sums: dtype of the sums over probes; None: fp32, fp64 for fp64 tensors.
-        still: a row per tensor that has no noise, see `padding_rows`.
+        padding: the row of an embedding that gets no noise, by tensor; see `padding_rows`.
     """
 
     terms: tuple[Term, ...]
@@ -178,20 +178,20 @@ class Seeded:
     parameters: dict[str, Tensor]
     scales: Mapping[str, float] = field(default_factory=dict)
     sums: torch.dtype | None = None
-    still: Mapping[str, int] = field(default_factory=dict)
+    padding: Mapping[str, int] = field(default_factory=dict)
     ways: ClassVar[tuple[str, ...]] = ("write", "stream", "fused")
 
     @classmethod
     def of(
         cls, key: Key, coefficients: Tensor, noise: Noise | str, parameters: Mapping[str, Tensor], **options: Any
     ) -> Seeded:
-        """Return the gradient of probes 0 … N − 1 of one key; `options` are `scales`, `sums` and `still`."""
+        """Return the gradient of probes 0 … N − 1 of one key; `options` are `scales`, `sums` and `padding`."""
         noise = noise_of(noise) if isinstance(noise, str) else noise
         return cls((Term(key, 0, coefficients),), noise, dict(parameters), **options)
 
     @property
     def coefficients(self) -> Tensor:
-        """c_k of all terms, one after the other, in fp32."""
+        """c_k of all terms, concatenated, in fp32."""
         return torch.cat([term.coefficients for term in self.terms])
 
     def each(self, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -201,7 +201,7 @@ class Seeded:
         """Compute target += factor · ĝ for one tensor, or for some of its rows, of which `first_row` is the first."""
         factor = factor * self.scales.get(name, 1.0)
         for key, first, coefficients in self.terms:
-            stream = Stream(key, name, self.noise, self.still.get(name))
+            stream = Stream(key, name, self.noise, self.padding.get(name))
             probes, alphas = range(first, first + len(coefficients)), (coefficients.double() * factor).numpy()
             noise_axpy(target, stream, probes, alphas, first_row=first_row, sums=self.sums)
 
@@ -210,22 +210,22 @@ class Seeded:
         if name not in self.parameters:
             raise UsageError(f'the gradient has no tensor "{name}".{did_you_mean(name, self.parameters)}')
         p = self.parameters[name]
-        made = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
-        self.add_to(made, name)
-        return made
+        gradient = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+        self.add_to(gradient, name)
+        return gradient
 
     def norm(self) -> float:
-        squares = []  # in pieces of at most 1 MB where rows allow
+        squares = []  # in blocks of at most 1 MB where rows allow
         for name, p in self.parameters.items():
             wide = torch.promote_types(p.dtype, torch.float32)
             for rows, first in row_blocks(p, NORM_BYTES * 4 // wide.itemsize):
-                piece = torch.zeros(rows.shape, dtype=wide, device=p.device)
-                self.add_to(piece, name, first_row=first)
-                squares.append(square_sum(piece))
+                block = torch.zeros(rows.shape, dtype=wide, device=p.device)
+                self.add_to(block, name, first_row=first)
+                squares.append(square_sum(block))
         return sum(fetch(squares)) ** 0.5
 
     def is_finite(self, norm: float | None = None) -> bool:
-        # |ĝ| ≤ Σ_k |c_k| · max |noise|, so the coefficients nearly always say it all; else the tensors are made.
+        # |ĝ| ≤ Σ_k |c_k| · max |noise|, so the coefficients nearly always decide; if not, generate the tensors.
         if not bool(self.coefficients.isfinite().all()) or (norm is not None and not math.isfinite(norm)):
             return False
         size = float(self.coefficients.double().abs().sum()) * NOISE_AT_MOST
@@ -241,23 +241,23 @@ class Seeded:
 
 
 def square_sum(tensor: Tensor) -> Tensor:
-    """Return Σ x² in fp64, 0-dimensional, of pieces of at most 1 MB; on the CPU where the device has no fp64."""
+    """Return Σ x² in fp64, 0-dimensional, summed in blocks of 1 MB; on the CPU where the device has no fp64."""
     total = torch.zeros((), dtype=torch.float64, device="cpu" if tensor.device.type == "mps" else tensor.device)
-    for piece in tensor.detach().reshape(-1).split(NORM_BYTES // 8):
-        wide = piece.to(total.device).double()
-        total += (wide.square() if wide is piece else wide.square_()).sum()
+    for block in tensor.detach().reshape(-1).split(NORM_BYTES // 8):
+        wide = block.to(total.device).double()
+        total += (wide.square() if wide is block else wide.square_()).sum()
     return total
 
 
 def fetch(numbers: list[Tensor]) -> list[Any]:
-    """Return the numbers in 0-dimensional tensors: one wait for the device, whatever their number."""
+    """Return the values of 0-dimensional tensors, with one synchronisation however many there are."""
     return torch.stack([n.to(numbers[0].device) for n in numbers]).tolist() if numbers else []
 
 
 def row_blocks(p: Tensor, limit_bytes: int) -> Iterator[tuple[Tensor, int]]:
     """Yield views of consecutive rows of a tensor, of at most this many fp32 bytes, with the number of their first row.
 
-    Rows are those of the noise stream; a tensor that is one row there comes whole.
+    Rows are those of the noise stream; a tensor that is a single row there is yielded whole.
     """
     p = p.detach()
     count, columns = layout(p.shape)
@@ -271,10 +271,10 @@ def row_blocks(p: Tensor, limit_bytes: int) -> Iterator[tuple[Tensor, int]]:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters with `requires_grad` by canonical name, tied ones once, under their first name.
 
-    The prefixes of wrappers are taken off, so a compiled or distributed model has the noise of the plain one.
+    Wrapper prefixes are removed, so a compiled or distributed model has the noise of the plain one.
 
     Raises:
-        UsageError: if there is none, if one is not of floating dtype, or if two have one name or share a noise stream.
+        UsageError: if there is none, if one is not floating-point, or if two share a name or a noise stream.
     """
     pairs = [(canonical_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
     check_names(name for name, _ in pairs)
@@ -284,7 +284,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise `UsageError` if two tensors have one canonical name: in a dict by name, one would go untrained unseen."""
+    """Raise `UsageError` if two tensors share a canonical name: in a dict by name, one would silently go untrained."""
     for name, count in Counter(names).items():
         if count > 1:
             raise UsageError(
@@ -293,7 +293,7 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def check_streams(named: Mapping[str, Tensor]) -> None:
-    """Raise `UsageError` unless these are floating tensors that all have their own noise."""
+    """Raise `UsageError` unless these are floating-point tensors with a noise stream each."""
     if not named:
         raise UsageError("The model has no parameter with requires_grad=True; there is nothing to train.")
     seen: dict[int, str] = {}
@@ -308,9 +308,9 @@ def check_streams(named: Mapping[str, Tensor]) -> None:
 
 
 def padding_rows(model: nn.Module | None, named: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the row of every embedding that stands for padding (`padding_idx`) and is never moved.
+    """Return the padding row (`padding_idx`) of every embedding that has one; it is never perturbed.
 
-    A weight that something beside embeddings uses too has none: it gets a gradient there.
+    A weight that another module uses as well is left out: it gets a gradient there.
     """
     modules = [] if model is None else list(model.modules())
     users = Counter(id(p) for module in modules for p in module.parameters(recurse=False))

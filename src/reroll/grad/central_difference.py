@@ -2,9 +2,9 @@
 
     ĝ = (1/N) Σ_k (L(θ + ε z_k) − L(θ − ε z_k)) / 2ε · z_k
 
-Exact on average for a quadratic loss, whatever ε; its relative mean squared error is (P − 1)/N for P weights and ±1
+Unbiased for a quadratic loss at any ε; its relative mean squared error is (P − 1)/N for P weights and ±1
 noise, so more probes and fewer weights are better, and the step must be small when N ≪ P. Nothing is differentiated:
-the loss may be an accuracy, the model a black box, and memory is that of inference.
+the loss may be an accuracy, the model a black box, and the memory is that of inference.
 
 References: Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient approximation",
 1992; Chaubard and Kochenderfer, arXiv:2505.17852; Malladi et al., arXiv:2305.17333.
@@ -49,25 +49,26 @@ class CentralDifference(ProbeOptions):
 
     Args:
         probes: N, directions per step; the cost grows with N, the error falls as 1/√N.
-        epsilon: ε, how far a probe goes; in fp32 about 1e-3 … 0.1 (see `probe_snr` in the stats).
+        epsilon: ε, the size of a probe; in fp32 about 1e-3 … 0.1 (see `probe_snr` in the stats).
         noise: "rademacher", "normal", or "sparse" with `density`; or a `Noise`.
         evaluate: "auto", "in_place", "tiles" or "batched" (see `reroll.grad.evaluate`).
-        batch: "shared": every probe sees the whole batch; "split": the probes share it out. For the same number of
-            forward passes over sequences, "split" affords more probes: better while the loss is little noisy.
-        dtype: evaluate in this dtype, torch.bfloat16 say, and keep the weights as they are; None is the weights' own.
+        batch: "shared": every probe sees the whole batch; "split": the batch is divided among the probes. For the
+            same number of sequence evaluations "split" affords more probes: better while the loss has little noise.
+        dtype: evaluate in this dtype, such as torch.bfloat16, and leave the weights as they are; None: their own.
         shaping: "raw", "zscore", "rank" or "sign" of the differences.
         difference: "central", or "one_sided": N + 1 forward passes instead of 2N, and an error of order ε.
         density: of sparse noise, a negative power of two; None is ½.
         restore: for "in_place": "copy" keeps a pristine copy, "grid" rounds fp32 weights so that none is needed.
-        micro_batch: most sequences evaluated at once; bounds the memory of activations. None: the whole batch.
-        per_branch_state: carry a state per branch instead of one for all (NRES); give every window of an episode the
-            same key.
-        chunk, threads, workers: probes of a unit, torch threads of a unit, units at a time; None: by static rules.
+        micro_batch: the most sequences evaluated at once, which bounds activation memory. None: the whole batch.
+        per_branch_state: carry a state per branch instead of one for all (NRES); use the same key for every window of
+            an episode.
+        chunk, threads, workers: probes per unit, torch threads per unit, units at a time; None: by static rules.
         sums: "fp32" or "fp64", for sums over probes.
         execute: who evaluates the units of a step (see `reroll.grad.units`); None: threads of this process.
 
-    Every probe of a step sees the same random numbers from torch's global generators, which are put back afterwards: a
-    loss that draws its data from them does not move them on, so draw the data before the call and pass it as the batch.
+    Every branch of a step sees the same random numbers from torch's global generators, whose state is restored
+    afterwards. A loss that draws its data from them does not advance them: draw the data before, and pass it as the
+    batch.
 
     Raises:
         UsageError: naming the argument that is out of range.
@@ -94,7 +95,7 @@ class CentralDifference(ProbeOptions):
         if self.difference not in RULES:
             raise UsageError(f'difference="{self.difference}" is no rule.{did_you_mean(self.difference, RULES)}')
         self.check()
-        _ = self.directions  # says what is wrong with it
+        _ = self.directions  # raises if the noise is unknown
 
     @property
     def takes_clean_loss(self) -> bool:
@@ -136,7 +137,7 @@ class CentralDifference(ProbeOptions):
         if not isinstance(key, Key):
             raise UsageError(f"key={key!r} must be a Key, such as reroll.Key(seed).at(step).")
         plan, rule = self.plan(model, parameters, batch), RULES[self.difference]
-        # Without a module to look at, whether something iterates inside the loss shows when it is called.
+        # Without a module to inspect, only a call shows whether something iterates inside the loss.
         warm = WarmStarts(loss_fn) if model is None or iterates(model) else None
         probes = self._context(parameters, warm or loss_fn, key, plan, model, scales or {})
         states = getattr(batch, "state", None)
@@ -145,7 +146,7 @@ class CentralDifference(ProbeOptions):
             batch, self.probes, plan.chunk, split=self.batch == "split", micro_batch=self.micro_batch,
             states=states if self.per_branch_state else None,
         )  # fmt: skip
-        # Weights that were planned to be copied are not on a grid, should they be evaluated in place after all.
+        # Weights that the plan did not snap to a grid need a copy, should they be evaluated in place after all.
         restore = self.restore if plan.evaluate == "in_place" else "copy"
         evaluation = Evaluation(probes, plan, restore, self.evaluate != "auto", self.execute)
         with _casting(model, self.dtype):
@@ -154,25 +155,25 @@ class CentralDifference(ProbeOptions):
                     rewind()
                     warm.prepare(model, [with_state(unit.batch, unit.states and unit.states[0]) for unit in units])
             with monitoring() as seen:
-                results = evaluation.settle(units, loss_fn)
+                results = evaluation.run_verified(units, loss_fn)
                 error = warm.error(units, results, evaluation.run) if warm is not None and seen.calls else None
             losses, branches = gather(units, results, self.probes)
             clean, after, passes = None, None, 0
             if rule.clean or carried:
                 clean, after, passes = self._clean(evaluation, batch)
-        taken = coefficients(losses, probes.epsilon, self.shaping, self.difference, clean if rule.clean else None)
+        coefs = coefficients(losses, probes.epsilon, self.shaping, self.difference, clean if rule.clean else None)
         gradient = Seeded.of(
-            key, taken.values, self.directions, parameters, scales={n: 1.0 / s for n, s in probes.scales.items()},
-            sums=torch.float64 if self.sums == "fp64" else None, still=probes.still,
+            key, coefs.values, self.directions, parameters, scales={n: 1.0 / s for n, s in probes.scales.items()},
+            sums=torch.float64 if self.sums == "fp64" else None, padding=probes.padding,
         )  # fmt: skip
         passes += sum(len(unit.probes) * len(rule.sides) for unit in units) + (warm.passes if warm else 0)
-        stats = {"forward_passes": passes, **self._stats(taken, evaluation)}
-        outcome = _outcome(taken, error, stats)
+        stats = {"forward_passes": passes, **self._stats(coefs, evaluation)}
+        outcome = _outcome(coefs, error, stats)
         if outcome is Outcome.no_difference:
             check_epsilon(parameters, self.epsilon, probes.scales, self.dtype, again=True)
-            if current() is None:  # who watches says it
+            if current() is None:  # a monitor reports it itself
                 warnings.warn(outcome.value, stacklevel=2)
-        return Estimate(taken.loss, gradient, outcome, stats, branches if self.per_branch_state else after)
+        return Estimate(coefs.loss, gradient, outcome, stats, branches if self.per_branch_state else after)
 
     def _context(
         self, parameters: Mapping[str, Tensor], call: LossFn, key: Key, plan: Plan, model: nn.Module | None,
@@ -185,13 +186,13 @@ class CentralDifference(ProbeOptions):
         return ProbeContext(
             parameters=parameters, call=call, key=key, epsilon=epsilon, noise=self.directions, dtype=self.dtype,
             sides=RULES[self.difference].sides, scales=scales, model=model, isolate=plan.isolate,
-            still=padding_rows(model, parameters),
+            padding=padding_rows(model, parameters),
         )  # fmt: skip
 
-    def _stats(self, taken: Coefficients, evaluation: Evaluation) -> dict[str, Any]:
+    def _stats(self, coefs: Coefficients, evaluation: Evaluation) -> dict[str, Any]:
         plan, probes = evaluation.plan, evaluation.probes
         return {
-            "lost_probes": taken.lost, "spread": taken.spread, "probe_snr": taken.snr, "epsilon": probes.epsilon,
+            "lost_probes": coefs.lost, "spread": coefs.spread, "probe_snr": coefs.snr, "epsilon": probes.epsilon,
             "evaluate": plan.evaluate, "chunk": plan.chunk, "threads": plan.threads, "workers": plan.workers,
             "reason": plan.reason, "extra_bytes": plan.extra_bytes(probes.parameters, evaluation.restore, self.dtype),
         } | ({} if evaluation.drift is None else {"drift": evaluation.drift})  # fmt: skip
@@ -201,44 +202,44 @@ class CentralDifference(ProbeOptions):
         units = cut(batch, 1, 1, micro_batch=self.micro_batch)
         probes, results = evaluation.probes, []
         if self.dtype is None:
-            # The weights themselves are what the branches are perturbed copies of.
+            # The branches are perturbed copies of these very weights.
             with probes.isolated(probes.model) as rewind:
                 for unit in units:
                     rewind()
                     results.append(split_result(probes.call(probes.model, unit.batch)))
         else:
             # A branch of size zero is the model in another dtype.
-            still = replace(evaluation, probes=replace(probes, epsilon=0.0, sides=(1,)))
-            results = [(result.losses.flatten()[0], result.states[0]) for result in still.run(units)]
+            unperturbed = replace(evaluation, probes=replace(probes, epsilon=0.0, sides=(1,)))
+            results = [(result.losses.flatten()[0], result.states[0]) for result in unperturbed.run(units)]
         if len(units) == 1:
             return results[0][0].cpu(), results[0][1], 1
         rows = [batch_size(unit.batch) or 1 for unit in units]
         total = torch.zeros((), dtype=torch.float64)
-        for (loss, _), count in zip(results, rows):  # one after another: a sum over a stack may take another order
+        for (loss, _), count in zip(results, rows):  # in this order: a sum over a stack may use another
             total = total + loss.cpu().double() * count
         total = total / sum(rows)
         return total.to(results[0][0].dtype), combine_states([state for _, state in results], torch.cat), len(units)
 
 
-def _outcome(taken: Coefficients, error: float | None, stats: dict[str, Any]) -> Outcome:
-    """How the step ended; puts the solver's error, where there is one, into `stats`."""
+def _outcome(coefs: Coefficients, error: float | None, stats: dict[str, Any]) -> Outcome:
+    """The outcome of the step; adds the solver's error, if there is one, to `stats`."""
     loose = False
-    scale = taken.spread or taken.rms  # one probe has no spread
+    scale = coefs.spread or coefs.rms  # one probe has no spread
     if error is not None and scale > 0:
         stats["solver_error"] = error / scale
         loose = stats["solver_error"] > TOO_LOOSE
-    if taken.lost == len(taken.values):
+    if coefs.lost == len(coefs.values):
         return Outcome.all_probes_lost
-    if taken.rms == 0:
+    if coefs.rms == 0:
         return Outcome.no_difference
-    if taken.lost:
+    if coefs.lost:
         return Outcome.some_probes_lost
     return Outcome.solver_too_loose if loose else Outcome.ok
 
 
 @contextmanager
 def _casting(model: nn.Module | None, dtype: torch.dtype | None) -> Iterator[None]:
-    """Give the model its floating inputs in the dtype of the evaluation."""
+    """Cast the model's floating-point inputs to the dtype of the evaluation."""
     if model is None or dtype is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Whether weights can be moved one by one, and whether they show ε."""
+"""Whether every weight can be perturbed by itself, and whether its precision resolves ε."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad.base import fetch
 
 WIDE = 64.0
-"""An ε so many times above the floor is not looked at again at every step."""
-
+"""An ε this many times above the floor is not checked again at every step."""
 
 RAISED = (
-    "ε, tied to the learning rate, is below two units in the last place of the weights; the least that they can show "
-    "is used in its place. Raise lr, epsilon_min or epsilon, or keep the weights in fp32."
+    "ε, tied to the learning rate, is below two units in the last place of the weights; the smallest they can resolve "
+    "is used instead. Raise lr, epsilon_min or epsilon, or keep the weights in fp32."
 )
 
 _smallest: MutableMapping[Any, dict[Any, float]] = WeakIdKeyDictionary()
-"""The least ε of a set of tensors as it was last seen, by the first of them and what else it depends on."""
+"""The smallest ε of a set of tensors when it was last measured, by the first tensor and what else it depends on."""
 
 
 def floors(parameters: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, float]:
-    """Return two units in the last place of a weight of typical size, for every tensor: the least ε it can show.
+    """Return two units in the last place of a weight of typical size, for every tensor: the smallest ε it resolves.
 
-    Below, rounding decides where a probe goes. A tensor of zeros has no last place: any ε can be seen in it.
+    Below that, rounding decides where a probe goes. A tensor of zeros has no last place: it resolves any ε.
     """
     sizes = fetch([torch.linalg.vector_norm(p).double() / max(p.numel(), 1) ** 0.5 for p in parameters.values()])
     return {
@@ -40,7 +39,7 @@ def floors(parameters: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
 
 
 def check_memory(named: Mapping[str, Tensor]) -> None:
-    """Raise `UsageError` if entries share memory, within a tensor or between two: each would be moved several times."""
+    """Raise `UsageError` if entries share memory, within or between tensors: they would be perturbed several times."""
     ranges: list[tuple[str, int, int, str, bool]] = []
     for name, p in named.items():
         spans = [(size, stride) for size, stride in zip(p.shape, p.stride()) if size > 1]
@@ -51,9 +50,9 @@ def check_memory(named: Mapping[str, Tensor]) -> None:
             ranges.append((str(p.device), p.data_ptr(), p.data_ptr() + extent, name, extent == p.nbytes))
     ranges.sort()
     for (device, start, end, name, dense), (beside, begin, _, other, dense_too) in pairwise(ranges):
-        # Columns of one matrix overlap as ranges and share no entry.
+        # Columns of a matrix overlap as address ranges but share no entry.
         if device == beside and begin < end and (start == begin or (dense and dense_too)):
-            raise UsageError(f'"{name}" and "{other}" are two parameters on one memory; use one nn.Parameter for both.')
+            raise UsageError(f'"{name}" and "{other}" are two parameters that share memory; use one nn.Parameter.')
 
 
 def check_epsilon(
@@ -62,8 +61,8 @@ def check_epsilon(
 ) -> None:  # fmt: skip
     """Raise `EpsilonTooSmall` if ε is below the floor of a tensor.
 
-    That takes a pass over the weights: made the first time, while ε is near the floor that was seen, and on request
-    (`again`): where no probe shows in the loss, the weights may have outgrown ε.
+    That takes a pass over the weights, made the first time, while ε is close to the last floor, and with `again`: when
+    no probe changes the loss, the weights may have outgrown ε.
     """
     seen = _smallest.setdefault(next(iter(parameters.values())), {})
     key = (tuple(parameters), dtype, tuple(scales.items()))

@@ -1,10 +1,10 @@
-"""From losses of probes to coefficients of a gradient, and what the losses say about the probes.
+"""From the losses of probes to the coefficients of a gradient, with statistics of the probes.
 
     d_k = (L⁺_k − L⁻_k) / 2ε            central         d_k = (L⁺_k − L_0) / ε            one-sided
     c_k = shaped(d)_k / N               over the N probes with finite losses; 0 for the others
 
 Shaping trades the size of a difference for robustness: "raw" keeps it, "zscore" normalises it over the probes,
-"rank" keeps its rank only, "sign" its sign only. All is computed in fp64 and rounded to fp32 once.
+"rank" keeps only its rank, "sign" only its sign. Everything is computed in fp64 and rounded to fp32 once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reroll.kernels.noise_axpy import noise_of
 
 
 class Slopes(NamedTuple):
-    """What a rule makes of losses, one number per probe in fp64; `slopes` are those along the probes."""
+    """What a rule computes from losses, one number per probe in fp64; `slopes` are directional derivatives."""
 
     differences: Tensor
     losses: Tensor
@@ -41,22 +41,22 @@ def one_sided(losses: Tensor, clean: Tensor | None, epsilon: float) -> Slopes:
 
 
 class Rule(NamedTuple):
-    """A way from losses to slopes."""
+    """Turns losses into slopes."""
 
     slopes: Callable[[Tensor, Tensor | None, float], Slopes]
     """(losses [sides, N], L_0, ε) → `Slopes`."""
     sides: tuple[int, ...]
-    """The branches of a probe, as factors on ε."""
+    """The branches of a probe, as factors of ε."""
     clean: bool
     """Whether it needs L_0, the loss of the unperturbed weights."""
 
 
 RULES = {"central": Rule(central, (1, -1), clean=False), "one_sided": Rule(one_sided, (1,), clean=True)}
-"""Every rule by the name that `difference` takes."""
+"""Every rule by its name, a value of `difference`."""
 
 
 class Coefficients(NamedTuple):
-    """What the losses of a step gave."""
+    """The coefficients of a step, and statistics of its losses."""
 
     values: Tensor
     """c_k in fp32, zero for lost probes."""
@@ -69,7 +69,7 @@ class Coefficients(NamedTuple):
     rms: float
     """Their root mean square."""
     snr: float
-    """The same over the rounding error of one."""
+    """The root mean square over the rounding error of one difference."""
 
 
 def coefficients(
@@ -84,7 +84,7 @@ def coefficients(
         >>> c.values, c.loss
         (tensor([ 1.0000, -0.5000]), tensor(1.7500, dtype=torch.float64))
     """
-    # One unit in the last place of the loss is what a difference cannot see.
+    # A difference cannot resolve one unit in the last place of the loss.
     precision = torch.finfo(losses.dtype).eps
     clean = None if clean is None else clean.double()
     differences, mean, slopes = RULES[rule].slopes(losses.double(), clean, epsilon)

@@ -1,7 +1,7 @@
-"""Units, the pieces of work that a thread or a rank takes whole: how a step is cut, evaluated, and put together again.
+"""Units, the work items of threads and ranks: how a step is cut into them, evaluated, and put together again.
 
-A unit is some consecutive probes, both signs together, on a fixed part of the batch. Probes are cut by `chunk`, the
-batch by `micro_batch`; or the probes share the batch out and every group of them sees its own sequences ("split").
+A unit is a run of consecutive probes, both signs together, on a fixed part of the batch. Probes are cut by `chunk`, the
+batch by `micro_batch`; or the batch is divided among groups of probes, each with its own sequences ("split").
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class BranchStates(list[Any]):
     """The carried states of all branches of a step, L⁺ of every probe and then L⁻; `Batch.state` for NRES."""
 
 
-# ---- who evaluates the units
+# ---- executors
 
 
 Execute = Callable[[Any, Sequence[Unit]], list[Result]]
-"""(evaluator, units) → results in the order of the units. Everything else is a function of all of them, so it never
-matters who computed which: threads of this process (`threads`, the default), or the ranks of a mesh."""
+"""(evaluator, units) → results in the order of the units, by threads of this process (`threads`, the default) or by the
+ranks of a mesh. All that follows is a function of the results, whoever computed them."""
 
 
 def threads(workers: int, each: int) -> Execute:
-    """Return the executor of this process: so many units at the same time, each with so many threads of torch."""
+    """Return the executor of this process: `workers` units at a time, with `each` threads of torch per unit."""
 
     def execute(evaluator: Any, units: Sequence[Unit]) -> list[Result]:
         precision = [(d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
@@ -64,12 +64,12 @@ def threads(workers: int, each: int) -> Execute:
         def one(unit: Unit) -> Result:
             with torch.no_grad(), ExitStack() as stack:
                 for device, dtype in precision:
-                    # The thread that asked autocasts, and so do we; cast weights of a branch hold for no other.
+                    # Autocast as the calling thread does, without its cache: cast weights are those of one branch.
                     stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
                 return evaluator.losses(unit)
 
         if workers > 1:
-            # Each unit runs in a copy of this context, so that a forced implementation holds in the workers too.
+            # Each unit runs in a copy of this context, so that a forced implementation applies in the workers too.
             shared = pool(workers, each)
             futures = [shared.submit(contextvars.copy_context().run, one, unit) for unit in units]
             return [future.result() for future in futures]
@@ -79,13 +79,13 @@ def threads(workers: int, each: int) -> Execute:
     return execute
 
 
-# ---- cutting a step, and gathering its losses
+# ---- cutting a step into units, and gathering their losses
 
 
 def cut(
     batch: Any, probes: int, chunk: int, *, split: bool = False, micro_batch: int | None = None, states: Any = None
 ) -> list[Unit]:
-    """Return the units of a step of so many probes; `states` are those of branches, where each carries its own."""
+    """Return the units of a step with `probes` probes; `states` are the branches' own, where each carries one."""
     size = batch_size(batch)
     shares: list[Any] = _shares(size, probes) if split else [(range(probes), 0, size)]
     units = []
@@ -100,7 +100,7 @@ def cut(
 
 
 def gather(units: list[Unit], results: list[Result], probes: int) -> tuple[Tensor, BranchStates]:
-    """Put the losses of all units into one [sides, N]; parts of the batch count by their sequences."""
+    """Gather the losses of all units, [sides, N], and the states; parts of the batch weigh as their sequences."""
     sides = results[0].losses.shape[0]
     dtype = torch.float64 if results[0].losses.dtype == torch.float64 else torch.float32
     total = torch.zeros(sides, probes, dtype=torch.float64)
@@ -108,7 +108,7 @@ def gather(units: list[Unit], results: list[Result], probes: int) -> tuple[Tenso
     states: list[Any] = [None] * (sides * probes)
     for unit, result in zip(units, results):
         rows, some = batch_size(unit.batch) or 1, slice(unit.probes.start, unit.probes.stop)
-        # Losses travel as fp32, in unit order, however many workers or ranks computed them.
+        # Rounded to fp32 and added in unit order, so that workers and ranks do not change the bits.
         total[:, some] += result.losses.to(dtype).cpu().double() * rows
         weight[some] += rows
         for index, state in enumerate(result.states):
@@ -118,16 +118,16 @@ def gather(units: list[Unit], results: list[Result], probes: int) -> tuple[Tenso
 
 
 def _shares(size: int | None, probes: int) -> list[tuple[range, int, int]]:
-    """Every group of probes and its own sequences: as many groups as there are probes or sequences."""
+    """Every group of probes with its sequences; as many groups as there are probes or sequences."""
     if size is None:
-        raise UsageError('batch="split" needs a batch that can be cut by sequences; this one has no first axis.')
+        raise UsageError('batch="split" needs a batch that can be split by sequences; this one has no first axis.')
     count = min(probes, size)
     edges = [(probes * g // count, size * g // count) for g in range(count + 1)]
     return [(range(p, q), begin, end) for (p, begin), (q, end) in pairwise(edges)]
 
 
 def _ranges(begin: int, end: int | None, most: int | None) -> list[tuple[int, int] | None]:
-    """Ranges of at most `most` sequences; [None]: there is nothing to cut by."""
+    """Ranges of at most `most` sequences; [None]: the batch cannot be cut."""
     if end is None:
         return [None]
     step = most or max(end - begin, 1)
@@ -135,7 +135,7 @@ def _ranges(begin: int, end: int | None, most: int | None) -> list[tuple[int, in
 
 
 def _states_of(states: Any, probes: range, total: int) -> list[Any] | None:
-    """The states of a unit's branches: its part of `BranchStates`, or the same start for all."""
+    """The states of a unit's branches: its part of `BranchStates`, or the same state for all."""
     if states is None:
         return None
     if not isinstance(states, BranchStates):
@@ -147,7 +147,7 @@ def _states_of(states: Any, probes: range, total: int) -> list[Any] | None:
 
 
 def batch_size(batch: Any) -> int | None:
-    """Return the number of sequences of a batch: its `len` if it can be cut by rows, or that of its first tensor."""
+    """Return the number of sequences of a batch: its `len` if it has `rows`, else that of its first tensor."""
     if hasattr(batch, "rows"):
         return len(batch)
     if isinstance(batch, Tensor):

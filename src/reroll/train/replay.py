@@ -90,7 +90,7 @@ def _take_steps(path: Path, config: Config, record: journal.Journal, steps: int,
             "(environment.json says which), or init.safetensors has changed."
         )
     parameters: dict[str, torch.Tensor] = dict(trainable(model))
-    still = padding_rows(model, parameters)
+    padding = padding_rows(model, parameters)
     sums = torch.float64 if header["sums"] == "fp64" else None
     for taken in record.iterate(to=steps):
         if header["restore"] == "grid":  # by a step that was not taken, too
@@ -98,6 +98,6 @@ def _take_steps(path: Path, config: Config, record: journal.Journal, steps: int,
         if not taken.terms:  # its gradient was not finite, and the step not taken
             continue
         configure(optimizer, taken.settings)
-        gradient = Seeded(taken.terms, noise_of(header["noise"]), parameters, sums=sums, still=still)
+        gradient = Seeded(taken.terms, noise_of(header["noise"]), parameters, sums=sums, padding=padding)
         apply(gradient, optimizer, header["update"])
     return model

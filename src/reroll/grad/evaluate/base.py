@@ -1,4 +1,4 @@
-"""What every way of evaluating probes has in common: a step's probes, one branch's loss, the loop over branches."""
+"""What all evaluators share: the probes of a step, the loss of a branch, the loop over branches."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class ProbeContext:
         call: (model, batch) → loss (scalar or [batch]), or a pair (loss, state after the batch).
         key: the key of the step.
         epsilon: ε, the size of a probe.
-        noise: what directions are made of.
+        noise: the distribution of the directions.
         sides: (+1, −1) for central differences, (+1,) for one-sided ones.
         dtype: evaluate in this dtype; None: the weights' own.
         scales: a factor on ε per tensor.
         model: the module, where there is one.
-        still: a row per tensor that has no noise.
-        isolate: give every branch the same random numbers, and undo what it does to buffers and the global generator.
+        padding: the row of an embedding that gets no noise, by tensor.
+        isolate: give every branch the same random numbers, and undo its changes of buffers and the global generator.
     """
 
     parameters: Mapping[str, Tensor]
@@ -48,10 +48,10 @@ class ProbeContext:
     scales: Mapping[str, float] = field(default_factory=dict)
     model: nn.Module | None = None
     isolate: bool = True
-    still: Mapping[str, int] = field(default_factory=dict)
+    padding: Mapping[str, int] = field(default_factory=dict)
 
     def stream(self, name: str) -> Stream:
-        return Stream(self.key, name, self.noise, self.still.get(name))
+        return Stream(self.key, name, self.noise, self.padding.get(name))
 
     def alpha(self, name: str, side: int) -> float:
         """Return the factor on the noise of a tensor: ±ε, times its scale."""
@@ -66,15 +66,15 @@ class ProbeContext:
         return [(side, probe) for side in self.sides for probe in unit.probes]
 
     def loss(self, unit: Unit, state: Any, model: nn.Module | None) -> tuple[Tensor, Any]:
-        """Call the loss once, as the branch that carries this state sees it; return (scalar loss, state after)."""
+        """Call the loss for a branch that carries this state; return (scalar loss, state after)."""
         return split_result(self.call(model, with_state(unit.batch, state)), unit.single)
 
     @contextmanager
     def isolated(self, model: nn.Module | None) -> Iterator[Callable[[], None]]:
-        """Separate branches: yield a function to call before each of them.
+        """Isolate branches from one another: yield a function to call before each of them.
 
-        It sets torch's generators to a state that depends on the step alone, and what modules keep to what it was, so
-        that every branch sees the same dropout and the same statistics. Afterwards all are as before.
+        It sets torch's generators to a state that depends on the step alone, and restores what modules store, so that
+        every branch sees the same dropout and the same statistics. Afterwards everything is as before.
         """
         if not self.isolate:
             yield lambda: None
@@ -89,7 +89,7 @@ class ProbeContext:
 
 
 class Evaluator(ABC):
-    """A way to compute the losses of units. It is a context: whatever it changes is put back when it ends."""
+    """Computes the losses of units. It is a context manager, which restores whatever it changed."""
 
     def __init__(self, probes: ProbeContext):
         self.probes = probes
@@ -124,7 +124,7 @@ class BranchByBranch(Evaluator):
 
     @abstractmethod
     def branch(self, side: int, probe: int) -> AbstractContextManager[None]:
-        """Have that module compute with θ + side · ε · z(probe) inside the block."""
+        """Let that module compute with θ + side · ε · z(probe) inside the block."""
 
 
 def split_result(result: Any, single: bool = False) -> tuple[Tensor, Any]:
@@ -142,8 +142,8 @@ def split_result(result: Any, single: bool = False) -> tuple[Tensor, Any]:
 def read_loss(result: Any) -> tuple[Tensor, Any]:
     """Return (loss, state) of what a loss function returned; the loss is floating, a scalar or [batch].
 
-    A plain number, a NumPy number or array, and counts and booleans are losses too: what an error rate or a simulator
-    gives. Of a mapping, such as Hugging Face's ModelOutput, its "loss" is taken.
+    Plain numbers, NumPy numbers and arrays, counts and booleans are losses too, as an error rate or a simulator returns
+    them. A mapping, such as Hugging Face's ModelOutput, is read at "loss".
     """
     loss, state = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if isinstance(loss, Mapping) and "loss" in loss:

@@ -1,8 +1,8 @@
 """Evaluate many probes of a small model at once: a probe axis under `torch.func.vmap`.
 
 A unit of n probes has 2n perturbed copies of the weights, stacked; every operation of the model then runs once on all
-of them (a product becomes a batched product, `lstm_scan` gets 2n times the heads). What a small model costs in calls is
-paid once per unit instead of once per branch.
+of them (a product becomes a batched product, `lstm_scan` gets 2n times the heads). The overhead of calls, which
+dominates in a small model, is paid once per unit instead of once per branch.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Batched(Evaluator):
 
 
 class _Slices:
-    """The slices of the stacks that vmap is looking at, in place of the weights."""
+    """The source of weights under vmap: slices of the stacks of copies."""
 
     def __init__(self, probes: ProbeContext, weights: dict[str, Tensor]):
         self.rules = {functional.linear: self.linear}

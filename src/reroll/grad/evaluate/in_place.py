@@ -1,7 +1,7 @@
 """Evaluate probes by overwriting weights: the model's own, which come back bit for bit, or those of copies.
 
-Adding a perturbation and taking it away again does not give p back: floating-point addition rounds (in bf16 the weights
-drift by more than an update). So a pristine copy is kept, which costs as much memory as the weights; or, with
+Adding a perturbation and subtracting it again does not give p back: floating-point addition rounds (in bf16 the weights
+drift by more than an update). So a pristine copy is stored, which costs as much memory as the weights; or, with
 `restore="grid"`, fp32 weights are first rounded to a fixed-point grid on which adding and removing a multiple of the
 grid is exact, by at most half a unit, 2⁻²⁴ of the tensor's largest:
 
@@ -30,7 +30,7 @@ class InPlace(BranchByBranch):
     """Evaluate units by overwriting the weights; one unit at a time."""
 
     drift: int | None = None
-    """Tensors that came back changed; counted where there is no copy to put back."""
+    """Number of tensors that were not restored exactly; counted where there is no copy of them."""
 
     def __init__(self, probes: ProbeContext, restore: str = "copy"):
         super().__init__(probes)
@@ -41,7 +41,7 @@ class InPlace(BranchByBranch):
 
     def __enter__(self) -> Self:
         named = self.probes.parameters
-        # A forward pass that renormalises a weight moves it off the grid.
+        # A forward pass that renormalises a weight takes it off the grid.
         copied = renormalised(self.probes.model, named) if self.on_grid else named
         self.copies = {name: named[name].detach().clone() for name in copied}
         self.before = bit_sums(named) if self.on_grid else []
@@ -76,7 +76,7 @@ class InPlace(BranchByBranch):
 class Replicas(BranchByBranch):
     """Evaluate units on private copies of a small model, one per worker. Several threads may call `losses` at once.
 
-    This is `tiles` when all perturbed weights fit the budget: nothing has to be intercepted then. A copy shares
+    This is `tiles` when all perturbed weights fit the budget: then nothing has to be intercepted. A copy shares
     everything with the model but its weights, which are in the dtype of the evaluation.
     """
 
@@ -124,20 +124,20 @@ def renormalised(model: nn.Module | None, named: Mapping[str, Tensor]) -> list[s
 
 
 def bit_sums(parameters: Mapping[str, Tensor]) -> list[int]:
-    """Return the sum of every tensor's bit patterns. A tensor that was left changed has another one."""
+    """Return the sum of every tensor's bit patterns, which tells a tensor that has changed."""
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     patterns = [p.detach().view(words[p.element_size()]).flatten() for p in parameters.values()]
-    # In pieces: torch makes an int64 copy of what it sums in int64.
-    return fetch([torch.stack([piece.sum(dtype=torch.int64) for piece in p.split(1 << 20)]).sum() for p in patterns])
+    # In blocks: torch makes an int64 copy of what it sums in int64.
+    return fetch([torch.stack([block.sum(dtype=torch.int64) for block in p.split(1 << 20)]).sum() for p in patterns])
 
 
 def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: Noise = RADEMACHER) -> float:
-    """Round fp32 weights to grids on which ±ε is exact, in place, and return the ε that is.
+    """Round fp32 weights in place to grids on which ±ε is exact, and return that ε.
 
-    That is the multiple of the largest grid unit that is nearest to `epsilon`.
+    It is the multiple of the largest grid unit that is nearest to `epsilon`.
 
     Raises:
-        UsageError: for weights that are not fp32, noise that is not made of signs, or an ε below the largest unit.
+        UsageError: for weights that are not fp32, noise that is not ±1, or an ε below the largest unit.
 
     Example:
         >>> p = torch.tensor([0.3, -1.7])
@@ -161,7 +161,7 @@ def snap_to_grid(parameters: Mapping[str, Tensor], epsilon: float, noise: Noise 
     coarsest = max(units.values())
     multiple = round(epsilon / coarsest)
     if multiple < 1:
-        least = max(grids(coarsest).values())  # itself it may make the grid coarser
+        least = max(grids(coarsest).values())  # which may itself make the grid coarser
         raise EpsilonTooSmall(f"epsilon={epsilon:g} is below the grid of the weights, {least:g}; raise it.", least)
     for name, p in parameters.items():
         # Dividing by a power of two and rounding are exact; so is the product.

@@ -1,11 +1,11 @@
-"""Hand perturbed weights to a model that does not know, by intercepting the operations that use them.
+"""Run an unchanged model with perturbed weights, by intercepting the operations that use them.
 
 Inside `with Intercept(source):` a torch function called in this thread with a perturbed parameter gets what the source
-has in its place: a perturbed copy, a slice of a stack under vmap, or, for the products a source has rules for, piece
-after piece. The module is not changed, so several threads can evaluate it at once.
+substitutes for it: a perturbed copy, a slice of a stack under vmap, or, for products that the source has rules for,
+tile after tile. The module is not changed, so several threads can evaluate it at once.
 
 This is torch's public `TorchFunctionMode`; code that reads weights outside torch functions (an extension that takes a
-data pointer) does not pass here and needs `evaluate="in_place"`.
+data pointer) is not intercepted and needs `evaluate="in_place"`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# What a tensor says about itself, or lends its type to, without its numbers.
+# Functions that read the metadata of a tensor and none of its values.
 _ABOUT = {
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "requires_grad", "is_leaf", "ndim", "layout", "is_cuda", "is_meta", "grad")
@@ -38,16 +38,16 @@ class Source(Protocol):
     """`id` of every parameter that is replaced."""
 
     rules: dict[Callable[..., Any], Callable[..., Any]]
-    """Functions a source computes by itself: called with (*args, **kwargs) of the function."""
+    """Functions that the source computes itself if a parameter is an argument: called with (*args, **kwargs)."""
 
     anywhere: dict[Callable[..., Any], Callable[..., Any]]
-    """Functions it computes by itself whether or not a parameter is among their arguments."""
+    """Functions that it computes itself whatever their arguments."""
 
     def tensor(self, p: Tensor) -> Tensor: ...
 
 
 class Intercept(TorchFunctionMode):
-    """Give every torch function called inside the block what a source has in place of parameters."""
+    """Replace the parameters among the arguments of torch functions by what a source substitutes for them."""
 
     def __init__(self, source: Source):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Which way probes are evaluated, in what units, by how many threads: static rules, decided once.
+"""How probes are evaluated, in what units, by how many threads: static rules, applied once.
 
-The rules look at the model, the shapes and the number of cores, never at a clock or at free memory: a resumed run does
-the same arithmetic. `evaluate`, `chunk` and `threads` can change the last bits of a loss; `workers` cannot.
+The rules depend on the model, the shapes and the number of cores, never on a clock or on free memory: a resumed run
+does the same arithmetic. `evaluate`, `chunk` and `threads` can change the last bits of a loss; `workers` cannot.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from reroll.grad.units import first_tensor
 from reroll.models import Stateful
 
 SMALL = 1 << 18
-"""Weights up to which a model is evaluated batched: a perturbed copy (1 MB) and the next stay in the second cache.
+"""Weights up to which a model is evaluated batched: a perturbed copy (1 MB) and the next stay in the L2 cache.
 
-Up to here torch also runs on one thread: a second gains 15 %, and costs a factor of 3 and more where another process
-wants the core, because threads that have finished an operation wait for the others by spinning (docs/log.md)."""
+Up to here torch also runs on one thread: a second gains 15 %, and costs a factor of 3 and more when another process
+needs the core, because threads that have finished an operation wait for the others by spinning (docs/log.md)."""
 BATCHED_FLOATS = 1 << 20
-"""Numbers in the perturbed copies of a batched unit, unless that is less than four probes: 4 MB of fp32."""
+"""Numbers in the perturbed copies of a batched unit, 4 MB of fp32; but a unit has at least four probes."""
 BATCHED_ACTIVATIONS = 1 << 24
 """Numbers a batched unit may keep alive beside its weights: 64 MB of fp32."""
 ONE_THREAD = 1 << 23
@@ -44,9 +44,9 @@ class Plan:
         chunk: probes of a unit.
         threads: threads of torch within a unit.
         workers: units evaluated at the same time.
-        isolate: whether a branch may draw random numbers or change buffers, which the others must not see.
+        isolate: whether branches may draw random numbers or change buffers, and so have to be isolated.
         tile_bytes: budget of perturbed weights per worker, for tiles.
-        whole: all perturbed weights fit the budget, and the model can be copied: nothing need be cut.
+        whole: all perturbed weights fit the budget and the model can be copied, so nothing is cut into tiles.
         reason: why, for people.
     """
 
@@ -60,7 +60,7 @@ class Plan:
     reason: str
 
     def extra_bytes(self, parameters: Mapping[str, Tensor], restore: str, dtype: torch.dtype | None) -> int:
-        """Return the bytes of perturbed or pristine copies held at once."""
+        """Return the bytes of perturbed or pristine copies that exist at once."""
         size = weight_bytes(parameters, dtype)
         if self.evaluate == "in_place":
             return weight_bytes(parameters) if restore == "copy" else 0
@@ -71,7 +71,7 @@ class Plan:
 def make_plan(model: nn.Module | None, parameters: Mapping[str, Tensor], batch: Any, options: Any, sides: int) -> Plan:
     """Decide what is "auto" or None in the options of a `CentralDifference`; of the batch only shapes matter.
 
-    Without a model nothing is assumed of the loss. `sides` are the branches of a probe.
+    Without a model nothing is assumed about the loss. `sides` is the number of branches of a probe.
     """
     evaluate, chunk, threads, dtype = options.evaluate, options.chunk, options.threads, options.dtype
     if evaluate in ("tiles", "batched") and (why := _why_in_place(model)) is not None:
@@ -101,16 +101,16 @@ def make_plan(model: nn.Module | None, parameters: Mapping[str, Tensor], batch: 
 
 
 def _choose(model: nn.Module | None, weights: int, low: bool, why_in_place: str | None) -> tuple[str, str]:
-    """The mode and why; `model` is None where nothing can be assumed of it."""
+    """The mode and the reason; `model` is None where nothing can be assumed about it."""
     if why_in_place is not None:
         return "in_place", why_in_place
     if model is None and low:
         return "tiles", "evaluation below fp32 works on copies, never in place"
     if model is None:
-        return "in_place", "the model has code of its own, which may read its weights in any way"
+        return "in_place", "the model has code of its own, which may use its weights in any way"
     if weights <= SMALL and not any(map(_cannot_be_mapped, model.modules())):
         return "batched", f"{weights:,} weights: many perturbed copies fit into the cache"
-    return "tiles", f"{weights:,} weights: pieces are perturbed where they are used, the weights stay untouched"
+    return "tiles", f"{weights:,} weights: tiles are perturbed where they are used, the weights stay untouched"
 
 
 def _why_in_place(model: nn.Module | None) -> str | None:
@@ -141,7 +141,7 @@ def _activations(model: nn.Module | None, batch: Any) -> int:
     if getattr(model, "stateful", False):
         stateful = cast(Stateful, model)
         return min(positions * stateful.step_floats, stateful.window_floats)
-    # Unknown insides: as many numbers per position as the sides of all matrices have together.
+    # An unknown model: per position the inputs and outputs of all its matrices.
     return positions * sum(sum(p.shape[-2:]) for p in model.parameters() if p.dim() > 1)
 
 
@@ -151,7 +151,7 @@ def _cannot_be_mapped(module: nn.Module) -> bool:
 
 
 def _draws_or_changes(module: nn.Module) -> bool:
-    """Whether a module of torch or ours draws random numbers or changes a buffer in training."""
+    """Whether a module of torch or reroll draws random numbers or changes a buffer in training."""
     if isinstance(module, _DROPOUT):
         return module.p > 0
     if isinstance(module, nn.LSTM | nn.GRU | nn.RNN | nn.MultiheadAttention | nn.RReLU):

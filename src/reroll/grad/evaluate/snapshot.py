@@ -1,4 +1,4 @@
-"""What a forward pass can change beside its result, and putting it back: generators, buffers, tensors modules keep."""
+"""Side effects of a forward pass, and undoing them: generators, buffers, tensors that modules store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, 
 
 
 class _Generators:
-    """The right to use torch's global generators; whoever seeds them for a while holds it."""
+    """The lock on torch's global generators, for whoever seeds them for a while."""
 
     lock = threading.RLock()
 
@@ -39,7 +39,7 @@ def cuda_devices(parameters: Mapping[str, Tensor]) -> list[int]:
 
 @contextmanager
 def seeded_generators(seed: int, devices: Sequence[int] = ()) -> Iterator[None]:
-    """Seed torch's generators of the CPU and of these cards for a while; afterwards they are as before.
+    """Seed torch's generators of the CPU and of these GPUs for a while; afterwards they are as before.
 
     One thread at a time: the generators are the process's. torch.manual_seed would also seed every other device, and
     those that are initialised later, for good.
@@ -52,12 +52,12 @@ def seeded_generators(seed: int, devices: Sequence[int] = ()) -> Iterator[None]:
 
 
 class Snapshot:
-    """The generators, and the buffers that may move and the tensors that modules keep, as they are now."""
+    """The state of the generators, of buffers that may change, and of tensors that modules store."""
 
     def __init__(self, model: nn.Module | None, devices: Sequence[int] = ()):
         self.devices = devices
         modules = [] if model is None else list(model.modules())
-        owners = [(m, n, b) for m in modules if _may_move(m) for n, b in m.named_buffers(recurse=False) if b.numel()]
+        owners = [(m, n, b) for m in modules if _may_change(m) for n, b in m.named_buffers(recurse=False) if b.numel()]
         self.buffers = [(module, name, buffer, buffer.detach().clone()) for module, name, buffer in owners]
         self.attributes = [(module, dict(vars(module))) for module in modules]
         with _Generators.lock:
@@ -66,8 +66,8 @@ class Snapshot:
     def _read(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
 
-    def has_moved(self) -> bool:
-        """Whether a generator, a buffer or a kept tensor is another than it was."""
+    def has_changed(self) -> bool:
+        """Whether a generator, a buffer or a stored tensor has changed."""
         with _Generators.lock:
             drawn = not all(map(torch.equal, self.generators, self._read()))
         if drawn or any(_changed(module, before) for module, before in self.attributes):
@@ -75,7 +75,7 @@ class Snapshot:
         return any(getattr(m, n) is not b or not torch.equal(b, before) for m, n, b, before in self.buffers)
 
     def restore(self) -> None:
-        """Put all of it back."""
+        """Restore all of it."""
         with _Generators.lock:
             torch.set_rng_state(self.generators[0])
             for device, state in zip(self.devices, self.generators[1:]):
@@ -92,7 +92,7 @@ class Snapshot:
                     del vars(module)[name]
 
 
-def _may_move(module: nn.Module) -> bool:
+def _may_change(module: nn.Module) -> bool:
     """Whether a forward pass may change a module's buffers: ours, and batch statistics in eval mode, are constants."""
     # A subclass or a patch with a forward of its own may do anything.
     if isinstance(module, STATISTICS) and module.forward.__module__.startswith("torch.nn."):
@@ -101,15 +101,17 @@ def _may_move(module: nn.Module) -> bool:
 
 
 def _changed(module: nn.Module, before: dict[str, Any]) -> list[str]:
-    """The attributes that were set anew since, from or to a number or something that holds a tensor."""
+    """The attributes that have been reassigned, from or to a number or something that contains a tensor."""
     now, none = vars(module), object()
     pairs = {name: (before.get(name, none), now.get(name, none)) for name in before.keys() | now.keys()}
     return [
-        name for name, (a, b) in pairs.items() if a is not b and name != "_flat_weights" and (_holds(a) or _holds(b))
+        name
+        for name, pair in pairs.items()
+        if pair[0] is not pair[1] and name != "_flat_weights" and any(map(_has_number, pair))
     ]
 
 
-def _holds(value: Any) -> bool:
+def _has_number(value: Any) -> bool:
     if isinstance(value, dict):
-        return any(map(_holds, value.values()))
-    return isinstance(value, Tensor | int | float) or (isinstance(value, tuple | list) and any(map(_holds, value)))
+        return any(map(_has_number, value.values()))
+    return isinstance(value, Tensor | int | float) or (isinstance(value, tuple | list) and any(map(_has_number, value)))

@@ -1,15 +1,15 @@
-"""Evaluate probes with perturbed pieces of weights, made when a product needs them and forgotten after it.
+"""Evaluate probes with perturbed tiles of weights, generated when a product needs them and discarded after it.
 
-What is small is perturbed once per branch and stays, in one half of the budget. What does not fit there comes in pieces
-(rows of the matrix in the noise stream, which can be made alone), one after the other in the other half:
+Small weights are perturbed once per branch, in one half of the budget. What does not fit there comes in tiles (rows of
+the matrix in the noise stream, which can be generated separately), one after the other in the other half:
 
     linear        W in blocks of rows, one block of outputs each
     embedding     only the rows that are looked up
     lstm_scan     groups of heads, each with all its time steps before the next
-    anything else the whole tensor, for as long as the one operation takes
+    anything else the whole tensor, for the duration of the operation
 
-so beside the weights there are never more than the budget (8 MB, or 1 % of the weights) of perturbed ones per worker,
-except for an operation that needs a larger tensor whole.
+so perturbed weights never take more than the budget (8 MB, or 1 % of the weights) per worker, except for an operation
+that needs a larger tensor whole.
 """
 
 from __future__ import annotations
@@ -47,34 +47,34 @@ class Tiles(BranchByBranch):
         with ExitStack() as stack:
             stack.enter_context(Intercept(Perturbed(self.probes, side, probe, self.budget, self.thread.scratch)))
             if largest > self.budget // 2:
-                # Torch's kernels for whole sequences need whole weights: loop over steps where one does not fit.
+                # Torch's kernels for whole sequences need whole weights: loop over steps if one does not fit.
                 for op in ("rnn", "gru"):
                     stack.enter_context(dispatch.use(op, "reference"))
             yield
 
 
 class Scratch:
-    """Memory of a thread, used again by its next branch: fresh pages would cost more than the noise."""
+    """Memory of a thread, reused by its next branch: fresh pages would cost more than the noise."""
 
     def __init__(self) -> None:
         self.whole: dict[int, Tensor] = {}
-        """Of weights that stay whole for a branch, by `id`."""
-        self.pieces: Tensor | None = None
-        """Of the pieces that are needed now, of whichever weight."""
+        """For weights that are whole for the length of a branch, by `id`."""
+        self.tiles: Tensor | None = None
+        """For the current tiles, of whichever weight."""
 
     def bytes(self) -> int:
         """Return how much memory this is."""
-        return sum(tensor.nbytes for tensor in self.whole.values()) + (0 if self.pieces is None else self.pieces.nbytes)
+        return sum(tensor.nbytes for tensor in self.whole.values()) + (0 if self.tiles is None else self.tiles.nbytes)
 
-    def piece(self, first: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return memory for numbers `first` … `first + count` of the present pieces."""
-        out = self.pieces
+    def tile(self, first: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory for numbers `first` … `first + count` of the current tiles."""
+        out = self.tiles
         if out is None or out.dtype != dtype or out.device != device or out.numel() < first + count:
-            out = self.pieces = torch.empty(first + count, dtype=dtype, device=device)
+            out = self.tiles = torch.empty(first + count, dtype=dtype, device=device)
         return out[first : first + count]
 
     def keep(self, p: Tensor, dtype: torch.dtype, in_use: Container[int], limit: int) -> Tensor:
-        """Return memory for a whole weight; that of weights this branch does not use makes room for it."""
+        """Return memory for a whole weight; if need be, free that of weights this branch does not use."""
         out = self.whole.get(id(p))
         if out is None or out.dtype != dtype:
             out = self.whole[id(p)] = torch.empty(p.numel(), dtype=dtype, device=p.device)
@@ -84,12 +84,12 @@ class Scratch:
 
 
 class Perturbed:
-    """The weights of one branch, θ ± ε z_k, as a source of copies and pieces for `Intercept`."""
+    """The weights of one branch, θ ± ε z_k, as a source of copies and tiles for `Intercept`."""
 
     def __init__(self, probes: ProbeContext, side: int, probe: int, budget: int, scratch: Scratch):
         self.probes, self.side, self.probe, self.scratch = probes, side, probe, scratch
         self.room = budget // 2
-        """Bytes of weights that stay whole, and of the pieces that are needed at once."""
+        """Bytes for whole weights, and for the tiles that are needed at once."""
         self.names: dict[int, str | None] = {id(p): name for name, p in probes.parameters.items()}
         if probes.dtype is not None and probes.model is not None:
             # Weights that are not perturbed are still cast to the dtype of the branch.
@@ -100,28 +100,28 @@ class Perturbed:
         self.copies: dict[int, Tensor] = {}
         self.copied_bytes = 0
 
-    # ---- copies and pieces
+    # ---- copies and tiles
 
     def tensor(self, p: Tensor) -> Tensor:
-        """Return the whole perturbed tensor, the same for the rest of the branch if the budget allows."""
+        """Return the whole perturbed tensor, stored for the rest of the branch if the budget allows."""
         if id(p) in self.copies:
             return self.copies[id(p)]
         dtype = self.probes.dtype_of(p)
         if not self.fits(p):
             return self._fill(p, 0, None, torch.empty(p.numel(), dtype=dtype, device=p.device)).view(p.shape)
         memory = self.scratch.keep(p, dtype, self.copies, self.room)
-        self.copies[id(p)] = made = self._fill(p, 0, None, memory).view(p.shape)
-        self.copied_bytes += made.nbytes
-        return made
+        self.copies[id(p)] = copy = self._fill(p, 0, None, memory).view(p.shape)
+        self.copied_bytes += copy.nbytes
+        return copy
 
     def rows(self, p: Tensor, begin: int, end: int, first: int = 0) -> Tensor:
         """Return rows of the perturbed tensor, as the matrix it is in the noise stream.
 
-        The next rows, of any tensor, get the same memory, so these must have been used up by then; rows that are needed
-        beside others come after them in it, at number `first`.
+        The next rows, of any tensor, overwrite them in the same memory; rows that are needed at the same time as others
+        go behind those, at number `first`.
         """
         count = (end - begin) * layout(p.shape)[1]
-        return self._fill(p, begin, end, self.scratch.piece(first, count, self.probes.dtype_of(p), p.device))
+        return self._fill(p, begin, end, self.scratch.tile(first, count, self.probes.dtype_of(p), p.device))
 
     def _fill(self, p: Tensor, begin: int, end: int | None, memory: Tensor) -> Tensor:
         source = p.detach().reshape(layout(p.shape))[begin:end]
@@ -134,11 +134,11 @@ class Perturbed:
         return out
 
     def value(self, p: Any) -> Any:
-        """Return what stands in for an argument: a perturbed copy of a weight, anything else as it is."""
+        """Return what replaces an argument: a perturbed copy of a weight, anything else as it is."""
         return self.tensor(p) if id(p) in self.ids else p
 
     def fits(self, *tensors: Any) -> bool:
-        """Whether these weights can all stay whole."""
+        """Whether these weights all fit whole."""
         missing = {
             id(p): p.numel() * self.probes.dtype_of(p).itemsize
             for p in tensors
@@ -146,7 +146,7 @@ class Perturbed:
         }
         return self.copied_bytes + sum(missing.values()) <= self.room
 
-    # ---- rules: functions computed piece by piece
+    # ---- rules: functions computed tile by tile
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """torch.nn.functional.linear, in blocks of outputs if the weight does not fit."""
@@ -155,9 +155,9 @@ class Perturbed:
         input = input.to(self.probes.dtype_of(weight))
         if (name := self.names.get(id(weight))) is not None:
             alpha = self.probes.alpha(name, self.side)
-            made = self.probes.noise.linear(input, weight, bias, self.probes.stream(name), self.probe, alpha)
-            if made is not None:
-                return made
+            product = self.probes.noise.linear(input, weight, bias, self.probes.stream(name), self.probe, alpha)
+            if product is not None:
+                return product
         if id(weight) not in self.ids or self.fits(weight) or layout(weight.shape)[0] != outputs:
             return functional.linear(input, self.value(weight), bias)
         result = input.new_empty(*input.shape[:-1], outputs)
@@ -169,7 +169,7 @@ class Perturbed:
         return result
 
     def embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """torch.nn.functional.embedding, of the rows that are looked up if that is less than all."""
+        """torch.nn.functional.embedding, of the rows that are looked up where those are fewer than all."""
         name = self.names.get(id(weight))
         few = input.numel() < weight.shape[0] or not self.fits(weight)
         # max_norm renormalises the weight in place; only a whole copy can take that.
@@ -199,15 +199,15 @@ class Perturbed:
         parts = []
         for n in range(0, heads, group):
             rows, lanes = slice(n * gates, (n + group) * gates), slice(n * width, (n + group) * width)
-            # The larger end first: memory that grew for the second piece would be held twice.
+            # The far end first: memory that grew for the second tile would exist twice.
             first = group * gates * weight_ih.shape[1]
-            piece_hh = self._piece(weight_hh, rows, first)
-            piece_ih = self._piece(weight_ih, rows)
-            parts.append(lstm_scan(inputs, piece_ih, piece_hh, bias[rows], h[:, lanes], c[:, lanes]))
+            tile_hh = self._tile(weight_hh, rows, first)
+            tile_ih = self._tile(weight_ih, rows)
+            parts.append(lstm_scan(inputs, tile_ih, tile_hh, bias[rows], h[:, lanes], c[:, lanes]))
         outputs, last_h, last_c = (torch.cat(tensors, -1) for tensors in zip(*parts))
         return outputs, last_h, last_c
 
-    def _piece(self, matrix: Tensor, rows: slice, first: int = 0) -> Tensor:
+    def _tile(self, matrix: Tensor, rows: slice, first: int = 0) -> Tensor:
         """Rows of a matrix, perturbed if it is a weight; cut from a whole copy if it is one row of the noise stream."""
         if id(matrix) not in self.ids or layout(matrix.shape)[0] == 1:
             return self.value(matrix)[rows]
@@ -216,7 +216,7 @@ class Perturbed:
     def _lstm_by_steps(
         self, inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h: Tensor, c: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A head that does not fit: its recurrent matrix is made again, in blocks of rows, at every step."""
+        """For heads that do not fit: the recurrent matrix is generated anew, in blocks of rows, at every step."""
         width = weight_hh.shape[1]
         heads, gates = h.shape[1] // width, 4 * width
         step = max(1, self.room // (width * inputs.element_size()))
@@ -228,7 +228,7 @@ class Perturbed:
                 block = h[:, n * width : (n + 1) * width]
                 for begin in range(n * gates, (n + 1) * gates, step):
                     rows = slice(begin, min(begin + step, (n + 1) * gates))
-                    pre[:, rows] += block @ self._piece(weight_hh, rows).T
+                    pre[:, rows] += block @ self._tile(weight_hh, rows).T
             h, c = (t.flatten(1) for t in gated(pre.view(-1, heads, gates), c.view(-1, heads, width)))
             outputs.append(h)
         return torch.stack(outputs, 1), h, c

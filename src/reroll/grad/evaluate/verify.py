@@ -1,13 +1,13 @@
-"""See that the perturbation reaches what the loss reads, and go another way where it doesn't.
+"""Verify that the perturbation reaches the loss, and evaluate in another way where it does not.
 
-A loss can read weights past `tiles` and `batched`: it closes over the model where a copy is evaluated, runs compiled
-code, calls `.item()`. So on the first use of a model, a loss and a way, one probe is also evaluated by the reference,
-on as many tensors as the budget of `tiles` can copy. Where losses differ by more than rounding, or the way raises,
-the next one is taken; the last is the reference (in another dtype than the weights', interception):
+A loss can bypass `tiles` and `batched`: it closes over the model where a copy is evaluated, runs compiled code, calls
+`.item()`. So the first time a model and a loss are evaluated in a mode, one probe is also evaluated by the reference,
+on as many tensors as the budget of `tiles` can copy. If losses differ by more than rounding, or the mode raises, the
+next one is used; the last is the reference (in another dtype than the weights', interception):
 
     tiles on a copy → tiles by interception → in_place          batched → in_place
 
-Where generators or buffers have moved afterwards, the step is taken once more with its branches isolated.
+If generators or buffers have changed afterwards, the step is evaluated once more with isolated branches.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from reroll.passes import passes
 from reroll.rollout.monitor import monitoring
 
 ROUNDING = 16
-"""Units in the last place of a loss by which two ways may differ, and differences of unperturbed losses."""
+"""Units in the last place of a loss by which two modes may differ, and differences of unperturbed losses."""
 FLOOR = 64
-"""Units in the last place of one by which losses may differ that are small differences of larger numbers, as those of a
-model that has learned its data are …"""
+"""Units in the last place of one by which losses may differ that are small differences of larger numbers, such as those
+of a model that has learned its data …"""
 SHARE = 0.1
-"""… if that is no more than this share of what the probe does to the loss: a weight that is not reached costs more."""
+"""… if that is at most this share of the probe's effect on the loss: an unreached weight makes a larger one."""
 AMPLIFIED = 6.0
 """Square roots of a unit in the last place by which unperturbed losses may differ: 0.2 % in fp32."""
-UNREACHED = "its losses differ from those of another way, so not all that the loss reads is perturbed"
+UNREACHED = "its losses differ from those of another mode, so not everything that the loss reads is perturbed"
 
 REMEMBERED = 64
-"""Losses of a model that are remembered."""
+"""Entries per model in the memo."""
 
-_settled: MutableMapping[Any, dict[Any, Any]] = WeakIdKeyDictionary()
-"""Of a model: what was settled, by plan and loss; each with references to the objects whose ids are in its key."""
+_memo: MutableMapping[Any, dict[Any, Any]] = WeakIdKeyDictionary()
+"""By model, mode and loss, the plan that was verified, and references to the objects whose ids are in the key."""
 
 
 @dataclass
@@ -60,67 +60,67 @@ class Evaluation:
     """How the units of a step are evaluated.
 
     Args:
-        plan: what was planned; what was settled on, once units were evaluated.
+        plan: the plan; after an evaluation the one that was used.
         restore: for "in_place".
-        asked: the mode was asked for by name, so none is taken in its place.
-        execute: who evaluates units; None: threads of this process.
-        drift: of "in_place" on a grid, tensors that came back changed.
+        explicit: the user chose the mode, so no other one replaces it.
+        execute: the executor of units; None: threads of this process.
+        drift: for "in_place" on a grid, the number of tensors that were not restored exactly.
     """
 
     probes: ProbeContext
     plan: Plan
     restore: str
-    asked: bool
+    explicit: bool
     execute: Execute | None = None
     drift: int | None = None
 
     def run(self, units: list[Unit]) -> list[Result]:
-        """Evaluate units as it is planned."""
-        with evaluator(self.plan, self.probes, self.restore) as way:
+        """Evaluate units as planned."""
+        with evaluator(self.plan, self.probes, self.restore) as mode:
             execute = self.execute or threads(self.plan.workers, self.plan.threads)
-            results = execute(way, units)
-        self.drift = way.drift if isinstance(way, InPlace) else None
+            results = execute(mode, units)
+        self.drift = mode.drift if isinstance(mode, InPlace) else None
         return results
 
-    def settle(self, units: list[Unit], loss_fn: Callable[..., Any]) -> list[Result]:
-        """Evaluate the units of a step, the first time beside `in_place`.
+    def run_verified(self, units: list[Unit], loss_fn: Callable[..., Any]) -> list[Result]:
+        """Evaluate the units of a step, and verify the mode the first time.
 
         Raises:
-            UsageError: if the mode was asked for and cannot evaluate this model and loss.
+            UsageError: if the user chose the mode and it cannot evaluate this model and loss.
         """
         model = self.probes.model
         loss, objects = identity(loss_fn)
         key = (self.plan.evaluate, self.plan.whole, self.probes.dtype, model and model.training, loss)
-        memo = _settled.setdefault(next(iter(self.probes.parameters.values())) if model is None else model, {})
-        references, settled = memo.get(key, ((), {}))
-        # While all of them live, their ids are nobody else's.
-        is_settled = key in memo and all(reference() is not None for reference in references)
-        if is_settled:
-            self._change(**settled)
-        results = self._evaluate(units, trusted=is_settled or is_ours(model, loss_fn))
+        memo = _memo.setdefault(next(iter(self.probes.parameters.values())) if model is None else model, {})
+        references, changes = memo.get(key, ((), {}))
+        # While these objects live, no others have their ids.
+        is_verified = key in memo and all(reference() is not None for reference in references)
+        if is_verified:
+            self._change(**changes)
+        results = self._evaluate(units, trusted=is_verified or is_ours(model, loss_fn))
         if len(memo) >= REMEMBERED and key not in memo:
             memo.clear()
-        settled = {name: getattr(self.plan, name) for name in ("evaluate", "whole", "isolate", "reason")}
-        memo[key] = tuple(map(_reference, objects)), settled
+        changes = {name: getattr(self.plan, name) for name in ("evaluate", "whole", "isolate", "reason")}
+        memo[key] = tuple(map(_reference, objects)), changes
         return results
 
     def _evaluate(self, units: list[Unit], trusted: bool) -> list[Result]:
-        """Evaluate units, if need be by one way after the other, until there is one to trust."""
-        # Branches that are isolated put back themselves what modules keep.
+        """Evaluate units, if need be in one mode after the other, until one is verified."""
+        # Isolated branches restore by themselves what modules store.
         before = Snapshot(None if self.plan.isolate else self.probes.model, cuda_devices(self.probes.parameters))
         first, reason = self.plan.evaluate, None
         while True:
             try:
                 results = self.run(units)
-                if not self.plan.isolate and before.has_moved():
+                if not self.plan.isolate and before.has_changed():
                     self._change(isolate=True)
                     trusted = False
                     continue
-                if trusted or self._is_last() or self._agrees(units[0], results[0]):
+                if trusted or self._is_reference() or self._agrees(units[0], results[0]):
                     break
                 reason = reason or UNREACHED
             except Exception as error:
-                if self._is_last():
+                if self._is_reference():
                     raise
                 reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
             finally:
@@ -138,24 +138,24 @@ class Evaluation:
         self.plan = replace(plan, workers=1) if plan.isolate or plan.evaluate == "in_place" else plan
         self.probes = replace(self.probes, isolate=plan.isolate)
 
-    def _is_last(self) -> bool:
-        """Whether there is no other way to go over to: this one is the measure."""
+    def _is_reference(self) -> bool:
+        """Whether the mode is the one that others are compared with."""
         if self.probes.dtype is None:
             return self.plan.evaluate == "in_place"
         return self.plan.evaluate == "tiles" and not self.plan.whole
 
     def _report(self, first: str, reason: str) -> None:
-        taken = self.plan.evaluate
-        if self.asked:
+        used = self.plan.evaluate
+        if self.explicit:
             raise UsageError(
-                f'evaluate="{first}" cannot evaluate this model and loss: {reason}. Use evaluate="{taken}" or "auto".'
+                f'evaluate="{first}" cannot evaluate this model and loss: {reason}. Use evaluate="{used}" or "auto".'
             )
         self.plan = replace(self.plan, reason=f"{first} cannot: {reason}")
-        if reason == UNREACHED:  # where a way raises, another is simply taken
-            warnings.warn(f'evaluate="{first}" would be wrong here: {reason}; "{taken}" is used.', stacklevel=4)
+        if reason == UNREACHED:  # a mode that raises is replaced silently
+            warnings.warn(f'evaluate="{first}" would be wrong here: {reason}; "{used}" is used.', stacklevel=4)
 
     def _agrees(self, unit: Unit, result: Result) -> bool:
-        """Whether the first probe of a unit has the losses that it has by the last way."""
+        """Whether the first probe of a unit has the same losses in the reference mode."""
         count = len(unit.probes)
         states = unit.states and [state for i, state in enumerate(unit.states) if i % count == 0]
         one = unit._replace(probes=unit.probes[:1], states=states)
@@ -173,9 +173,9 @@ class Evaluation:
         alike = (mine == theirs) | ~(mine.isfinite() | theirs.isfinite()) | (gap <= bound)
         if bool(alike.all()):
             return True
-        # Rounding may be amplified, by a long recurrence say: then unperturbed losses differ, too, if little.
-        still = replace(probes, epsilon=0.0)
-        clean, base = (self._once(still, one, plan).double() for plan in (self.plan, reference))
+        # Rounding may be amplified, as in a long recurrence: then the unperturbed losses differ slightly as well.
+        unperturbed = replace(probes, epsilon=0.0)
+        clean, base = (self._once(unperturbed, one, plan).double() for plan in (self.plan, reference))
         amplified, effect = (clean - base).abs(), (theirs - base).abs()
         if bool((alike | ((gap <= FLOOR * precision) & (gap <= SHARE * effect))).all()):
             return True
@@ -184,12 +184,12 @@ class Evaluation:
         return bool((alike | (gap <= bound + ROUNDING * amplified)).all())
 
     def _once(self, probes: ProbeContext, unit: Unit, plan: Plan) -> Tensor:
-        with passes(0), monitoring(quiet=True), evaluator(plan, probes, "copy") as way:
-            return threads(1, plan.threads)(way, [unit])[0].losses
+        with passes(0), monitoring(quiet=True), evaluator(plan, probes, "copy") as mode:
+            return threads(1, plan.threads)(mode, [unit])[0].losses
 
 
 def is_ours(model: nn.Module | None, loss_fn: Callable[..., Any]) -> bool:
-    """Whether model and loss are reroll's own, in which tests hold all ways to one another."""
+    """Whether model and loss are reroll's own, for which the tests compare all modes."""
     task = type(getattr(loss_fn, "__self__", None)).__module__
     plain = (nn.Linear, nn.Embedding, nn.ModuleList)
     return (
@@ -200,7 +200,7 @@ def is_ours(model: nn.Module | None, loss_fn: Callable[..., Any]) -> bool:
 
 
 def evaluator(plan: Plan, probes: ProbeContext, restore: str) -> Evaluator:
-    """Return what evaluates units as planned."""
+    """Return the evaluator of a plan."""
     if plan.evaluate == "batched":
         return Batched(probes)
     if plan.evaluate == "tiles":
@@ -209,15 +209,15 @@ def evaluator(plan: Plan, probes: ProbeContext, restore: str) -> Evaluator:
 
 
 FEW = 64
-"""Entries of a container that are looked at."""
+"""Entries of a container that are inspected."""
 
 
 def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
-    """Return what tells a loss from another, and the objects whose ids are in it.
+    """Return a key that identifies a loss, and the objects whose ids are in it.
 
-    That is its code, and the modules, parameters and functions that it is bound to, closes over or has as defaults; of
-    a list, tuple or dict only the first 64 entries count, so two losses that differ in a later one are taken for the
-    same, and the second is not compared. A lambda that is made anew at every step is the same loss.
+    It consists of the code, and of the modules, parameters and functions that the loss is bound to, closes over or has
+    as defaults. Of a list, tuple or dict only the first 64 entries count: losses that differ in a later one have the
+    same key, and the second is not verified. A lambda that is created anew at every step is the same loss.
     """
     objects: list[Any] = []
 
@@ -234,7 +234,7 @@ def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
         elif isinstance(value, functools.partial):
             inside = value.func, value.args, value.keywords
         elif isinstance(value, list | tuple | dict):
-            # A container may hold a data set; what tells losses apart is few and in front.
+            # A container may be a data set; one of modules or parameters is short.
             inside = list(itertools.islice(value.values() if isinstance(value, dict) else value, FEW))
         else:
             return by_id(value) if isinstance(value, nn.Parameter) or callable(value) else None
@@ -246,7 +246,7 @@ def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
 
 def _closure(function: types.FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # not yet filled
+        with contextlib.suppress(ValueError):  # an empty cell
             yield cell.cell_contents
 
 
@@ -258,7 +258,7 @@ def _reference(thing: Any) -> Callable[[], Any]:
 
 
 def _affordable(parameters: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
-    """The tensors, smallest first, that the budget allows to copy, or the smallest; in their order."""
+    """The smallest tensors, at least one, that the budget allows to copy; in their order."""
     by_size = sorted(parameters, key=lambda name: parameters[name].numel())
     totals = itertools.accumulate(parameters[name].nbytes for name in by_size)
     chosen = {name for i, (name, total) in enumerate(zip(by_size, totals)) if total <= budget or i == 0}

@@ -1,9 +1,9 @@
-"""Probes through a rollout that iterates: begin every branch at the trajectory of the unperturbed weights.
+"""Probes through an iterative rollout: warm-start every branch from the trajectory of the unperturbed weights.
 
-A probe moves the weights by ε, and so the trajectory by about ε: from the unperturbed one, Newton's method has less far
-to go than from anywhere else. And since a loss difference is divided by 2ε, what the solver leaves over is divided by
-it too: (error of a coefficient) ≈ (error of the loss) / ε. That error is measured at every step: some of the probes are
-evaluated once more, a hundred times as exactly. (What both sides share cancels: the unperturbed loss would say little.)
+A probe moves the weights by ε, and so the trajectory by about ε: Newton's method needs the fewest iterations from the
+unperturbed one. And since a loss difference is divided by 2ε, so is the solver's error: (error of a coefficient) ≈
+(error of the loss) / ε. It is measured at every step: some of the probes are evaluated again with a hundredth of the
+tolerance. (What both sides share cancels, so the unperturbed loss would tell little.)
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from reroll.rollout.monitor import monitoring
 from reroll.trees import map_state
 
 TIGHTER = 0.01
-"""Factor on the tolerance of the evaluation that the other one is compared with."""
+"""Factor on the tolerance of the evaluation that serves as the reference."""
 SHARE = 16
-"""One probe in so many is evaluated again."""
+"""One probe in this many is evaluated again."""
 TOO_LOOSE = 0.1
-"""Share of the spread of the loss differences that the solver's error may have."""
+"""The largest acceptable error of the solver, as a share of the spread of the loss differences."""
 
 
 def iterates(model: nn.Module) -> bool:
-    """Whether a model evaluates a recurrence by a method that iterates."""
+    """Whether a model contains a rollout that iterates."""
     return any(isinstance(getattr(module, "rollout", None), Newton | Auto) for module in model.modules())
 
 
 class WarmStarts:
-    """The trajectories of the unperturbed weights on every part of a batch, and a loss that begins there."""
+    """The trajectories of the unperturbed weights on the parts of a batch, and a loss that starts from them."""
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any]):
         self.loss_fn = loss_fn
         self.trajectories: dict[Any, tuple[Any, list[Tensor]]] = {}
-        """The part and its trajectories, by `_address` of the part: while it lives, no other is there."""
+        """By `_address`, a part and its trajectories: while the part lives, no other one is at its address."""
         self.tolerance = 1.0
         self.passes = 0
 
     def prepare(self, model: nn.Module, parts: Iterable[Any]) -> None:
-        """Solve the parts of a batch that the probes will see with the weights as they are."""
+        """Solve the parts of a batch that the probes will see with the unperturbed weights."""
         for part in parts:
             if _address(part) in self.trajectories:
                 continue
@@ -57,15 +57,14 @@ class WarmStarts:
 
     def __call__(self, model: Any, batch: Any) -> Any:
         """Return the loss, warm-started from the unperturbed trajectory if there is one."""
-        again = self.tolerance != 1.0
         _, guesses = self.trajectories.get(_address(batch), (None, ()))
-        with monitoring(guesses=guesses, tolerance=self.tolerance, quiet=again):
+        with monitoring(guesses=guesses, tolerance=self.tolerance, quiet=self.tolerance != 1.0):
             return self.loss_fn(model, batch)
 
     def error(
         self, units: list[Unit], results: list[Result], run: Callable[[list[Unit]], list[Result]]
     ) -> float | None:
-        """Return how far the solver moves a loss difference: the root mean square over every `SHARE`-th probe.
+        """Return the solver's error of a loss difference: the root mean square over every `SHARE`-th probe.
 
         It is None if none of these probes has a finite loss; `results` are those of `units`, all of the step.
         """
@@ -82,9 +81,9 @@ class WarmStarts:
             for probe, difference in zip(unit.probes[first::SHARE], differences):
                 total[probe] = total[probe] + rows * difference
                 weight[probe] += rows
-        moved = torch.stack([total[probe] / weight[probe] for probe in total])
-        moved = moved[moved.isfinite()]
-        return float(moved.square().mean().sqrt()) if len(moved) else None
+        error = torch.stack([total[probe] / weight[probe] for probe in total])
+        error = error[error.isfinite()]
+        return float(error.square().mean().sqrt()) if len(error) else None
 
     @contextmanager
     def _tightly(self) -> Iterator[None]:
@@ -104,7 +103,7 @@ def _every(unit: Unit, first: int) -> Unit:
 
 
 def _address(batch: Any) -> Any:
-    """What tells one part of a batch from another: where its tensors are, or without tensors the object itself."""
+    """What identifies a part of a batch: the memory of its tensors, or without tensors the object itself."""
     tensors: list[Tensor] = []
     map_state(getattr(batch, "inputs", batch), lambda tensor: tensors.append(tensor) or tensor)
     strided = torch.strided
