@@ -122,7 +122,7 @@ def test_a_run_killed_while_it_searches_knows_what_it_was_asked_for(tmp_path, in
     with pytest.raises(Abandoned):
         train(small(**SEARCHING), path, init=initial, report=GoneWhileSearching())
     _, report = interrupted(read_config(path), path)
-    assert report.notes[0] == f"{path} has no checkpoint yet: it begins again, at step 0."
+    assert report.notes[0] == f"{path} has no checkpoint yet: starting again, at step 0."
     assert differences(left(tmp_path / "straight"), left(path)) == []
 
 
@@ -153,7 +153,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(console.Console, "step", interrupt)
         assert main([*command, "--run-dir", str(path), "--resume"]) == 1
         said, name = capsys.readouterr().out, signal.Signals(number).name
-        way = f"stopped: {name} after {at + 2} steps. Go on with: reroll train --run-dir {path} --resume"
+        way = f"stopped: {name} after {at + 2} steps. To resume: reroll train --run-dir {path} --resume"
         assert way in said
         assert read_json(path / "status.json")["state"] == "stopped"
         assert checkpoint.newest(path / "checkpoints").step == at + 2
@@ -206,6 +206,6 @@ def test_a_terminated_process_saves_and_says_how_to_go_on(tmp_path):
     said = process.communicate()[0]
     assert process.returncode == 1
     steps = checkpoint.newest(path / "checkpoints").step
-    assert f"stopped: SIGTERM after {steps} steps. Go on with: reroll train --run-dir {path} --resume" in said
+    assert f"stopped: SIGTERM after {steps} steps. To resume: reroll train --run-dir {path} --resume" in said
     assert len(list(read_metrics(path))) == steps
     assert "Traceback" not in said

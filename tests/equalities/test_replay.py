@@ -152,7 +152,7 @@ def test_a_run_that_is_gone_is_made_again_to_its_last_whole_step(tmp_path, caplo
     data = (tmp_path / "run" / "journal").read_bytes()
     (tmp_path / "run" / "journal").write_bytes(data[:-1])
     model, steps = replay(tmp_path / "run")
-    assert "last record is torn" in caplog.text
+    assert "last record is incomplete" in caplog.text
     assert steps == 6
     expected = checkpoint.read(tmp_path / "whole" / "checkpoints" / "step-00000006")
     assert checkpoint.checksum(checkpoint.weights_of(model)) == checkpoint.checksum(expected.weights)
@@ -284,7 +284,7 @@ def test_other_initial_weights_are_refused(tmp_path, monkeypatch):
     made = load.build_model
     monkeypatch.setattr(replaying, "build_model", lambda config, sizes, seed: made(config, sizes, seed + 1))
     for name in ("drawn", "given"):
-        with pytest.raises(RunError, match="the initial weights .* are not those of the run"):
+        with pytest.raises(RunError, match="the initial weights .* are not the run's"):
             replay(tmp_path / name)
 
 

@@ -162,7 +162,7 @@ def test_a_torn_end_is_dropped_and_said_so(tmp_path):
 def test_a_whole_end_is_not_said_to_be_torn(tmp_path):
     _, report = interrupted(small(), tmp_path / "run", (5, "abandoned"))
     assert report.notes[0].startswith(f"Resuming {tmp_path / 'run'} at step 4. ")
-    assert ["torn" in report.notes[0], "2 steps recorded after it" in report.notes[0]] == [False, True]
+    assert ["incomplete" in report.notes[0], "2 steps recorded after it" in report.notes[0]] == [False, True]
 
 
 def damage(folder):
@@ -210,7 +210,7 @@ def test_a_run_that_cannot_be_resumed_is_left_as_it_is(tmp_path, loss):
         for folder in checkpoint.all_of(path / "checkpoints"):
             damage(folder)
     before = contents(path)
-    with pytest.raises(RunError, match=r"cannot be resumed: (none of its|environment.json).*left as it is"):
+    with pytest.raises(RunError, match=r"cannot be resumed: (none of its|environment.json).*Nothing was changed"):
         train(small(), path, resume=True)
     assert contents(path) == before
 
@@ -221,7 +221,7 @@ def test_a_journal_shorter_than_its_checkpoint_is_refused(tmp_path):
         train(small(), path, report=Interrupt(7, "abandoned"))
     journal.Writer.append(journal.read(path / "journal"), 3).close()
     before = contents(path)
-    with pytest.raises(RunError, match="has 3 of the 6 steps the checkpoint has. .*later steps than 3"):
+    with pytest.raises(RunError, match="has only 3 of the checkpoint's 6 steps. .*after step 3"):
         train(small(), path, resume=True)
     assert contents(path) == before
 
@@ -257,8 +257,8 @@ def test_files_of_another_run_of_the_same_shape_are_refused(tmp_path, gradient):
         config = small(run={"seed": seed}, **GRADIENTS[gradient])
         with pytest.raises(Abandoned):
             train(config, tmp_path / str(seed), report=Interrupt(5, "abandoned"))
-    files = {"checkpoints": "checkpoints/step-00000004 is of another run", "environment.json": "is of another run"}
-    files |= {"journal": "the journal is of another run"} if gradient == "probes" else {}
+    files = {"checkpoints": "checkpoints/step-00000004 is from another run", "environment.json": "is from another run"}
+    files |= {"journal": "the journal is from another run"} if gradient == "probes" else {}
     for name, message in files.items():
         shutil.copytree(tmp_path / "1", tmp_path / name)
         mixed, other = tmp_path / name / name, tmp_path / "2" / name
@@ -277,7 +277,7 @@ def test_an_edited_config_is_not_resumed(tmp_path):
     train(small(), tmp_path / "run", report=Interrupt(3))
     file = tmp_path / "run" / "config.toml"
     file.write_text(file.read_text().replace("momentum = 0.9", "momentum = 0.5"))
-    with pytest.raises(RunError, match=r"config.toml or environment.json is not what it was"):
+    with pytest.raises(RunError, match=r"config.toml or environment.json has changed"):
         train(small(optim={"momentum": 0.5}), tmp_path / "run", resume=True)
 
 
@@ -343,9 +343,7 @@ def test_changed_data_are_refused(tmp_path):
     train(config, path, report=Interrupt(3))
     write_text(tmp_path / "text.txt", seed=1)
     before = contents(path)
-    with pytest.raises(
-        RunError, match=r"The data have changed since the run began \(fingerprint .*Bring the data back"
-    ):
+    with pytest.raises(RunError, match=r"The data have changed since the run started \(fingerprint .*Restore the data"):
         train(config, path, resume=True)
     assert contents(path) == before
     write_text(tmp_path / "text.txt")
@@ -405,15 +403,18 @@ def test_resuming_nothing_begins_and_says_so(tmp_path, there):
         path.mkdir()
     report = Interrupt()
     assert train(small(), path, resume=True, report=report)["state"] == "done"
-    assert report.notes[0] == f"Nothing to resume in {path}: a new run begins."
+    assert report.notes[0] == f"Nothing to resume in {path}: starting a new run."
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    for resume, message in [(True, "holds no run .no config.toml.; name another"), (False, "Add --resume to go on")]:
+    for resume, message in [
+        (True, "has no run in it .no config.toml.; choose another"),
+        (False, "Add --resume to continue"),
+    ]:
         with pytest.raises(UsageError, match=message):
             train(small(), tmp_path, resume=resume)
-    with pytest.raises(UsageError, match="mine.txt is a file; name a folder"):
+    with pytest.raises(UsageError, match="mine.txt is a file; choose a folder"):
         train(small(), tmp_path / "mine.txt", resume=True)
     assert contents(tmp_path) == {"mine.txt": b"mine"}
 

@@ -354,11 +354,11 @@ def test_a_demo_that_is_stopped_says_how_to_go_on_and_ends(monkeypatch, capsys, 
 
     states = iter(ended)
     monkeypatch.setattr(demo, "steps_in", lambda *arguments: 3)
-    summary = {"reason": "Interrupted. Go on with: reroll train …", "total_seconds": 1.0}
+    summary = {"reason": "Interrupted. To resume: reroll train …", "total_seconds": 1.0}
     monkeypatch.setattr("reroll.train.loop.train", lambda config, path, report: {"state": next(states), **summary})
     assert command.run("demo", ["--run-dir", str(tmp_path / "demo")]) == 1
     said = capsys.readouterr().out
-    assert "Go on with: reroll train" in said
+    assert "To resume: reroll train" in said
     assert "Measuring" not in said
     assert next(states, None) is None
 

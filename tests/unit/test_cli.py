@@ -102,7 +102,7 @@ def test_a_terminal_that_lacks_characters_is_no_reason_to_fail(tmp_path):
     command = [sys.executable, "-m", "reroll", "show", "text", "--path", b"na\xefve"]
     done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2
-    assert b"holds a character that no file can hold" in done.stderr
+    assert b"has a character that cannot be stored in a file" in done.stderr
     done = subprocess.run([*command[:-1], "ε"], capture_output=True, env=environment, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
     assert rb'path = "\u03b5"' in done.stdout
@@ -483,7 +483,7 @@ def test_a_resumed_run_takes_no_step_back(cli, run):
     before = contents(run)
     found = cli("train", "--run-dir", "run", "--resume", "--steps", 2)
     assert found.code == 2
-    assert "--steps 2: run has taken 4 steps already" in found.error
+    assert "--steps 2: run has already taken 4 steps" in found.error
     assert contents(run) == before
 
 
@@ -491,7 +491,7 @@ def test_resume(cli, tmp_path):
     resumed = (*TRAIN, "--run-dir", "run", "--resume")
     first = cli(*resumed)
     assert first.code == 0
-    assert "Nothing to resume in run: a new run begins." in first.out
+    assert "Nothing to resume in run: starting a new run." in first.out
     whole, before = weights_of(tmp_path / "run"), contents(tmp_path / "run")
     again = cli(*resumed)
     assert again.code == 0
@@ -526,7 +526,7 @@ def test_resume_refuses_another_run(cli, run):
     Path("other").mkdir()
     Path("other/notes.txt").write_text("mine")
     foreign = cli(*TRAIN, "--run-dir", "other", "--resume")
-    assert (foreign.code, "holds no run" in foreign.error) == (2, True)
+    assert (foreign.code, "has no run in it" in foreign.error) == (2, True)
     assert contents(run) == before
 
 

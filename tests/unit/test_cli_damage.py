@@ -171,7 +171,7 @@ def test_foreign_safetensors_are_refused(cli, run, tmp_path):
     assert "1 unknown (more)" in cli("eval", file).error
     for cut in (0, 7, 8, 100, len(good.read_bytes()) - 1):
         file.write_bytes(good.read_bytes()[:cut])
-        assert "no safetensors file that can be read" in cli("eval", file).error
+        assert "cannot be read as a safetensors file" in cli("eval", file).error
 
 
 def test_damaged_records_of_a_run_are_said(cli, run):
@@ -238,7 +238,7 @@ def test_a_disk_that_is_full_at_once(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     found = cli(*TRAIN, "--run-dir", "run")
     assert found.code == 1
-    assert "No space left on device. Free some space, or name another folder with --run-dir." in found.error
+    assert "No space left on device. Free some space, or choose another folder with --run-dir." in found.error
 
 
 def test_a_folder_that_cannot_be_written(cli, tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_a_folder_that_cannot_be_written(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuse)
     found = cli(*TRAIN, "--run-dir", "run")
     assert found.code == 1
-    assert "--run-dir run cannot be written (Permission denied); name another folder." in found.error
+    assert "--run-dir run cannot be written (Permission denied); choose another folder." in found.error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -104,8 +104,8 @@ def test_another_kind_keeps_what_it_can():
     "tables, message",
     [
         ({"optm": {}}, 'unknown key optm. Did you mean "optim"'),
-        ({"model": {"cell": "gru"}}, "model.cell is called model.kind now"),
-        ({"gradient": {"share": "split"}}, "gradient.share is called gradient.batch now"),
+        ({"model": {"cell": "gru"}}, "model.cell is now called model.kind"),
+        ({"gradient": {"share": "split"}}, "gradient.share is now called gradient.batch"),
         ({"optim": {"lrr": 1}}, r'unknown key optim.lrr. Did you mean "lr"'),
         ({"optim": 3}, "optim=3 must be a table"),
         ({"optim": {"lr": "fast"}}, "optim.lr='fast' must be a number or \"auto\""),
@@ -124,7 +124,7 @@ def test_another_kind_keeps_what_it_can():
             "gradient.evaluate='tile' must be auto, .*batched. Did you mean \"tiles\"",
         ),
         ({"format": 1}, "format=1 is of another version of reroll"),
-        ({"recipe": 3}, "recipe=3 must be a text"),
+        ({"recipe": 3}, "recipe=3 must be text"),
     ],
 )
 def test_what_does_not_fit_is_named(tables, message):
@@ -151,7 +151,7 @@ CARRIED = {"kind": "text", "path": "somewhere", "carry": True}
         (dict(optim={"kind": "adamw", "update": "fused"}), 'optimizer=adamw needs update="stream"'),
         (dict(optim={"lr": 1e30}), r"lr=1e\+30 must lie in"),
         (dict(gradient={"probes": 1 << 30}), "probes=1073741824 must lie in"),
-        (dict(task={"kind": "text", "path": "a\0b"}), "holds a character that no file can hold"),
+        (dict(task={"kind": "text", "path": "a\0b"}), "has a character that cannot be stored in a file"),
         (
             dict(gradient={"batch": "split", "difference": "one_sided"}),
             "difference=.* and batch=.* exclude each other",
@@ -165,8 +165,8 @@ CARRIED = {"kind": "text", "path": "somewhere", "carry": True}
             "a state per branch and micro_batch=2 exclude each other",
         ),
         (dict(task=CARRIED | {"overfit": True}), "carry=true and overfit exclude each other"),
-        (dict(task={"kind": "text", "path": "a.csv"}), "holds numbers"),
-        (dict(model={"rollout": "auto"}, gradient={"evaluate": "batched"}), "evaluate=batched cannot follow"),
+        (dict(task={"kind": "text", "path": "a.csv"}), "contains numbers"),
+        (dict(model={"rollout": "auto"}, gradient={"evaluate": "batched"}), "evaluate=batched does not work"),
         (dict(optim={"plateau_factor": -0.5}), "plateau_factor=-0.5"),
         (dict(optim={"plateau": -1}), "plateau=-1"),
         (dict(task={"curriculum_step": 0}), "curriculum_step=0"),

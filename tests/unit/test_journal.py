@@ -101,14 +101,14 @@ def test_a_damaged_header_is_an_error(path):
     data = bytearray(path.read_bytes())
     data[len(MAGIC) + 20] ^= 0xFF
     path.write_bytes(data)
-    with pytest.raises(RunError, match="its header does not check"):
+    with pytest.raises(RunError, match="its header does not match"):
         read(path)
 
 
 def test_other_files_are_refused(tmp_path):
     file = tmp_path / "journal"
     for content, said in (
-        (b"", "none"), (b"\x80\x04pickle", "none"), (b"reroll.journal.1\n1234", "a journal of version 1; .* reads 2"),
+        (b"", "not one"), (b"\x80\x04pickle", "not one"), (b"reroll.journal.1\n1234", "version 1; .* reads version 2"),
         (MAGIC, "header"),
     ):  # fmt: skip
         file.write_bytes(content)
@@ -125,7 +125,7 @@ def test_appending_cuts_what_comes_after(path):
     records = list(read(path).iterate())
     assert [r.step for r in records] == [0, 1, 2]
     assert len(records[2].terms[0].coefficients) == 9
-    with pytest.raises(RunError, match="has 3 of the 7 steps"):
+    with pytest.raises(RunError, match="has only 3 of the checkpoint's 7 steps"):
         Writer.append(read(path), 7)
 
 
@@ -142,5 +142,5 @@ def test_a_record_of_another_step_is_damage(tmp_path):
     for step in (0, 1, 1, 3):
         writer.write(record(step))
     writer.close()
-    with pytest.raises(RunError, match="damaged at step 2: the record there is of step 1"):
+    with pytest.raises(RunError, match="damaged at step 2: its record is that of step 1"):
         list(read(tmp_path / "journal").iterate())

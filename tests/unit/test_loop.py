@@ -200,11 +200,11 @@ def test_time_ends_it(tmp_path, monkeypatch):
     """By the seconds of training; here every step takes two."""
     monkeypatch.setattr(machine.time, "perf_counter", itertools.count(0, 2.0).__next__)
     train(small(run={"max_seconds": 7.0}), tmp_path)
-    assert ended(tmp_path) == ("done", "7 seconds are over, after 4 steps.", 4)
+    assert ended(tmp_path) == ("done", "the time limit of 7 seconds was reached after 4 steps.", 4)
     assert rows_of(tmp_path)[-1]["total_seconds"] == 8.0
     assert "valid_loss" in rows_of(tmp_path)[-1]
     train(small(run={"max_seconds": 11.0}), tmp_path, resume=True)
-    assert ended(tmp_path) == ("done", "11 seconds are over, after 6 steps.", 6)
+    assert ended(tmp_path) == ("done", "the time limit of 11 seconds was reached after 6 steps.", 6)
 
 
 @pytest.mark.parametrize("method", GRADIENTS)

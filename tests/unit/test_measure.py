@@ -93,13 +93,13 @@ def test_a_failure_is_told_in_its_words():
 
 @pytest.mark.slow
 def test_a_process_that_dies_without_a_word_is_told_of():
-    with pytest.raises(RunError, match=r"The measured call failed: no message; its process ended with -9"):
+    with pytest.raises(RunError, match=r"The measured call failed: no message; its process exited with -9"):
         reroll.measure(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_what_cannot_be_sent_is_refused():
     lock = threading.Lock()
-    with pytest.raises(UsageError, match="cannot be sent to a fresh process .TypeError: cannot pickle.*Let it make"):
+    with pytest.raises(UsageError, match="cannot be sent to a fresh process .TypeError: cannot pickle.*Create"):
         reroll.measure(lambda: lock.acquire())
 
 

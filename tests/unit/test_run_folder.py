@@ -64,7 +64,7 @@ def test_a_run_that_was_killed_at_once_can_be_begun_again(tmp_path):
     other.path.mkdir()
     for somebodys in (folder.path / "notes.md", folder.checkpoints / "step-00000002", other.path / "log.txt"):
         somebodys.touch()
-        with pytest.raises(UsageError, match="holds no run"):
+        with pytest.raises(UsageError, match="has no run in it"):
             RunFolder(tmp_path / somebodys.relative_to(tmp_path).parts[0]).refuse_used(resume=True)
         somebodys.unlink()
 
@@ -72,7 +72,7 @@ def test_a_run_that_was_killed_at_once_can_be_begun_again(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        RunError, match="--run-dir .*/file/run cannot be written .Not a directory.; name another folder"
+        RunError, match="--run-dir .*/file/run cannot be written .Not a directory.; choose another folder"
     ):
         RunFolder(tmp_path / "file" / "run").make()
 
@@ -285,7 +285,10 @@ def test_stop_asks_the_process_that_has_the_folder_and_no_other(tmp_path, living
         processes[name] = living(SAVES_AND_ENDS + WAITS, path)
     (tmp_path / "runs/mine/status.json").write_text(json.dumps({"state": "running", "pid": processes["other"].pid}))
     assert main(["runs", "stop", "mine"]) == 0
-    assert capsys.readouterr().out == "runs/mine: stopped at step 5. Go on: reroll train --run-dir runs/mine --resume\n"
+    assert (
+        capsys.readouterr().out
+        == "runs/mine: stopped at step 5. To resume: reroll train --run-dir runs/mine --resume\n"
+    )
     assert processes["mine"].wait() == 1
     assert processes["other"].poll() is None
     assert main(["runs", "stop", "mine"]) == 2
@@ -301,7 +304,7 @@ def test_stop_says_when_it_takes_too_long(tmp_path, living, capsys):
     (tmp_path / "config.toml").touch()
     process = living(HOLDS + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAITS, tmp_path)
     assert main(["runs", "stop", str(tmp_path), "--wait", "0.2"]) == 1
-    assert "has not ended after 0.2 seconds" in capsys.readouterr().err
+    assert "is still running after 0.2 seconds" in capsys.readouterr().err
     assert process.poll() is None
 
 

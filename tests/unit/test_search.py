@@ -17,7 +17,7 @@ from reroll.train.config import resolve
 from reroll.train.loop import train
 from reroll.train.records import read_config, read_json, read_metrics
 from reroll.train.resume import open_session
-from reroll.train.search import grid, middles, search_lr
+from reroll.train.search import grid, midpoints, search_lr
 from tests.runs import Interrupt, differences, left, small, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_steps")
@@ -72,7 +72,7 @@ def session(tmp_path_factory):
 
 
 def test_the_best_is_closed_in_on(monkeypatch, session):
-    """Losses with a valley at 0.004: the grid, then middles on both sides of the best, twice."""
+    """Losses with a valley at 0.004: the grid, then midpoints on both sides of the best, twice."""
     rates, best = tried(monkeypatch, session, lambda lr: abs(math.log(lr / 0.004)))
     assert rates[:5] == [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
     assert rates[5:] == pytest.approx([10**-2.5, 10**-1.5, 10**-2.75, 10**-2.25], rel=1e-5)
@@ -133,14 +133,14 @@ def test_a_signal_ends_the_search_after_the_trial_at_hand(tmp_path):
     assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
 
 
-def test_middles_leave_out_what_was_tried():
-    assert middles({0.01: 2.0, 0.1: 1.0, 1.0: 3.0, 0.0316228: 1.5}) == [0.0562342, 0.316228]
-    assert middles({1.0: 1.0}) == []
-    assert middles({1.0: 1.0, 1.00001: 2.0}) == []  # nothing lies between them in six digits
+def test_midpoints_leave_out_what_was_tried():
+    assert midpoints({0.01: 2.0, 0.1: 1.0, 1.0: 3.0, 0.0316228: 1.5}) == [0.0562342, 0.316228]
+    assert midpoints({1.0: 1.0}) == []
+    assert midpoints({1.0: 1.0, 1.00001: 2.0}) == []  # nothing lies between them in six digits
 
 
 def test_when_every_rate_fails_it_says_what_to_change(monkeypatch, session):
-    with pytest.raises(RunError, match=r"every rate from 1e-05 to 0.1 .* Set optim.search_low lower"):
+    with pytest.raises(RunError, match=r"every rate from 1e-05 to 0.1 .* Lower optim.search_low"):
         tried(monkeypatch, session, lambda lr: math.inf)
 
 

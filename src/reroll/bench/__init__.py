@@ -1,6 +1,6 @@
-"""Claims about speed, memory and learning, measured: every figure is a ratio of things measured in turn in one run.
+"""Measurements of speed, memory and learning: every figure is a ratio of quantities measured alternately in one run.
 
-`zeroth.py`, `estimator.py`, `rollouts/` and `grid.py` are what `reroll bench` runs, `demo.py` what the demo compares;
-`claims.py` is the table of `reroll reproduce`, and `experiments/` measure its rows. `harness.py` and `cases.py` are
-what they share.
+`reroll bench` runs `zeroth.py`, `estimator.py`, `rollouts/` and `grid.py`; `demo.py` is the comparison of the demo;
+`claims.py` is the table of `reroll reproduce`, and `experiments/` measures its rows. They share `harness.py` and
+`cases.py`.
 """

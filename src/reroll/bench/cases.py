@@ -1,7 +1,8 @@
-"""The case that steps are measured on: an LSTM over random symbols."""
+"""The model and batch that steps are measured on: an LSTM over random symbols."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +42,12 @@ class Case:
             assert isinstance(losses, Tensor)
             losses.mean().item()
 
+    def call(self, estimator: Estimator | None, optimizer: Any = None) -> Callable[[], Any]:
+        """Return a step, or for no estimator a forward pass, as a call."""
+        return self.forward if estimator is None else lambda: self.step(estimator, optimizer)
+
     def step(self, estimator: Estimator, optimizer: Any = None) -> Gradient:
-        """Take a whole step: estimate and update, with a rate of nothing to speak of unless an optimizer is given."""
+        """Take a step, estimate and update; without an optimizer, at a negligible learning rate."""
         optimizer = optimizer or SGD(self.model.parameters(), lr=1e-12)
         update = "fused" if isinstance(estimator, CentralDifference) else "write"
         key = Key(0).at(0)
@@ -50,6 +55,6 @@ class Case:
 
 
 def symbols(vocab: int, rows: int, time: int) -> Batch:
-    """Return a batch of random symbols, each of which is followed by the next."""
+    """Return a batch of random symbols; the target of each is the next one."""
     ids = torch.randint(vocab, (rows, time + 1))
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(rows, time, dtype=torch.bool))

@@ -1,7 +1,7 @@
-"""`reroll reproduce`: one table of claims, each with what was published and what we measured.
+"""`reroll reproduce`: a table of claims, each with the published value and the one measured here.
 
-A claim is a row: what it says, where it is from, the published value, and the experiment that measures it here. The
-last measurement of each is kept in the user's cache; `measured.json` beside this file ships ours.
+A claim is a row: a statement, its source, the published value, and the experiment that measures it. The last
+measurement of each is stored in the user's cache; `measured.json`, next to this file, has ours.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Claim:
     """One claim.
 
     Args:
-        name: what `reroll reproduce NAME` takes.
-        module: of `reroll.bench.experiments`, which measures it.
-        key: which number of the result decides.
-        minutes: about how long it takes on two cores.
-        says: the claim, in a line.
-        source: the seed document and its place.
-        published: the published value, as text.
-        tolerance: when it holds, as text.
+        name: the argument of `reroll reproduce`.
+        module: the module of `reroll.bench.experiments` that measures it.
+        key: the deciding number of the result.
+        minutes: approximate time on two cores.
+        says: the claim, in one line.
+        source: the document, and the place in it.
+        published: the published value, in words.
+        tolerance: when the claim holds, in words.
         recipes: the recipes that are run.
-        options: arguments of the module's `measure` beside `full`.
+        options: arguments of the module's `measure` besides `full`.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Claim:
 
     @property
     def experiment(self) -> Any:
-        """The module, imported when it is needed."""
+        """The module, imported on first use."""
         return importlib.import_module(f"reroll.bench.experiments.{self.module}")
 
 
@@ -63,7 +63,7 @@ ROWS = (
     Claim(
         "memorise", "memorise", "steps", 0.5,
         "CD-RGE memorises nine symbols in a few steps, without a backward pass",
-        "the notes to arXiv:2505.17852 (seed 000 §2: 112.6 M weights, loss 7.54 → 0.095 in 4 steps; seed 001: "
+        "notes on arXiv:2505.17852 (seed 000 §2: 112.6 M weights, loss 7.54 → 0.095 in 4 steps; seed 001: "
         "6.9 B weights, 6 steps), here at 1.1 M weights",
         "4 … 6 steps at 112.6 M … 6.9 B weights",
         "loss < 0.1 within 20 steps for each of three seeds; N = 96, η = ε = 0.1, momentum 0.9",
@@ -71,25 +71,25 @@ ROWS = (
     ),
     Claim(
         "memory", "memory", "overhead_reduction", 2,
-        "a CD-RGE step needs far less memory above the model than a BPTT step, the more so the longer the sequence",
+        "a CD-RGE step needs far less memory on top of the model than BPTT, ever less as sequences grow",
         "a replication of arXiv:2505.17852 (seed 002, Memory Comparison: T = 32, batch 16, 113.6 against 30.1 MB)",
         "73.5 % less at T = 32",
-        "≥ 0.95 at T = 1024; T = 32 beside it",
+        "≥ 0.95 at T = 1024; T = 32 is reported too",
     ),
     Claim(
         "elk-fig8", "lorenz", "elk", 1,
-        "on chaotic Lorenz-96 a Kalman filter of variance 300 finds the trajectory, sooner than scaled DEER does",
+        "on chaotic Lorenz-96, ELK with variance 300 finds the trajectory in fewer iterations than scaled DEER",
         f"{ELK_PAPER} figure 8; counts by an independent implementation on one initial condition",
         "a figure without numbers; counted 152 (ELK), 249 (DEER scaled by 0.8), none (DEER), 931 (quasi-DEER)",
         "mean over ten initial conditions: ELK within 0.7 … 1.4 × 152, scaled within 0.7 … 1.4 × 249, ELK first",
     ),
     Claim(
         "elk-fig7", "sweep", "best_elk", 3,
-        "ELK's variance has a best value in between: less is slow, more explodes",
+        "ELK has an optimal variance: a smaller one is slow, a larger one explodes",
         f"{ELK_PAPER} figures 7 (a generator) and 8 (Lorenz-96)",
         "figures without numbers; the sweeps chose 1e6 (ELK), 1e2 (quasi-ELK) on its generator, 300, 10 on Lorenz",
-        "on Lorenz-96 both best variances inside 0.3 … 1e6, ELK's within a decade of 300; on the generator trained "
-        "here ELK's inside 1 … 3e8",
+        "on Lorenz-96 both optima inside 0.3 … 1e6, ELK's within a decade of 300; on the generator trained here ELK's "
+        "inside 1 … 3e8",
     ),
     Claim(
         "elk-fig5", "agreement", "deviation", 0.5,
@@ -100,14 +100,14 @@ ROWS = (
     ),
     Claim(
         "predictability", "predictable", "rank_correlation", 1,
-        "the Lyapunov exponent says how many iterations are needed: few below zero, about T above",
+        "the Lyapunov exponent predicts the number of iterations: few below zero, about T above",
         "arXiv:2508.16817 figures 2 and 3, at D = 64, T = 300 (--full: D = 100, T = 1000)",
         "few iterations below g ≈ 1.2, about T above; two wells ≤ 35 at T = 10 000",
         "rank correlation of exponent and iterations ≥ 0.9; two wells ≤ 35 iterations",
     ),
     Claim(
         "elk-fig4", "generator", "elk_iterations", 2,
-        "on a trained generator undamped methods explode; ELK stays finite and arrives sooner",
+        "on a trained generator undamped methods explode; ELK stays finite and converges sooner",
         f"{ELK_PAPER} figure 4, with a generator trained here, at T = 2000 (--full: 10 000)",
         "undamped methods unstable, ELK and quasi-ELK converge rapidly; the loop takes 96 ms, the best of them 221",
         "on all of five sequences DEER and quasi-DEER go non-finite or fail, on none ELK (1e3 … 1e6), and the best "
@@ -115,7 +115,7 @@ ROWS = (
     ),
     Claim(
         "elk-fig3", "worms", "loss_deviation", 2,
-        "training by DEER and quasi-DEER is the training by backpropagation through the loop, step by step",
+        "training by DEER and quasi-DEER equals backpropagation through the sequential loop, step by step",
         f"{ELK_PAPER} figure 3: EigenWorms (prepare it by `reroll data`; else generated series of its shape)",
         "a figure without numbers: the training curves of the three agree (DEER's paper: 26 times faster on a GPU)",
         "losses of 20 updates agree to 1e-3, and fall; every 64th step, 5 layers of 16 (--full: all steps, 32)",
@@ -123,7 +123,7 @@ ROWS = (
     *(
         Claim(
             name, "scaling", "memory_ratio", 4,
-            f"quasi-DEER needs far less memory than DEER, the more so the wider the state (GRU, batch {batch})",
+            f"quasi-DEER needs far less memory than DEER, ever less as the state widens (GRU, batch {batch})",
             f"{ELK_PAPER} figure {name[-1]}, at sizes for two cores (--full: the published sizes, on a GPU)",
             "about a tenth of the memory; up to about 20 times as fast as the loop, on a V100",
             "DEER ÷ quasi-DEER ≥ 5 at the largest size; times are reported",
@@ -133,7 +133,7 @@ ROWS = (
     ),
 )  # fmt: skip
 CLAIMS = {claim.name: claim for claim in ROWS}
-"""Every claim by name; a new one is a new row."""
+"""Every claim by name."""
 
 
 def claim_of(name: str) -> Claim:
@@ -202,7 +202,7 @@ def _figure(claim: Claim, result: dict[str, Any], path: Path) -> str:
 
 
 def measured() -> dict[str, dict[str, Any]]:
-    """Return the last measurement of every claim: the user's own, else ours. What is damaged is left out."""
+    """Return the last measurement of every claim: the user's own, else ours; damaged entries are dropped."""
     return {
         name: m
         for name, m in (read_json(SHIPPED) | read_json(_cache())).items()
@@ -217,7 +217,7 @@ def _cache() -> Path:
 
 
 def table() -> str:
-    """Return a line for every claim: its name, its last measured value, what it says."""
+    """Return a line for every claim: its name, its last measured value, its statement."""
     rows = [(claim.name, _last(claim), claim.says) for claim in CLAIMS.values()]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {says}" for name, value, says in rows)
@@ -229,7 +229,7 @@ def _last(claim: Claim) -> str:
 
 
 def details(claim: Claim) -> str:
-    """Return all about a claim, with its last measured value."""
+    """Return the details of a claim, with its last measured value."""
     m = measured().get(claim.name)
     where = "" if m is None else f" ({m['commit']}, {m['hardware']}{', --full' if m.get('full') else ''})"
     return "\n".join(

@@ -1,8 +1,8 @@
-"""`reroll bench estimator`: the estimated gradient against the true one, beside what theory says, and the ε that work.
+"""`reroll bench estimator`: the estimated gradient against the true one and against theory; and which ε work.
 
 relative error²    E‖ĝ − g‖² / ‖g‖²      theory: (P − 1)/N for ±1 noise
 cosine             ĝᵀg / ‖ĝ‖‖g‖          theory: √(N / (N + P − 1))
-ε window           slope of the spread of L⁺ − L⁻ against ε: 1 where ε is neither lost in rounding nor too far
+ε window           slope of log spread(L⁺ − L⁻) against log ε: 1 where ε is neither lost in rounding nor too large
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 def run(rounds: int = 20, path: Path | None = None) -> dict[str, Any]:
-    """Measure, of every error the mean over `rounds` draws of the noise, print it, and write it as JSON."""
+    """Measure everything, errors as means over `rounds` draws of the noise; print the result, and write it as JSON."""
     model, batch = _problem()
     errors = [
         _error(model, batch, probes, kind, rounds)

@@ -1,8 +1,8 @@
 """`reroll bench grid`: the speed grid of DEER (Lim et al., ICLR 2024), a GRU's widths and lengths; batch 16, float32.
 
 Forward, and forward with the gradient of all weights and inputs; a Python loop, torch's kernel, DEER, quasi-DEER and
-what `auto()` takes. On two cores a corner of the grid, on a card all of it: D from 1 to 64, T from 1,000 to 1,000,000.
-The published times, of D = 1 on a V100, stand beside ours.
+what `auto()` chooses. A corner of the grid on a CPU, all of it on a GPU: D from 1 to 64, T from 1,000 to 1,000,000.
+The published times, for D = 1 on a V100, are shown next to ours.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PUBLISHED = {
     1000: (9.96, 0.557, 35.1, 0.852), 3000: (29.3, 0.673, 104, 0.961), 10_000: (97.4, 0.713, 349, 1.37),
     30_000: (291, 0.772, 1056, 1.42), 100_000: (972, 0.873, 3473, 4.30), 300_000: (2921, 1.455, 10_500, 13.1),
 }  # fmt: skip
-"""Milliseconds at D = 1 by length: loop and DEER forward, the same with the gradient. V100, JAX; logs of the code."""
+"""Milliseconds at D = 1 by length: loop and DEER forward, then with gradient. V100, JAX; from the paper's logs."""
 LOOPED = 10_000
-"""Steps that the Python loop runs at most; more are extrapolated."""
+"""Maximum steps of the Python loop; beyond, its time is extrapolated."""
 JACOBIANS = 1 << 31
-"""Numbers of whole Jacobians beyond which DEER is left out: 8 GB."""
+"""Entries of the Jacobians beyond which DEER is skipped: 8 GB."""
 
 
 def run(rounds: int = 5, path: Path | None = None, sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None) -> Any:
@@ -45,9 +45,9 @@ def run(rounds: int = 5, path: Path | None = None, sizes: tuple[tuple[int, ...],
 
 
 def point(size: int, steps: int, gradient: bool, rounds: int, device: str) -> dict[str, Any]:
-    """Return seconds of every method at one width and length, and how far it is from torch, relative to the largest.
+    """Return seconds of every method at one width and length, and its largest deviation from torch, relative.
 
-    With a gradient the deviation is that of the gradient by the inputs.
+    With a gradient, the deviation is that of the gradient with respect to the inputs.
     """
     torch.manual_seed(0)
     library = nn.GRU(size, size, batch_first=True).to(device)

@@ -1,7 +1,7 @@
-"""What all benchmarks share: functions timed in turn, ratios of their times, tables, and the report of a result.
+"""Shared by all benchmarks: interleaved timing, ratios of times, tables, and publishing a result.
 
-On a machine that is shared and changes speed only the ratio of what ran next to each other says anything, so figures
-are medians over rounds of ratios within a round.
+On a shared machine whose speed varies, only ratios of times measured close together are meaningful; so figures are
+medians, over rounds, of ratios within a round.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Seconds = Mapping[str, list[float]]
 
 
 def in_turn(functions: Mapping[str, Callable[[], Any]], rounds: int, least: float = 0.0) -> dict[str, list[float]]:
-    """Call all functions in turns, a round to warm up and then `rounds` that count; return their seconds.
+    """Time all functions alternately, `rounds` times after a warm-up; return their seconds by name.
 
     Args:
-        functions: what is timed, by name.
-        rounds: how often.
-        least: seconds that a turn should take; what is shorter is called several times in a row, and the mean counts.
+        functions: the functions to time.
+        rounds: timings of each.
+        least: minimum seconds of a timing; shorter functions are called several times, and the mean is taken.
 
     Example:
         >>> times = in_turn({"a": lambda: None, "b": lambda: sum(range(1000))}, rounds=3)
@@ -43,28 +43,29 @@ def in_turn(functions: Mapping[str, Callable[[], Any]], rounds: int, least: floa
         calls = {name: _calls(function, least) for name, function in functions.items()}
         for round_ in range(rounds):
             gc.collect()
-            # Shuffled, so that nothing always runs after the one that leaves the memory in pieces.
+            # Shuffled, so that no function always runs after one that fragments the memory.
             for name, function in random.Random(round_).sample(list(functions.items()), len(functions)):
-                seconds[name].append(_mean(function, calls[name]))
+                seconds[name].append(mean_seconds(function, calls[name]))
     return seconds
 
 
 def _calls(function: Callable[[], Any], least: float) -> int:
     """Warm a function up, and return how many calls take `least` seconds."""
     function()
-    return math.ceil(least / _mean(function, 1)) if least else 1
+    return math.ceil(least / mean_seconds(function, 1)) if least else 1
 
 
-def _mean(function: Callable[[], Any], calls: int) -> float:
-    began = time.perf_counter()
+def mean_seconds(function: Callable[[], Any], calls: int) -> float:
+    """Return the mean time of some calls."""
+    start = time.perf_counter()
     for _ in range(calls):
         function()
-    return (time.perf_counter() - began) / calls
+    return (time.perf_counter() - start) / calls
 
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """Run without collections of garbage: a full one takes longer than what is timed, and falls on any call."""
+    """Turn garbage collection off: a full collection takes longer than what is timed, and can hit any call."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -91,7 +92,7 @@ def medians(seconds: Seconds) -> dict[str, float]:
 
 
 class Prepared:
-    """A call that is prepared when it is first made: in the fresh process where its memory is measured."""
+    """A call that is prepared on first use, which is in the fresh process where its memory is measured."""
 
     def __init__(self, prepare: Callable[..., Callable[[], Any]], *arguments: Any):
         self.prepare, self.arguments = prepare, arguments
@@ -105,7 +106,7 @@ class Prepared:
 def evaluation(
     outputs: Callable[[Tensor], Tensor], inputs: Tensor, module: nn.Module, gradient: bool
 ) -> Callable[[], list[Tensor]]:
-    """Return a call for the outputs, or for the gradients of the sum of their squares by inputs and weights."""
+    """Return a call that computes the outputs, or the gradient of their squared sum by inputs and weights."""
 
     def call() -> list[Tensor]:
         leaf = inputs.detach().requires_grad_(gradient)
@@ -123,7 +124,7 @@ def evaluation(
 
 
 def columns(rows: Sequence[Sequence[Any]]) -> str:
-    """Return rows as a table: the first column to the left, the others to the right.
+    """Return rows as a table, with the first column left-aligned and the others right-aligned.
 
     Example:
         >>> print(columns([["method", "count"], ["ELK", 152.25], ["DEER", None]]))
@@ -146,7 +147,7 @@ def _text(value: Any) -> str:
 
 
 def publish(result: dict[str, Any], report: Callable[[dict[str, Any]], str], path: Path | None) -> dict[str, Any]:
-    """Add machine and versions to a result, print its report, write it as JSON if there is a path, and return it."""
+    """Add machine and versions to a result, print its report, write it as JSON if a path is passed, and return it."""
     result |= {
         "hardware": hardware(), "commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip

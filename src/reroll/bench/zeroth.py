@@ -1,19 +1,18 @@
-"""`reroll bench zeroth`: what a step of CD-RGE costs beside the forward passes it cannot do without.
+"""`reroll bench zeroth`: what a step of CD-RGE costs, compared with the forward passes it consists of.
 
     dense    step ÷ 2N plain forwards, one LSTM of 512, batch 16 × 64, N = 96, fp32
-    bf16     the same step evaluated in bf16 ÷ 2N plain fp32 forwards, and how its coefficients correlate with fp32's
-    train    the same step in the loop of `reroll train`, by its own clock ÷ the step by itself
+    bf16     the same step evaluated in bf16 ÷ 2N plain fp32 forwards, and the correlation of its coefficients with fp32
+    train    the same step in the loop of `reroll train`, by its own clock ÷ the step alone
     tiny     step ÷ 2N forwards of the step-by-step reference, LSTM of 240 in 12 heads, batch 16 × 20
-    memory   peak of a step above plain inference, 112.6 M weights, tiles and fused update
-    noise    perturbing a weight, and summing 128 probes onto it, against torch's seeded Bernoulli
+    memory   peak of a step over inference, 112.6 M weights, tiles and fused update
+    noise    perturbing a weight, and adding 128 probes to it, against torch's seeded Bernoulli
 
-A plain forward is the loss of the batch without a gradient, with all cores working on it.
+A plain forward is the loss of the batch without a gradient, on all cores.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reroll.bench.cases import Case
-from reroll.bench.harness import Prepared, in_turn, medians, publish, ratio, spread, without_collections
+from reroll.bench.harness import Prepared, in_turn, mean_seconds, medians, publish, ratio, spread, without_collections
 from reroll.cells import LSTM
 from reroll.data.batch import Batch
 from reroll.data.task import Task
@@ -43,7 +42,7 @@ LARGE = (66_000, 220)
 
 
 def run(rounds: int = 5, path: Path | None = None) -> dict[str, Any]:
-    """Measure everything, print it, and write it as JSON if a path is given."""
+    """Measure everything, print it, and write it as JSON if a path is passed."""
     dense, trained, tiny, memory, noise = _dense(rounds), _trained(rounds), _tiny(rounds), _memory(), _noise(rounds)
     result = {
         "step_over_forwards": {"dense": dense["fp32"], "tiny": tiny["step"], "bf16": dense["bf16"]},
@@ -70,8 +69,8 @@ def _dense(rounds: int) -> dict[str, Any]:
     both = torch.stack([_coefficients(case, FULL), _coefficients(case, HALF)])
     calls = {
         "forwards": lambda: case.forward(2 * PROBES),
-        "fp32": lambda: case.step(FULL),
-        "bf16": lambda: case.step(HALF),
+        "fp32": case.call(FULL),
+        "bf16": case.call(HALF),
     }
     seconds = in_turn(calls, rounds)
     return {
@@ -82,7 +81,7 @@ def _dense(rounds: int) -> dict[str, Any]:
 
 
 class _Repeated(Task):
-    """A case's batch at every step."""
+    """A task with the same batch at every step."""
 
     def __init__(self, case: Case):
         self.repeated, self.vocab, self.outputs, self.splits = case.batch, case.model.vocab, case.model.outputs, ()
@@ -92,35 +91,33 @@ class _Repeated(Task):
 
 
 PAIRS = 24
-"""Steps of a run that are timed beside bare ones."""
+"""Steps of a run that are timed alternately with bare ones."""
 
 
-class _Beside(Reporter):
-    """After every step of a run, the same step by itself, timed: what else the machine does falls on both."""
+class _Alternate(Reporter):
+    """Times a bare step after every step of a run, so that other load on the machine affects both."""
 
     def __init__(self, step: Callable[[], Any]):
         self.call, self.seconds = step, {"train": [], "step": []}
 
     def step(self, row: dict[str, Any], config: Any) -> None:
-        began = time.perf_counter()
-        self.call()
-        self.seconds["step"].append(time.perf_counter() - began)
+        self.seconds["step"].append(mean_seconds(self.call, 1))
         self.seconds["train"].append(row["seconds"])
 
 
 def _trained(rounds: int) -> dict[str, Any]:
-    """The loop as `reroll train` runs it, with journal, metrics and checkpoints; the first step of each warms up."""
+    """Measure the loop as `reroll train` runs it, with journal, metrics and checkpoints; first steps warm up."""
     case = _dense_case()
     optimizer = SGD(case.model.parameters(), lr=1e-12)
-    beside = _Beside(lambda: case.step(FULL, optimizer))
-    # A step's time spreads by a third on a shared machine: ten pairs do not tell 1.02 from 1.04. Every tenth step holds
-    # the diagnostics that cost more.
+    timer = _Alternate(case.call(FULL, optimizer))
+    # The time of a step varies by a third on a shared machine: ten pairs cannot tell 1.02 from 1.04. Every tenth step
+    # includes the costly diagnostics.
     steps = max(rounds, PAIRS) + 1
     session = Session.of(_Repeated(case), case.model, FULL, optimizer, steps=steps, checkpoint_every=2)
     session.config = session.config.replace(optim={"update": "fused"})  # as recipes with plain SGD are
     with tempfile.TemporaryDirectory(prefix="reroll-bench-") as folder, without_collections():
-        train(session, Path(folder, "run"), report=beside)
-    seconds = {name: times[1:] for name, times in beside.seconds.items()}
+        train(session, Path(folder, "run"), report=timer)
+    seconds = {name: times[1:] for name, times in timer.seconds.items()}
     return {
         "train": ratio(seconds, "train", "step"), "train_range": spread(seconds, "train", "step"),
         "train_of_sums": sum(seconds["train"]) / sum(seconds["step"]), "seconds": medians(seconds),
@@ -132,7 +129,7 @@ def _tiny(rounds: int) -> dict[str, Any]:
     calls = {
         "eager": lambda: eager.forward(2 * PROBES),
         "fastest": lambda: case.forward(2 * PROBES),
-        "step": lambda: case.step(FULL),
+        "step": case.call(FULL),
     }
     seconds = in_turn(calls, rounds)
     return {
@@ -142,8 +139,8 @@ def _tiny(rounds: int) -> dict[str, Any]:
 
 
 def _prepare_large(what: str) -> Callable[[], Any]:
-    case = Case.lstm(*LARGE, rows=1, time=10)
-    return case.forward if what == "inference" else lambda: case.step(CentralDifference(2, 0.01, evaluate="tiles"))
+    estimator = None if what == "inference" else CentralDifference(2, 0.01, evaluate="tiles")
+    return Case.lstm(*LARGE, rows=1, time=10).call(estimator)
 
 
 def _memory() -> dict[str, Any]:
@@ -162,7 +159,7 @@ def _large_weights() -> int:
 
 
 def _noise(rounds: int) -> dict[str, Any]:
-    """One thread each: nanoseconds per weight, and per weight and probe."""
+    """Measure noise on one thread: nanoseconds per weight, and per weight and probe."""
     size, probes = 1 << 20, 128
     p, stream, generator = torch.randn(size // 512, 512), Stream(Key(0), "w"), torch.Generator()
     alphas = [1e-3] * probes

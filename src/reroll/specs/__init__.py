@@ -2,8 +2,8 @@
 
     TASKS["text"](path="my.txt").build(seed=0)        a `reroll.data.text.Text`
 
-A kind is a dataclass with its fields, its `check` and its `build`, and one row here. No torch: what a spec builds is
-imported when it is built.
+A kind is a dataclass with its fields, its `check` and its `build`, and one row in a table. No torch: what a spec builds
+is imported when it is built.
 """
 
 from reroll.specs.gradient import GRADIENTS

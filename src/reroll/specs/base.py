@@ -1,10 +1,10 @@
-"""What a choice is: a frozen dataclass with a kind, whose fields say their default, help, range and flag, once.
+"""Specs: frozen dataclasses with a kind, whose fields declare default, help, range and flag in one place.
 
-    spec.check()                                types and ranges of all fields, and what the kind adds to that
+    spec.check()                                types and ranges of all fields, and the rules of the kind
     change(spec, {"kind": "gru"}, MODELS)       other values; another kind keeps the fields that both have
     leaves(config)                              {"model.rollout.kind": "elk", …}
 
-Plain data, no torch. What a spec builds is named by a text and imported when it is built.
+Plain data, no torch: the class that a spec builds is named by a string and imported when it is built.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from reroll.errors import UsageError, did_you_mean
 
-O = TypeVar("O", bound="Options")  # noqa: E741 (a type of options: no number is near to take it for)
+O = TypeVar("O", bound="Options")  # noqa: E741 (a type of options; not mistaken for a zero here)
 
 
 RENAMED = {"cell": "kind", "method": "kind", "share": "batch", "optimizer": "kind"}
-"""Fields of config files of format 1, by their names today."""
+"""Fields of config files of format 1 → their present names."""
 
 
 def option(default: Any, help: str, *, flag: str = "", within: str = "", kinds: Mapping[str, Any] | None = None) -> Any:
     """A field.
 
     Args:
-        default: its value where nothing else is said.
-        help: a text.
-        flag: the name of its command-line flag, if it has one of its own; of a nested spec, the one that sets its kind.
-        within: the interval a number must lie in; else [1, 2**24] for integers, (0, 1e18] for others.
-        kinds: of a nested spec, the table of its kinds.
+        default: its default value.
+        help: shown by --help.
+        flag: the name of its command-line flag, if it has one; for a nested spec, of the flag that sets its kind.
+        within: the interval of a number; by default [1, 2**24] for integers, (0, 1e18] for others.
+        kinds: for a nested spec, the table of its kinds.
     """
     metadata = {"help": help, "flag": flag, "within": within, "kinds": kinds}
     return field(default=default, metadata=metadata)
 
 
 class Options:
-    """A dataclass of options that knows how to check itself."""
+    """A dataclass of options that can check itself."""
 
     def check(self) -> None:
-        """Raise `UsageError` for a value of another type or out of its range; a kind adds its own rules."""
+        """Raise `UsageError` for a value of the wrong type or out of range; kinds add rules of their own."""
         for f in dataclasses.fields(typing.cast(Any, self)):
             value = getattr(self, f.name)
             if isinstance(value, Options):
@@ -60,24 +60,24 @@ class Options:
 class Spec(Options):
     """Options of one of several kinds."""
 
-    kind: str = option("", "which of them")
+    kind: str = option("", "the kind")
 
 
 OBJECT = "object"
-"""The kind of what was handed in as an object; no command line can ask for it."""
+"""The kind of an object that was passed in; a command line cannot ask for it."""
 
 
 @dataclass(frozen=True)
-class Handed(Options):
-    """Says of an object that was handed in what its class is: whoever goes on with the run hands it in again."""
+class ObjectSpec(Options):
+    """Records the class of an object that was passed in, and must be passed in again to resume the run."""
 
-    kind: str = option(OBJECT, "an object that was handed in")
+    kind: str = option(OBJECT, "an object that was passed in")
     name: str = option("", "its class")
 
     def build(self, *arguments: Any, **options: Any) -> Any:
-        """Raise `UsageError`: there is nothing to make it from."""
+        """Raise `UsageError`: it cannot be built from a config."""
         raise UsageError(
-            f"the run was made with an object of {self.name}, which only you have: hand it in again, by "
+            f"the run was trained with an object of {self.name}, which only you have: pass it in again, by "
             "Session.of(task, model, estimator, optimizer, …)."
         )
 
@@ -96,15 +96,15 @@ def hints(kind: type) -> dict[str, Any]:
 
 def _check_value(name: str, value: Any, within: str) -> None:
     if isinstance(value, str) and ("\0" in value or value.encode("utf-8", "ignore").decode() != value):
-        raise UsageError(f"{name}={value!r} holds a character that no file can hold; leave it out.")
+        raise UsageError(f"{name}={value!r} has a character that cannot be stored in a file; remove it.")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, Real) and not isinstance(number, bool):
             within = within or ("[1, 2**24]" if isinstance(number, Integral) else "(0, 1e18]")
-            if not _lies(number, within):
+            if not _in_interval(number, within):
                 raise UsageError(f"{name}={value!r} must lie in {within}.")
 
 
-def _lies(number: Any, within: str) -> bool:
+def _in_interval(number: Any, within: str) -> bool:
     low, high = map(_bound, within[1:-1].split(","))
     above = low <= number if within[0] == "[" else low < number
     return above and (number <= high if within[-1] == "]" else number < high)
@@ -116,14 +116,14 @@ def _bound(text: str) -> float:
 
 
 def exclude(*pairs: tuple[Any, str, str]) -> None:
-    """Raise `UsageError` for the first of (both are there, both in words, why they exclude each other) that holds."""
-    for broken, pair, reason in pairs:
-        if broken:
+    """Raise `UsageError` for the first pair that is present: (whether it is, the pair in words, why it is refused)."""
+    for present, pair, reason in pairs:
+        if present:
             raise UsageError(f"{pair} exclude each other: {reason}. Drop one of them.")
 
 
 def runtime(name: str) -> Any:
-    """Return what "module:name" names in this package; it is imported now."""
+    """Import and return what "module:name" names in this package."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(f"reroll.{module}"), attribute)
 
@@ -132,15 +132,15 @@ def change(spec: O, values: Any, kinds: Mapping[str, type[O]] | None = None, whe
     """Return a spec with some fields replaced.
 
     Args:
-        spec: what is changed.
-        values: fields by name; a text is a kind; a whole spec is taken as it is. Another kind keeps the fields of the
-            same name that it can hold, and has its own defaults for the rest.
+        spec: the spec to change.
+        values: fields by name; a string is a kind; a spec is taken as it is. On a change of kind, fields of the same
+            name keep their values if these are valid, and the rest take the new kind's defaults.
         kinds: the table of kinds; None for options without any.
         where: the name of the spec, for errors.
 
     Raises:
         UsageError: for an unknown kind or field (with the nearest known one), a field of another kind, or a value of
-            another type.
+            the wrong type.
     """
     kinds = kinds or {"": type(spec)}
     if isinstance(values, Options):
@@ -148,7 +148,7 @@ def change(spec: O, values: Any, kinds: Mapping[str, type[O]] | None = None, whe
     if isinstance(values, str) and "" not in kinds:
         values = {"kind": values}
     if not isinstance(values, Mapping):
-        raise UsageError(f"{where}={values!r} must be a table of fields, [{where}].")
+        raise UsageError(f"{where}={values!r} must be a table of fields: [{where}].")
     before = getattr(spec, "kind", "")
     kind = values.get("kind", before) if "" not in kinds else ""
     if not isinstance(kind, str) or kind not in kinds:
@@ -161,7 +161,7 @@ def change(spec: O, values: Any, kinds: Mapping[str, type[O]] | None = None, whe
             if others:
                 raise UsageError(f"{name}={values[name]!r} is for {where} {' or '.join(others)}; this one is {kind}.")
             if RENAMED.get(name) in fields:
-                raise UsageError(f"{prefix}{name} is called {prefix}{RENAMED[name]} now.")
+                raise UsageError(f"{prefix}{name} is now called {prefix}{RENAMED[name]}.")
             raise UsageError(f"unknown key {prefix}{name}.{did_you_mean(name, fields)}")
     result: dict[str, Any] = {"kind": kind} if kind else {}
     for name, f in fields.items():
@@ -178,7 +178,7 @@ def change(spec: O, values: Any, kinds: Mapping[str, type[O]] | None = None, whe
 
 
 def leaves(options: Options, prefix: str = "") -> dict[str, Any]:
-    """Return every value by its dotted name, in order; nested ones after those of their owner."""
+    """Return every value by its dotted name, in order, nested specs last."""
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(typing.cast(Any, options))}
     named = {prefix + name: value for name, value in values.items() if not isinstance(value, Options)}
     for name, value in values.items():
@@ -188,7 +188,7 @@ def leaves(options: Options, prefix: str = "") -> dict[str, Any]:
 
 
 def convert(value: Any, kind: Any, key: str) -> Any:
-    """Return a value as the type of a field; raise `UsageError` if it has another."""
+    """Return a value as the type of a field; raise `UsageError` if it is of another."""
     origin = get_origin(kind)
     if origin in (types.UnionType, typing.Union):
         if value in (None, "none") and type(None) in get_args(kind):
@@ -224,7 +224,7 @@ def describe(kind: Any) -> str:
         >>> describe(int | None), describe(float | Literal["auto"]), describe(tuple[float, float])
         ('an integer or none', 'a number or "auto"', 'a list of 2 numbers')
     """
-    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "none"}
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "none"}
     origin = get_origin(kind)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(describe(choice) for choice in get_args(kind))

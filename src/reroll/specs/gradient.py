@@ -6,21 +6,21 @@ from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from reroll.errors import UsageError
-from reroll.specs.base import OBJECT, Handed, Options, Spec, exclude, option, runtime
+from reroll.specs.base import OBJECT, ObjectSpec, Options, Spec, exclude, option, runtime
 
 
 @dataclass(frozen=True)
 class GradientSpec(Spec):
-    """A source of gradients, as differentiation is: one whole gradient in `.grad`, nothing to replay."""
+    """A source of gradients; by default one like autograd, with a dense gradient in `.grad` and nothing to replay."""
 
     seeded: ClassVar[bool] = False
-    """Whether a gradient is coefficients of seeded noise: it is journaled, replayed, streamed into the weights."""
+    """Whether gradients are coefficients of seeded noise, which can be journaled, replayed and streamed."""
     knobs: ClassVar[str] = "lr"
     """What to lower when a run diverges."""
 
     @property
     def per_branch_state(self) -> bool:
-        """Whether every branch carries a state of its own."""
+        """Whether every perturbed branch carries its own state."""
         return False
 
     @property
@@ -28,43 +28,45 @@ class GradientSpec(Spec):
         """Whether ε follows the learning rate."""
         return False
 
-    def episode_begin(self, step: int) -> int:
-        """Return the first step of the episode that a step is in."""
+    def episode_start(self, step: int) -> int:
+        """Return the first step of the episode that contains a step."""
         return step
 
     def epsilon_at(self, lr: float, multiplier: float = 1.0) -> float:
-        """Return ε at a learning rate and the multiplier of plateaus; a gradient without ε ignores it."""
+        """Return ε at a learning rate and plateau multiplier; unused by gradients without ε."""
         return lr
 
     def build(self, epsilon: float, run: Any) -> Any:
         """Return the `reroll.grad.base.Estimator`.
 
         Args:
-            epsilon: ε, where there is one.
-            run: the section [run]; its threads and dtype.
+            epsilon: ε, for gradients that have one.
+            run: the section [run], for its threads and dtype.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ProbeOptions(Options):
-    """What `reroll.CentralDifference` and the config of a run by probes have in common."""
+    """The fields that `reroll.CentralDifference` and the config of a run by probes share."""
 
-    probes: int = option(96, "directions per step: the cost grows with it, the error as 1/√N", flag="probes")
-    epsilon: float | None = option(None, "size of a probe; none: tied to the learning rate", flag="epsilon")
-    noise: str = option("rademacher", "what a direction is made of: rademacher, normal or sparse", flag="noise")
+    probes: int = option(96, "random directions per step, N; the error falls as 1/√N", flag="probes")
+    epsilon: float | None = option(None, "size of a perturbation; none: tied to the learning rate", flag="epsilon")
+    noise: str = option("rademacher", "distribution of the directions: rademacher, normal or sparse", flag="noise")
     evaluate: Literal["auto", "in_place", "tiles", "batched"] = option(
         "auto", "how perturbed losses are computed", flag="evaluate"
     )
-    batch: Literal["shared", "split"] = option("shared", "every probe sees the whole batch, or they share it out")
+    batch: Literal["shared", "split"] = option(
+        "shared", "shared: every probe sees the whole batch; split: the probes divide it"
+    )
     _: KW_ONLY
-    shaping: Literal["raw", "zscore", "rank", "sign"] = option("raw", "what of a loss difference is kept")
-    difference: str = option("central", "central: both signs of a probe; one_sided: one, and the clean loss")
-    density: float | None = option(None, "share of non-zero coordinates of sparse noise: 1/2, 1/4 …")
-    restore: Literal["copy", "grid"] = option("copy", "in_place: keep a copy, or round the weights to a grid")
-    micro_batch: int | None = option(None, "most sequences evaluated at once; none: the batch")
-    chunk: int | None = option(None, "probes of a unit; none: by static rules")
-    workers: int | None = option(None, "units at a time; none: by static rules", within="[1, 1024]")
+    shaping: Literal["raw", "zscore", "rank", "sign"] = option("raw", "transform of the loss differences")
+    difference: str = option("central", "central: both signs of a probe; one_sided: one sign and the unperturbed loss")
+    density: float | None = option(None, "fraction of non-zero coordinates in sparse noise: 1/2, 1/4 …")
+    restore: Literal["copy", "grid"] = option("copy", "in_place: keep a copy of the weights, or round them to a grid")
+    micro_batch: int | None = option(None, "maximum number of sequences evaluated at once; none: the batch")
+    chunk: int | None = option(None, "probes per unit of work; none: automatic")
+    workers: int | None = option(None, "units evaluated in parallel; none: automatic", within="[1, 1024]")
     sums: Literal["fp32", "fp64"] = option("fp32", "precision of sums over probes")
 
     def check(self) -> None:
@@ -74,11 +76,11 @@ class ProbeOptions(Options):
         clean, states = self.takes_clean_loss, bool(getattr(self, "per_branch_state", False))
         exclude(
             (clean and self.batch == "split", f'difference="{self.difference}" and batch="split"',
-             "a probe's loss is of its own sequences, the unperturbed one of all"),
+             "a probe's loss is over its own sequences, the unperturbed loss over all"),
             (clean and states, f'a state per branch and difference="{self.difference}"',
-             "the unperturbed model has no state of its own among the branches"),
+             "the unperturbed model has no state among the branches"),
             (states and self.micro_batch, f"a state per branch and micro_batch={self.micro_batch}",
-             "the states of branches are not cut by sequences"),
+             "the states of branches are not split by sequence"),
         )  # fmt: skip
 
     @property
@@ -92,9 +94,9 @@ class Probes(ProbeOptions, GradientSpec):
     """Forward passes only (CD-RGE)."""
 
     kind: str = option("probes", "probes: forward passes only (CD-RGE); backprop: automatic differentiation")
-    epsilon_ratio: float = option(1.0, "a tied ε is this times the current learning rate")
-    epsilon_min: float = option(1e-5, "floor of a tied ε, and of what plateaus leave of a fixed one")
-    episode: int | None = option(None, "windows for which carried text keeps its probes and a state per branch (NRES)")
+    epsilon_ratio: float = option(1.0, "a tied ε is the current learning rate times this")
+    epsilon_min: float = option(1e-5, "lower bound of a tied ε, and of a fixed ε reduced on plateaus")
+    episode: int | None = option(None, "carried text: windows that share their probes, with a state per branch (NRES)")
     seeded: ClassVar[bool] = True
     knobs: ClassVar[str] = "lr or epsilon"
 
@@ -106,13 +108,13 @@ class Probes(ProbeOptions, GradientSpec):
     def is_tied(self) -> bool:
         return self.epsilon is None
 
-    def episode_begin(self, step: int) -> int:
+    def episode_start(self, step: int) -> int:
         return step - step % (self.episode or 1)
 
     def epsilon_at(self, lr: float, multiplier: float = 1.0) -> float:
         if self.epsilon is None:
             return max(lr * self.epsilon_ratio, self.epsilon_min)
-        # A fixed ε below the floor stays what it is.
+        # A fixed ε below the bound stays as it is.
         return max(self.epsilon * multiplier, min(self.epsilon, self.epsilon_min))
 
     def build(self, epsilon: float, run: Any) -> Any:
@@ -127,16 +129,16 @@ class Probes(ProbeOptions, GradientSpec):
 
 @dataclass(frozen=True)
 class BackpropOptions(Options):
-    """What `reroll.Backprop` and the config of a run by backprop have in common."""
+    """The fields that `reroll.Backprop` and the config of a run by backprop share."""
 
-    accumulate: int = option(1, "parts the batch is cut into")
-    truncate: int | None = option(None, "steps through which the gradient flows; none: all")
-    checkpoint: bool = option(False, "recompute on the way back, memory as √T")
+    accumulate: int = option(1, "micro-batches that the batch is split into")
+    truncate: int | None = option(None, "steps that the gradient flows back through; none: all")
+    checkpoint: bool = option(False, "recompute activations in the backward pass: memory grows as √T")
 
     def check(self) -> None:
         super().check()
         pair = f"truncate={self.truncate} and checkpoint=True"
-        exclude((self.checkpoint and self.truncate, pair, "windows are cut or recomputed"))
+        exclude((self.checkpoint and self.truncate, pair, "windows are either truncated or recomputed"))
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ class Backprop(BackpropOptions, GradientSpec):
 
 
 @dataclass(frozen=True)
-class ObjectGradient(Handed, GradientSpec):
-    """An estimator that was handed in and that no other spec describes: its steps are not journaled."""
+class ObjectGradient(ObjectSpec, GradientSpec):
+    """An estimator that was passed in and that no other spec describes; its steps are not journaled."""
 
 
 GRADIENTS: dict[str, type[GradientSpec]] = {"probes": Probes, "backprop": Backprop, OBJECT: ObjectGradient}

@@ -1,4 +1,4 @@
-"""What to train: cells on top of one another, and how they are evaluated along time."""
+"""What to train: stacked recurrent cells and how they are evaluated along time, or a transformer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from reroll.errors import UsageError
-from reroll.specs.base import OBJECT, Handed, Spec, exclude, option, runtime
+from reroll.specs.base import OBJECT, ObjectSpec, Spec, exclude, option, runtime
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class RolloutSpec(Spec):
 
     kind: str = option("sequential", "how the recurrence is evaluated along time: step by step, or in parallel")
     iterates: ClassVar[bool] = False
-    """Whether it iterates until it has converged, over whole sequences of real weights."""
+    """Whether it iterates to convergence."""
 
     def build(self) -> Any:
         """Return the `reroll.rollout.Rollout`."""
@@ -28,21 +28,21 @@ class Parallel(RolloutSpec):
 
     kind: str = option("quasi_deer", "the method")
     rtol: float | None = option(None, "tolerance; none: 1e-5 in fp32")
-    iterations: int | None = option(None, "most iterations; none: 100, deer 50")
+    iterations: int | None = option(None, "maximum iterations; none: 100, deer 50")
     iterates: ClassVar[bool] = True
 
     def build(self) -> Any:
         options = {"rtol": self.rtol, "atol": self.rtol, "variance": getattr(self, "variance", None)}
-        given = {name: value for name, value in options.items() if value is not None}
-        return runtime(f"rollout:{self.kind}")(max_iterations=self.iterations, **given)
+        options = {name: value for name, value in options.items() if value is not None}
+        return runtime(f"rollout:{self.kind}")(max_iterations=self.iterations, **options)
 
 
 @dataclass(frozen=True)
 class Elk(Parallel):
-    """In parallel, held back by a Kalman filter."""
+    """In parallel, damped by a Kalman filter."""
 
     kind: str = option("elk", "the method")
-    variance: float | None = option(None, "σ²: smaller is more careful; none: usual")
+    variance: float | None = option(None, "σ² of the filter: smaller damps more; none: the method's default")
 
 
 ROLLOUTS: dict[str, type[RolloutSpec]] = {
@@ -59,28 +59,28 @@ class ModelSpec(Spec):
 
     @property
     def iterates(self) -> bool:
-        """Whether its forward pass iterates until it has converged."""
+        """Whether its forward pass iterates to convergence."""
         return False
 
     def resolved(self) -> Any:
-        """Return the spec with what follows from the rest of it filled in."""
+        """Return the spec with its derived fields filled in."""
         return self
 
     def build(self, sizes: Any) -> Any:
-        """Return the module for a `reroll.models.Interface`, with weights drawn from the global generator."""
+        """Return the module for a `reroll.models.Interface`, initialised from torch's global generator."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Cells(ModelSpec):
-    """Recurrent cells on top of one another."""
+    """Stacked recurrent cells."""
 
     kind: str = option("gru", "the recurrent cell")
-    hidden: int = option(64, "features of the state; the cost grows with its square", flag="hidden")
-    layers: int = option(1, "cells on top of one another", flag="layers")
-    embed: int | None = option(None, "features of a symbol; none: half of hidden, at most 100")
+    hidden: int = option(64, "size of the state; cost grows with its square", flag="hidden")
+    layers: int = option(1, "number of layers", flag="layers")
+    embed: int | None = option(None, "size of the embedding; none: half of hidden, at most 100")
     window_floats: int = option(
-        1 << 22, "numbers kept alive at once without a gradient; smaller: shorter windows", within="[1, 2**62]"
+        1 << 22, "memory of a rollout without gradients, in numbers; less: shorter windows", within="[1, 2**62]"
     )
     rollout: RolloutSpec = option(
         RolloutSpec(), "how the recurrence is evaluated along time", flag="rollout", kinds=ROLLOUTS
@@ -111,15 +111,15 @@ class Cells(ModelSpec):
 
 @dataclass(frozen=True)
 class LSTM(Cells):
-    """An LSTM whose recurrent matrix is of blocks."""
+    """An LSTM with a block-diagonal recurrent matrix."""
 
     kind: str = option("lstm", "the recurrent cell")
-    heads: int = option(1, "blocks of the recurrent matrix (lstm), read heads (dnc)", flag="heads")
+    heads: int = option(1, "blocks of the recurrent matrix (lstm); read heads (dnc)", flag="heads")
 
     def check(self) -> None:
         super().check()
         if self.hidden % self.heads:
-            raise UsageError(f"hidden={self.hidden} is not divisible by heads={self.heads}; choose a divisor of it.")
+            raise UsageError(f"hidden={self.hidden} is not divisible by heads={self.heads}; choose a divisor.")
 
     def cell(self, size: int) -> Any:
         return runtime("cells:LSTM")(size, self.hidden, self.heads)
@@ -127,11 +127,11 @@ class LSTM(Cells):
 
 @dataclass(frozen=True)
 class DNC(Cells):
-    """A controller with a memory."""
+    """A differentiable neural computer: an LSTM controller with an external memory."""
 
     kind: str = option("dnc", "the recurrent cell")
     heads: int = option(1, "read heads")
-    word_size: int = option(16, "numbers in a memory row")
+    word_size: int = option(16, "width of a memory row")
     memory_size: int = option(32, "memory rows; adds no parameters")
 
     def cell(self, size: int) -> Any:
@@ -142,7 +142,7 @@ CELLS = {
     "rnn": "RNN", "gru": "GRU", "lem": "LEM", "min_gru": "MinGRU", "min_rnn": "MinRNN", "para_gru": "ParaGRU",
     "para_lstm": "ParaLSTM",
 }  # fmt: skip
-"""Cells with no options besides those of all; the class of each in `reroll.cells`."""
+"""Cells without options of their own → their class in `reroll.cells`."""
 
 
 @dataclass(frozen=True)
@@ -150,26 +150,26 @@ class GPT(ModelSpec):
     """A decoder-only transformer."""
 
     kind: str = option("gpt", "the model")
-    layers: int = option(12, "layers on top of one another")
-    heads: int = option(6, "heads of attention")
-    width: int = option(768, "features of the residual stream", flag="width")
-    vocab: int | None = option(None, "symbols, if more than the task has (padded for speed); none: as many")
-    position: Literal["rotary", "learned"] = option("rotary", "how positions are told apart")
+    layers: int = option(12, "number of layers")
+    heads: int = option(6, "attention heads")
+    width: int = option(768, "width of the residual stream (gpt)", flag="width")
+    vocab: int | None = option(None, "vocabulary size, if padded beyond the task's for speed; none: the task's")
+    position: Literal["rotary", "learned"] = option("rotary", "position encoding")
     qk_norm: bool = option(True, "normalise queries and keys")
-    activation: Literal["relu2", "gelu"] = option("relu2", "of the layer after attention")
-    zero_init: bool = option(True, "begin with zeros in what writes to the residual stream, and in the head")
-    tied: bool = option(False, "the head is the embedding")
+    activation: Literal["relu2", "gelu"] = option("relu2", "activation of the MLPs")
+    zero_init: bool = option(True, "initialise the head and the projections into the residual stream to zero")
+    tied: bool = option(False, "share the weights of embedding and head")
     embed_norm: bool = option(True, "normalise the embedding")
-    softcap: float | None = option(None, "bound of the logits, c · tanh(logits / c); none: no bound")
+    softcap: float | None = option(None, "bound c of the logits, c · tanh(logits / c); none: no bound")
     value_residual: bool = option(False, "mix the first layer's values into those of the others")
-    embed_shortcut: bool = option(False, "mix the embedding into the stream before every layer")
-    context: int = option(1024, "longest sequence with position=learned")
+    embed_shortcut: bool = option(False, "mix the embedding into the residual stream before every layer")
+    context: int = option(1024, "maximum sequence length with position=learned")
 
     def check(self) -> None:
         super().check()
         if self.width % self.heads or self.width // self.heads % 2:
             raise UsageError(f"width={self.width} must be heads={self.heads} times an even number of features.")
-        exclude((self.tied and self.zero_init, "tied and zero_init", "the embedding would begin at zero"))
+        exclude((self.tied and self.zero_init, "tied and zero_init", "the embedding would start at zero"))
 
     def build(self, sizes: Any) -> Any:
         if sizes.vocab is None or sizes.readout != "every":
@@ -182,8 +182,8 @@ class GPT(ModelSpec):
 
 
 @dataclass(frozen=True)
-class ObjectModel(Handed, ModelSpec):
-    """A module that was handed in."""
+class ObjectModel(ObjectSpec, ModelSpec):
+    """A module that was passed in."""
 
 
 MODELS: dict[str, type[ModelSpec]] = {

@@ -1,4 +1,4 @@
-"""What to do with the gradient: the update rule, and its learning rate over time."""
+"""The update rule, and its learning rate over time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from reroll.errors import UsageError
-from reroll.specs.base import OBJECT, Handed, Spec, exclude, option, runtime
+from reroll.specs.base import OBJECT, ObjectSpec, Spec, exclude, option, runtime
 
 
 @dataclass(frozen=True)
 class ScheduleSpec(Spec):
-    """A multiplier of the learning rate for every step: a linear warm-up, and then constant.
+    """A multiplier of the learning rate for every step: a linear warm-up, then constant.
 
     Example:
         >>> [round(Linear(warmup=2, warmdown=4)(t, 10), 2) for t in range(10)]
@@ -23,13 +23,13 @@ class ScheduleSpec(Spec):
     warmup: int = option(0, "steps of linear warm-up", within="[0, 2**31]")
 
     def __call__(self, step: int, steps: int) -> float:
-        """Return the multiplier of a step, counted from 0, of so many. Beyond the end it stays where it ended."""
+        """Return the multiplier of a step, from 0, of `steps`; past the end, the last value."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         return self.shape(max(steps - step, 0), max(steps - self.warmup, 1))
 
     def shape(self, left: int, rest: int) -> float:
-        """Return the multiplier with so many steps left of all the steps after the warm-up."""
+        """Return the multiplier with `left` of the `rest` steps after the warm-up still to come."""
         return 1.0
 
 
@@ -46,11 +46,11 @@ class Cosine(ScheduleSpec):
 
 @dataclass(frozen=True)
 class Linear(ScheduleSpec):
-    """1 until the last steps, then down to `floor` ("warm-down", the trapezoid of the speedruns)."""
+    """1, then a linear decay to `floor` over the last steps ("warm-down", the trapezoid of the speedruns)."""
 
     kind: str = option("linear", "learning rate over time")
     floor: float = option(0.0, "where the schedule ends, as a share of the learning rate", within="[0, 1]")
-    warmdown: int | None = option(None, "steps of the final descent; none: all after the warm-up", within="[1, 2**31]")
+    warmdown: int | None = option(None, "steps of the final decay; none: all after the warm-up", within="[1, 2**31]")
 
     def shape(self, left: int, rest: int) -> float:
         return self.floor + (1 - self.floor) * min(left / min(self.warmdown or rest, rest), 1.0)
@@ -65,21 +65,21 @@ class OptimizerSpec(Spec):
     """An update rule."""
 
     fuses: ClassVar[bool] = False
-    """Whether a gradient can be added to the weights, or to their momentum, while it is generated."""
-    lr: float | Literal["auto"] = option(0.1, "learning rate, or auto: search for one", flag="lr")
+    """Whether a seeded gradient can be added to the weights, or to their momentum, as it is generated."""
+    lr: float | Literal["auto"] = option(0.1, "learning rate; auto: search for one", flag="lr")
     embedding_lr: float | None = option(None, "learning rate of the embedding; none: lr")
     head_lr: float | None = option(None, "learning rate of the head; none: lr")
     vector_lr: float | None = option(None, "learning rate of biases, gains and initial states; none: lr")
-    weight_decay: float = option(0.0, "decoupled decay of matrices", within="[0, 1e18]")
-    clip: float | None = option(None, "largest norm of the gradient; none: any", flag="clip")
-    update: Literal["auto", "write", "stream", "fused"] = option("auto", "how the gradient reaches the weights")
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices", within="[0, 1e18]")
+    clip: float | None = option(None, "maximum gradient norm; none: no clipping", flag="clip")
+    update: Literal["auto", "write", "stream", "fused"] = option("auto", "how the gradient is applied to the weights")
     average: float | None = option(
-        None, "decay of a running average of the weights, used to evaluate; none: no average", within="[0, 1)"
+        None, "decay of a running average of the weights, used for evaluation; none: no average", within="[0, 1)"
     )
     plateau: int = option(
         0, "steps without improvement before learning rate and ε are reduced; 0: never", within="[0, 2**31]"
     )
-    plateau_factor: float = option(0.5, "what learning rate and ε are multiplied by on a plateau", within="(0, 1]")
+    plateau_factor: float = option(0.5, "factor of learning rate and ε on a plateau", within="(0, 1]")
     search_low: float = option(1e-5, "lr=auto: smallest rate tried")
     search_high: float = option(0.1, "lr=auto: largest rate tried")
     search_steps: int = option(10, "lr=auto: steps per rate")
@@ -88,7 +88,7 @@ class OptimizerSpec(Spec):
     def check(self) -> None:
         super().check()
         own_rates = self.embedding_lr or self.head_lr or self.vector_lr
-        exclude((self.lr == "auto" and own_rates, "lr=auto and a rate of a role", "theirs are relative to lr"))
+        exclude((self.lr == "auto" and own_rates, "lr=auto and a rate of a role", "the latter are relative to lr"))
         if self.search_low >= self.search_high:
             raise UsageError(f"search_low={self.search_low} must be below search_high={self.search_high}.")
         if self.update == "fused" and not self.fuses:
@@ -103,7 +103,7 @@ class OptimizerSpec(Spec):
         return make(self.kind, model, lr, weight_decay=self.weight_decay, lr_scales=scales, **own)
 
     def momentum_at(self, step: int) -> float | None:
-        """Return the momentum of a step; None: as the optimizer was built."""
+        """Return the momentum at a step; None: the optimizer's own."""
         return None
 
 
@@ -112,11 +112,11 @@ _COMMON = {f.name for f in fields(OptimizerSpec)} | {"momentum_start", "momentum
 
 @dataclass(frozen=True)
 class Momentum(OptimizerSpec):
-    """A rule with a momentum, which may begin lower."""
+    """A rule with momentum, and a warm-up of it."""
 
-    momentum: float = option(0.9, "of sgd and muon; 0 keeps nothing per weight", flag="momentum", within="[0, 1)")
-    momentum_start: float = option(0.85, "where the momentum begins, if it has a warm-up", within="[0, 1)")
-    momentum_warmup: int = option(0, "steps until the momentum has risen to its value", within="[0, 2**31]")
+    momentum: float = option(0.9, "momentum of sgd and muon; 0: no state per weight", flag="momentum", within="[0, 1)")
+    momentum_start: float = option(0.85, "momentum at the start of its warm-up", within="[0, 1)")
+    momentum_warmup: int = option(0, "steps of linear momentum warm-up", within="[0, 2**31]")
 
     def momentum_at(self, step: int) -> float | None:
         if not self.momentum_warmup:
@@ -139,28 +139,28 @@ class AdamW(OptimizerSpec):
 
     kind: str = option("adamw", "the update rule")
     betas: tuple[float, float] = option((0.9, 0.999), "decay of the two moments", within="[0, 1)")
-    eps: float = option(1e-8, "what is added to the root of the second moment")
+    eps: float = option(1e-8, "added to the root of the second moment")
 
 
 @dataclass(frozen=True)
 class Muon(Momentum):
-    """Orthogonalised updates of hidden matrices; the rest by AdamW."""
+    """Orthogonalised updates of hidden matrices; AdamW for the rest."""
 
     kind: str = option("muon", "the update rule")
-    betas: tuple[float, float] = option((0.9, 0.999), "of the rest, which AdamW updates", within="[0, 1)")
-    eps: float = option(1e-8, "of AdamW: what is added to the root of the second moment")
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW: decay of the two moments", within="[0, 1)")
+    eps: float = option(1e-8, "AdamW: added to the root of the second moment")
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = option(
         "match_rms_adamw", "factor of the rate by shape: original, √max(1, m/n), or match_rms_adamw, 0.2 √max(m, n)"
     )
-    nesterov: bool = option(True, "orthogonalise the gradient plus the momentum, not the momentum")
-    ns_steps: int = option(5, "steps of the iteration")
-    beta2: float | None = option(None, "decay of the second moment of rows (NorMuon); none: without", within="[0, 1)")
-    cautious: bool = option(False, "decay only the weights that the update moves towards zero")
+    nesterov: bool = option(True, "orthogonalise gradient plus momentum, rather than the momentum alone")
+    ns_steps: int = option(5, "Newton–Schulz steps")
+    beta2: float | None = option(None, "decay of the rows' second moment (NorMuon); none: plain Muon", within="[0, 1)")
+    cautious: bool = option(False, "decay only weights that the update moves towards zero")
 
 
 @dataclass(frozen=True)
-class ObjectOptimizer(Handed, OptimizerSpec):
-    """An optimizer that was handed in, at its own learning rates: `lr` is the first, the others keep their ratio."""
+class ObjectOptimizer(ObjectSpec, OptimizerSpec):
+    """An optimizer that was passed in: `lr` is its first group's rate, and the others keep their ratio to it."""
 
 
 OPTIMIZERS: dict[str, type[OptimizerSpec]] = {"sgd": SGD, "adamw": AdamW, "muon": Muon, OBJECT: ObjectOptimizer}

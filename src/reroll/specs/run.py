@@ -12,23 +12,23 @@ from reroll.specs.base import Options, option
 class RunSpec(Options):
     """How long, where, and what is written."""
 
-    steps: int = option(200, "steps of training", flag="steps", within="[1, 2**31]")
-    seed: int = option(0, "names all randomness: weights, data, probes", flag="seed", within="[0, 2**64)")
-    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute", flag="device")
+    steps: int = option(200, "training steps", flag="steps", within="[1, 2**31]")
+    seed: int = option(0, "seed of all randomness: weights, data, probes", flag="seed", within="[0, 2**64)")
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "the device; auto: cuda, else cpu", flag="device")
     dtype: Literal["fp32", "bf16"] = option("fp32", "precision of the forward passes; weights stay fp32", flag="dtype")
     threads: int | None = option(
-        None, "threads of torch within a unit; none: by static rules", flag="threads", within="[1, 1024]"
+        None, "torch's threads per unit of work; none: automatic", flag="threads", within="[1, 1024]"
     )
-    max_seconds: float | None = option(None, "stop after this time of training", flag="max-seconds", within="(0, inf)")
+    max_seconds: float | None = option(None, "stop after this training time", flag="max-seconds", within="(0, inf)")
     target_loss: float | None = option(
-        None, "stop when the training loss is below", flag="target-loss", within="(-inf, inf)"
+        None, "stop when the training loss is below this", flag="target-loss", within="(-inf, inf)"
     )
-    target_valid: float | None = option(None, "stop when the held-out loss is below", within="(-inf, inf)")
-    diverged: float = option(3.0, "stop when the loss is this many times the first one", within="(0, inf)")
+    target_valid: float | None = option(None, "stop when the held-out loss is below this", within="(-inf, inf)")
+    diverged: float = option(3.0, "stop when the loss exceeds this multiple of the first loss", within="(0, inf)")
     eval_every: int | None = option(None, "steps between evaluations; none: a tenth of the run", within="[1, 2**31]")
     checkpoint_every: int | None = option(None, "steps between checkpoints; none: as evaluations", within="[1, 2**31]")
-    log_every: int = option(10, "steps between diagnostics that cost as much as a step (the norm of the gradient)")
+    log_every: int = option(10, "steps between costly diagnostics (the gradient norm)")
     warm_up: int = option(
-        0, "steps taken and undone before the clock starts, so that compiling is not timed", within="[0, 2**24]"
+        0, "steps taken and undone before the clock starts, so that compilation is not timed", within="[0, 2**24]"
     )
-    keep: int = option(2, "checkpoints kept")
+    keep: int = option(2, "number of checkpoints to keep")

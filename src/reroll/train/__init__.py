@@ -1,15 +1,15 @@
-"""Runs: train a config or a session of your own objects into a run folder, and go on with it.
+"""Runs: train a config, or a session of your own objects, into a run folder, and resume it.
 
 from reroll.train import Session, train
 session = Session.of(task, model, estimator, optimizer, steps=1000)
-train(session, Path("runs/mine"))                 with resume=True to go on with it
+train(session, Path("runs/mine"))                 resume=True continues it
 """
 
 import importlib
 from typing import Any
 
 _PUBLIC = {"Session": "session", "train": "loop"}
-"""Name → the module that defines it; loaded when it is first used, for `reroll --help` reads configs without torch."""
+"""Name → the module that defines it, imported on first use: `reroll --help` reads configs without torch."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,12 @@
-"""Checkpoints: everything a run needs to go on, in safetensors and JSON, whole or not there at all.
+"""Checkpoints: everything a run needs to be resumed, in safetensors and JSON, written whole or not at all.
 
     checkpoints/step-00000200/
         model.safetensors     the weights and buffers, by name
         state.safetensors     every other tensor: optimizer, averages, carried states
         state.json            numbers, the shape of the optimizer's state, SHA-256 of both files and of itself
 
-A checkpoint is written into a folder of another name, which is renamed when all of it is on the disk; one that does not
-check is passed over, with a message, for the one before. Pickles are neither written nor read.
+A checkpoint is written into a folder of another name, which is renamed once all of it is on disk. One that fails its
+checksums is skipped, with a message, for the one before it. Pickles are neither written nor read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORMAT = 1
 UNREADABLE = (
     OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError,
 )  # fmt: skip
-"""What reading files that are not ours, or not whole, can raise."""
+"""What reading a file of other origin, or a damaged one, can raise."""
 _FILES = ("model.safetensors", "state.safetensors")
 
 
@@ -45,7 +45,7 @@ class Checkpoint:
     Args:
         step: steps taken.
         weights: parameters and buffers by name.
-        state: the rest, as it was given to `save`: nested dicts, lists, numbers and tensors.
+        state: the rest, as it was passed to `save`: nested dicts, lists, numbers and tensors.
     """
 
     step: int
@@ -54,23 +54,23 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint and delete all but the newest `keep`.
+    """Write a checkpoint, and delete all but the newest `keep`.
 
     Args:
         folder: the run's `checkpoints/`.
         step: steps taken.
         model: its parameters and buffers are saved.
-        state: nested dicts (of string or integer keys), lists, tuples, numbers, texts, None and tensors.
+        state: nested dicts (with string or integer keys), lists, tuples, numbers, strings, None and tensors.
         keep: how many checkpoints remain.
 
     Raises:
-        RunError, OSError: if it cannot be written; the others stay.
+        RunError, OSError: if it cannot be written; earlier checkpoints stay.
     """
     target = folder / f"step-{step:08d}"
     tensors: dict[str, Tensor] = {}
     content = {"format": FORMAT, "step": step, "state": _flatten(state, "", tensors)}
     seen: set[int] = set()
-    for name, tensor in tensors.items():  # safetensors refuses two on one storage, as a carried (h, h) is
+    for name, tensor in tensors.items():  # safetensors refuses shared storage, as in a carried (h, h)
         place = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if place in seen else tensor
         seen.add(place)
@@ -84,8 +84,8 @@ def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], keep:
             for path in (*temporary.iterdir(), temporary):
                 _to_disk(path)
         _to_disk(folder)
-    except SafetensorError as error:  # of the operating system, in its own words
-        raise RunError(f"{target} cannot be written ({error}); the checkpoints before it are whole.") from None
+    except SafetensorError as error:  # how safetensors reports a failed write
+        raise RunError(f"{target} cannot be written ({error}); earlier checkpoints are intact.") from None
     for old in all_of(folder)[:-keep]:
         remove(old)
     return target
@@ -103,7 +103,7 @@ def step_of(path: Path) -> int:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename checkpoints of later steps: a run that could not be resumed from them must not count them as its own."""
+    """Rename the checkpoints of later steps: they could not be read, and the resumed run will write its own."""
     for path in all_of(folder):
         if step_of(path) > step:
             target = path.with_name(f"damaged-{path.name}")
@@ -112,30 +112,30 @@ def set_aside(folder: Path, step: int) -> None:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, or None; damaged ones are passed over with a message."""
+    """Return the newest intact checkpoint, or None; damaged ones are skipped with a message."""
     for path in reversed(all_of(folder)):
         try:
             return read(path)
         except RunError as error:
-            log.warning("%s Passing over it.", error)
+            log.warning("%s Skipping it.", error)
     return None
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint; raise `RunError` if it is damaged, or of another version."""
+    """Read a checkpoint; raise `RunError` if it is damaged, or from another version."""
     try:
         content = json.loads((path / "state.json").read_text())
         if content.get("format") != FORMAT:
-            raise RunError(f"{path} is a checkpoint of another version of reroll (format {content.get('format')}).")
+            raise RunError(f"{path} was written by another version of reroll (format {content.get('format')}).")
         checks = {"state.json": content.pop("own_sha256") == _sha256_of(content)}
         checks |= {name: _sha256(path / name) == expected for name, expected in content["sha256"].items()}
-        for name, holds in checks.items():
-            if not holds:
-                raise RunError(f"{path} is damaged: {name} does not have the checksum it was saved with.")
+        for name, matches in checks.items():
+            if not matches:
+                raise RunError(f"{path} is damaged: {name} does not match its checksum.")
         weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
         return Checkpoint(int(content["step"]), weights, _unflatten(content["state"], tensors))
     except UNREADABLE as error:
-        raise RunError(f"{path} is no checkpoint that can be read ({type(error).__name__}: {error}).") from None
+        raise RunError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}).") from None
 
 
 # ---- weights
@@ -149,14 +149,14 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a model; raise `RunError` if names or shapes are not those of the model."""
+    """Copy weights into a model; raise `RunError` if their names or shapes are not the model's."""
     named = dict([*model.named_parameters(), *model.named_buffers()])
-    missing, foreign = sorted(named.keys() - weights.keys()), sorted(weights.keys() - named.keys())
-    remedy = "Give the model the sizes it was trained with."
-    if missing or foreign:
+    missing, unknown = sorted(named.keys() - weights.keys()), sorted(weights.keys() - named.keys())
+    remedy = "Use a model of the sizes that it was trained with."
+    if missing or unknown:
         raise RunError(
-            f"{source} has other weights than the model: {len(missing)} are missing ({_some(missing)}), "
-            f"{len(foreign)} unknown ({_some(foreign)}). {remedy}"
+            f"{source} does not have the model's weights: {len(missing)} missing ({_some(missing)}), "
+            f"{len(unknown)} unknown ({_some(unknown)}). {remedy}"
         )
     for name, tensor in named.items():
         shape = tuple(weights[name].shape)
@@ -183,12 +183,12 @@ def checksum(weights: Mapping[str, Tensor]) -> str:
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Move tensors into `tensors` under their path, and return what is left as JSON."""
+    """Move tensors into `tensors` under their path, and return the rest as JSON."""
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().contiguous()
         return {"tensor": path}
     if isinstance(value, Mapping):
-        # JSON has string keys only; optimizers number their parameters.
+        # As pairs: JSON keys are strings, and optimizers number their parameters.
         return {"dict": [[key, _flatten(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
@@ -201,7 +201,7 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tensor":
-        return tensors[content].clone()  # where a file has it is aligned to nothing, and sums depend on that
+        return tensors[content].clone()  # memory-mapped tensors are not aligned, and the bits of sums depend on that
     if kind == "dict":
         return {key: _unflatten(item, tensors) for key, item in content}
     if kind in ("list", "tuple"):
@@ -219,7 +219,7 @@ def _sha256_of(content: dict[str, Any]) -> str:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on disk."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,9 +1,9 @@
-"""The sentence of a run as one value: take batches of a task, run a model, get a gradient, step, write the record.
+"""A run as one value: a task, a model, where the gradient comes from, an optimizer, and the limits of the run.
 
     Config(task, model, gradient, optim, run)
 
-Frozen specs, no torch: a recipe is a function that returns one, a TOML file or a flag replaces some of its fields, and
-`resolve` derives the rest, once. What a run did is its `config.toml`, which `--config` reads back.
+Frozen specs, no torch: a recipe is a function that returns a config, a TOML file or a flag replaces some of its fields,
+and `resolve` derives the rest, once. A run saves it as `config.toml`, which `--config` reads back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reroll.specs.task import TASKS, Generated, TaskSpec
 
 @dataclass(frozen=True)
 class Config(Options):
-    """A whole run. Sections and fields are those of its `config.toml`.
+    """The config of a run. Sections and fields are those of its `config.toml`.
 
     Example:
         >>> Config().replace(model="gru", gradient={"probes": 512}, run={"seed": 1}).model.kind
@@ -45,7 +45,7 @@ class Config(Options):
 
 
 def resolve(config: Config) -> Config:
-    """Check a config and fill in what follows from the rest of it; a resolved one stays as it is.
+    """Check a config and fill in the derived fields; a resolved config is left unchanged.
 
     Raises:
         UsageError: naming the field, its value and the remedy.
@@ -64,16 +64,16 @@ def resolve(config: Config) -> Config:
 
 
 def _check_together(config: Config) -> None:
-    """Refuse sections that do not go together; a section by itself is checked by its kind."""
+    """Refuse sections that do not work together; each section alone is checked by its kind."""
     task, model, gradient, optim = config.task, config.model, config.gradient, config.optim
     evaluate = getattr(gradient, "evaluate", "auto")
     rules = [
-        (gradient.per_branch_state and not task.carries, "gradient.episode keeps probes while text is carried on; set "
+        (gradient.per_branch_state and not task.carries, "gradient.episode needs text whose state is carried on; set "
          "task.carry = true."),
-        (model.iterates and evaluate in ("tiles", "batched"), f"evaluate={evaluate} cannot follow a rollout that "
-         "iterates until it has converged; use evaluate=in_place or auto."),
-        (not gradient.seeded and optim.update in ("stream", "fused"), f'update="{optim.update}" is for seeded '
-         'gradients; this one is in .grad already. Use update="write".'),
+        (model.iterates and evaluate in ("tiles", "batched"), f"evaluate={evaluate} does not work with a rollout "
+         "that iterates to convergence; use evaluate=in_place or auto."),
+        (not gradient.seeded and optim.update in ("stream", "fused"), f'update="{optim.update}" needs a '
+         'gradient from probes; this one is already in .grad. Use update="write".'),
         (evaluate == "in_place" and config.run.dtype == "bf16", "evaluate=in_place cannot change the dtype of the "
          "weights; with dtype=bf16 use evaluate=tiles."),
     ]  # fmt: skip

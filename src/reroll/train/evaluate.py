@@ -1,4 +1,4 @@
-"""The score of a model on a split of a task, without a gradient; and the precision that losses and scores share."""
+"""Scoring a model on a split of a task, without a gradient; and the precision that losses and scores share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reroll.data.task import Score, Task, sequence_score
 
 @dataclass(frozen=True)
 class Precision:
-    """What forward passes are computed in: `dtype` under autocast on a kind of device, or as the weights are (None).
+    """The precision of forward passes: `dtype`, by autocast on a type of device, or that of the weights (None).
 
     Example:
         >>> with Precision("cpu", torch.bfloat16).scope():
@@ -31,7 +31,7 @@ class Precision:
         return nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)
 
     def under(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function, computed in this precision."""
+        """Return the function, running in this precision."""
 
         def within(*arguments: Any) -> Any:
             with self.scope():
@@ -51,11 +51,11 @@ def evaluate(
     """Return the mean loss over the batches of a split; for symbols also bits, accuracy and exact match.
 
     Args:
-        model: the model; it is left in the mode (training or not) it was in.
+        model: the model; its training mode is restored afterwards.
         task: the task.
-        split: "train", or one of `task.splits`. A carried text is read on with its state.
-        device: where the model is.
-        progress: told after every batch how many are done, of how many.
+        split: "train", or one of `task.splits`. A carried text keeps its state from batch to batch.
+        device: of the model.
+        progress: called after every batch with the number of batches done, and of all.
 
     Example:
         >>> from reroll import Recurrent, cells

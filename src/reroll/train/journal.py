@@ -1,4 +1,4 @@
-"""The journal: every step of a run in a few hundred bytes, from which its weights can be made again without its data.
+"""The journal: every step of a run in a few hundred bytes, from which its weights can be rebuilt without its data.
 
 With gradients from probes the weights are a fold over records (loss, settings, terms) from the initial weights.
 
@@ -10,8 +10,8 @@ With gradients from probes the weights are a fold over records (loss, settings, 
     tag 2      lr f64 · momentum f64 · ε f64                                             NaN: the step has none
     tag 3      key 8 bytes · first probe u64 · coefficients f32 …                        a term; repeated
 
-A step that was not taken has no terms. An unknown tag from 2³¹ on is passed over, any other is refused. A killed run
-leaves at most one torn record at the end, which is dropped; a bad block before the end is damage, reported by its step.
+A skipped step has no terms. An unknown tag of 2³¹ or more is ignored, any other is refused. A killed run leaves at most
+one incomplete record at the end, which is dropped; a bad block before the end is damage, reported by its step.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from reroll.optim import StepSettings
 
 NAME, VERSION = b"reroll.journal.", b"2\n"
 MAGIC = NAME + VERSION
-REMEDY = "Bring back a copy of it. Checkpoints do without a journal: reroll eval, sample and export."
+REMEDY = "Restore a copy of it. The checkpoints do not need a journal: reroll eval, sample and export work."
 STEP, SETTINGS, TERM, OPTIONAL = 1, 2, 3, 1 << 31
 _HEAD, _SECTION = struct.Struct("<III"), struct.Struct("<II")
 _STEP, _SETTINGS, _TERM = struct.Struct("<Qd"), struct.Struct("<ddd"), struct.Struct("<8sQ")
 
 
 class Record(NamedTuple):
-    """One step: its number from 0, the loss it saw, its settings, and the terms of its gradient."""
+    """One step: its number from 0, its loss, its settings, and the terms of its gradient."""
 
     step: int
     loss: float
@@ -59,9 +59,9 @@ class Journal:
     Args:
         path: the file.
         header: how the run was set up.
-        offsets: where each record begins, and where the last of those before any damage ends.
-        torn: bytes of a last record that was not written to its end.
-        damage: the message about what does not check behind the last offset; None if all is well.
+        offsets: where each record starts, and where the last one before any damage ends.
+        torn: bytes of an incomplete last record.
+        damage: the message about a bad block after the last offset; None if there is none.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class Journal:
         return len(self.offsets) - 1
 
     def iterate(self, from_step: int = 0, to: int | None = None) -> Iterator[Record]:
-        """Yield the records of the steps from `from_step` up to, without, `to`; one is in memory at a time."""
+        """Yield the records of steps `from_step` to `to`, exclusive; one is in memory at a time."""
         with self.path.open("rb") as file:
             for step in range(from_step, self.steps if to is None else to):
                 start, end = self.offsets[step : step + 2]
@@ -84,9 +84,9 @@ class Journal:
                 try:
                     record = _unpack(file.read(end - start - _HEAD.size))
                 except (ValueError, struct.error) as error:
-                    raise RunError(f"{self.path} is not of this version of reroll (step {step}: {error}).") from None
+                    raise RunError(f"{self.path} is from another version of reroll (step {step}: {error}).") from None
                 if record.step != step:
-                    raise RunError(f"{self.path} is damaged at step {step}: the record there is of step {record.step}.")
+                    raise RunError(f"{self.path} is damaged at step {step}: its record is that of step {record.step}.")
                 yield record
 
 
@@ -98,7 +98,7 @@ class Writer:
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> Writer:
-        """Begin a journal."""
+        """Start a journal."""
         file = path.open("wb")
         file.write(MAGIC + _block(json.dumps(header, sort_keys=True).encode()))
         file.flush()
@@ -114,9 +114,8 @@ class Writer:
         if steps > journal.steps:
             raise RunError(
                 journal.damage
-                or f"{journal.path} has {journal.steps} of the {steps} steps the checkpoint has. Bring "
-                f"back a copy of it, or move the checkpoints of later steps than {journal.steps} elsewhere: an earlier "
-                "one is then gone on from."
+                or f"{journal.path} has only {journal.steps} of the checkpoint's {steps} steps. Restore a copy of it, "
+                f"or move the checkpoints after step {journal.steps} elsewhere, to resume from an earlier one."
             )
         file = journal.path.open("r+b")
         file.truncate(journal.offsets[steps])
@@ -129,32 +128,32 @@ class Writer:
         self.file.flush()
 
     def sync(self) -> None:
-        """Wait until everything is on the disk."""
+        """Wait until everything is on disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Write everything to the disk and close the file."""
+        """Write everything to disk and close the file."""
         self.sync()
         self.file.close()
 
 
 class _BadBlock(Exception):
-    """A block before the end of the file does not have its checksum."""
+    """A block before the end of the file does not match its checksum."""
 
 
 def read(path: Path) -> Journal:
     """Read the header of a journal, and check every record.
 
     Raises:
-        RunError: if it is missing, no journal of this version, or its header is damaged.
+        RunError: if it is missing, not a journal of this version, or its header is damaged.
     """
     try:
         with path.open("rb") as file:
             return _read(path, file)
     except OSError as error:
         raise RunError(
-            f"{path} cannot be read ({error.strerror}); only runs with gradients from probes keep a journal."
+            f"{path} cannot be read ({error.strerror}); only runs with gradients from probes write a journal."
         ) from None
 
 
@@ -162,31 +161,31 @@ def _read(path: Path, file: BinaryIO) -> Journal:
     size, magic = os.fstat(file.fileno()).st_size, file.read(len(MAGIC))
     if magic != MAGIC:
         version = magic.removeprefix(NAME).strip().decode("ascii", "replace") if magic.startswith(NAME) else None
-        what = f"a journal of version {version}; this reroll reads {VERSION.decode().strip()}" if version else "none"
-        raise RunError(f"{path} is no journal that can be read: it is {what}. {REMEDY}")
+        what = f"of version {version}; this reroll reads version {VERSION.decode().strip()}" if version else "not one"
+        raise RunError(f"{path} cannot be read as a journal: it is {what}. {REMEDY}")
     try:
         header = dict(json.loads(_content(file, size) or b""))
     except (_BadBlock, ValueError, TypeError):
-        raise RunError(f"{path} is damaged: its header does not check. {REMEDY}") from None
+        raise RunError(f"{path} is damaged: its header does not match its checksum. {REMEDY}") from None
     offsets, damage = array("Q", [file.tell()]), None
     try:
         while _content(file, size) is not None:
             offsets.append(file.tell())
     except _BadBlock:
         step = len(offsets) - 1
-        before = f" Steps before it are whole: reroll replay {path.parent} --to {step} makes their weights."
-        damage = f"{path} is damaged at step {step}: its record does not check.{before if step else ''} {REMEDY}"
+        before = f" Earlier steps are intact: reroll replay {path.parent} --to {step} rebuilds their weights."
+        damage = f"{path} is damaged at step {step}: its record is corrupt.{before if step else ''} {REMEDY}"
     return Journal(path, header, offsets, 0 if damage else size - offsets[-1], damage)
 
 
 def _content(file: BinaryIO, size: int) -> bytes | None:
-    """The content of the next block; None at the end, and where the last block was not written to its end."""
+    """Return the content of the next block; None at the end, and for an incomplete last block."""
     head = file.read(_HEAD.size)
     if len(head) < _HEAD.size:
         return None
     length, check, own = _HEAD.unpack(head)
     if zlib.crc32(head[:8]) != own:
-        # When the power fails, a file can have its new size before its new bytes: zeros.
+        # After a power failure a file can have its new size but not its new bytes: zeros.
         if any(head) or any(file.read()):
             raise _BadBlock
         return None

@@ -1,8 +1,8 @@
-"""Models out of configs, runs and files, and into files.
+"""Models from configs, runs and files, and into files.
 
 model = load("runs/2026-11-22-text-1a2b")        the newest checkpoint of a run
 model = load("model.safetensors")                a file of `export`
-export(open_model(run), "model.safetensors")     weights, and beside them what they are: config, sizes, tokenizer
+export(open_model(run), "model.safetensors")     weights, and with them the config, sizes and tokenizer
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METADATA = "reroll"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with what it was trained with."""
+    """A model with its config, tokenizer, step, and the units of its series."""
 
     model: nn.Module
     config: Config
@@ -45,13 +45,13 @@ class Loaded:
 
 
 def build_model(spec: ModelSpec, sizes: Interface, seed: int) -> Any:
-    """Return the model on the CPU, in fp32, with weights drawn from the seed; the global generator is left alone."""
+    """Return the model on the CPU, in fp32, initialised from the seed; torch's global generator is not touched."""
     with seeded_generators(seed):
         return spec.build(sizes)
 
 
 def load(path: str | Path) -> Any:
-    """Return a trained model, on the CPU, ready to be used.
+    """Return a trained model, on the CPU, in evaluation mode.
 
     Args:
         path: a run folder, the name of one under runs/, or a .safetensors file of `reroll export`.
@@ -61,8 +61,8 @@ def load(path: str | Path) -> Any:
         and back (`encode`, `decode`); None if it was not trained on text.
 
     Raises:
-        UsageError: if it is neither.
-        RunError: if it is damaged, or was made by another version. Pickles are never loaded.
+        UsageError: if there is no such run or file.
+        RunError: if it is damaged, or from another version. Pickles are never loaded.
     """
     return open_model(path).model
 
@@ -75,7 +75,7 @@ def open_model(path: str | Path) -> Loaded:
     config, environment = read_config(run), run / "environment.json"
     saved = checkpoint.newest(run / "checkpoints")
     if saved is None and checkpoint.all_of(run / "checkpoints"):
-        raise RunError(f"{run} has damaged checkpoints only. {recovery_hint(run, config)}")
+        raise RunError(f"{run} has only damaged checkpoints. {recovery_hint(run, config)}")
     if saved is None:
         raise RunError(f"{run} has no checkpoint yet; wait for its first, or resume it.")
     average = saved.state.get("average")
@@ -90,10 +90,10 @@ def _from_file(path: Path) -> Loaded:
         weights = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(
-            f"{path} is no safetensors file that can be read ({error}). Pickles (.pt, .pth, .bin) are never loaded."
+            f"{path} cannot be read as a safetensors file ({error}). Pickles (.pt, .pth, .bin) are never loaded."
         ) from None
     if METADATA not in metadata:
-        raise UsageError(f"{path} was not written by `reroll export`: it does not say what model it holds.")
+        raise UsageError(f"{path} was not written by `reroll export`: it does not say which model it is of.")
     try:
         about = json.loads(metadata[METADATA])
         config = toml.overlay(Config(), toml.parse(about["config"]), str(path))
@@ -108,10 +108,10 @@ def _from_file(path: Path) -> Loaded:
 def _assemble(
     config: Config, about: dict[str, Any], weights: dict[str, Tensor], step: int, source: str, where: str
 ) -> Loaded:
-    """The model of some weights from `source`; `about`, which is in `where`, says their sizes and symbols."""
-    config = resolve(config)  # refuses sizes that no model can have
+    """Return the model of some weights from `source`; `about`, read from `where`, holds sizes and tokenizer."""
+    config = resolve(config)  # refuses impossible sizes
     if isinstance(config.model, ObjectModel):
-        config.model.build(None)  # says that only its maker has it
+        config.model.build(None)  # raises: only its author has the module
     sizes, tokenizer, units = read_about(about, where)
     if tokenizer is not None and tokenizer.size > (sizes.vocab or 0):
         raise RunError(f"{where} is damaged: its model has {sizes.vocab} symbols, its tokenizer {tokenizer.size}.")
@@ -138,29 +138,29 @@ def _units(saved: Any) -> Units | None:
     mean, std = ([float(value) for value in values] for values in saved[:2])
     names = [str(name) for name in (saved[2] if len(saved) > 2 else ())]
     if len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or min(std, default=1.0) <= 0:
-        raise UsageError(f"units={str(saved)[:100]} are those of no series.")
+        raise UsageError(f"units={str(saved)[:100]} are not the means and deviations of a series.")
     return mean, std, names
 
 
 def _foreign(source: str, error: Exception) -> RunError:
-    return RunError(f"{source} is damaged, or of another version of reroll ({type(error).__name__}: {error}).")
+    return RunError(f"{source} is damaged, or from another version of reroll ({type(error).__name__}: {error}).")
 
 
 def recovery_hint(run: Path, config: Config) -> str:
-    """What can be done where no checkpoint of a run is whole."""
+    """Return what can be done when no checkpoint of a run is intact."""
     if not config.gradient.seeded:
-        return "A run by backprop keeps no journal to make its weights again from: train it again in another folder."
-    return f"Its journal has every step: reroll replay {run} --to STEP --out model.safetensors makes the weights again."
+        return "A run by backprop has no journal to rebuild its weights from: train it again in another folder."
+    return f"Its journal has every step: reroll replay {run} --to STEP --out model.safetensors rebuilds the weights."
 
 
 def export(loaded: Loaded, path: Path) -> list[Path]:
-    """Write a model as safetensors, with all that is needed to load it in its metadata, and its config beside it.
+    """Write a model as safetensors, with all that is needed to load it in its metadata, and its config next to it.
 
     Returns:
-        The files written: PATH and PATH with the ending .toml.
+        The files written: PATH, and PATH with the suffix .toml.
 
     Raises:
-        UsageError: if PATH cannot be that of a file that ends in .safetensors.
+        UsageError: if PATH is not one of a file that ends in .safetensors.
         RunError: if they cannot be written.
     """
     refuse_unwritable(path)
@@ -181,19 +181,19 @@ def export(loaded: Loaded, path: Path) -> list[Path]:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raise `UsageError` if `export` could not write there, which is better known before there is work done."""
+    """Raise `UsageError` if `export` could not write there: better to know before the work is done."""
     refused = f"the weights cannot be written to {str(path)!r}"
     if not path.name or (path.exists() and not path.is_file()):
         raise UsageError(f"{refused}; name a file, such as model.safetensors.")
     if path.suffix != ".safetensors":
-        raise UsageError(f"{refused}: what is written is safetensors, so name it {path.stem}.safetensors.")
+        raise UsageError(f"{refused}: the format is safetensors, so name it {path.stem}.safetensors.")
     beside = path.with_suffix(".toml")
     if os.path.lexists(beside) and not _is_ours(beside, path):
-        raise UsageError(f"{beside}, where the config would go, is there and not of an export; name another file.")
+        raise UsageError(f"{beside}, where the config would go, exists and is not an export's; choose another name.")
 
 
 def _is_ours(beside: Path, path: Path) -> bool:
-    """Whether a config is the one that was written with the weights in `path`."""
+    """Return whether a config file was written with the weights in `path`."""
     try:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {})[METADATA])["config"] == beside.read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ from reroll.train.evaluate import evaluate
 from reroll.train.journal import Record
 from reroll.train.machine import signals
 from reroll.train.mesh import ALONE, Mesh
-from reroll.train.observers import OBSERVERS, Taken, Warnings, ends, how_to_go_on
+from reroll.train.observers import OBSERVERS, CompletedStep, Warnings, ends, how_to_continue
 from reroll.train.records import read_config, read_json
 from reroll.train.resume import merge_resumed, open_session, start_record
 from reroll.train.search import search_lr, trial
@@ -118,7 +118,7 @@ def _finished(config: Config, path: Path, report: Reporter) -> dict[str, Any] | 
     status = {"step": saved.run.steps, "reason": "it had ended before."} | status
     report.note(f"{path} is finished ({status['state']} at step {status['step']}); nothing to do.")
     if status["state"] == "done":
-        report.note(how_to_go_on(config))
+        report.note(how_to_continue(config))
     return status
 
 
@@ -144,7 +144,7 @@ def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str
     # A run that was killed after its last step, and before it said so, has nothing left to do.
     ended = ends(session, row, stop)
     if ended is not None and ended[0] == "done":
-        say(how_to_go_on(config))
+        say(how_to_continue(config))
     if config.run.warm_up and ended is None:
         trial(session, session.settings().lr, config.run.warm_up)
     saved = time.monotonic()
@@ -198,10 +198,10 @@ def take_step(session: Session) -> dict[str, Any]:
         return _abort(session, result.outcome.value)
     if not result.outcome:
         record(result)
-    taken = Taken(number, batch, settings, result, float(result.loss), rollouts)
+    completed = CompletedStep(number, batch, settings, result, float(result.loss), rollouts)
     row: dict[str, Any] = {}
     for observe in OBSERVERS:
-        row |= observe(session, taken)
+        row |= observe(session, completed)
     seconds = session.clock.stop()
     session.progress.seconds += seconds
     return row | {"seconds": seconds, "total_seconds": session.progress.seconds}

@@ -1,4 +1,4 @@
-"""What a run ran on, and what it asks of its machine: device, memory, clock, signals. Imported without torch."""
+"""The machine of a run: its versions and hardware, device, memory, clock and signals. Imports no torch."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def environment() -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """Return the processor, cores and card in one line."""
+    """Return the processor, cores and GPU in one line."""
     import torch
 
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    card = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    return ", ".join([processor, f"{os.cpu_count()} cores", *card])
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join([processor, f"{os.cpu_count()} cores", *gpu])
 
 
 def commit() -> str | None:
@@ -71,19 +71,20 @@ def cores() -> int:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of a name ("auto": a CUDA card if there is one, else the CPU); refuse one that is not there."""
+    """Return the device of a name ("auto": CUDA if available, else the CPU); refuse one that is not available."""
     import torch
 
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cuda" if there["cuda"] else "cpu"
-    if not there[name]:
-        raise UsageError(f"device={name} is not there; this machine has {', '.join(d for d in there if there[d])}.")
+        name = "cuda" if available["cuda"] else "cpu"
+    if not available[name]:
+        names = ", ".join(device for device, is_there in available.items() if is_there)
+        raise UsageError(f"device={name} is not available; this machine has {names}.")
     return torch.device(name)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the largest memory so far: of the allocator on a card, else resident (0 where that is not known)."""
+    """Return the peak memory so far: of the allocator on a GPU, else resident (0 where that is unknown)."""
     if device.type == "cuda":
         import torch
 
@@ -98,19 +99,19 @@ def peak_bytes(device: torch.device) -> int:
 
 @dataclass
 class Clock:
-    """Seconds of training, from `start` to `stop`, each after the device has done what it was given."""
+    """Seconds of training, from `start` to `stop`; both first wait for the device to finish its work."""
 
     device: torch.device
-    began: float = 0.0
+    started: float = 0.0
 
     def start(self) -> None:
         self._wait()
-        self.began = time.perf_counter()
+        self.started = time.perf_counter()
 
     def stop(self) -> float:
         """Return the seconds since `start`."""
         self._wait()
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.started
 
     def _wait(self) -> None:
         import torch
@@ -123,7 +124,7 @@ class Clock:
 
 @contextmanager
 def signals() -> Iterator[list[str]]:
-    """Collect SIGTERM and Ctrl-C instead of dying of them; the second Ctrl-C is let through."""
+    """Collect SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C interrupts as usual."""
     received: list[str] = []
 
     def note(number: int, frame: Any) -> None:
@@ -133,7 +134,7 @@ def signals() -> Iterator[list[str]]:
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: signals are someone else's
+    except ValueError:  # not in the main thread, which alone may handle signals
         before = {}
     try:
         yield received

@@ -2,9 +2,9 @@
 
     seconds, peak_bytes, forward_passes = measure(lambda: model(x))
 
-Memory is what the call needs above what was there before it: on a card the allocator's peak; on a CPU the peak of the
-resident memory of a fresh process that has done nothing else, measured after a warm-up call. In that process freed
-memory goes back to the system at once (`MALLOC_MMAP_THRESHOLD_`), so that it is counted again when it is needed again.
+Memory is the peak during the call minus what was in use before it: on a GPU the allocator's; on a CPU the resident
+memory of a fresh process that has done nothing else, after a warm-up call. That process returns freed memory to the
+system at once (`MALLOC_MMAP_THRESHOLD_`), so that memory used again is counted again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from reroll.errors import RunError, UsageError
 
 
 class Measurement(NamedTuple):
-    """What a call took: wall time, its largest memory above that before it, and evaluations of models by anyone."""
+    """What a call took: wall time, its peak memory above what was in use before, and all evaluations of models."""
 
     seconds: float
     peak_bytes: int
@@ -36,13 +36,13 @@ def measure(function: Callable[[], Any], *, warmup: int = 1, threads: int | None
     """Call a function and return what it took.
 
     Args:
-        function: called without arguments. On the CPU it is sent to a fresh process (by cloudpickle, so lambdas and
-            closures over models and tensors are fine), and what it returns or changes stays there.
-        warmup: calls before the one that is measured: compiling, thread pools, state that stays.
-        threads: of torch in that process; None: as here.
+        function: called without arguments. On the CPU it runs in a fresh process (sent by cloudpickle, so lambdas and
+            closures over models and tensors work), and what it returns or changes stays there.
+        warmup: calls before the measured one: compilation, thread pools, persistent state.
+        threads: torch's threads in that process; None: as here.
 
     Raises:
-        RunError: if it fails there; with its error.
+        RunError: if it fails in that process, with its error.
         UsageError: if it cannot be sent there.
 
     Example:
@@ -59,11 +59,11 @@ def measure(function: Callable[[], Any], *, warmup: int = 1, threads: int | None
             function()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before, began = torch.cuda.memory_allocated(), time.perf_counter()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
         with count_forward_passes() as passes:
             function()
         torch.cuda.synchronize()
-        return Measurement(time.perf_counter() - began, torch.cuda.max_memory_allocated() - before, passes.count)
+        return Measurement(time.perf_counter() - start, torch.cuda.max_memory_allocated() - before, passes.count)
     return _in_fresh_process(function, warmup, threads or torch.get_num_threads())
 
 
@@ -76,8 +76,8 @@ def _in_fresh_process(function: Callable[[], Any], warmup: int, threads: int) ->
             request.write_bytes(cloudpickle.dumps((function, warmup, threads)))
         except Exception as error:  # whatever an object's own pickling raises
             raise UsageError(
-                f"function={function!r} cannot be sent to a fresh process ({type(error).__name__}: {error}). Let it "
-                "make what cannot be pickled (files, locks, threads) itself."
+                f"function={function!r} cannot be sent to a fresh process ({type(error).__name__}: {error}). Create "
+                "what cannot be pickled (files, locks, threads) inside it."
             ) from error
         environment = {
             **os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -86,13 +86,13 @@ def _in_fresh_process(function: Callable[[], Any], warmup: int, threads: int) ->
         command = [sys.executable, "-m", "reroll.train.measure", str(request), str(answer)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode or not answer.exists():
-            died = f"no message; its process ended with {done.returncode}, as it does when memory runs out"
+            died = f"no message; its process exited with {done.returncode}, as when memory runs out"
             raise RunError(f"The measured call failed: {(done.stderr.strip().splitlines() or [died])[-1]}")
         return Measurement(*pickle.loads(answer.read_bytes()))
 
 
 def _memory(field: str) -> int:
-    """A size in /proc/self/status: VmRSS, resident now; VmHWM, its peak since it was reset."""
+    """Return a size in /proc/self/status: VmRSS, resident now; VmHWM, its peak since the last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -112,13 +112,13 @@ def _child(request: str, answer: str) -> None:
     for _ in range(warmup):
         function()
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # so that using freed memory again is seen
+    with contextlib.suppress(OSError, AttributeError):  # so that reuse of freed memory counts
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, began = _memory("VmRSS"), time.perf_counter()
+    before, start = _memory("VmRSS"), time.perf_counter()
     with count_forward_passes() as passes:
         function()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     peak = _memory("VmHWM")
     Path(answer).write_bytes(pickle.dumps((seconds, max(0, peak - before), passes.count)))
 

@@ -1,4 +1,4 @@
-"""What becomes of a step: what its row of the metrics says, what is worth a warning, and whether the run ends."""
+"""What follows from a step: its row of the metrics, warnings, and whether the run ends."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from reroll.train.machine import peak_bytes
 from reroll.train.session import Session
 
 PROBING = ("spread", "probe_snr", "lost_probes", "drift", "solver_error")
-"""What a row says of the probes; see `reroll.grad.probes.Coefficients`."""
+"""Statistics of the probes in a row; see `reroll.grad.probes.Coefficients`."""
 REFUSED = 5
-"""Steps in a row whose gradient is not finite, after which a run has diverged."""
+"""Consecutive steps with a non-finite gradient after which a run counts as diverged."""
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A step: its number, batch and settings, what came of it, its loss as a number, and what its rollouts did."""
+class CompletedStep:
+    """A step: its number, batch and settings, its result, its loss as a number, and statistics of its rollouts."""
 
-    step: int
+    number: int
     batch: Any
     settings: StepSettings
     result: StepResult
@@ -35,31 +35,31 @@ class Taken:
     rollouts: Monitor
 
 
-def average(session: Session, taken: Taken) -> dict[str, Any]:
+def average(session: Session, step: CompletedStep) -> dict[str, Any]:
     """The running average of the weights."""
-    if session.average is not None and taken.result.outcome:
+    if session.average is not None and step.result.outcome:
         session.average.update(trainable(session.model))
     return {}
 
 
-def losses(session: Session, taken: Taken) -> dict[str, Any]:
+def losses(session: Session, step: CompletedStep) -> dict[str, Any]:
     """The loss, its averages, and the rate that falls when it stops improving."""
     progress = session.progress
-    progress.see(taken.loss)
-    session.plateau.see(taken.loss)
-    return {"loss": taken.loss, "loss_fast": progress.fast, "loss_slow": progress.slow}
+    progress.see(step.loss)
+    session.plateau.see(step.loss)
+    return {"loss": step.loss, "loss_fast": progress.fast, "loss_slow": progress.slow}
 
 
-def refusals(session: Session, taken: Taken) -> dict[str, Any]:
-    """Steps that were not taken, because their gradient was not finite."""
+def refusals(session: Session, step: CompletedStep) -> dict[str, Any]:
+    """The steps that were skipped because their gradient was not finite."""
     progress = session.progress
-    progress.refused_in_a_row = 0 if taken.result.outcome else progress.refused_in_a_row + 1
-    progress.refused += not taken.result.outcome
+    progress.refused_in_a_row = 0 if step.result.outcome else progress.refused_in_a_row + 1
+    progress.refused += not step.result.outcome
     return {"refused_steps": progress.refused} if progress.refused else {}
 
 
-def curriculum(session: Session, taken: Taken) -> dict[str, Any]:
-    """The length, which grows when the loss has been low for long enough."""
+def curriculum(session: Session, step: CompletedStep) -> dict[str, Any]:
+    """The sequence length, which grows once the loss has been low for long enough."""
     task, progress = session.config.task, session.progress
     if progress.length is not None and progress.length < task.length:
         progress.below = progress.below + 1 if progress.fast < task.curriculum_threshold else 0
@@ -68,21 +68,21 @@ def curriculum(session: Session, taken: Taken) -> dict[str, Any]:
     return {"length": progress.length or task.length}
 
 
-def counters(session: Session, taken: Taken) -> dict[str, Any]:
-    """How much was done, and the state with which a carried text goes on."""
+def counters(session: Session, step: CompletedStep) -> dict[str, Any]:
+    """Steps, tokens and forward passes so far; and the state that a carried text continues from."""
     progress = session.progress
     if session.task.carries:
-        progress.carried = taken.result.state
+        progress.carried = step.result.state
     progress.step += 1
-    progress.tokens += len(taken.batch) * taken.batch.time
-    progress.forward_passes += taken.result.stats["forward_passes"]
-    return {"step": taken.step, "forward_passes": progress.forward_passes, "tokens": progress.tokens}
+    progress.tokens += len(step.batch) * step.batch.time
+    progress.forward_passes += step.result.stats["forward_passes"]
+    return {"step": step.number, "forward_passes": progress.forward_passes, "tokens": progress.tokens}
 
 
-def diagnostics(session: Session, taken: Taken) -> dict[str, Any]:
+def diagnostics(session: Session, step: CompletedStep) -> dict[str, Any]:
     """The settings of the step, its gradient and its rollouts."""
-    result, rollouts = taken.result, taken.rollouts
-    row = {"lr": taken.settings.lr, "epsilon": result.stats.get("epsilon"), "peak_bytes": peak_bytes(session.device)}
+    result, rollouts = step.result, step.rollouts
+    row = {"lr": step.settings.lr, "epsilon": result.stats.get("epsilon"), "peak_bytes": peak_bytes(session.device)}
     if result.norm is not None:
         row["gradient_norm"] = result.norm
     if rollouts.calls:
@@ -92,17 +92,17 @@ def diagnostics(session: Session, taken: Taken) -> dict[str, Any]:
     return row | {name: value for name, value in result.stats.items() if name in PROBING}
 
 
-OBSERVERS: tuple[Callable[[Session, Taken], dict[str, Any]], ...] = (
+OBSERVERS: tuple[Callable[[Session, CompletedStep], dict[str, Any]], ...] = (
     average, losses, refusals, curriculum, counters, diagnostics,
 )  # fmt: skip
-"""In this order; the journal comes before all of them, and before the weights move."""
+"""In this order. The journal is written before all of them, and before the weights change."""
 
 
 class Warnings:
-    """What steps have to say beyond their numbers, each once."""
+    """Warnings about steps, each shown once."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.shown = say, set[Outcome]()
+    def __init__(self, note: Callable[[str], None]):
+        self.note, self.shown = note, set[Outcome]()
 
     def __call__(self, row: dict[str, Any], refused: bool) -> None:
         signs = {
@@ -114,11 +114,11 @@ class Warnings:
         }
         for outcome in (outcome for outcome, sign in signs.items() if sign and outcome not in self.shown):
             self.shown.add(outcome)
-            self.say(f"step {row['step'] + 1}: {outcome.value} (Shown once.)")
+            self.note(f"step {row['step'] + 1}: {outcome.value} (Shown once.)")
 
 
 def ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, str] | None:
-    """Whether the run ends with this row: (state, reason) or None."""
+    """Return (state, reason) if the run ends with this row, else None."""
     run, progress, loss = session.config.run, session.progress, row.get("loss")
     if isinstance(loss, float):
         diverged = _diverged(session, row)
@@ -129,11 +129,11 @@ def ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, s
         if run.target_valid is not None and row.get("valid_loss", math.inf) < run.target_valid:
             return "done", f"the held-out loss is below the target {run.target_valid:g} after {progress.step} steps."
         if run.max_seconds is not None and progress.seconds >= run.max_seconds:
-            return "done", f"{run.max_seconds:g} seconds are over, after {progress.step} steps."
+            return "done", f"the time limit of {run.max_seconds:g} seconds was reached after {progress.step} steps."
     if stop and progress.step < run.steps:
         how = f"reroll train --run-dir {session.folder.path} --resume"
         how = "train(session, path, resume=True)" if session.of_objects else how
-        return "stopped", f"{stop[0]} after {progress.step} steps. Go on with: {how}"
+        return "stopped", f"{stop[0]} after {progress.step} steps. To resume: {how}"
     return None
 
 
@@ -151,13 +151,13 @@ def _diverged(session: Session, row: dict[str, Any]) -> str | None:
     return None
 
 
-def how_to_go_on(config: Config) -> str:
-    """How a run that is done goes on."""
+def how_to_continue(config: Config) -> str:
+    """Return how to continue a run that is done."""
     run = config.run
     if config.recipe == OBJECT:
-        return "To go on, make its session again with more steps, or a limit beyond the one that ended it."
+        return "To continue, create its session again with more steps, or a limit beyond the one that ended it."
     limits = [f"--steps above {run.steps}"]
     limits += [] if run.max_seconds is None else [f"--max-seconds above {run.max_seconds:g}"]
     limits += [] if run.target_loss is None else [f"--target-loss below {run.target_loss:g}"]
     limits += [] if run.target_valid is None else [f"--set run.target_valid below {run.target_valid:g}"]
-    return f"To go on, give {', or '.join(limits)}: the one that ended it."
+    return f"To continue, change the limit that ended it: {', or '.join(limits)}."

@@ -1,4 +1,4 @@
-"""What run folders say, for whoever reads them: `reroll runs`, `show`, `load`; nothing here writes."""
+"""Reading run folders, for `reroll runs`, `show`, `load` and resuming; nothing here writes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from reroll.train.config import Config
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps two processes from one folder there
-    fcntl = None  # type: ignore[assignment]: a module, or the lack of it
+except ImportError:  # Windows: there, nothing stops two processes from using one folder
+    fcntl = None  # type: ignore[assignment]: a module, or None
 
 ROOT = Path("runs")
 LOCK = "lock"
@@ -26,7 +26,7 @@ LOCK = "lock"
 
 def look_for(name: str) -> Path | None:
     """Return the folder of a run, a path or a name under runs/; None if there is no such run."""
-    with contextlib.suppress(OSError, ValueError):  # of what cannot be a path
+    with contextlib.suppress(OSError, ValueError):  # the name cannot be a path
         return next((path for path in (Path(name), ROOT / name) if (path / "config.toml").is_file()), None)
     return None
 
@@ -60,14 +60,14 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole rows of metrics.jsonl."""
+    """Yield the undamaged rows of metrics.jsonl."""
     if (path / "metrics.jsonl").exists():
         with (path / "metrics.jsonl").open("rb") as lines:
             yield from (row for row in map(parse_row, lines) if row is not None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file of a run; an empty one if it is missing or torn."""
+    """Return the object in a JSON file; an empty one if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -76,9 +76,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def holder(path: Path) -> int | None:
-    """Return the number of the process that trains the run in a folder now, 0 if it cannot be told, None if none does.
+    """Return the id of the process that is training the run in a folder; 0 if that is unknown, None if there is none.
 
-    The lock is the system's and ends with its process; that the process named in the file is the one, /proc says.
+    The lock is the system's and ends with its process; /proc tells whether the process named in the file holds it.
     """
     if fcntl is None:
         return None
@@ -101,14 +101,14 @@ def _has_open(pid: int, file: Path) -> bool:
         return True
     with contextlib.suppress(OSError):
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):  # closed meanwhile
+            with contextlib.suppress(OSError):  # closed in the meantime
                 if descriptor.samefile(file):
                     return True
     return False
 
 
 class Tally:
-    """What the rows of a run come to; each is read once, also of a run that goes on.
+    """A summary of a run's rows, each of which is read once, even while the run continues.
 
     Args:
         path: the run folder.
@@ -122,10 +122,10 @@ class Tally:
         self.file, self.offset, self.damaged = file, 0, 0
         self.last: dict[str, Any] = {}
         self.loss, self.best, self.valid = None, None, None
-        self.recent: deque[float] = deque(maxlen=20)
+        self.recent: deque[float] = deque(maxlen=20)  # seconds of steps
 
     def read(self) -> None:
-        """Take in the rows that were added; all of them if the file is another one (the run was resumed)."""
+        """Read the rows that were added; all of them if the file was replaced (the run was resumed)."""
         try:
             lines = (self.path / "metrics.jsonl").open("rb")
         except FileNotFoundError:
@@ -142,27 +142,26 @@ class Tally:
                 self.offset += len(line)
                 self.damaged += row is None
                 if row is not None:
-                    self._take(row)
+                    self._add(row)
 
-    def _take(self, row: dict[str, Any]) -> None:
+    def _add(self, row: dict[str, Any]) -> None:
         self.last = row
-        loss, seconds = number(row, "loss"), number(row, "seconds")
-        self.loss = self.loss if loss is None else loss
+        loss, valid, seconds = (number(row, name) for name in ("loss", "valid_loss", "seconds"))
         if loss is not None:
-            self.best = loss if self.best is None else min(self.best, loss)
-        valid = number(row, "valid_loss")
-        self.valid = self.valid if valid is None else valid
+            self.loss, self.best = loss, loss if self.best is None else min(self.best, loss)
+        if valid is not None:
+            self.valid = valid
         if seconds is not None:
             self.recent.append(seconds)
 
     def row(self, name: str) -> dict[str, Any]:
-        """Return what is known of the run: state, step, losses, seconds, memory, time to go."""
+        """Return the state of the run, its step, losses, seconds, memory and time left."""
         status, running = read_json(self.path / "status.json"), holder(self.path) is not None
         state = str(status.get("state", "unknown"))
         state = "running" if running else "dead" if state == "running" and fcntl is not None else state
         try:
             self.read()
-        except OSError:  # one that is not ours to read, and no reason not to show the others
+        except OSError:  # no permission: the other runs are still shown
             state = "unreadable"
         step, steps = (self.last["step"] + 1 if self.last else 0), number(status, "steps")
         left = (steps - step) * sum(self.recent) / len(self.recent) if running and self.recent and steps else None
@@ -174,7 +173,7 @@ class Tally:
 
 
 def number(row: dict[str, Any], name: str) -> Any:
-    """The finite number of this name; a record may be damaged, and a loss that diverged is not finite."""
+    """Return the number of a name if it is finite, else None: rows may be damaged, and losses diverge."""
     value = row.get(name)
     return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
 
@@ -183,8 +182,8 @@ def find(folder: Path, tallies: dict[Path, Tally] | None = None) -> list[dict[st
     """Return a row for every run under a folder, newest first.
 
     Args:
-        folder: searched however deep; links are not followed.
-        tallies: what was read before, by run; it is kept up.
+        folder: searched at any depth; links are not followed.
+        tallies: what was read before, by run; updated in place.
     """
     tallies = {} if tallies is None else tallies
     rows = []
@@ -192,7 +191,7 @@ def find(folder: Path, tallies: dict[Path, Tally] | None = None) -> list[dict[st
         if "config.toml" in files and {"environment.json", "status.json"} & set(files):
             inside.clear()
             path, age = Path(base), math.inf
-            with contextlib.suppress(OSError):  # it was deleted meanwhile
+            with contextlib.suppress(OSError):  # deleted in the meantime
                 age = -(path / "config.toml").stat().st_mtime
             name = str(path.relative_to(folder)) if path != folder else path.name
             rows.append((age, tallies.setdefault(path, Tally(path)).row(name)))

@@ -1,10 +1,10 @@
-"""Make the weights of any step of a run again, from its seed and journal, without its data.
+"""Rebuild the weights of any step of a run from its seed and journal, without its data.
 
     θ_0 from the seed (or the saved initial weights), checked against its checksum
     for each record: ĝ = Σ_k c_k z_k from its key and coefficients; a step of the run's optimizer with its η
 
-The optimizer is run again from its recorded settings, so momentum and moments are made again too. On the machine and
-torch the run was made with, the weights are the run's bit for bit.
+The optimizer is run again with its recorded settings, which rebuilds its momentum and moments too. On the run's machine
+and version of torch, the weights are the run's bit for bit.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def replay(path: Path, to: int | None = None, session: Session | None = None) ->
 
     Args:
         path: the run folder.
-        to: how many steps; None is all of the journal.
-        session: of a run of objects, the session it was begun with, made again: its model is the one that is returned.
+        to: how many steps; None: all in the journal.
+        session: for a run of objects, its session, created again as it was at the start; its model is returned.
 
     Returns:
         The model and the number of steps.
 
     Raises:
-        UsageError: if the run has no such step, or was trained by backprop (it keeps no journal).
-        RunError: if the journal is damaged, or the initial weights are not those of the run.
+        UsageError: if the run has no such step, or was trained by backprop, which has no journal.
+        RunError: if the journal is damaged, or the initial weights are not the run's.
     """
     config = resolve(read_config(path))
     if not config.gradient.seeded:
@@ -52,8 +52,8 @@ def replay(path: Path, to: int | None = None, session: Session | None = None) ->
         raise UsageError(f"{path} was trained by backprop, whose steps cannot be replayed; its checkpoints: {saved}.")
     if isinstance(config.model, ObjectModel) and session is None:
         raise UsageError(
-            f"{path} was made with objects ({config.model.name}), which only you have: make its session again, and "
-            "call reroll.train.replay.replay(path, session=session)."
+            f"{path} was trained from objects ({config.model.name}), which only you have: create its session again, "
+            "and call reroll.train.replay.replay(path, session=session)."
         )
     record = journal.read(path / "journal")
     steps = record.steps if to is None else to
@@ -62,16 +62,16 @@ def replay(path: Path, to: int | None = None, session: Session | None = None) ->
     if not 0 <= steps <= record.steps:
         raise UsageError(f"--to {to}: the journal of {path} has {record.steps} steps.")
     if record.torn:
-        log.warning("%s: the last record is torn (%d bytes) and left out.", record.path, record.torn)
+        log.warning("%s: the last record is incomplete (%d bytes), and ignored.", record.path, record.torn)
     try:
-        # What the run was trained with, whatever config.toml says today.
+        # The config that the run was trained with, whatever config.toml says now.
         config = toml.overlay(Config(), toml.parse(record.header["config"]), str(record.path))
         return _take_steps(path, config, record, steps, session), steps
     except RunError:
         raise
     except checkpoint.UNREADABLE as error:
         what = f"{type(error).__name__}: {error}"
-        raise RunError(f"the journal of {path} is of another run, or of another version of reroll ({what}).") from None
+        raise RunError(f"the journal of {path} is from another run or version of reroll ({what}).") from None
 
 
 def _take_steps(path: Path, config: Config, record: journal.Journal, steps: int, session: Session | None) -> Any:
@@ -79,25 +79,25 @@ def _take_steps(path: Path, config: Config, record: journal.Journal, steps: int,
     header = record.header
     if session is None:
         model: Any = build_model(config.model, Interface.read(header["sizes"]), config.run.seed)
-        optimizer = config.optim.build(model, 1.0)  # every record says its own rate
+        optimizer = config.optim.build(model, 1.0)  # every record sets its own rate
     else:
         model, optimizer = session.model, session.optimizer
     if header["init"]:
         checkpoint.put_weights(model, checkpoint.load_file(path / "init.safetensors"), "init.safetensors")
     if checkpoint.checksum(checkpoint.weights_of(model)) != header["initial"]:
         raise RunError(
-            f"{path}: the initial weights made from the seed are not those of the run; it was made with another torch "
-            "(environment.json says which), or init.safetensors has changed."
+            f"{path}: the initial weights from the seed are not the run's; it was trained with another torch "
+            "(see environment.json), or init.safetensors has changed."
         )
     parameters: dict[str, torch.Tensor] = dict(trainable(model))
     padding = padding_rows(model, parameters)
     sums = torch.float64 if header["sums"] == "fp64" else None
-    for taken in record.iterate(to=steps):
-        if header["restore"] == "grid":  # by a step that was not taken, too
-            snap_to_grid(parameters, taken.settings.epsilon or 0.0)
-        if not taken.terms:  # its gradient was not finite, and the step not taken
+    for entry in record.iterate(to=steps):
+        if header["restore"] == "grid":  # a skipped step rounds the weights too
+            snap_to_grid(parameters, entry.settings.epsilon or 0.0)
+        if not entry.terms:  # the gradient was not finite, and the step was skipped
             continue
-        configure(optimizer, taken.settings)
-        gradient = Seeded(taken.terms, noise_of(header["noise"]), parameters, sums=sums, padding=padding)
+        configure(optimizer, entry.settings)
+        gradient = Seeded(entry.terms, noise_of(header["noise"]), parameters, sums=sums, padding=padding)
         apply(gradient, optimizer, header["update"])
     return model

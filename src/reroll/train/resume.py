@@ -1,4 +1,4 @@
-"""How a run begins in a folder, or goes on with what is there."""
+"""Starting a run in a folder, or resuming the one that is there."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FREE = {
     "run.steps", "run.max_seconds", "run.target_loss", "run.target_valid", "run.eval_every", "run.checkpoint_every",
     "run.keep", "run.log_every", "run.warm_up",
 }  # fmt: skip
-"""What may change when a run is resumed; everything else would make it another run."""
+"""Fields that may change when a run is resumed; any other would make it a different run."""
 DERIVED = {"gradient.chunk", "run.threads"}
-"""What is none until static rules decide it, once; none says nothing about the run to resume."""
+"""Fields that are none until static rules decide them; none does not contradict the run to resume."""
 
 
 def open_session(
@@ -37,21 +37,21 @@ def open_session(
     init: dict[str, torch.Tensor] | None = None,
     mesh: Mesh = ALONE,
 ) -> tuple[Session, str]:
-    """Begin a run in a folder, or go on with the one that is there.
+    """Start a run in a folder, or resume the one that is there.
 
     Args:
         what: a resolved config, or a session of objects.
         path: the run folder.
-        resume: go on with what the folder holds; an empty or absent one is begun.
-        init: weights to begin with instead of drawn ones.
+        resume: resume the folder's run; if it has none, or is absent, start one.
+        init: initial weights, instead of random ones.
         mesh: the processes of the run; a session has its own.
 
     Returns:
-        The session, and a sentence on how it begins.
+        The session, and a sentence on how it starts.
 
     Raises:
         UsageError: if the folder or config cannot be used, or the config is not the folder's.
-        RunError: if what the folder holds is damaged.
+        RunError: if the folder's run is damaged.
     """
     mesh = what.mesh if isinstance(what, Session) else mesh
     folder = RunFolder(path) if mesh.writes else Reader(path)
@@ -60,15 +60,15 @@ def open_session(
         if there:
             folder.lock()
             if checkpoint.all_of(folder.checkpoints):
-                return _go_on(what, folder, mesh)
+                return _resume(what, folder, mesh)
         else:
             folder.refuse_used(resume)
-        # Where no step was saved, nothing binds a run to the config it was to be trained with.
-        note = f"Nothing to resume in {path}: a new run begins." if resume else f"Run folder: {path}"
+        # Before the first checkpoint, nothing ties a run to its config: it may be started with another.
+        note = f"Nothing to resume in {path}: starting a new run." if resume else f"Run folder: {path}"
         if there:
             last = folder.last_row()
-            lost = "" if last is None else f"; the {last['step'] + 1} steps recorded before are made again"
-            note = f"{path} has no checkpoint yet: it begins again, at step 0{lost}."
+            lost = "" if last is None else f"; the {last['step'] + 1} steps recorded before are repeated"
+            note = f"{path} has no checkpoint yet: starting again, at step 0{lost}."
             folder.cut_metrics(0)
         session = what if isinstance(what, Session) else Session.of_config(what, mesh)
         return _begin(session, folder, init), note
@@ -77,17 +77,17 @@ def open_session(
         raise
 
 
-def _go_on(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Session, str]:
-    """Put a run back to its newest checkpoint."""
+def _resume(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Session, str]:
+    """Restore a run to its newest checkpoint."""
     path, environment = folder.path, folder.path / "environment.json"
     config = merge_resumed(read_config(path), what.config if isinstance(what, Session) else what)
     saved, extra = checkpoint.newest(folder.checkpoints), read_json(environment)
     if saved is None:
-        raise _unresumable(path, "none of its checkpoints is whole", recovery_hint(path, config))
+        raise _unresumable(path, "none of its checkpoints is intact", recovery_hint(path, config))
     if config.run.steps < saved.step:
         raise UsageError(
-            f"--steps {config.run.steps}: {path} has taken {saved.step} steps already, and none is taken back. "
-            "Give more to go on."
+            f"--steps {config.run.steps}: {path} has already taken {saved.step} steps, which are not undone. "
+            "Ask for more to continue."
         )
     record = journal.read(folder.journal) if config.gradient.seeded else None
     _require_one_run(folder, config, extra, saved, record)
@@ -95,8 +95,8 @@ def _go_on(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Sessi
     before, now = extra.get("fingerprint"), session.task.fingerprint
     if before not in (None, now):
         raise RunError(
-            f"The data have changed since the run began (fingerprint {now[:12]}, was {str(before)[:12]}): going on "
-            "would be another run. Bring the data back, or begin a new one."
+            f"The data have changed since the run started (fingerprint {now[:12]}, was {str(before)[:12]}): resuming "
+            "would make it a different run. Restore the data, or start a new run."
         )
     session.folder = folder
     session.planned(config)
@@ -105,17 +105,17 @@ def _go_on(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Sessi
     if record is not None and mesh.writes:
         session.journal = journal.Writer.append(record, saved.step)
         if record.torn:
-            note += f" The journal's last record was torn ({record.torn} bytes); it is dropped."
+            note += f" The journal's last record was incomplete ({record.torn} bytes), and is dropped."
         if record.damage:
-            note += f" The journal is damaged at step {record.steps}, from where on it is written again."
+            note += f" The journal is damaged at step {record.steps}, and is rewritten from there on."
     last = folder.last_row()
     if last is not None and last["step"] >= saved.step:
-        note += f" The {last['step'] + 1 - saved.step} steps recorded after it are made again."
-    # From here on, what is later than the checkpoint goes: it is about to be made again.
+        note += f" The {last['step'] + 1 - saved.step} steps recorded after it are repeated."
+    # From here on, everything later than the checkpoint is deleted: it is about to be repeated.
     folder.write_config(config)
     damaged = folder.cut_metrics(saved.step)
     if damaged:
-        note += f" {damaged} damaged {'row' if damaged == 1 else 'rows'} of metrics.jsonl left out."
+        note += f" {damaged} damaged {'row' if damaged == 1 else 'rows'} of metrics.jsonl dropped."
     if mesh.writes:
         checkpoint.set_aside(folder.checkpoints, saved.step)
     folder.clear_temporary()
@@ -123,14 +123,14 @@ def _go_on(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Sessi
 
 
 def _unresumable(path: Path, why: str, remedy: str) -> RunError:
-    return RunError(f"{path} cannot be resumed: {why}. It is left as it is. {remedy}")
+    return RunError(f"{path} cannot be resumed: {why}. Nothing was changed. {remedy}")
 
 
 def merge_resumed(saved: Config, asked: Config) -> Config:
-    """Return the saved config of a resumed run with what may change taken from the one that is asked for.
+    """Return the saved config of a run to resume, with the fields that may change taken from `asked`.
 
     Raises:
-        UsageError: if another field has another value.
+        UsageError: if any other field has another value.
     """
     changed: dict[str, Any] = {}
     old = leaves(saved)
@@ -138,23 +138,23 @@ def merge_resumed(saved: Config, asked: Config) -> Config:
         if name == "recipe" or value == old.get(name) or value == "auto" or (value is None and name in DERIVED):
             continue
         if name not in FREE:
-            why = " (other threads add numbers in another order)" if name == "run.threads" else ""
+            why = " (the number of threads changes the order of sums)" if name == "run.threads" else ""
             raise UsageError(
-                f"{name}={value!r}, but the run to resume has {old.get(name)!r}{why}. Leave it as it was, or begin "
-                "another run."
+                f"{name}={value!r}, but the run to resume has {old.get(name)!r}{why}. Keep that value, or start a new "
+                "run."
             )
         changed[name.removeprefix("run.")] = value
     return saved.replace(run=changed)
 
 
 def run_id(config: Config, extra: dict[str, Any]) -> str:
-    """Return the name of a run in its files: a digest of its `binding` config, initial weights and data."""
+    """Return the id of a run in its files: a digest of its `binding` config, initial weights and data."""
     parts = (toml.dumps(binding(config)), extra.get("initial"), extra.get("fingerprint"))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def binding(config: Config) -> Config:
-    """Return a config without what may change when a run is resumed: what makes it this run and no other."""
+    """Return a config with the fields that may change on resuming at their defaults: what identifies a run."""
     free = {name.partition(".")[2] for name in FREE}
     return config.replace(run={name: getattr(Config().run, name) for name in free})
 
@@ -162,45 +162,44 @@ def binding(config: Config) -> Config:
 def _require_one_run(
     folder: RunFolder, config: Config, extra: dict[str, Any], saved: checkpoint.Checkpoint, record: Any
 ) -> None:
-    """Raise `RunError` if config, environment, checkpoint and journal do not name one run."""
+    """Raise `RunError` unless config, environment, checkpoint and journal belong to one run."""
     if not {"sizes", "run"} <= extra.keys():
-        older = "reroll" in extra and "run" not in extra
-        why = f"it was made by an older version of reroll ({extra.get('reroll')})" if older else (
-            "environment.json is missing or damaged"
-        )  # fmt: skip
-        raise _unresumable(folder.path, why, "Begin another run in another folder.")
+        why = "environment.json is missing or damaged"
+        if "reroll" in extra and "run" not in extra:
+            why = f"it was trained by an older version of reroll ({extra['reroll']})"
+        raise _unresumable(folder.path, why, "Start a new run in another folder.")
     name, step = extra["run"], f"step-{saved.step:08d}"
-    wrong = {
-        f"checkpoints/{step} is of another run": saved.state.get("run") != name,
-        "the journal is of another run": record is not None and record.header.get("run") != name,
-        "config.toml or environment.json is not what it was when the run began": run_id(config, extra) != name,
+    mismatches = {
+        f"checkpoints/{step} is from another run": saved.state.get("run") != name,
+        "the journal is from another run": record is not None and record.header.get("run") != name,
+        "config.toml or environment.json has changed since the run started": run_id(config, extra) != name,
     }
-    for what, is_so in wrong.items():
+    for why, is_so in mismatches.items():
         if is_so:
-            raise _unresumable(folder.path, what, "Bring back the run's own, or begin another run.")
+            raise _unresumable(folder.path, why, "Restore the run's own, or start a new run.")
 
 
 def _begin(session: Session, folder: RunFolder, init: dict[str, torch.Tensor] | None) -> Session:
-    """Begin a run; of one that was killed before its first checkpoint, the initial weights are still there."""
+    """Start a run; one that was killed before its first checkpoint keeps its initial weights."""
     session.folder = folder
     if folder.init.exists():
         init = checkpoint.load_file(folder.init)
     if init is not None:
         checkpoint.put_weights(session.model, init, "--init")
-    begun = folder.locked
-    folder.make()  # only now, when task, model and weights are there
+    restarted = folder.locked
+    folder.make()  # only now that task, model and weights exist
     folder.lock()
-    if not begun and (folder.path / "config.toml").exists():  # by another process, meanwhile
+    if not restarted and (folder.path / "config.toml").exists():  # another process was faster
         folder.refuse_used()
     folder.clear_temporary()
     if init is not None or session.of_objects:
         folder.write_init(checkpoint.weights_of(session.model))
-    folder.write_config(session.config)  # what `--resume` looks for: it comes last
+    folder.write_config(session.config)  # last, since `--resume` looks for it
     return session
 
 
 def start_record(session: Session) -> None:
-    """Write config, environment and the journal's header; what a run does before its first step."""
+    """Write config, environment and the journal's header, before the first step of a run."""
     config, folder, model = session.config, session.folder, session.model
     metadata = session.task.metadata() | {"initial": checkpoint.checksum(checkpoint.weights_of(model))}
     session.run = run_id(config, metadata)

@@ -1,14 +1,14 @@
-"""The run folder: one place that tells the whole story of a run.
+"""The run folder: everything about a run in one place.
 
 runs/NAME/
-    config.toml         resolved; `reroll train --config runs/NAME/config.toml` does it again
+    config.toml         resolved; `reroll train --config runs/NAME/config.toml` repeats the run
     environment.json    versions, hardware, commit, fingerprint of the data, sizes of the model
     metrics.jsonl       a row per step
-    journal             probes only: the weights of every step can be made from it (`reroll replay`)
+    journal             probes only: the weights of every step can be rebuilt from it (`reroll replay`)
     checkpoints/        the newest ones
     status.json         state, process, last step: what `reroll runs` shows
     log.txt             what was printed
-    lock                the process that trains it; a lock of the system's, which ends with the process
+    lock                the id of the process that is training it; a file lock, which ends with the process
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from reroll.train.records import LOCK, ROOT, fcntl, holder, parse_row, read_metr
 
 
 def new_folder(recipe: str) -> Path:
-    """Return a fresh name under runs/: date, recipe, four hexadecimal digits."""
-    word = re.sub(r"[^\w.-]+", "_", recipe)[:60]  # a config may call itself anything
+    """Return a new name under runs/: date, recipe, four hexadecimal digits."""
+    word = re.sub(r"[^\w.-]+", "_", recipe)[:60]  # a config's recipe may be any text
     return ROOT / f"{time.strftime('%Y-%m-%d')}-{word}-{secrets.token_hex(2)}"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield another name to write a file or folder under, which becomes `path` when it is whole, or goes."""
+    """Yield a temporary name to write a file or folder under; it becomes `path` on success, else it is deleted."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     remove(temporary)
     try:
@@ -55,7 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there."""
+    """Delete a file or folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -74,34 +74,34 @@ class RunFolder:
         self._lock: Any = None
 
     def refuse_used(self, resume: bool = False) -> None:
-        """Raise `UsageError` unless the folder is free: absent, empty, or, to resume, that of a run killed at once."""
+        """Raise `UsageError` unless the folder is free: absent, empty or, to resume, that of a run killed at once."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
-            raise UsageError(f"--run-dir {self.path} is a file; name a folder.")
+            raise UsageError(f"--run-dir {self.path} is a file; choose a folder.")
         content = list(self.path.iterdir())
         if resume and self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             early = {self.checkpoints, self.init, self.path / "log.txt", self.path / LOCK, *self.path.glob(".*.tmp")}
             content = [path for path in content if path not in early]
         if content and resume:
             raise UsageError(
-                f"--run-dir {self.path} is not empty and holds no run (no config.toml); name another folder."
+                f"--run-dir {self.path} is not empty and has no run in it (no config.toml); choose another folder."
             )
         if content:
             raise UsageError(
-                f"--run-dir {self.path} is not empty. Add --resume to go on with it, or name another folder."
+                f"--run-dir {self.path} is not empty. Add --resume to continue its run, or choose another folder."
             )
 
     def lock(self) -> None:
-        """Take the folder for this process, until `close` or its end; two would mix their records.
+        """Lock the folder for this process, until `close` or its end: two processes would mix their records.
 
         Raises:
-            UsageError: naming the process that has it.
+            UsageError: naming the process that holds the lock.
         """
         if fcntl is None or self.locked:
             return
         file = (self.path / LOCK).open("a+")
-        for _ in range(5):  # whoever only asks who has it takes it for an instant
+        for _ in range(5):  # `holder` takes the lock for an instant
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -121,7 +121,7 @@ class RunFolder:
 
     @property
     def locked(self) -> bool:
-        """Whether this object has the lock."""
+        """Whether this object holds the lock."""
         return self._lock is not None
 
     def make(self) -> None:
@@ -131,16 +131,16 @@ class RunFolder:
             (self.path / "log.txt").touch()
         except OSError as error:
             raise RunError(
-                f"--run-dir {self.path} cannot be written ({error.strerror}); name another folder."
+                f"--run-dir {self.path} cannot be written ({error.strerror}); choose another folder."
             ) from None
 
     def clear_temporary(self) -> None:
-        """Delete what was being written when the run was killed."""
+        """Delete the files that were being written when the run was killed."""
         for path in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
             remove(path)
 
     def write_init(self, weights: dict[str, Any]) -> None:
-        """Write the weights a run begins with, if they are not drawn from its seed."""
+        """Write the initial weights of a run, if they are not drawn from its seed."""
         from safetensors.torch import save_file
 
         with replacing(self.init) as file:
@@ -169,7 +169,7 @@ class RunFolder:
         self._metrics.flush()
 
     def sync(self) -> None:
-        """Wait until the rows are on the disk."""
+        """Wait until the rows are on disk."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
 
@@ -183,7 +183,7 @@ class RunFolder:
             file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def cut_metrics(self, steps: int) -> int:
-        """Keep the rows of the first `steps` steps, and return how many damaged ones were left out.
+        """Keep the rows of the first `steps` steps, and return how many damaged ones were dropped.
 
         A resumed run writes the later ones again.
         """
@@ -191,7 +191,7 @@ class RunFolder:
         if path.exists():
             for line in path.read_bytes().splitlines(keepends=True):
                 row = parse_row(line)
-                damaged += row is None and line.endswith(b"\n")  # without, it is the row that was being written
+                damaged += row is None and line.endswith(b"\n")  # without one, the row was being written
                 if row is not None and row["step"] < steps:
                     rows.append(line.rstrip(b"\n") + b"\n")
             with replacing(path) as file:
@@ -199,27 +199,27 @@ class RunFolder:
         return damaged
 
     def discard(self) -> None:
-        """Delete what a run wrote that was refused before its first step: the folder is free again."""
+        """Delete the files of a run that was refused before its first step, so that the folder is free again."""
         self.clear_temporary()
         for name in ("config.toml", "environment.json", "status.json", "log.txt", "journal", self.init.name, LOCK):
             remove(self.path / name)
         for folder in (self.checkpoints, self.path):
-            with contextlib.suppress(OSError):  # something else is in it
+            with contextlib.suppress(OSError):  # it contains something else
                 folder.rmdir()
 
     def close(self) -> None:
-        """Close the files, and let others have the folder."""
+        """Close the files, and release the lock."""
         for file in (self._metrics, self._lock):
             if file is not None:
                 file.close()
         self._metrics = self._lock = None
 
     def __del__(self) -> None:
-        self.close()  # a session that nobody has any more does not keep others out
+        self.close()  # a session that is no longer referenced must not keep the lock
 
 
 class Reader(RunFolder):
-    """The folder of a run that another process writes: what would change it does nothing."""
+    """The folder of a run that another process writes; methods that would change it do nothing."""
 
     def _nothing(self, *arguments: Any, **options: Any) -> Any:
         return None

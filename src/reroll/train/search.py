@@ -1,12 +1,12 @@
-"""`--lr auto`: find a learning rate by trying some, a few steps each, from the same weights.
+"""`--lr auto`: find a learning rate by trying several for a few steps each, from the same weights.
 
-    1. a logarithmic grid from low to high, a point per factor of ten
-    2. around the best: the geometric middles between it and its tested neighbours
-    3. again, once
+    1. a logarithmic grid from low to high, one point per factor of ten
+    2. around the best: the geometric means of it and its tested neighbours
+    3. the same once more
 
-A rate is judged by the mean loss over the second half of its steps, on batches the run itself does not begin with; one
-that diverges counts as infinite. No rate is tested twice, and weights, optimizer and generators come back bit for bit.
-The ε tied to a rate is tried with it.
+A rate is scored by the mean loss over the second half of its steps, on batches other than the run's first; one that
+diverges scores infinity. No rate is tested twice. Weights, optimizer and generators are restored bit for bit. An ε tied
+to the rate is varied with it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from reroll.errors import EpsilonTooSmall, RunError
 from reroll.keys import Key
@@ -26,11 +27,11 @@ ROUNDS = 2
 
 
 def search_lr(session: Session, note: Callable[[str], None], stop: Sequence[str] = ()) -> float | None:
-    """Return the best learning rate of those tried, None once there is a signal in `stop`; the session is as before."""
+    """Return the best learning rate of those tried, or None on a signal in `stop`; the session is left unchanged."""
     optim = session.config.optim
     losses: dict[float, float] = {}
     for round in range(1 + ROUNDS):
-        for lr in middles(losses) if round else grid(optim.search_low, optim.search_high):
+        for lr in midpoints(losses) if round else grid(optim.search_low, optim.search_high):
             losses[lr] = trial(session, lr, optim.search_steps)
             note(f"Trying lr {lr:.3g}: loss {losses[lr]:.4f}")
             if stop:
@@ -39,17 +40,17 @@ def search_lr(session: Session, note: Callable[[str], None], stop: Sequence[str]
     if not math.isfinite(losses[best]):
         raise RunError(
             f"lr=auto: every rate from {optim.search_low:g} to {optim.search_high:g} gave a non-finite loss, or an ε "
-            "too small for the precision. Set optim.search_low lower or --epsilon, or check the data."
+            "too small for the precision. Lower optim.search_low, set --epsilon, or check the data."
         )
-    note(f"Taking lr {best:.3g} of the {len(losses)} tried.")
+    note(f"Using lr {best:.3g}, the best of {len(losses)}.")
     for edge, name, beyond in ((min(losses), "search_low", "below"), (max(losses), "search_high", "above")):
         if best == edge:
-            note(f"It is the edge of what was tried: a rate {beyond} it may be better. Set optim.{name} {beyond} it.")
+            note(f"It is at the edge of the range: a rate {beyond} it may be better. Set optim.{name} {beyond} it.")
     return best
 
 
 def grid(low: float, high: float) -> list[float]:
-    """Return rates from low to high, evenly spaced in their logarithm, a factor of ten or less apart.
+    """Return rates from low to high, evenly spaced in their logarithm, by a factor of ten or less.
 
     Example:
         >>> grid(1e-5, 0.1)
@@ -59,29 +60,28 @@ def grid(low: float, high: float) -> list[float]:
     return [float(f"{low * (high / low) ** (i / count):.6g}") for i in range(count + 1)]
 
 
-def middles(losses: dict[float, float]) -> list[float]:
-    """Return the untested geometric middles between the best rate and its tested neighbours.
+def midpoints(losses: dict[float, float]) -> list[float]:
+    """Return the untested geometric means of the best rate and its tested neighbours.
 
     Example:
-        >>> middles({0.01: 2.0, 0.1: 1.0, 1.0: 3.0})
+        >>> midpoints({0.01: 2.0, 0.1: 1.0, 1.0: 3.0})
         [0.0316228, 0.316228]
     """
     rates = sorted(losses)
     at = rates.index(min(losses, key=lambda lr: losses[lr]))
-    near = [rates[i] for i in (at - 1, at + 1) if 0 <= i < len(rates)]
-    between = [float(f"{math.sqrt(rates[at] * other):.6g}") for other in near]
-    return [lr for lr in between if lr not in losses]
+    means = [float(f"{math.sqrt(low * high):.6g}") for low, high in pairwise(rates[max(at - 1, 0) : at + 2])]
+    return [lr for lr in means if lr not in losses]
 
 
 def trial(session: Session, lr: float, steps: int) -> float:
-    """Take a few steps with a rate, and put weights and optimizer back; return the mean loss of the second half."""
+    """Take a few steps at a rate and restore weights and optimizer; return the mean loss of the second half."""
     config, losses = session.config, []
     before = {name: tensor.clone() for name, tensor in checkpoint.weights_of(session.model).items()}
     state = copy.deepcopy(session.optimizer.state_dict())
     key, settings = Key(config.run.seed).at("lr search"), session.settings(lr)
     try:
         for number in range(steps):
-            # Far from the first batches, which the run itself will see.
+            # Far from the first batches, which the run itself will use.
             batch = session.batch(0 if config.task.overfit else 10**9 + number)
             try:
                 with monitoring():  # fallbacks during the search are not reported
@@ -90,7 +90,7 @@ def trial(session: Session, lr: float, steps: int) -> float:
                         key.at(number), clip=config.optim.clip, update=config.optim.update,
                         tied=config.gradient.is_tied,
                     )  # fmt: skip
-            except EpsilonTooSmall:  # for this rate, or for what it has made of the weights
+            except EpsilonTooSmall:  # at this rate, or for the weights it has led to
                 return math.inf
             if not result.outcome:
                 return math.inf

@@ -1,4 +1,4 @@
-"""A `Session`: the objects of one run, built from its config, handed in, or put back from a checkpoint."""
+"""A `Session`: the objects of a run, built from its config or passed in, and restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Progress:
 
     Args:
         step: steps taken.
-        tokens: input positions seen, of the batch alone (probes see them again).
+        tokens: input positions of the batches so far, counted once however many probes see them.
         forward_passes: evaluations of the loss of a batch.
         seconds: of training, without evaluations.
         first_loss, fast, slow, best: the first loss, its two averages, and the smallest.
         valid: the last score on held-out data.
-        refused: steps that were not taken because their gradient was not finite; `refused_in_a_row`: the last ones.
-        length: the curriculum's limit, None without one; `below`: steps its loss was low enough.
-        carried: state of a carried text.
+        refused: steps skipped because their gradient was not finite; `refused_in_a_row`: the latest of them.
+        length: the curriculum's present length, None without a curriculum; `below`: steps with a low enough loss.
+        carried: the state of a carried text.
     """
 
     step: int = 0
@@ -71,7 +71,7 @@ class Progress:
     carried: Any = START
 
     def see(self, loss: float) -> None:
-        """Take the loss of a step into the averages."""
+        """Add the loss of a step to the averages."""
         if self.step == 0:
             self.first_loss = self.fast = self.slow = loss
         self.fast = FAST * self.fast + (1 - FAST) * loss
@@ -81,7 +81,7 @@ class Progress:
 
 @dataclass
 class Session:
-    """The objects of one run, and its config: what the objects were built from, or what describes them.
+    """The objects of a run, and its config: what they were built from, or what describes them.
 
     Args:
         config: resolved.
@@ -96,7 +96,7 @@ class Session:
     optimizer: Any
     mesh: Mesh = ALONE
     run: str = field(init=False, default="")
-    folder: RunFolder = field(init=False, repr=False)  # there is none before `train`
+    folder: RunFolder = field(init=False, repr=False)  # unset before `train`
     journal: journal.Writer | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -104,8 +104,8 @@ class Session:
         most = self.task.most_steps if isinstance(self.task, Task) and not config.task.overfit else None
         if most is not None and config.run.steps > most:
             raise UsageError(
-                f"steps={config.run.steps} are more than the {most} batches of the data; give more data or epochs, or "
-                "take fewer steps."
+                f"steps={config.run.steps} are more than the {most} batches of the data; use more data or epochs, or "
+                "fewer steps."
             )
         self.device = next(self.model.parameters()).device
         self.plateau = Plateau(config.optim.plateau, config.optim.plateau_factor)
@@ -134,7 +134,7 @@ class Session:
         mesh: Mesh = ALONE,
         **run: Any,
     ) -> Session:
-        """Make a session of your own objects, for `reroll.train.train`; to go on with it or replay it, make it again.
+        """Create a session from your own objects, for `reroll.train.train`; create it again to resume or replay it.
 
         Args:
             task: a `reroll.data.task.Task`: batches as a function of the step, a loss, a score.
@@ -181,7 +181,7 @@ class Session:
     def of_config(
         cls, config: Config, mesh: Mesh = ALONE, extra: Mapping[str, Any] | None = None, source: str = ""
     ) -> Session:
-        """Build everything from a config; `extra` is the environment.json, at `source`, of a run to go on with."""
+        """Build everything from a config; `extra` is the environment.json, at `source`, of a run to resume."""
         tokenizer = None if extra is None else read_about(extra, source)[1]
         device = find_device(config.run.device)
         task = config.task.build(config.run.seed, tokenizer)
@@ -192,11 +192,11 @@ class Session:
 
     @property
     def of_objects(self) -> bool:
-        """Whether it was made of objects: their weights are no function of the seed."""
+        """Whether it was created from objects, whose weights are not a function of the seed."""
         return self.config.model.kind == OBJECT
 
     def plan(self) -> str:
-        """Decide, by static rules, how gradients are evaluated (mode, chunk, threads); return a sentence on it."""
+        """Choose, by static rules, how gradients are evaluated (mode, chunk, threads); return a sentence about it."""
         config, estimator = self.config, self.estimator
         if config.gradient.seeded and isinstance(estimator, CentralDifference):
             batch: Any = self.batch(0)
@@ -214,7 +214,7 @@ class Session:
         return note
 
     def planned(self, config: Config) -> None:
-        """Take a config in which it is decided how gradients are evaluated."""
+        """Adopt a config in which it is settled how gradients are evaluated."""
         self.config = config
         execute = self.mesh.execute or getattr(self.estimator, "execute", None)
         if config.gradient.kind != OBJECT:
@@ -223,21 +223,21 @@ class Session:
             self.estimator = replace(self.estimator, execute=execute)
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of a step, on the device, with the state it carries on."""
+        """Return the batch of a step, on the device, with the carried state."""
         index = 0 if self.config.task.overfit else step
         batch: Any = self.task.batch(index, length=self.progress.length).to(self.device)
         if self.task.carries:
             gradient = self.config.gradient
-            begins = gradient.per_branch_state and gradient.episode_begin(step) == step
+            begins = gradient.per_branch_state and gradient.episode_start(step) == step
             batch = replace(batch, state=START if begins else self.progress.carried)
         return batch
 
     def key(self) -> Key:
-        """Return the key of the present step: the windows of an episode share one."""
-        return Key(self.config.run.seed).at(self.config.gradient.episode_begin(self.progress.step))
+        """Return the key of the current step; the windows of an episode share one."""
+        return Key(self.config.run.seed).at(self.config.gradient.episode_start(self.progress.step))
 
     def settings(self, lr: float | None = None) -> StepSettings:
-        """Return the settings of the present step: η by base rate, schedule and plateau, or a given one, and its ε."""
+        """Return the settings of the current step: η by base rate, schedule and plateau, or `lr`; and ε to match."""
         if lr is None:
             optim, run = self.config.optim, self.config.run
             assert isinstance(optim.lr, float)
@@ -246,7 +246,7 @@ class Session:
         return StepSettings(lr, momentum, self.config.gradient.epsilon_at(lr, self.plateau.multiplier))
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, behind the record of all steps that led to it."""
+        """Write a checkpoint of the current step, after the record of all steps that led to it."""
         self.mesh.barrier()
         if not self.mesh.writes:
             return
@@ -264,13 +264,13 @@ class Session:
         checkpoint.save(self.folder.checkpoints, self.progress.step, self.model, state, self.config.run.keep)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Put everything back as it was when the checkpoint was written; refuse one of another model or version."""
+        """Restore everything from a checkpoint; refuse one of another model or version."""
         checkpoint.put_weights(self.model, saved.weights, "the checkpoint")
         try:
             self._restore(saved.state)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
-            raise RunError(f"The checkpoint of step {saved.step} is of another version of reroll ({what}).") from None
+            raise RunError(f"The checkpoint of step {saved.step} is from another version of reroll ({what}).") from None
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.run = state["run"]
@@ -284,7 +284,7 @@ class Session:
             self.average.tensors = {n: t.to(self.device) for n, t in state["average"]["tensors"].items()}
 
     def _carried(self, saved: Any) -> Any:
-        """The carried state with the types the cells gave it: a checkpoint keeps plain tuples."""
+        """Return the carried state with the types of the cells' states: a checkpoint stores plain tuples."""
         template = self.model.start(1)
 
         def typed(values: Any) -> Any:
@@ -310,7 +310,7 @@ def _require_objects(*objects: Any) -> None:
 
 
 def described(estimator: Any) -> tuple[GradientSpec, dict[str, Any]]:
-    """Return the spec of an estimator, and the fields of the section [run] that belong to it."""
+    """Return the spec of an estimator, and its fields in the section [run]."""
     if type(estimator) is Backprop:
         return specs.Backprop(**{f.name: getattr(estimator, f.name) for f in fields(Backprop)}), {}
     probes = type(estimator) is CentralDifference and isinstance(estimator.noise, str)

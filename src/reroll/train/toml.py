@@ -1,4 +1,4 @@
-"""A config as TOML, and TOML, dictionaries and KEY=VALUE pairs laid over a config, checked field by field.
+"""A config as TOML; and overlaying one with TOML, dictionaries or KEY=VALUE pairs, checked field by field.
 
 overlay(config, {"optim": {"lr": 0.01}}, "flags")          unknown keys fail with the nearest match
 text = dumps(config)                                       what `runs/NAME/config.toml` holds
@@ -17,16 +17,16 @@ from reroll.specs.base import change, leaves
 from reroll.train.config import Config
 
 FORMAT = 2
-"""Version of the file; another one is refused rather than misread."""
+"""Version of the file format; any other is refused rather than misread."""
 
 
 def overlay(config: Config, tables: Mapping[str, Any], source: str) -> Config:
-    """Return the config with the given fields replaced.
+    """Return the config with the fields in `tables` replaced.
 
     Args:
-        config: what is changed.
+        config: the config to change.
         tables: `{section: {field: value}}`; also `recipe` and `format`.
-        source: where they come from, for errors; "" leaves it out.
+        source: where they come from, for errors; "" for none.
 
     Raises:
         UsageError: for another format, an unknown field (with the nearest known one), or a value of another type.
@@ -41,7 +41,7 @@ def overlay(config: Config, tables: Mapping[str, Any], source: str) -> Config:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file; raise `UsageError` if it is missing, not readable, or no TOML."""
+    """Read a TOML file; raise `UsageError` if it is missing, unreadable, or not TOML."""
     try:
         return parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -53,7 +53,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Read a text as TOML; raise `tomllib.TOMLDecodeError` if it is none, or more than Python's parser can take."""
+    """Parse TOML; raise `tomllib.TOMLDecodeError` if it is invalid, or too deep or long for Python's parser."""
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -61,7 +61,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read `section.field=value` pairs; a value is TOML, or a bare word.
+    """Parse `section.field=value` pairs; a value is TOML, or a bare word.
 
     Example:
         >>> parse_pairs(["optim.lr=0.01", "optim.schedule.kind=linear"])
@@ -78,17 +78,17 @@ def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Return what a text is in TOML, or the text itself."""
+    """Return the value of a TOML expression, or the text itself if it is not one."""
     try:
         values = parse(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text.strip()
-    # A text of several lines may be read as more than a value; then it is meant as a text.
+    # A text of several lines may parse as more than one value; then it is meant as text.
     return values["value"] if values.keys() == {"value"} else text.strip()
 
 
 def put(tables: dict[str, Any], names: Sequence[str], value: Any) -> None:
-    """Put a value into nested tables; a kind that stands alone there becomes a field of its table."""
+    """Put a value into nested tables; a bare kind becomes the field `kind` of its table."""
     for name in names[:-1]:
         inner = tables.get(name, {})
         tables[name] = inner if isinstance(inner, dict) else {"kind": inner}
@@ -99,7 +99,7 @@ def put(tables: dict[str, Any], names: Sequence[str], value: Any) -> None:
 
 
 def dumps(config: Config, origin: Mapping[str, str] | None = None) -> str:
-    """Return a config as TOML, with None as the word "none"; `origin` says behind each dotted name where it is from.
+    """Return a config as TOML, with None as "none"; `origin` adds where each dotted name is from, as a comment.
 
     Example:
         >>> overlay(Config(), tomllib.loads(dumps(Config().replace(run={"seed": 3}))), "text").run.seed
@@ -116,7 +116,7 @@ def dumps(config: Config, origin: Mapping[str, str] | None = None) -> str:
 
 
 def _value(value: Any) -> str:
-    """A value as TOML, which is JSON but for None, lists' items, inf and nan, and DEL in a text."""
+    """Return a value as TOML, which is JSON except for None, items of lists, inf and nan, and DEL in strings."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, float):

@@ -1,8 +1,7 @@
-"""How far trajectories in parallel are from the sequential one (Gonzalez et al., arXiv:2407.19115, figure 5).
+"""How far parallel trajectories are from the sequential one (Gonzalez et al., arXiv:2407.19115, figure 5).
 
-A GRU of width 4 at its initial weights, T = 10 000, one sequence of standard normal inputs, float32 and float64. With
-the default tolerances the iteration stops as soon as the residual is within them; with a tenth of them what is left
-is rounding.
+An untrained GRU of width 4, T = 10 000, one sequence of standard normal inputs, float32 and float64. With the default
+tolerances the iteration stops as soon as the residual is within them; with a tenth of these, only rounding remains.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from reroll.rollout.newton import TOLERANCE
 
 METHODS = {"DEER": Dense(), "quasi-DEER": Diagonal()}
 BOUND = 16 * torch.finfo(torch.float32).eps
-"""What counts as the level of float32, for states within ±1."""
+"""float32 rounding, for states within ±1."""
 
 
 def measure(full: bool, steps: int = 10_000) -> dict[str, Any]:
-    """Return iterations and the largest deviation; `full` is the same, as the published size is run anyway."""
+    """Return iterations and the largest deviation; `full` changes nothing: the published size is always run."""
     rows = []
     for dtype in (torch.float32, torch.float64):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -34,7 +33,7 @@ def measure(full: bool, steps: int = 10_000) -> dict[str, Any]:
             truth = Sequential()(cell, inputs).states
             for name, tenth in itertools.product(METHODS, (False, True)):
                 tolerance = TOLERANCE[dtype] / 10 if tenth else None
-                began = time.perf_counter()
+                start = time.perf_counter()
                 trajectory = Newton(METHODS[name], rtol=tolerance, atol=tolerance)(cell, inputs)
                 error = (trajectory.states - truth).abs()[0].amax(-1)
                 rows.append({
@@ -42,19 +41,19 @@ def measure(full: bool, steps: int = 10_000) -> dict[str, Any]:
                     "tolerance": tolerance or TOLERANCE[dtype],
                     "deviation": float(error.max()),
                     "iterations": int(trajectory.iterations.max()), "converged": bool(trajectory.converged.all()),
-                    "seconds": time.perf_counter() - began, "error": error[:: max(1, steps // 1000)].tolist(),
+                    "seconds": time.perf_counter() - start, "error": error[:: max(1, steps // 1000)].tolist(),
                 })  # fmt: skip
     tight = [row["deviation"] for row in rows if row["dtype"] == "float32" and row["tight"]]
     return {"deviation": max(tight), "rows": rows}
 
 
 def holds(result: dict[str, Any]) -> bool:
-    """Whether all converged, and the float32 ones of tight tolerance deviate by rounding only."""
+    """Whether all converged, and float32 at the tight tolerance deviates by rounding only."""
     return result["deviation"] <= BOUND and all(row["converged"] for row in result["rows"])
 
 
 def report(result: dict[str, Any]) -> str:
-    """Return a row for every method and precision."""
+    """Return a table with a row for every method and precision."""
     keys = ["dtype", "method", "tolerance", "iterations", "converged", "deviation", "seconds"]
     return columns([keys, *([row[key] for key in keys] for row in result["rows"])])
 

@@ -1,4 +1,4 @@
-"""How fast a method comes close to the trajectory of the loop: what the experiments on damping count."""
+"""How fast a method approaches the sequential trajectory: what the experiments on damping count."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from reroll.rollout.monitor import monitoring
 
 
 class Approach(NamedTuple):
-    """The mean absolute deviation after every iteration, a list for each sequence; and what it took.
+    """The progress of a solve.
 
     Args:
-        curves: [batch][iterations].
-        replaced: numbers that were not finite on the way, [batch].
+        curves: the mean absolute deviation after every iteration, [batch][iterations].
+        replaced: the count of non-finite numbers on the way, [batch].
         converged: [batch].
-        seconds: of all sequences.
+        seconds: for all sequences.
     """
 
     curves: list[list[float]]
@@ -36,22 +36,22 @@ def approach(
     """Solve from a guess of zeros in one window, and compare every iterate with the truth.
 
     Args:
-        linearise, damping, limit: the method, and its most iterations.
+        linearise, damping, limit: the method, and its maximum iterations.
         cell, inputs, state: the recurrence.
         truth: the leading features of the trajectory, [features, T, batch].
     """
     deviations: list[Tensor] = []
     rollout = Newton(linearise, damping, guess="zeros", window=None, max_iterations=limit)
-    began = time.perf_counter()
+    start = time.perf_counter()
     with monitoring(observe=lambda states: deviations.append((states[: len(truth)] - truth).abs().mean((0, 1)))):
         trajectory = rollout(cell, inputs, state)
     assert trajectory.resets is not None
     return Approach(
         torch.stack(deviations, 1).tolist(), trajectory.resets.tolist(), trajectory.converged.tolist(),
-        time.perf_counter() - began,
+        time.perf_counter() - start,
     )  # fmt: skip
 
 
 def arrival(curve: list[float], level: float) -> int | None:
-    """Return the first iteration, from one, after which the deviation is below a level; None if it never is."""
+    """Return the first iteration, counted from 1, after which the deviation is below a level; None if none is."""
     return next((k for k, value in enumerate(curve, 1) if value < level), None)

@@ -1,8 +1,8 @@
-"""A trained generator in parallel (Gonzalez et al., arXiv:2407.19115, figure 4): where undamped methods explode.
+"""A trained generator in parallel (Gonzalez et al., arXiv:2407.19115, figure 4), on which undamped methods explode.
 
 An AR-GRU (see `reroll.cells.dynamics`) of hidden size 3 learns a noisy sine by maximum likelihood,
-−Σ_t log N(x_t; μ_t, ς_t²) with the observed x fed back, through backpropagation; then it feeds itself. Its trajectory
-from stated noise is evaluated by every method from a guess of zeros, in float32, and compared with the sequential one.
+−Σ_t log N(x_t; μ_t, ς_t²) with the observed x fed back, by backpropagation; then its own outputs are fed back. Its
+trajectory from fixed noise is solved by every method from a guess of zeros, in float32, and compared with the loop's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reroll.cells.dynamics import ARGRU, ARState
 from reroll.rollout import Dense, Diagonal, Kalman, Scale, Sequential
 
 PERIOD, NOISE = 50, 0.05
-"""Of the sine: steps of a period, and the standard deviation around it."""
+"""Of the sine: steps per period, and the standard deviation of the noise."""
 METHODS: dict[str, tuple[Any, Any]] = {
     "DEER": (Dense(), None),
     "quasi-DEER": (Diagonal(), None),
@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "DEER, scaled by 0.9": (Dense(), Scale(0.1)),
 }
 SEQUENCES = 5
-"""Of noise, each evaluated by itself; figures are medians over them."""
+"""Sequences of noise, each solved alone; figures are medians over them."""
 LEVELS = (0.5, 0.1, 1e-3)
 """Mean absolute deviations of the output at which iterations are counted."""
 
@@ -87,7 +87,7 @@ def trajectories(cell: ARGRU, sequences: int, steps: int) -> tuple[Tensor, Tenso
 
 
 def run_once(linearise: Any, damping: Any, limit: int, cell: ARGRU, noise: Tensor, truth: Tensor) -> dict[str, Any]:
-    """Return how one method fared on one sequence, [T, 1]."""
+    """Return the result of one method on one sequence, [T, 1]."""
     run = approach(linearise, damping, limit, cell, noise[None], None, truth.T[..., None])
     (curve,) = run.curves
     return {
@@ -98,7 +98,7 @@ def run_once(linearise: Any, damping: Any, limit: int, cell: ARGRU, noise: Tenso
 
 
 def run_method(linearise: Any, damping: Any, limit: int, cell: ARGRU, noise: Tensor, truth: Tensor) -> dict[str, Any]:
-    """Return how one method fared on sequences [n, T, 1], one after another: counts, medians, and the first curve."""
+    """Return the results of one method on sequences [n, T, 1], each alone: counts, medians, and the first curve."""
     runs = [run_once(linearise, damping, limit, cell, *pair) for pair in zip(noise, truth)]
     reached = map(statistics.median, zip(*(run["reached"] for run in runs)))
     return {
@@ -109,7 +109,7 @@ def run_method(linearise: Any, damping: Any, limit: int, cell: ARGRU, noise: Ten
 
 
 def measure(full: bool, updates: int = 2000, steps: int = 2000, limit: int = 500) -> dict[str, Any]:
-    """Return the fate of every method; `full` is T = 10 000 and as many iterations."""
+    """Return the results of every method; `full` is T = 10 000, and up to as many iterations."""
     if full:
         steps, limit = 10_000, 10_000
     cell, last = trained(updates)
@@ -134,21 +134,21 @@ def holds(result: dict[str, Any]) -> bool:
 
 
 def report(result: dict[str, Any]) -> str:
-    """Return a row for every method."""
+    """Return a table with a row for every method."""
     rows: list[list[Any]] = [["method", "iterations", "converged", "finite", "last deviation", "seconds"]]
     rows[0] += [f"to {level:g}" for level in LEVELS]
     for name, m in result["methods"].items():
         keys = ("iterations", "converged", "finite", "deviation", "seconds")
         rows.append([name, *(m[key] for key in keys), *m["reached"]])
     return (
-        f"trained to {result['loss']:.3f} nats a step (the noise alone: {result['best_loss']:.3f}); "
+        f"trained to {result['loss']:.3f} nats per step (the noise alone: {result['best_loss']:.3f}); "
         f"T = {result['steps']}, at most {result['limit']} iterations; "
         f"medians over {SEQUENCES} sequences of noise; to a mean absolute deviation of the output of …\n{columns(rows)}"
     )
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
-    """Draw what was generated, and the deviation against the iteration."""
+    """Plot the generated series, and the deviation by iteration."""
     above, below = figure.subplots(2, 1)
     above.plot(result["series"], linewidth=0.8)
     above.set(title="generated sequentially", xlabel="step")

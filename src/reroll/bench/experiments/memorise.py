@@ -1,4 +1,4 @@
-"""Nine symbols memorised by CD-RGE: when is the loss below 0.1? The recipe `memorise`, with three seeds."""
+"""Memorising nine symbols by CD-RGE: steps to a loss below 0.1. The recipe `memorise`, with three seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEEDS = 3
 
 
 def measure(full: bool) -> dict[str, Any]:
-    """Return the losses by seed, and `steps`, those of the worst one; `full` is the same."""
+    """Return the losses by seed, and `steps`, those of the slowest; `full` changes nothing."""
     losses = []
     for seed in range(SEEDS):
         with tempfile.TemporaryDirectory(prefix="reroll-reproduce-") as folder:

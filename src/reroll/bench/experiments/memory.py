@@ -1,8 +1,8 @@
-"""The replication report's question: how much more memory than the model does a step need, by BPTT and by CD-RGE?
+"""How much memory a step needs on top of the model, by BPTT and by CD-RGE: the question of the replication report.
 
-LSTM of 512 features, batch 16. Each method in a fresh process: build, one step to warm up, then one step, of which the
-peak of the resident memory is taken above what was resident before it. CD-RGE runs with weights on a grid, so that it
-keeps no copy of them: what is left is inference.
+LSTM of 512 features, batch 16. Each method in a fresh process: build, one warm-up step, then one step, whose peak of
+resident memory is taken over what was resident before it. CD-RGE rounds the weights to a grid, so that it keeps no copy
+of them: what remains is inference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reroll.grad import Backprop, CentralDifference
 from reroll.train.measure import measure as weigh
 
 PROBES = 8
-"""Probes of the measured step; memory does not depend on them."""
+"""Probes of the measured step, which its memory does not depend on."""
 METHODS: dict[str, Any] = {
     "inference": None,
     "BPTT": Backprop(),
@@ -29,12 +29,11 @@ METHODS: dict[str, Any] = {
 
 def prepare(method: str, time: int, heads: int = 1, hidden: int = 512, rows: int = 16) -> Callable[[], Any]:
     """Return a call that takes a step by one method."""
-    case, estimator = Case.lstm(hidden, heads, rows, time), METHODS[method]
-    return case.forward if estimator is None else lambda: case.step(estimator)
+    return Case.lstm(hidden, heads, rows, time).call(METHODS[method])
 
 
 def measure(full: bool) -> dict[str, Any]:
-    """Return `overhead_reduction` = 1 − CD-RGE ÷ BPTT at T = 1024, and the bytes of all methods; `full` is the same."""
+    """Return `overhead_reduction` = 1 − CD-RGE ÷ BPTT at T = 1024, and the bytes of all methods."""
     overheads = {
         f"T={time}, heads={heads}": {m: weigh(Prepared(prepare, m, time, heads)).peak_bytes for m in METHODS}
         for heads in (1, 8)

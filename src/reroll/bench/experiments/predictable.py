@@ -1,9 +1,9 @@
 """Iterations against the Lyapunov exponent (Gonzalez et al., arXiv:2508.16817, figures 2 and 3).
 
-A mean-field network s ← W tanh(s), W_ij ~ N(0, g²/D), from a normal state, in float64: it forgets for small gain g and
-is chaotic for large; and Langevin dynamics in two wells, ε = 0.01, which forgets slowly whatever its length. Networks
-of 64 units are the smallest in which gain decides: of 32, single ones fall into fixed points late at any gain, and the
-rank correlation over eight gains and three seeds is 0.78 only.
+A mean-field network s ← W tanh(s), W_ij ~ N(0, g²/D), from a normal state, in float64: contracting for a small gain g,
+chaotic for a large one; and Langevin dynamics in two wells, ε = 0.01, which contract slowly at any length. 64 units are
+the fewest for which gain decides: with 32, some networks reach fixed points late at any gain, and the rank correlation
+over eight gains and three seeds is only 0.78.
 """
 
 from __future__ import annotations
@@ -18,40 +18,38 @@ from reroll.rollout import Dense, Diagonal, Newton, lyapunov
 
 GAINS = (0.5, 0.8, 1.0, 1.2, 1.35, 1.5, 1.75, 2.0)
 PUBLISHED_TWO_WELL = 35
-"""Most iterations that were published for the two wells, up to T = 10 000."""
+"""Published maximum of iterations for the two wells, up to T = 10 000."""
 
 
-def _count(kept: Any, cell: Any, inputs: torch.Tensor, state: torch.Tensor) -> int:
-    steps = inputs.shape[1]
-    return int(Newton(kept, window=None, max_iterations=steps + 1)(cell, inputs, state).iterations.max())
+def _row(cell: Any, inputs: torch.Tensor, state: torch.Tensor, **more: Any) -> dict[str, Any]:
+    """Return the exponent of a recurrence, and the iterations of DEER and quasi-DEER."""
+    limit = inputs.shape[1] + 1
+    newton, quasi = (
+        int(Newton(linearise, window=None, max_iterations=limit)(cell, inputs, state).iterations.max())
+        for linearise in (Dense(), Diagonal())
+    )
+    return {**more, "exponent": float(lyapunov(cell, inputs, state)), "newton": newton, "quasi": quasi}
 
 
 def network(gain: float, seed: int, size: int, steps: int) -> dict[str, Any]:
-    """Return the exponent of one network, and the iterations of DEER and quasi-DEER."""
+    """Return the row of one network."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         cell = MeanField(size, gain).double()
         state, inputs = torch.randn(1, size, dtype=torch.float64), torch.zeros(1, steps, size, dtype=torch.float64)
-        return {
-            "gain": gain, "seed": seed, "exponent": float(lyapunov(cell, inputs, state)),
-            "newton": _count(Dense(), cell, inputs, state), "quasi": _count(Diagonal(), cell, inputs, state),
-        }  # fmt: skip
+        return _row(cell, inputs, state, gain=gain, seed=seed)
 
 
 def wells(steps: int) -> dict[str, Any]:
-    """Return the same for the two wells."""
+    """Return the row of the two wells."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         cell, state = TwoWell().double(), torch.zeros(1, 2, dtype=torch.float64)
-        inputs = torch.randn(1, steps, 2, dtype=torch.float64)
-        return {
-            "steps": steps, "exponent": float(lyapunov(cell, inputs, state)),
-            "newton": _count(Dense(), cell, inputs, state), "quasi": _count(Diagonal(), cell, inputs, state),
-        }  # fmt: skip
+        return _row(cell, torch.randn(1, steps, 2, dtype=torch.float64), state, steps=steps)
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Return Spearman's correlation: that of the ranks, equal numbers sharing theirs.
+    """Return Spearman's rank correlation; ties share their mean rank.
 
     Example:
         >>> round(rank_correlation([1.0, 2.0, 5.0], [7.0, 8.0, 9.0]), 6)
@@ -80,12 +78,12 @@ def measure(
 
 
 def holds(result: dict[str, Any]) -> bool:
-    """Whether iterations rise with the exponent, and the two wells need no more than was published."""
+    """Whether iterations rise with the exponent, and the two wells need no more than published."""
     return result["rank_correlation"] >= 0.9 and all(w["newton"] <= PUBLISHED_TWO_WELL for w in result["wells"])
 
 
 def report(result: dict[str, Any]) -> str:
-    """Return a row for every gain (means over seeds), and for every length of the two wells."""
+    """Return tables with a row for every gain (means over seeds), and for every length of the two wells."""
     rows: list[list[Any]] = [["gain", "exponent", "Newton", "quasi-DEER"]]
     for gain in sorted({n["gain"] for n in result["networks"]}):
         same = [n for n in result["networks"] if n["gain"] == gain]
@@ -98,7 +96,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
-    """Draw iterations against the exponent."""
+    """Plot iterations by exponent."""
     axes = figure.add_subplot(
         xlabel="Lyapunov exponent per step", ylabel="iterations", yscale="log",
         title=f"mean-field networks, T = {result['steps']}",

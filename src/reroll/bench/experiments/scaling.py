@@ -1,9 +1,9 @@
 """Time and memory against length and width (Gonzalez et al., arXiv:2407.19115, figures 2 and 6).
 
-A GRU at its initial weights, float32, forward without gradients, on all steps at once (no windows). Each method runs
-in a fresh process on a CPU, on the device where there is one; memory is the peak above the model and the inputs.
-Batch 16 is figure 2, batch 1 is figure 6. A whole Jacobian takes D² numbers a step, its diagonal D;
-what is needed beside them makes the ratio smaller: about 5 at D = 32, so it is taken at the published largest, 64.
+An untrained GRU, float32, forward without gradients, on all steps at once (no windows). On a CPU each method runs in a
+fresh process, else on the GPU; memory is the peak over the model and the inputs. Batch 16 is figure 2, batch 1 is
+figure 6. A dense Jacobian takes D² numbers per step, its diagonal D; other memory makes the ratio smaller: about 5 at
+D = 32, so it is taken at the largest published width, 64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reroll.train.measure import measure as weigh
 
 METHODS = ("loop", "torch GRU", "DEER", "quasi-DEER")
 SIZES: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {16: ((8, 64), (500, 1500)), 1: ((4, 64), (3000, 10_000))}
-"""Widths (the least, and the largest published one) and lengths by batch, for two cores."""
+"""Widths (a small one, and the largest published) and lengths by batch, for two cores."""
 FULL: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
     16: ((8, 16, 32, 64), (30_000, 100_000, 300_000, 1_000_000)),
     1: ((1, 2, 4, 8, 16, 32, 64), (1000, 10_000, 100_000, 1_000_000)),
@@ -53,14 +53,14 @@ def measure(
         rounds: how often each is measured.
     """
     if torch.cuda.is_available():
-        torch.cuda.init()  # what is measured then is the device
+        torch.cuda.init()  # makes `measure` measure on the GPU
     widths, lengths = sizes or (FULL if full else SIZES)[batch]
     rows = []
     for size in widths:
         for steps in lengths:
             for method in METHODS:
                 row: dict[str, Any] = {"method": method, "size": size, "steps": steps}
-                rows.append(row | _weighed(Prepared(prepare, method, size, steps, batch), rounds))
+                rows.append(row | _measure(Prepared(prepare, method, size, steps, batch), rounds))
     widest = [row for row in rows if (row["size"], row["steps"]) == (max(widths), max(lengths))]
     by_method = {row["method"]: row for row in widest}
     dense, diagonal, loop = (by_method[name] for name in ("DEER", "quasi-DEER", "loop"))
@@ -70,8 +70,8 @@ def measure(
     }  # fmt: skip
 
 
-def _weighed(call: Prepared, rounds: int) -> dict[str, float]:
-    """Seconds and bytes; not numbers where the memory does not suffice."""
+def _measure(call: Prepared, rounds: int) -> dict[str, float]:
+    """Return seconds and bytes; NaN if memory runs out."""
     try:
         measurements = [weigh(call, warmup=3) for _ in range(rounds)]
     except (RunError, RuntimeError) as error:
@@ -85,12 +85,12 @@ def _weighed(call: Prepared, rounds: int) -> dict[str, float]:
 
 
 def holds(result: dict[str, Any]) -> bool:
-    """Whether diagonals need a fifth of the memory of whole Jacobians; where those do not fit at all, that is so."""
+    """Whether diagonals need at most a fifth of the memory of dense Jacobians; true if those do not fit at all."""
     return not result["memory_ratio"] < 5
 
 
 def report(result: dict[str, Any]) -> str:
-    """Return a row for every method and size."""
+    """Return a table with a row for every method and size."""
     rows: list[list[Any]] = [["method", "D", "T", "ms", "MB"]]
     rows += [[r["method"], r["size"], r["steps"], 1e3 * r["seconds"], r["bytes"] / 1e6] for r in result["rows"]]
     return (
@@ -101,7 +101,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
-    """Draw time and memory against the length, for the widest."""
+    """Plot time and memory by length, for the largest width."""
     widest, steps = max(row["size"] for row in result["rows"]), sorted({row["steps"] for row in result["rows"]})
     for axes, key, label in zip(figure.subplots(1, 2), ("seconds", "bytes"), ("seconds", "bytes above the model")):
         for method in METHODS:

@@ -1,7 +1,7 @@
-"""Which variance damps best (Gonzalez et al., arXiv:2407.19115, figures 7 and 8): less is slow, more explodes.
+"""The best variance of the damping (Gonzalez et al., arXiv:2407.19115, figures 7 and 8): less is slow, more explodes.
 
-Iterations to the sequential trajectory, by ELK and by quasi-ELK, for every variance of the published grids, on two
-recurrences: Lorenz-96 (see `lorenz`) and the generator trained here (see `generator`), from a guess of zeros.
+Iterations to the sequential trajectory, by ELK and quasi-ELK, for every variance of the published grids, on two
+recurrences, from a guess of zeros: Lorenz-96 (see `lorenz`), and the generator trained here (see `generator`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ LORENZ = (0.3, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5, 1e6)
 GENERATOR = (1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 3e7, 1e8, 3e8)
 LINEARISE = {"ELK": Dense(), "quasi-ELK": Diagonal()}
 LEVEL = 1
-"""Which of the generator's levels of deviation counts: 0.1."""
+"""Index of the generator's level of deviation to count at: 0.1."""
 Count = Callable[[Any, float, int], float | None]
-"""Iterations by a linearisation at a variance, of at most so many; None if it does not arrive."""
+"""(linearisation, variance, maximum iterations) → iterations; None if the trajectory is not reached."""
 
 
 def measure(full: bool, steps: tuple[int, int] = (1000, 2000), updates: int = 2000,
@@ -28,10 +28,10 @@ def measure(full: bool, steps: tuple[int, int] = (1000, 2000), updates: int = 20
     """Return the counts of both methods for every variance, on both recurrences.
 
     Args:
-        full: ten initial conditions in place of one, fifteen sequences of noise in place of three.
+        full: ten initial conditions instead of one, fifteen sequences of noise instead of three.
         steps: T of Lorenz-96, and of the generator.
-        updates: in training the generator.
-        limits: the most iterations of ELK and of quasi-ELK.
+        updates: training steps of the generator.
+        limits: maximum iterations of ELK, and of quasi-ELK.
     """
     states = lorenz.initial_conditions(10 if full else 1)
     cell, _ = generator.trained(updates)
@@ -43,12 +43,12 @@ def measure(full: bool, steps: tuple[int, int] = (1000, 2000), updates: int = 20
     def on_generator(linearise: Any, variance: float, limit: int) -> float | None:
         return generator.run_method(linearise, Kalman(variance), limit, cell, noise, truth)["reached"][LEVEL]
 
-    swept = {"Lorenz-96": _swept(LORENZ, on_lorenz, limits), "generator": _swept(GENERATOR, on_generator, limits)}
-    best = {name: of["best"]["ELK"] for name, of in swept.items()}
-    return {"swept": swept, "best_elk": best["Lorenz-96"], "best_elk_generator": best["generator"]}
+    sweeps = {"Lorenz-96": _sweep(LORENZ, on_lorenz, limits), "generator": _sweep(GENERATOR, on_generator, limits)}
+    best = {name: sweep["best"]["ELK"] for name, sweep in sweeps.items()}
+    return {"swept": sweeps, "best_elk": best["Lorenz-96"], "best_elk_generator": best["generator"]}
 
 
-def _swept(variances: Sequence[float], count: Count, limits: tuple[int, int]) -> dict[str, Any]:
+def _sweep(variances: Sequence[float], count: Count, limits: tuple[int, int]) -> dict[str, Any]:
     counts = {
         name: [count(linearise, variance, limit) for variance in variances]
         for (name, linearise), limit in zip(LINEARISE.items(), limits)
@@ -57,9 +57,9 @@ def _swept(variances: Sequence[float], count: Count, limits: tuple[int, int]) ->
 
 
 def _best(variances: Sequence[float], counts: Sequence[float | None]) -> float:
-    """The variance with the fewest iterations; not a number if none arrived."""
-    arrived = [(count, variance) for count, variance in zip(counts, variances) if count is not None]
-    return min(arrived)[1] if arrived else math.nan
+    """Return the variance with the fewest iterations; NaN if the trajectory was never reached."""
+    reached = [(count, variance) for count, variance in zip(counts, variances) if count is not None]
+    return min(reached)[1] if reached else math.nan
 
 
 def holds(result: dict[str, Any]) -> bool:
@@ -76,7 +76,7 @@ def holds(result: dict[str, Any]) -> bool:
 
 
 def report(result: dict[str, Any]) -> str:
-    """Return a table for every recurrence, a row for every variance."""
+    """Return a table for every recurrence, with a row for every variance."""
     lines = []
     for recurrence, swept in result["swept"].items():
         rows: list[list[Any]] = [["variance", *swept["counts"]]]
@@ -96,13 +96,13 @@ def _level(recurrence: str) -> float:
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
-    """Draw iterations against variance, a panel for every recurrence."""
+    """Plot iterations by variance, in a panel for every recurrence."""
     for axes, (recurrence, swept) in zip(figure.subplots(1, 2), result["swept"].items()):
         top = 1.08 * max((c for counts in swept["counts"].values() for c in counts if c is not None), default=1.0)
         for name, counts in swept["counts"].items():
-            there = [(v, c) for v, c in zip(swept["variances"], counts) if c is not None]
+            reached = [(v, c) for v, c in zip(swept["variances"], counts) if c is not None]
             missing = [v for v, c in zip(swept["variances"], counts) if c is None]
-            (line,) = axes.plot([v for v, _ in there], [c for _, c in there], "o-", label=name)
+            (line,) = axes.plot([v for v, _ in reached], [c for _, c in reached], "o-", label=name)
             label = f"{name}, not reached" if missing else None
             axes.plot(missing, [top] * len(missing), "x", color=line.get_color(), label=label)
         axes.set(xlabel="variance σ²", xscale="log", title=recurrence)

@@ -1,8 +1,8 @@
-"""EigenWorms by one rollout and another (Gonzalez et al., arXiv:2407.19115, figure 3): the same training, step by step.
+"""EigenWorms by three rollouts (Gonzalez et al., arXiv:2407.19115, figure 3): the same training, step by step.
 
-A stack of GRUs is trained on classified series of 17 984 steps by Adam; sequentially, by DEER and by quasi-DEER, from
-the same weights on the same batches. The series are those that `reroll data prepare eigenworms` wrote to the cache
-folder; without them, generated ones of the same shape, whose class is the frequency of a wave in noise.
+Stacked GRUs are trained by Adam to classify series of 17 984 steps: sequentially, by DEER and by quasi-DEER, from the
+same weights on the same batches. The series are those that `reroll data prepare eigenworms` wrote to the cache folder,
+else generated ones of the same shape, whose class is the frequency of a wave in noise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STEPS, FEATURES, CLASSES = 17_984, 6, 5
 """Of EigenWorms; it has 259 series."""
 SMALL = {"layers": 5, "hidden": 16, "stride": 64, "batch": 4, "rate": 3e-3}
 PUBLISHED = {"layers": 5, "hidden": 32, "stride": 1, "batch": 4, "rate": 3e-5}
-"""Layers, width, every how many steps are kept, series in a batch, learning rate."""
+"""Layers, width, stride over the steps, series per batch, learning rate."""
 EPOCHS = 9
 METHODS: dict[str, Rollout] = {
     "sequential": Sequential(kernel="reference"),
@@ -48,20 +48,20 @@ def generated(count: int, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def series(stride: int) -> tuple[Tensor, Tensor, str]:
-    """Return standardised series of the full length, their classes, and where they are from."""
+    """Return standardised series, their classes, and their source."""
     path = cache_folder() / "eigenworms.npz"
     if not path.exists():
         return *generated(40, STEPS // stride), "generated"
     with np.load(path) as arrays:
         if "lengths" in arrays and (arrays["lengths"] != arrays["inputs"].shape[1]).any():
-            raise UsageError(f"{path} holds series of several lengths; those of EigenWorms all have {STEPS:,} steps.")
+            raise UsageError(f"{path} has series of several lengths; those of EigenWorms all have {STEPS:,} steps.")
         inputs, classes = torch.from_numpy(arrays["inputs"])[:, ::stride], torch.from_numpy(arrays["targets"])
     inputs = (inputs - inputs.mean((0, 1))) / inputs.std((0, 1)).clamp(min=1e-12)
     return inputs.float(), classes, str(path)
 
 
 def train(rollout: Rollout, inputs: Tensor, classes: Tensor, settings: dict[str, Any], updates: int) -> dict[str, Any]:
-    """Return losses, the accuracy on all series at the end, the most iterations, and seconds per update."""
+    """Return losses, the final accuracy on all series, the maximum iterations, and seconds per update."""
     torch.manual_seed(0)
     sizes = [inputs.shape[2], *[settings["hidden"]] * settings["layers"]]
     cells = tuple(GRU(before, after) for before, after in pairwise(sizes))
@@ -69,26 +69,26 @@ def train(rollout: Rollout, inputs: Tensor, classes: Tensor, settings: dict[str,
         inputs.device
     )
     optimizer = torch.optim.Adam(model.parameters(), settings.get("rate", 3e-3))
-    losses, began = [], time.perf_counter()
-    with monitoring() as seen:
+    losses, start = [], time.perf_counter()
+    with monitoring() as monitor:
         for update in range(updates):
-            chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(update))[: settings["batch"]]
-            loss = functional.cross_entropy(model(inputs[chosen]), classes[chosen])
+            rows = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(update))[: settings["batch"]]
+            loss = functional.cross_entropy(model(inputs[rows]), classes[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
-    seconds = (time.perf_counter() - began) / updates
+    seconds = (time.perf_counter() - start) / updates
     with torch.no_grad():
-        right = [model(part).argmax(-1) == known for part, known in zip(inputs.split(16), classes.split(16))]
+        correct = [model(part).argmax(-1) == labels for part, labels in zip(inputs.split(16), classes.split(16))]
     return {
-        "losses": losses, "accuracy": float(torch.cat(right).double().mean()), "iterations": seen.iterations,
-        "fell_back": seen.fell_back, "seconds": seconds,
+        "losses": losses, "accuracy": float(torch.cat(correct).double().mean()), "iterations": monitor.iterations,
+        "fell_back": monitor.fell_back, "seconds": seconds,
     }  # fmt: skip
 
 
 def measure(full: bool, settings: dict[str, Any] | None = None, updates: int = 20) -> dict[str, Any]:
-    """Return the training by every method; `full` is 5 layers of 32 on all steps for nine epochs."""
+    """Return the training curves of every method; `full` is 5 layers of 32 on all steps for nine epochs."""
     settings = settings or (PUBLISHED if full else SMALL)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -108,13 +108,13 @@ def measure(full: bool, settings: dict[str, Any] | None = None, updates: int = 2
 
 
 def holds(result: dict[str, Any]) -> bool:
-    """Whether all three train alike, and the loss falls."""
+    """Whether all three training curves agree, and the loss falls."""
     losses = result["methods"]["sequential"]["losses"]
     return result["loss_deviation"] <= 1e-3 and min(losses[-3:]) < losses[0]
 
 
 def report(result: dict[str, Any]) -> str:
-    """Return a row for every method."""
+    """Return a table with a row for every method."""
     rows: list[list[Any]] = [["method", "first loss", "last loss", "deviation", "accuracy", "iterations", "s/update"]]
     for name, m in result["methods"].items():
         values = (m["losses"][0], m["losses"][-1], m["deviation"], m["accuracy"], m["iterations"], m["seconds"])
@@ -124,7 +124,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
-    """Draw the loss against the update."""
+    """Plot the loss by update."""
     axes = figure.add_subplot(xlabel="update", ylabel="loss", title="EigenWorms" if result["source"] != "generated" else
                               "generated series")  # fmt: skip
     for (name, method), style in zip(result["methods"].items(), ("-", "--", ":")):

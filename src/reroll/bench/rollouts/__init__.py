@@ -1,13 +1,13 @@
-"""`reroll bench rollouts`: ways to evaluate a recurrence along time, side by side: speed and deviation in one table.
+"""`reroll bench rollouts`: speed and accuracy of all ways to evaluate a recurrence along time.
 
     loop            the step in a Python loop (`Sequential(kernel="reference")`)
     library         torch's fused kernel for the same cell (oneDNN, cuDNN)
-    compiled        the step written as a program, and looped over in compiled code (`Sequential(kernel="compiled")`)
+    compiled        the step as a program, looped over in compiled code (`Sequential(kernel="compiled")`)
     quasi_deer, deer, jacobi, picard, elk, quasi_elk        parallel in time
     auto            what `reroll.auto()` chooses
 
-Cells: a GRU written by a user in plain torch operations, torch's own `GRUCell` and `LSTMCell`, and a user's cell that
-cannot be written as a program. On a CPU in float32: the readouts of all steps, with and without a gradient. On a GPU:
+Cells: a GRU in plain torch operations, as a user would write it; torch's `GRUCell` and `LSTMCell`; and a user's cell
+that cannot be made a program. On a CPU in float32: the readouts of all steps, with and without a gradient. On a GPU:
 forward and backward, T = 100,000. Every figure is a median over interleaved rounds; deviations are from the loop.
 """
 
@@ -23,12 +23,12 @@ from reroll.bench.harness import publish
 from reroll.bench.rollouts import cpu
 from reroll.rollout import quasi_deer
 
-CARD = ((8, 16, 32, 64), 100_000)
-"""Features of the state, and steps, that are measured on a card: the points of the grid with a gradient."""
+GPU = ((8, 16, 32, 64), 100_000)
+"""State sizes, and steps, measured on a GPU: points of the grid, with a gradient."""
 
 
 def run(rounds: int = 7, path: Path | None = None, steps: int = 10_000) -> dict[str, Any]:
-    """Measure all cases, print a table, and write it as JSON if a path is given."""
+    """Measure all cases, print a table, and write it as JSON if a path is passed."""
     rows = [row for case in cpu.cases(steps) for row in cpu.rows_of(case, rounds)]
     result: dict[str, Any] = {
         "steps": steps,
@@ -42,7 +42,7 @@ def run(rounds: int = 7, path: Path | None = None, steps: int = 10_000) -> dict[
         "quasi_deer(window=None)": cpu.memory(quasi_deer(window=None), steps),
     }
     if torch.cuda.is_available():
-        result["gpu"] = [grid.point(size, CARD[1], True, rounds, "cuda") for size in CARD[0]]
+        result["gpu"] = [grid.point(size, GPU[1], True, rounds, "cuda") for size in GPU[0]]
     return publish(result, report, path)
 
 
@@ -55,7 +55,7 @@ def report(result: dict[str, Any]) -> str:
         for name, value in row["seconds"].items():
             lines.append(f"    {name:<12}{1e3 * value:>10.1f} ms   deviation {row['deviation'][name]:.1e}")
             if count := row["fell_back"].get(name):
-                lines[-1] += f"   {count} of {row['B']} sequences did not converge, and were looped over"
+                lines[-1] += f"   {count} of {row['B']} sequences did not converge, and fell back to the loop"
         ratios = [f"loop ÷ quasi-DEER {row['loop_over_quasi_deer']:.2f}"]
         for name, title in (("quasi_deer", "quasi-DEER"), ("deer", "DEER"), ("auto", "auto")):
             if f"{name}_over_library" in row:

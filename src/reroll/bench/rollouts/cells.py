@@ -1,4 +1,4 @@
-"""The cells that rollouts are compared on, at one size, and torch's kernels for whole sequences of the same."""
+"""The cells that rollouts are compared on, and torch's fused modules for the same recurrences."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from reroll.cells import Cell, cell_from
 
 
 class Compared(NamedTuple):
-    """A cell, and torch's module with the same weights that runs whole sequences; None where there is none."""
+    """A cell, and torch's fused module with the same weights, or None if it has none."""
 
     cell: Cell
     library: nn.RNNBase | None
 
 
 def compared(size: int) -> dict[str, Compared]:
-    """Return all cells with `size` features."""
+    """Return all cells, with states of `size`."""
     gru, lstm = nn.GRU(size, size, batch_first=True), nn.LSTM(size, size, batch_first=True)
     own = nn.GRUCell(size, size)
     like(gru, own)
@@ -32,7 +32,7 @@ def compared(size: int) -> dict[str, Compared]:
 
 
 def written_by_a_user(module: nn.GRUCell) -> Cell:
-    """Return the GRU of a module as a user would write it: plain operations, the input projected in the step."""
+    """Return a module's GRU as a user would write it: plain operations, with the input projected in the step."""
 
     def step(u: Tensor, s: Tensor) -> Tensor:
         x_r, x_z, x_n = functional.linear(u, module.weight_ih, module.bias_ih).chunk(3, -1)
@@ -45,7 +45,7 @@ def written_by_a_user(module: nn.GRUCell) -> Cell:
 
 
 def not_writable(module: nn.RNNCell) -> Cell:
-    """Return a user's cell with an operation that programs do not have, and whose Jacobian has no structure."""
+    """Return a user's cell with an operation that programs lack, and a Jacobian without structure."""
 
     def step(u: Tensor, s: Tensor) -> Tensor:
         pre = functional.linear(u, module.weight_ih, module.bias_ih) + functional.linear(s, module.weight_hh)

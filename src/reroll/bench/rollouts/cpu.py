@@ -30,17 +30,17 @@ METHODS: dict[str, Callable[[], Rollout]] = {
     "auto": auto,
 }
 LIKELY = ("loop", "compiled", "quasi_deer", "auto")
-"""Those that can be the fastest at other sizes, and with a gradient."""
+"""Methods that can be the fastest at other sizes, or with a gradient."""
 WHOLE_JACOBIANS = 2_000
-"""Numbers in the whole Jacobians of one step up to which they are damped; more take minutes on a CPU."""
+"""Entries of a step's dense Jacobians up to which ELK is run; more take minutes on a CPU."""
 LEAST_SECONDS = 0.05
-"""What is shorter is called several times in a row and averaged: a single call measures the machine's other work."""
+"""Minimum of a timing; shorter calls are repeated and averaged, as a single one mostly measures other load."""
 
 Runs = dict[str, Callable[[], list[Tensor]]]
 
 
 class Case(NamedTuple):
-    """A size: D features, B sequences, T steps; with a gradient or not, and by which methods."""
+    """A size (D features, B sequences, T steps), with or without a gradient, its methods and cells."""
 
     size: int
     batch: int
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 def cases(steps: int) -> list[Case]:
-    """Return all cases: `steps` forward by every method; a tenth of them at other sizes, and with a gradient."""
+    """Return all cases: `steps` forward by every method; a tenth as many at other sizes, and with a gradient."""
     short = steps // 10
     return [
         *(Case(size, batch, steps, methods=tuple(METHODS)) for size, batch in ((8, 16), (32, 4), (32, 16), (8, 1))),
@@ -67,23 +67,23 @@ def cases(steps: int) -> list[Case]:
 
 
 def rows_of(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """Return, for every cell, seconds of every method and how far it is from the loop.
+    """Return, for every cell, seconds of every method and its deviation from the loop.
 
-    The deviation of readouts is absolute, that of gradients relative to the largest entry; of all tensors the largest.
+    The deviation is the largest over all tensors: absolute for readouts, relative to the largest entry for gradients.
     """
     torch.manual_seed(0)
     inputs = torch.randn(case.batch, case.steps, case.size)
     every = compared(case.size)
     runs = {name: _runs(case, every[name], inputs) for name in case.cells}
-    # All in one round, so that whatever else the machine does falls on all of them.
+    # All in one round, so that other load on the machine affects all of them.
     together = {f"{cell}: {method}": call for cell, methods in runs.items() for method, call in methods.items()}
     deviation, fell_back = {}, {}
     exact = {cell: methods["loop"]() for cell, methods in runs.items()}
     for name, call in together.items():
-        with monitoring() as seen:
+        with monitoring() as monitor:
             deviation[name] = _deviation(case, call(), exact[name.split(":")[0]])
-        fell_back[name] = seen.fell_back
-    with monitoring():  # what falls back is in the row; no need to say so at every call
+        fell_back[name] = monitor.fell_back
+    with monitoring():  # fallbacks are in the row already, and need no warning at every call
         seconds = in_turn(together, rounds, LEAST_SECONDS)
     return [_row(case, cell, list(methods), seconds, deviation, fell_back) for cell, methods in runs.items()]
 
@@ -110,24 +110,24 @@ def _row(
     case: Case, cell: str, methods: list[str], seconds: Mapping[str, list[float]],
     deviation: Mapping[str, float], fell_back: Mapping[str, int],
 ) -> dict[str, Any]:  # fmt: skip
-    mine = {method: seconds[f"{cell}: {method}"] for method in methods}
-    median = medians(mine)
-    # torch's kernel is no choice for a user's own code.
+    times = {method: seconds[f"{cell}: {method}"] for method in methods}
+    median = medians(times)
+    # torch's kernel is not an option for a user's own code.
     best = min((m for m in methods if m != "auto" and not (m == "library" and cell == "user")), key=median.__getitem__)
     row: dict[str, Any] = {
         "D": case.size, "B": case.batch, "T": case.steps, "gradient": case.gradient, "cell": cell, "seconds": median,
         "deviation": {method: deviation[f"{cell}: {method}"] for method in methods},
         "fell_back": {method: n for method in methods if (n := fell_back[f"{cell}: {method}"])},
-        "best": best, "auto_over_best": ratio(mine, "auto", best),
-        "loop_over_quasi_deer": ratio(mine, "loop", "quasi_deer"),
+        "best": best, "auto_over_best": ratio(times, "auto", best),
+        "loop_over_quasi_deer": ratio(times, "loop", "quasi_deer"),
     }  # fmt: skip
     if "library" in methods:
-        row |= {f"{m}_over_library": ratio(mine, m, "library") for m in ("quasi_deer", "deer", "auto") if m in methods}
+        row |= {f"{m}_over_library": ratio(times, m, "library") for m in ("quasi_deer", "deer", "auto") if m in methods}
     return row
 
 
 def padded(rounds: int, steps: int, size: int = 32, batch: int = 64) -> dict[str, Any]:
-    """Return seconds of the gradient of a GRU on sequences of 1 … `steps` steps: by `lengths`, and packed by torch."""
+    """Return seconds of a GRU's gradient on sequences of 1 … `steps` steps: with `lengths`, and packed by torch."""
     torch.manual_seed(0)
     cell, library = compared(size)["GRUCell"]
     assert library is not None
@@ -151,12 +151,12 @@ def padded(rounds: int, steps: int, size: int = 32, batch: int = 64) -> dict[str
 
 
 def auto_over_best(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the largest ratio of all rows and their geometric mean."""
+    """Return the largest ratio of all rows, and the geometric mean."""
     ratios = [row["auto_over_best"] for row in rows]
     return {"largest": max(ratios), "geometric_mean": math.exp(statistics.fmean(map(math.log, ratios)))}
 
 
 def memory(rollout: Rollout, steps: int, size: int = 32, batch: int = 16) -> float:
-    """Return the peak of a forward pass above the inputs, in numbers per number of state; in a fresh process."""
+    """Return the peak memory of a forward pass over the inputs, in floats per float of state; in a fresh process."""
     cell, inputs = GRU(size, size), torch.randn(batch, steps, size)
     return measure(torch.no_grad()(lambda: rollout(cell, inputs))).peak_bytes / (4 * size * batch * steps)
