@@ -55,17 +55,17 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str) -> T:
     for f in places:
         if f.name not in passed and f.default is dataclasses.MISSING:
             raise UsageError(f"{prog}: {f.name.upper()} is missing. Pass {f.metadata['help']}.")
-    return kind(**{name: _typed(value, hints(kind)[name], name.replace("_", "-")) for name, value in passed.items()})
+    types = hints(kind)
+    flags = {name: f"--{name.replace('_', '-')}" for name in passed}
+    return kind(**{n: convert(_value(text, types[n]), types[n], flags[n]) for n, text in passed.items()})
 
 
-def _typed(value: Any, kind: Any, name: str) -> Any:
-    """Return the value of a flag as the type of its field."""
+def _value(text: Any, kind: Any) -> Any:
+    """Return what a flag's text stands for in a config file: a string, a TOML value, or "none"."""
     kinds = get_args(kind) or (kind,)
-    if value in ("none", "None") and type(None) in kinds:
-        return None
-    if Path in kinds:
-        return Path(value)
-    return value if isinstance(value, bool) or str in kinds else convert(parse_value(value), kind, f"--{name}")
+    if text == "None" and type(None) in kinds:
+        return "none"
+    return text if {bool, str, Path} & {*kinds} or get_origin(kind) is Literal else parse_value(text)
 
 
 def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
     def flag(self, name: str, help: str, default: Any = None, group: Any = None, **options: Any) -> None:
         """Add a flag, in a group of the help; `default` is only shown there."""
         self.flags.append(f"--{name}")
-        shown = "" if default in (None, False, "") else f" (default: {default})"
+        shown = "" if default in (None, "") or default is False else f" (default: {default})"
         (group or self).add_argument(f"--{name}", help=f"{help}{shown}".replace("%", "%%"), **options)
 
     def read(self, arguments: Sequence[str]) -> dict[str, Any]:
@@ -162,8 +162,5 @@ def tables_of(passed: Mapping[str, Any]) -> dict[str, Any]:
     for flag, (name, kind, _) in flag_fields().items():
         value: Any = passed.get(flag.replace("-", "_"))
         if value is not None:
-            if value == "None" and type(None) in get_args(kind):
-                value = "none"  # the word of config files for no value
-            is_text = str in (kind, *get_args(kind)) or get_origin(kind) is Literal or kind is bool
-            put(tables, name.split("."), value if is_text else parse_value(value))
+            put(tables, name.split("."), _value(value, kind))
     return tables

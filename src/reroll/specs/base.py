@@ -18,6 +18,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from reroll.errors import UsageError, did_you_mean
@@ -210,6 +211,8 @@ def convert(value: Any, kind: Any, key: str) -> Any:
         if isinstance(value, Real) and not isinstance(value, bool) and value == value:
             with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
                 return float(value)
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
     elif isinstance(value, Integral if kind is int else origin or kind) and (
         kind is bool or not isinstance(value, bool)
     ):

@@ -31,7 +31,7 @@ class Config(Options):
 
     recipe: str = option("custom", "what it was made from")
     task: TaskSpec = option(Generated(), "what to learn", kinds=TASKS)
-    model: ModelSpec = option(LSTM(), "the recurrent cell", flag="cell", kinds=MODELS)
+    model: ModelSpec = option(LSTM(), "the recurrent cell, or gpt", flag="cell", kinds=MODELS)
     gradient: GradientSpec = option(
         Probes(), "probes: forward passes only (CD-RGE); backprop: automatic differentiation", flag="gradient",
         kinds=GRADIENTS,
