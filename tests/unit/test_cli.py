@@ -589,6 +589,9 @@ def test_a_series_is_continued_in_its_own_units(cli, tmp_path):
     np.save("two.npy", np.ones((2, 30, 2)))
     assert len(cli("forecast", "run", "--path", "two.npy", "--steps", 3).out.splitlines()) == 7
     assert "steps=0" in cli("forecast", "run", "--steps", 0).error
+    torch.nn.init.constant_(next(model.model.parameters()), math.nan)
+    export(model, Path("nan.safetensors"))
+    assert "is not finite: the model has diverged" in cli("forecast", "nan.safetensors").error
     assert "cannot be written" in cli("forecast", "run", "--to", "no/such/folder.csv").error
 
 

@@ -44,8 +44,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
     places = [min(max(6 - math.floor(math.log10(std)), 0), 17) for std in task.std[: task.inputs]]
     histories = task.history(request.context or loaded.config.task.length)
     for number, history in enumerate(histories):
-        new = forecast(loaded.model, torch.from_numpy(history)[None], request.steps)[0].double().numpy()
-        values = new * task.std[: task.inputs] + task.mean[: task.inputs]
+        new = forecast(loaded.model, torch.from_numpy(history)[None], request.steps)[0].double()
+        if not new.isfinite().all():
+            raise RunError(f"The forecast of {request.model} is not finite: the model has diverged.")
+        values = new.numpy() * task.std[: task.inputs] + task.mean[: task.inputs]
         series = [number] if len(histories) > 1 else []
         rows += [[*series, step + 1, *(f"{v:.{n}f}" for v, n in zip(row, places))] for step, row in enumerate(values)]
     names = list(task.features) or [f"value{i}" for i in range(task.inputs)]
