@@ -14,7 +14,7 @@ from reroll.train import checkpoint, journal
 from reroll.train.config import resolve
 from reroll.train.loop import train
 from reroll.train.records import find, holder, read_config
-from reroll.train.resume import FREE, agree
+from reroll.train.resume import FREE, merge_resumed
 from reroll.train.run import RunFolder
 from tests.runs import Abandoned, Interrupt, differences, interrupted, left, small, write_text
 
@@ -320,9 +320,11 @@ def test_what_is_free_is_taken(tmp_path):
     assert {f"run.{name}" for name in values} == FREE
     saved = resolve(small(run={"target_loss": 0.5}))
     for name, value in values.items():
-        assert agree(saved, resolve(small(run={"target_loss": 0.5, name: value}))) == saved.replace(run={name: value})
-    # A limit that is not given any more is none.
-    assert agree(saved, resolve(small())) == resolve(small())
+        assert merge_resumed(saved, resolve(small(run={"target_loss": 0.5, name: value}))) == saved.replace(
+            run={name: value}
+        )
+    # A limit that is not passed any more is none.
+    assert merge_resumed(saved, resolve(small())) == resolve(small())
     path = tmp_path / "run"
     train(small(), path, report=Interrupt(2))
     train(small(run=values), path, resume=True)
@@ -335,7 +337,7 @@ def test_what_rules_have_decided_need_not_be_given_again(tmp_path):
     saved = read_config(tmp_path / "run")
     assert None not in (saved.run.threads, saved.gradient.chunk)
     assert saved.gradient.evaluate != "auto"
-    assert agree(saved, resolve(config)) == saved
+    assert merge_resumed(saved, resolve(config)) == saved
 
 
 def test_changed_data_are_refused(tmp_path):
