@@ -7,6 +7,8 @@ know this module.
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 from numbers import Integral, Real
 
@@ -35,6 +37,14 @@ class RunError(RerollError, RuntimeError):
     """A well-formed request failed while it ran; what was saved before is intact."""
 
     exit_code = 1
+
+
+def warn(message: str) -> None:
+    """Warn at the user's line: that of the innermost call made outside this package and torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("reroll", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def visible(text: str) -> str:

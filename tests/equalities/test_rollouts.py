@@ -232,8 +232,9 @@ def test_what_does_not_converge_is_evaluated_step_by_step_and_said(window):
     assert not found.converged.any()
     assert bool((found.residual > 1e-3).all())
     torch.testing.assert_close(found.states, Sequential()(cell, x).states, rtol=0, atol=1e-12)
-    with pytest.warns(UserWarning, match="3 of 3 sequences did not converge in 3 iterations"):
+    with pytest.warns(UserWarning, match="3 of 3 sequences did not converge in 3 iterations") as caught:
         quasi_deer(max_iterations=3, on_failure="warn", window=window)(cell, x)
+    assert {warning.filename for warning in caught} == {__file__}
     with pytest.raises(RunError, match=r"did not converge in 3 iterations .largest residual .*Raise max_iterations"):
         quasi_deer(max_iterations=3, on_failure="raise", window=window)(cell, x)
 

@@ -1,5 +1,7 @@
 """What a cell promises, for every cell, and the parameter counts of the paper."""
 
+import functools
+
 import pytest
 import torch
 
@@ -231,3 +233,52 @@ def test_kernels_for_whole_sequences_serve_torchs_own_cells(make, bias):
     parameters = list(module.parameters())
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), parameters) for y in (outputs, truth))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [RNN, GRU, LSTM])
+@torch.no_grad()
+def test_a_kernel_for_whole_sequences_is_only_used_for_the_step_it_was_written_for(kind):
+    from reroll.rollout import Sequential, auto, quasi_deer
+
+    def halved(self, u, state):
+        after = kind.step(self, u, state)
+        return type(after)(*(0.5 * part for part in after)) if kind is LSTM else 0.5 * after
+
+    class Mixin:
+        step = halved
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 300, 3)
+    for cell in (type("Subclass", (kind,), {"step": halved})(3, 4), type("Mixed", (Mixin, kind), {})(3, 4), kind(3, 4)):
+        for rollout in (Sequential(), auto(), quasi_deer()):
+            before = rollout.read(cell, x)[0]  # whatever is remembered of a cell is of its old step
+            if type(cell) is kind:
+                cell.step = functools.partial(halved, cell)
+            expected, final = Sequential(kernel="reference").read(cell, x)
+            outputs, last = rollout.read(cell, x)
+            torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(last, final, rtol=0, atol=1e-4)
+            if type(cell) is kind:
+                assert (before - outputs).abs().max() > 1e-2
+                del cell.step
+
+
+@torch.no_grad()
+def test_a_torch_cell_whose_forward_was_replaced_is_called():
+    from reroll.rollout import Sequential, quasi_deer
+
+    class Halved(torch.nn.GRUCell):
+        def forward(self, input, hx=None):
+            return 0.5 * super().forward(input, hx)
+
+    torch.manual_seed(0)
+    patched, hooked, x = torch.nn.GRUCell(3, 4), torch.nn.GRUCell(3, 4), torch.randn(2, 300, 3)
+    patched.forward = functools.partial(Halved.forward, Halved(3, 4))
+    hooked.register_forward_hook(lambda module, args, result: 0.5 * result)
+    for module in (Halved(3, 4), patched, hooked):
+        cell = cell_from(module, 4)
+        h = torch.zeros(2, 4)
+        for rollout in (Sequential(), quasi_deer()):
+            states = rollout(cell, x).states
+            torch.testing.assert_close(states[:, 0], module(x[:, 0], h), rtol=0, atol=1e-5)
+            torch.testing.assert_close(states[:, 1], module(x[:, 1], states[:, 0]), rtol=0, atol=1e-4)

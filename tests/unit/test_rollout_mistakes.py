@@ -87,6 +87,11 @@ class Named(Mixing):
         return {"h": torch.tanh(state["h"] + u)}
 
 
+class Halved(nn.LSTMCell):
+    def forward(self, input, hx=None):
+        return tuple(0.5 * part for part in super().forward(input, hx))
+
+
 X = torch.zeros(2, 9, 3)
 LONG = torch.zeros(2, 300, 4)
 NOISY = cell_from(lambda u, s: s + torch.rand_like(s), 3)
@@ -103,8 +108,10 @@ MISTAKES = {
     "a word for a window": (lambda: quasi_deer(window="all"), "window='all' must be a whole number"),
     "a word for a tolerance": (lambda: quasi_deer(rtol="1e-3"), "rtol='1e-3' must be zero or a positive number"),
     "no variance": (lambda: elk(variance=None), "variance=None must be greater than zero"),
+    "a variance per sequence": (lambda: elk(torch.ones(2)), r"variance is a tensor of shape \(2,\); it must be one"),
     "a module of one argument": (lambda: cell_from(nn.Linear(3, 3), 3), r"step=Linear must take \(input_t, state\)"),
     "a step of one argument": (lambda: cell_from(lambda s: s, 3), r"must take \(input_t, state\)"),
+    "an LSTMCell of one's own": (lambda: cell_from(Halved(3, 3), 3), "a Halved with a forward of its own"),
     "a whole network": (lambda: cell_from(nn.GRU(3, 3), 3), "nn.GRU, which runs whole sequences; give an nn.GRUCell"),
     "half a feature": (lambda: cell_from(lambda u, s: s, 2.5), "state_size=2.5 must be a whole number"),
     "no input size": (lambda: quasi_deer()(Nameless(), LONG), "Nameless sets no input_size"),
@@ -259,3 +266,12 @@ def test_steps_that_are_no_mistakes():
     numpy_window = quasi_deer(window=np.int64(10))
     assert numpy_window.window == 10
     assert type(numpy_window.window) is int
+
+
+@torch.no_grad()
+def test_a_step_that_asks_for_the_type_of_its_arguments_computes_what_it_does_on_tensors():
+    cell = cell_from(lambda u, s: torch.tanh((0.5 if isinstance(s, torch.Tensor) else 0.9) * s + u), 4)
+    x = torch.randn(2, 300, 4)
+    expected = Sequential(kernel="reference")(cell, x).states
+    for rollout in (Sequential(kernel="compiled"), auto(), quasi_deer(), deer(), jacobi()):
+        torch.testing.assert_close(rollout(cell, x).states, expected, rtol=0, atol=1e-4)

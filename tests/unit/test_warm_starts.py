@@ -140,8 +140,9 @@ def test_the_optimizer_says_so_too():
 
 def test_a_model_that_falls_back_says_so_unless_it_is_watched():
     model, (x, _) = problem(quasi_deer(max_iterations=1))
-    with pytest.warns(UserWarning, match="GRU: Some sequences did not converge"):
+    with pytest.warns(UserWarning, match="GRU: Some sequences did not converge") as caught:
         model(x)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings(), monitoring() as seen:
         warnings.simplefilter("error")
         model(x)

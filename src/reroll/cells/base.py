@@ -14,15 +14,16 @@ Your own cell is a subclass with `step` and `init_state`, or a plain function th
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 State = Any
 """A tensor, or a (named) tuple of tensors."""
+METHODS = ("step", "project", "readout")
+"""What a kernel for whole sequences computes."""
 
 
 class Cell(nn.Module, ABC):
@@ -75,12 +76,19 @@ class Cell(nn.Module, ABC):
         """Return what the next layer sees, [..., output_size]."""
         return state
 
+    _fused_methods: ClassVar[tuple[Any, ...]] = ()
+    """The methods that `fused` was written for."""
+
     def __init_subclass__(cls, **options: Any) -> None:
-        """A kernel is written for the step of its own class: a subclass that computes another has none."""
         super().__init_subclass__(**options)
-        before = itertools.takewhile(lambda kind: "fused" not in vars(kind), cls.__mro__)  # a mixin's step counts
-        if "fused" not in vars(cls) and any({"step", "project", "readout"} & vars(kind).keys() for kind in before):
-            cls.fused, cls.has_kernel = Cell.fused, False
+        if "fused" in vars(cls):
+            cls._fused_methods = tuple(getattr(cls, name) for name in METHODS)
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether `fused` computes what this cell does: a subclass, a mixin or `cell.step = f` may replace that."""
+        methods = tuple(vars(self).get(name, getattr(type(self), name)) for name in METHODS)
+        return "fused" in vars(self) or methods == self._fused_methods
 
     def fused(self, inputs: Tensor, state: State) -> tuple[Tensor, State] | None:
         """Run a whole sequence by a faster kernel, if there is one that computes the same thing.

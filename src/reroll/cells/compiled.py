@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reroll.cells.base import Cell
-from reroll.cells.jacobian import MISTAKES, band, has_own_derivative
+from reroll.cells.jacobian import MISTAKES, OTHER_VALUES, OWN_DERIVATIVE, band, why_untrackable
 from reroll.cells.layout import Layout
 from reroll.cells.tracked import Tracked
 from reroll.kernels.program import Builder, Program
@@ -42,7 +42,7 @@ def compile_step(
         Two programs whose first input is the state. Outputs of the first are the D next states, of the second these and
         the entries of the Jacobian, [D], [K·K·C] or [D·D]. Without a structure they are the same.
     """
-    if structure is not None and has_own_derivative(cell):
+    if (reason := why_untrackable(cell)) == OTHER_VALUES or (structure is not None and reason == OWN_DERIVATIVE):
         return None
     if structure == "dense" and layout.size**2 > DENSE_OUTPUTS:
         return None
@@ -68,7 +68,7 @@ def compile_adjoint(cell: Cell, layout: Layout, inputs: Tensor, states: Tensor, 
 
     A is the Jacobian of the step at `states`, c the `cotangent`, both [D, rows]; `inputs` are as in `compile_step`.
     """
-    if has_own_derivative(cell):
+    if why_untrackable(cell) in (OTHER_VALUES, OWN_DERIVATIVE):
         return None
     size, rows = states.shape
     builder = Builder()

@@ -32,6 +32,7 @@ _untrackable: weakref.WeakKeyDictionary[Cell, str] = weakref.WeakKeyDictionary()
 MISTAKES = (AttributeError, TypeError, IndexError, RuntimeError, ValueError, AssertionError)
 """What a step may raise that does not fit its arguments, or values in place of tensors."""
 OWN_DERIVATIVE = "its derivative is not that of its operations"
+OTHER_VALUES = "it computes something else where its arguments are no tensors"
 
 
 def step(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> Tensor:
@@ -56,14 +57,9 @@ def advance(cell: Cell, layout: Layout, u: Tensor | Tracked, state: Tensor) -> T
     return step(cell, layout, value_of(u), state) if following is None else following
 
 
-def leave_to_autograd(cell: Cell) -> None:
-    """Say that the derivative of a cell's step is not that of its operations, but one of its own."""
-    _untrackable[cell] = OWN_DERIVATIVE
-
-
-def has_own_derivative(cell: Cell) -> bool:
-    """Return whether that was said."""
-    return _untrackable.get(cell) == OWN_DERIVATIVE
+def leave_to_autograd(cell: Cell, reason: str) -> None:
+    """Run a cell's step on tensors only, for `OWN_DERIVATIVE` or `OTHER_VALUES`."""
+    _untrackable[cell] = reason
 
 
 @torch.no_grad()

@@ -113,7 +113,15 @@ def cell_from(step: Callable[..., Any], state_size: int, *, module: nn.Module | 
     if isinstance(step, nn.RNNCell | nn.GRUCell | nn.LSTMCell):
         if step.hidden_size != state_size:
             raise UsageError(f"state_size={state_size} does not fit {step}, whose hidden_size is {step.hidden_size}.")
-        return Wrapped(step)
+        kind = next(kind for kind in (nn.RNNCell, nn.GRUCell, nn.LSTMCell) if isinstance(step, kind))
+        hooks = step._forward_hooks or step._forward_pre_hooks  # such as those that compute a weight
+        if type(step).forward is kind.forward and "forward" not in vars(step) and not hooks:
+            return Wrapped(step)
+        if kind is nn.LSTMCell:
+            raise UsageError(
+                f"step is a {type(step).__name__} with a forward of its own, or hooks; write it as a reroll.Cell, "
+                "whose state can be a pair."
+            )
     if isinstance(step, nn.RNNBase):
         kind = type(step).__name__
         raise UsageError(f"step is an nn.{kind}, which runs whole sequences; give an nn.{kind}Cell, a single step.")

@@ -69,7 +69,7 @@ class Auto:
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Return the readouts and the final state; see `Rollout`."""
         check(cell, inputs)
-        fused = reset is None and type(cell).fused is not Cell.fused
+        fused = reset is None and cell.can_fuse
         inputs = inputs if lengths is None else filled(inputs, lengths)[0]
         return self.choose(cell, inputs, state, fused=fused).read(cell, inputs, state, reset, lengths)
 

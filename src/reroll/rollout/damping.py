@@ -137,6 +137,11 @@ class Kalman:
     damped = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.variance, Tensor):
+            raise UsageError(
+                f"variance is a tensor of shape {tuple(self.variance.shape)}; it must be one number for all sequences, "
+                "such as float(variance)."
+            )
         if not isinstance(self.variance, Real) or math.isnan(self.variance) or self.variance <= 0:
             raise UsageError(f"variance={self.variance!r} must be greater than zero; infinity is undamped.")
 
@@ -152,7 +157,8 @@ class Kalman:
         if kind == "diagonal" and trust is None:
             return self._filtered(a, residual, self.variance)
         # Batch-first, as matrices and a variance per sequence need it.
-        variance = self.variance if trust is None else self.variance * trust
+        limits = torch.finfo(residual.dtype)
+        variance = self.variance if trust is None else (self.variance * trust).clamp(limits.tiny, limits.max)
         turned = a.permute(2, 1, 0) if kind == "diagonal" else a.permute(3, 2, 0, 1)
         found = self._filtered(turned.contiguous(), residual.permute(2, 1, 0).contiguous(), variance)
         return found.permute(2, 1, 0).contiguous()

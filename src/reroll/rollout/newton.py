@@ -16,7 +16,6 @@ Lim et al., arXiv:2309.12252 (DEER); Gonzalez et al., arXiv:2407.19115 (quasi-DE
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Literal, NamedTuple
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from reroll.cells import jacobian
 from reroll.cells.base import Cell, State
-from reroll.errors import RunError, UsageError, require_count
+from reroll.errors import RunError, UsageError, require_count, warn
 from reroll.outcome import Outcome
 from reroll.rollout import adjoint, native
 from reroll.rollout.base import Trajectory, exact, uncompiled
@@ -160,7 +159,7 @@ class Newton:
         trajectory = padded.trajectory
         if trajectory.outcome is Outcome.fell_back and self.on_failure == "sequential" and current() is None:
             # Who reads sees no outcome, and nobody watches for him.
-            warnings.warn(f"{type(cell).__name__}: {trajectory.outcome.value}", stacklevel=2)
+            warn(f"{type(cell).__name__}: {trajectory.outcome.value}")
         return padded.zeroed(cell.readout(trajectory.states)), trajectory.final
 
     # ---- solving
@@ -326,7 +325,7 @@ class Newton:
         )
         if self.on_failure == "raise":
             raise RunError(f"{message} {ADVICE}")
-        warnings.warn(f"{message} They were evaluated step by step.", stacklevel=4)
+        warn(f"{message} They were evaluated step by step.")
 
 
 def _stepped(field: Field, found: Solution) -> Solution:

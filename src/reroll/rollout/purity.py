@@ -11,15 +11,25 @@ from torch import Tensor, nn
 
 from reroll.cells.base import Cell
 from reroll.cells.compiled import compile_adjoint
-from reroll.cells.jacobian import MISTAKES, feature_major, followed_vjp, leave_to_autograd, step, vjp
+from reroll.cells.jacobian import (
+    MISTAKES,
+    OTHER_VALUES,
+    OWN_DERIVATIVE,
+    advance,
+    feature_major,
+    followed_vjp,
+    leave_to_autograd,
+    step,
+    vjp,
+)
 from reroll.cells.layout import Layout
 from reroll.errors import RerollError, UsageError
 from reroll.kernels import dispatch
 from reroll.rollout.base import explaining_dtypes, require_same_shapes
 from reroll.rollout.problem import Problem
 
-_known: weakref.WeakKeyDictionary[Cell, set[tuple[bool, ...]]] = weakref.WeakKeyDictionary()
-"""Cells that were tried, and in which modes (training or not): dropout acts in one of them."""
+_tested: weakref.WeakKeyDictionary[Cell, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
+"""Cells that were tested: with which step, if one was assigned to the object, and in which modes (training or not)."""
 
 ROWS = 8
 """Rows on which a step is tried."""
@@ -38,8 +48,8 @@ def require_pure(cell: Cell, problem: Problem) -> None:
     Raises:
         UsageError: naming the cell and what it does.
     """
-    mode = tuple(module.training for module in cell.modules())
-    if mode in _known.setdefault(cell, set()):
+    mode = (id(vars(cell).get("step")), *(module.training for module in cell.modules()))
+    if mode in _tested.setdefault(cell, set()):
         return
     name, layout, (u, state) = type(cell).__name__, problem.layout, _tried(problem)
     for path, module in cell.named_modules():
@@ -84,10 +94,16 @@ def require_pure(cell: Cell, problem: Problem) -> None:
         )
     if wrong:
         raise UsageError(f"{name}.step {wrong}")
-    if state.shape[1] <= WIDEST and not dispatch.is_mapped():
+    if not dispatch.is_mapped():
         with torch.inference_mode(False), torch.autocast(u.device.type, enabled=False):
-            _try_derivatives(cell, layout, u.clone(), state.clone())
-    _known[cell].add(mode)
+            with torch.no_grad():
+                expected, followed = (run(cell, layout, u.clone(), state.clone()) for run in (step, advance))
+            loose = max(LOOSE, 16 * torch.finfo(state.dtype).eps)
+            if not torch.allclose(followed, expected, rtol=loose, atol=loose, equal_nan=True):
+                leave_to_autograd(cell, OTHER_VALUES)  # it asks for the type of its arguments
+            elif state.shape[1] <= WIDEST:
+                _try_derivatives(cell, layout, u.clone(), state.clone())
+    _tested[cell].add(mode)
 
 
 def _buffers(cell: Cell) -> dict[str, Tensor]:
@@ -126,7 +142,7 @@ def _try_derivatives(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> No
         found, wanted = found[known], expected[known]
         atol = LOOSE * max(1.0, float(wanted.abs().max())) if wanted.numel() else 0.0
         if not torch.allclose(found, wanted, rtol=LOOSE, atol=atol):
-            leave_to_autograd(cell)
+            leave_to_autograd(cell, OWN_DERIVATIVE)
 
 
 def _written_vjp(cell: Cell, layout: Layout, u: Tensor, state: Tensor, cotangent: Tensor) -> Tensor | None:

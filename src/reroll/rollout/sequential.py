@@ -87,7 +87,7 @@ class Sequential:
             return padded.zeroed(cell.readout(padded.trajectory.states)), padded.trajectory.final
 
         def run(x: Tensor, first: State, cut: Tensor | None, projected: bool = False) -> tuple[State, State]:
-            if self.kernel == "auto" and cut is None and not projected:
+            if self.kernel == "auto" and cut is None and not projected and cell.can_fuse:
                 with explaining_dtypes(cell, x, first):
                     result = cell.fused(x, first)
                 if result is not None:

@@ -21,6 +21,7 @@ References: Särkkä and García-Fernández, "Temporal parallelization of Bayesi
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -188,6 +189,11 @@ def _check(A: Tensor, b: Tensor, observed: Tensor, variance: float | Tensor, ini
             raise UsageError(
                 f"kalman_scan: {name} is {tensor.dtype} on {tensor.device}; expected {b.dtype} on {b.device}, as b."
             )
-    if not isinstance(variance, Tensor) and not 0 < variance < float("inf"):
-        raise UsageError(f"kalman_scan: variance={variance} must be positive and finite; linear_scan is the limit.")
+    if not isinstance(variance, Tensor | Real):
+        raise UsageError(f"kalman_scan: variance={variance!r} must be a number, or a tensor of one per sequence.")
+    values = torch.as_tensor(variance).flatten()
+    if len(wrong := values[~((values > 0) & values.isfinite())]):
+        raise UsageError(
+            f"kalman_scan: variance={float(wrong[0])} must be positive and finite; linear_scan is the limit."
+        )
     return SCALAR_KALMAN if A.dim() == 3 else DENSE_KALMAN
