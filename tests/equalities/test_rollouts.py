@@ -294,7 +294,7 @@ def test_bad_input():
         quasi_deer()(cell_from(lambda u, s: s.mul_(0.5).add_(u), 3), x)
     with pytest.raises(UsageError, match=r"returns a state \[8, 5\] for a state \[8, 3\]"):
         quasi_deer()(cell_from(lambda u, s: torch.cat([s, u[:, :2]], -1), 3), x)
-    with pytest.raises(UsageError, match="Clip holds a diagonal"):
+    with pytest.raises(UsageError, match="Clip takes a diagonal"):
         Newton(Dense(), Clip())(cell, x)
     with pytest.raises(UsageError, match="variance=0 must be"):
         Kalman(0)

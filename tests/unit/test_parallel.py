@@ -218,7 +218,7 @@ def test_jacobians_beyond_memory_are_refused_with_their_size(monkeypatch):
     assert 1 << 20 < memory.memory_left(torch.device("cpu")) < 1 << 50
     monkeypatch.setattr(memory, "memory_left", lambda device: 10**9)
     cell, x = cell_from(lambda u, s: 0.5 * s + u, 512), torch.zeros(4, 400, 512)
-    needed = r"4 sequences × 400 steps × 512² numbers.* 5,033,164,800 bytes; 1,000,000,000 are left"
+    needed = r"4 sequences × 400 steps × 512² numbers.* 5,033,164,800 bytes; 1,000,000,000 are free"
     with pytest.raises(UsageError, match=needed + r". Use quasi_deer\(\), or a shorter window \(window=79\)"):
         deer(window=None)(cell, x)
     with pytest.raises(UsageError, match=r"10,066,329,600 bytes.* Use quasi_elk\(\), .*window=39"):

@@ -1,7 +1,7 @@
 """A cell: one step of a recurrence, and nothing but the step.
 
     state = cell.init_state((batch,))
-    u = cell.project(inputs)                  everything that does not wait for the state, all steps at once
+    u = cell.project(inputs)                  everything that does not depend on the state, all steps at once
     state = cell.step(u[:, t], state)         the recurrent half
     y = cell.readout(state)
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 State = Any
 """A tensor, or a (named) tuple of tensors."""
 METHODS = ("step", "project", "readout")
-"""What a kernel for whole sequences computes."""
+"""The methods that a kernel for whole sequences stands for."""
 
 
 class Cell(nn.Module, ABC):
@@ -49,8 +49,8 @@ class Cell(nn.Module, ABC):
     has_kernel = False
     """Whether `fused` runs a kernel of this project, written for this cell."""
     stepwise = True
-    """Whether `project`, of the class that defines both, takes every step by itself and draws no random numbers: then a
-    long sequence may be projected in pieces. A class that defines `project` alone is taken at no such word."""
+    """Whether `project` treats every step by itself and draws no random numbers: then a long sequence may be projected
+    in pieces. It is of the `project` of the same class: a subclass that overrides `project` must set it anew."""
 
     @abstractmethod
     def init_state(self, batch_shape: Sequence[int]) -> State:
@@ -104,11 +104,11 @@ class Cell(nn.Module, ABC):
 
     @property
     def projects_stepwise(self) -> bool:
-        """Whether `stepwise` was said by the class whose `project` this is."""
+        """Whether the class whose `project` this is sets `stepwise`."""
         owner = next(kind for kind in type(self).__mro__ if "project" in vars(kind))
         return "project" not in vars(self) and bool(vars(owner).get("stepwise", False))
 
     @property
     def step_floats(self) -> int:
-        """About how many numbers one step of one sequence keeps alive while a window of steps is run."""
+        """About how many numbers per step and sequence are in memory while a window of steps is run."""
         return self.input_size + 5 * self.output_size

@@ -4,9 +4,9 @@
     step.run(out, begin, state)               out [D, rows]: next states
     whole.run(out, begin, state)              out [2D, rows]: next states, and the diagonal
 
-The cell's code runs once on `Tracked` values whose tensors are `Symbol`s: they write down what is done with them, and
-the rules that find the Jacobian by its structure write down its operations as well. What depends on the inputs alone is
-computed by torch, for all steps, before. A cell that does what a program cannot is run operation by operation.
+The cell's code runs once on `Tracked` values whose tensors are `Symbol`s: these record the operations applied to them,
+and the rules that derive the Jacobian record its operations too. What depends on the inputs alone is computed by torch,
+for all steps, beforehand. A cell that does what a program cannot is run operation by operation.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from reroll.kernels.program.reverse import reverse
 from reroll.kernels.program.symbol import Symbol, Untrackable
 
 DENSE_OUTPUTS = 1100
-"""Numbers of a Jacobian per row up to which a program writes whole ones."""
+"""Entries of a Jacobian per row up to which a program computes dense ones."""
 
 
 def compile_step(
     cell: Cell, layout: Layout, inputs: Tensor, structure: str | None, blocks: int = 1
 ) -> tuple[Program, Program] | None:
-    """Return a step as a program, alone and with its Jacobian; or None if it cannot be written as one.
+    """Compile a step to a program, alone and with its Jacobian; return None if that is not possible.
 
     Args:
         cell, layout: the recurrence.
@@ -39,8 +39,8 @@ def compile_step(
         structure, blocks: of the Jacobian, as in `jacobian.linearise`; None for none.
 
     Returns:
-        Two programs whose first input is the state. Outputs of the first are the D next states, of the second these and
-        the entries of the Jacobian, [D], [K·K·C] or [D·D]. Without a structure they are the same.
+        Two programs whose first input is the state. The first outputs the D next states, the second these and the
+        entries of the Jacobian, [D], [K·K·C] or [D·D]. Without a structure they are the same.
     """
     if (reason := why_untrackable(cell)) == OTHER_VALUES or (structure is not None and reason == OWN_DERIVATIVE):
         return None
@@ -52,10 +52,7 @@ def compile_step(
     value: Any = Symbol.range(builder, builder.input(torch.empty(size, len(inputs), device="meta")), size)
     try:
         state = Tracked(value, moves=True) if structure is None else Tracked.state(value)
-        parts = _stepped(cell, layout, inputs, state)
-        following = [_output(builder, part) for part in parts]
-        if [features for _, features in following] != list(layout.sizes):
-            return None
+        parts, following = _trace(builder, cell, layout, inputs, state)
         jacobian = [] if structure is None else _jacobian(builder, parts, layout, structure)
     except (Untrackable, *MISTAKES):
         return None
@@ -64,7 +61,7 @@ def compile_step(
 
 
 def compile_adjoint(cell: Cell, layout: Layout, inputs: Tensor, states: Tensor, cotangent: Tensor) -> Program | None:
-    """Return g ← Aᵀ g + c as a program whose first input is g, [D, rows]; or None if it cannot be written as one.
+    """Compile g ← Aᵀ g + c to a program whose first input is g, [D, rows]; return None if that is not possible.
 
     A is the Jacobian of the step at `states`, c the `cotangent`, both [D, rows]; `inputs` are as in `compile_step`.
     """
@@ -76,20 +73,22 @@ def compile_adjoint(cell: Cell, layout: Layout, inputs: Tensor, states: Tensor, 
     before, arriving = builder.input(states), builder.input(cotangent)
     value: Any = Symbol.range(builder, before, size)
     try:
-        parts = _stepped(cell, layout, inputs, Tracked(value, moves=True))
-        following = [_output(builder, part) for part in parts]
+        _, following = _trace(builder, cell, layout, inputs, Tracked(value, moves=True))
     except (Untrackable, *MISTAKES):
-        return None
-    if [features for _, features in following] != list(layout.sizes):
         return None
     begins = [first + sum(layout.sizes[:i]) for i in range(len(layout.sizes))]
     back = reverse(builder, following, begins, (before, size))
     return builder.finish([(arriving if back is None else builder.emit("add", size, arriving, back), size)])
 
 
-def _stepped(cell: Cell, layout: Layout, inputs: Tensor, state: Any) -> Any:
+def _trace(builder: Builder, cell: Cell, layout: Layout, inputs: Tensor, state: Any) -> tuple[Any, list]:
+    """Return the parts of the next state, and the registers (first, count) they are in."""
     fixed: Any = Tracked(inputs)
-    return layout.parts(cell.step(fixed, layout.unpack(state)))
+    parts = layout.parts(cell.step(fixed, layout.unpack(state)))
+    following = [_output(builder, part) for part in parts]
+    if [features for _, features in following] != list(layout.sizes):
+        raise Untrackable("a state of another shape")
+    return parts, following
 
 
 def _output(builder: Builder, part: Any) -> tuple[int, int]:
@@ -103,7 +102,7 @@ def _jacobian(builder: Builder, parts: Any, layout: Layout, structure: str) -> l
     for part, begin, size in zip(parts, begins, layout.sizes):
         if structure == "dense":
             columns = [_output(builder, band(part, torch.full((size,), j))) for j in range(layout.size)]
-            # The result is wanted row by row: one feature of every column after another.
+            # The Jacobian is laid out row by row: one feature of every column after another.
             outputs += [(first + i, 1) for i in range(size) for first, _ in columns]
         else:
             others = [begin] if structure == "diagonal" else begins

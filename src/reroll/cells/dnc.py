@@ -10,7 +10,7 @@ With N read heads, memory of M rows of W numbers, y the normalised hidden state 
 where k_n, k_w, s, e, a are linear in y. There is no temperature, usage, or link: addressing is by content alone.
 
 Content addressing gives equal rows equal weights, so a memory whose rows start identical keeps them identical for ever
-and is one vector, whatever M. Here the rows start as a fixed buffer of different random rows; they are no parameters.
+and is one vector, whatever M. Here the rows start as a fixed buffer of different random rows, which are not trained.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class DNC(Cell):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights from N(0, 1/fan-in); biases are zero but for the forget gate's. Memory rows never vary."""
+        """Draw weights from N(0, 1/fan-in); biases are zero but for the forget gate's. Memory rows are constant."""
         for weight in [self.weight_ih, self.weight_hh, *(m.weight for m in self._linears())]:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         for bias in [self.bias_ih, self.bias_hh, *(m.bias for m in self._linears())]:

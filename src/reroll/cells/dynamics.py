@@ -95,7 +95,7 @@ class ARGRU(Cell):
 
 
 class Lorenz96(Cell):
-    """The Lorenz-96 system by one step of the classical Runge–Kutta method; it has no inputs (give zeros).
+    """The Lorenz-96 system by one step of the classical Runge–Kutta method; it ignores its inputs.
 
     Args:
         size: D, at least 4.
@@ -150,7 +150,7 @@ class TwoWell(Cell):
         return state + self.epsilon * self._score(state) + math.sqrt(2 * self.epsilon) * u
 
     def _score(self, s: Tensor) -> Tensor:
-        """−∇U: the pull of each well, by the share it has in the density at s."""
+        """−∇U: the pull of each well, weighted by its share of the density at s."""
         logs = [
             self.log_weights[k] - 0.5 * ((s - self.means[k]) ** 2 / self.variances[k] + self.variances[k].log()).sum(-1)
             for k in (0, 1)

@@ -1,10 +1,10 @@
-"""One step of many rows and its Jacobian: by the step's structure where it can be followed, else by autograd.
+"""One step of many rows and its Jacobian: in closed form where the step can be tracked, else by autograd.
 
     next, A = linearise(cell, layout, u, state, "diagonal")      u [rows, U], state [rows, D] → [rows, D] each
 
 Structures: "diagonal" [rows, D], "block" [rows, K, K, C] (a K×K matrix for each of C channels, D = K·C), "dense"
-[rows, D, D]. Cells are called on rows, never under vmap: torch's own cells are slow or fail there. What comes back lies
-in memory feature by feature, and is fastest if u and the states do too (`feature_major`).
+[rows, D, D]. Cells are called on rows, never under vmap: torch's own cells are slow or fail there. Results are
+feature-major in memory, and computed fastest if u and the states are too (`feature_major`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Structure = Literal["diagonal", "block", "dense"]
 Result = TypeVar("Result")
 
 _untrackable: weakref.WeakKeyDictionary[Cell, str] = weakref.WeakKeyDictionary()
-"""Cells whose step does something that cannot be followed, and what: tried once."""
+"""Cells whose step does something that cannot be tracked, and what: tried once."""
 MISTAKES = (AttributeError, TypeError, IndexError, RuntimeError, ValueError, AssertionError)
-"""What a step may raise that does not fit its arguments, or values in place of tensors."""
+"""What a step may raise on arguments that do not fit, or on tracked values in place of tensors."""
 OWN_DERIVATIVE = "its derivative is not that of its operations"
 OTHER_VALUES = "it computes something else where its arguments are no tensors"
 
@@ -47,13 +47,13 @@ def feature_major(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def advance(cell: Cell, layout: Layout, u: Tensor | Tracked, state: Tensor) -> Tensor:
-    """Return what `step` returns, without a graph, feature-major where the step can be followed."""
+    """Return what `step` returns, without a graph, feature-major where the step can be tracked."""
 
-    def followed() -> Tensor:
+    def tracked() -> Tensor:
         after = cell.step(_inputs(u), layout.unpack(Tracked(state, moves=True)))
         return _joined(layout.parts(after))
 
-    following = _followed(cell, followed)
+    following = _run_tracked(cell, tracked)
     return step(cell, layout, value_of(u), state) if following is None else following
 
 
@@ -63,18 +63,18 @@ def leave_to_autograd(cell: Cell, reason: str) -> None:
 
 
 @torch.no_grad()
-def followed_vjp(cell: Cell, layout: Layout, u: Tensor, state: Tensor, cotangent: Tensor) -> Tensor | None:
-    """Return Aᵀ · cotangent for every row as the structure of the step gives it; None if it cannot be followed."""
+def tracked_vjp(cell: Cell, layout: Layout, u: Tensor, state: Tensor, cotangent: Tensor) -> Tensor | None:
+    """Return Aᵀ · cotangent for every row by the tracked step; None if it cannot be tracked."""
 
-    def followed() -> Tensor:
+    def tracked() -> Tensor:
         parts = layout.parts(cell.step(_inputs(u), layout.unpack(Tracked.state(state))))
         return times_transposed(parts, cotangent.split(layout.sizes, -1))
 
-    return _followed(cell, followed)
+    return _run_tracked(cell, tracked)
 
 
 def why_untrackable(cell: Cell) -> str | None:
-    """Return what in a cell's step hides its structure; None if it was followed, or not tried yet."""
+    """Return what in a cell's step cannot be tracked; None if it was tracked, or not tried yet."""
     return _untrackable.get(cell)
 
 
@@ -84,15 +84,15 @@ def linearise(
 ) -> tuple[Tensor, Tensor]:
     """Return the next states and their Jacobian in a structure; see the module.
 
-    `u` are projected inputs, [rows, U], or `Tracked.inputs` of them where they come again; `blocks` is K, for "block".
+    `u` are projected inputs, [rows, U], or `Tracked.inputs` of them if they are used again; `blocks` is K, for "block".
 
     Raises:
         UsageError: if K does not divide D.
     """
     if structure == "block" and layout.size % blocks:
         raise UsageError(f"blocks={blocks} does not divide the {layout.size} numbers of the state.")
-    found = _followed(cell, lambda: _by_structure(cell, layout, u, state, structure, blocks))
-    return _by_autograd(cell, layout, value_of(u), state, structure, blocks) if found is None else found
+    result = _run_tracked(cell, lambda: _by_structure(cell, layout, u, state, structure, blocks))
+    return _by_autograd(cell, layout, value_of(u), state, structure, blocks) if result is None else result
 
 
 def _by_structure(
@@ -101,18 +101,18 @@ def _by_structure(
     after = cell.step(_inputs(u), layout.unpack(Tracked.state(state)))
     parts = layout.parts(after)
     if structure == "diagonal":
-        found = diagonal_of(parts, layout.sizes)
+        jacobian = diagonal_of(parts, layout.sizes)
     elif structure == "dense":
-        found = dense_of(parts, layout.size)
+        jacobian = dense_of(parts, layout.size)
     elif len(parts) == blocks and len(set(layout.sizes)) == 1:
-        found = blocks_of(parts, blocks)
+        jacobian = blocks_of(parts, blocks)
     elif len(parts) == 1:
-        found = blocks_of(parts[0].chunk(blocks, -1), blocks)
+        jacobian = blocks_of(parts[0].chunk(blocks, -1), blocks)
     else:
         width = layout.size // blocks
         dense = dense_of(parts, layout.size).unflatten(1, (blocks, width)).unflatten(0, (blocks, width))
-        found = dense.diagonal(dim1=1, dim2=3).movedim(-1, 2)
-    return _joined(parts), found.movedim(-1, 0)
+        jacobian = dense.diagonal(dim1=1, dim2=3).movedim(-1, 2)
+    return _joined(parts), jacobian.movedim(-1, 0)
 
 
 def _inputs(u: Tensor | Tracked) -> Any:
@@ -128,11 +128,11 @@ def _joined(parts: tuple[Any, ...]) -> Tensor:
     return values[0] if len(values) == 1 else torch.cat([value.T for value in values]).T
 
 
-def _followed(cell: Cell, run: Callable[[], Result]) -> Result | None:
-    """Return what a step on tracked values gives; None where it cannot be followed.
+def _run_tracked(cell: Cell, run: Callable[[], Result]) -> Result | None:
+    """Return the result of a step on tracked values; None where it cannot be tracked.
 
-    An operation that cannot be followed is remembered. Any other error is of this call alone, such as want of memory:
-    plain tensors are used for it, and a mistake in the step itself comes up again on them.
+    An operation that cannot be tracked is remembered. Any other error, such as too little memory, is of this call only:
+    plain tensors are used for it, and a mistake in the step itself is raised again there.
     """
     if cell in _untrackable:
         return None
@@ -155,14 +155,14 @@ def _by_autograd(
         size = layout.size
         gradients = (_row(following, leaf, i, retain=i + 1 < size) for i in range(size))
         if structure == "diagonal":
-            found = torch.stack([row[:, i] for i, row in enumerate(gradients)], 1)
+            jacobian = torch.stack([row[:, i] for i, row in enumerate(gradients)], 1)
         elif structure == "block":
             width = size // blocks
             rows = [row[:, i % width :: width] for i, row in enumerate(gradients)]  # [rows, K]: same channel
-            found = torch.stack(rows, 1).unflatten(1, (blocks, width)).transpose(-1, -2)
+            jacobian = torch.stack(rows, 1).unflatten(1, (blocks, width)).transpose(-1, -2)
         else:
-            found = torch.stack(list(gradients), 1)
-    return following.detach(), found
+            jacobian = torch.stack(list(gradients), 1)
+    return following.detach(), jacobian
 
 
 def _row(following: Tensor, leaf: Tensor, index: int, retain: bool) -> Tensor:
@@ -191,15 +191,15 @@ def vjp(following: Tensor, leaf: Tensor, cotangent: Tensor, retain: bool) -> Ten
     """Return Aᵀ · cotangent for every row, from a step evaluated on `leaf`."""
     if not following.requires_grad:
         return torch.zeros_like(leaf)
-    (found,) = torch.autograd.grad(following, leaf, cotangent, retain_graph=retain, allow_unused=True)
-    return torch.zeros_like(leaf) if found is None else found
+    (product,) = torch.autograd.grad(following, leaf, cotangent, retain_graph=retain, allow_unused=True)
+    return torch.zeros_like(leaf) if product is None else product
 
 
-# ---- a Jacobian from the pieces that the new state carries; results lie feature-major, the rows last
+# ---- a Jacobian from the terms that the new state carries; results are feature-major, rows last
 
 
 def diagonal_of(parts: Sequence[Any], sizes: Sequence[int]) -> Tensor:
-    """Return the diagonal of the Jacobian, [D, rows], of a new state given by its parts [rows, size]."""
+    """Return the diagonal of the Jacobian, [D, rows], of a new state in parts [rows, size]."""
     begins = [sum(sizes[:i]) for i in range(len(sizes))]
     return torch.cat([band(p, torch.arange(b, b + size)).T for p, b, size in zip(parts, begins, sizes)])
 
@@ -215,7 +215,7 @@ def band(part: Any, columns: Tensor) -> Any:
     if not isinstance(part, Tracked):
         return torch.zeros_like(part)
     features, total = torch.arange(part.shape[-1]), None
-    for p in part.pieces:
+    for p in part.terms:
         if p.inner is not None:
             # Σ_p L[c, p] β_p W[p, c]: one product for all rows; β is there wherever the weight is
             entries = product(p.inner.alpha, p.inner.weight[columns] * p.weight.T, None)  # type: ignore[arg-type]
@@ -231,11 +231,11 @@ def band(part: Any, columns: Tensor) -> Any:
 
 
 def times_transposed(parts: Sequence[Any], cotangents: Sequence[Tensor]) -> Tensor:
-    """Return Aᵀ · cotangent for every row, [rows, D], of cotangents given by parts [rows, size] as the state is."""
+    """Return Aᵀ · cotangent for every row, [rows, D]; cotangents are in parts [rows, size], as the state is."""
     total = torch.zeros_like(torch.cat(list(cotangents), -1))
     for part, v in zip(parts, cotangents):
-        for piece in part.pieces if isinstance(part, Tracked) else ():
-            back, p = v, piece
+        for term in part.terms if isinstance(part, Tracked) else ():
+            back, p = v, term
             while p is not None:
                 back, p = (back if p.alpha is None else back * p.alpha) @ p.weight.T, p.inner
             total = total + back
@@ -250,7 +250,7 @@ def dense_of(parts: Sequence[Any], size: int) -> Tensor:
 def _dense(part: Any, size: int) -> Tensor:
     rows, features = part.shape
     total: Tensor | None = None
-    for p in part.pieces if isinstance(part, Tracked) else ():
+    for p in part.terms if isinstance(part, Tracked) else ():
         if p.inner is not None:
             # Σ_p L[i, p] β_p W[p, j], a product over p of all pairs (i, j)
             assert p.inner.alpha is not None

@@ -1,4 +1,4 @@
-"""The recurrent layers of the literature that share two sizes, an input matrix, and how weights are drawn (`Layer`)."""
+"""Recurrent cells of the literature: plain, gated, minimal, and with a diagonal Jacobian."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from reroll.kernels import dispatch
 
 
 class Layer(Cell):
-    """What the recurrent layers of the literature share: two sizes, an input matrix, and how weights are drawn.
+    """Base class of these cells: two sizes, an input matrix, and the initialisation of the weights.
 
     Args:
         input_size: E, features of the input.
         hidden_size: H, features of the state.
-        shapes: of the parameters, by name, in their order.
+        shapes: of the parameters, by name, in order.
     """
 
     weight_ih: nn.Parameter
@@ -130,7 +130,7 @@ class GRU(Layer):
 
 
 def gated(u: Tensor, v: Tensor, h: Tensor) -> Tensor:
-    """Return the state after h: u = W x + b and v = R h + c, [..., 3H] each."""
+    """Return the next state, from u = W x + b, v = R h + c, [..., 3H] each, and h."""
     u_r, u_z, u_n = u.chunk(3, -1)
     v_r, v_z, v_n = v.chunk(3, -1)
     r, z = torch.sigmoid(u_r + v_r), torch.sigmoid(u_z + v_z)
@@ -154,7 +154,7 @@ class MinGRU(Layer):
         super().__init__(input_size, hidden_size, weight_ih=(2 * hidden_size, input_size), bias=(2 * hidden_size,))
 
     def project(self, inputs: Tensor) -> Tensor:
-        """Return 1 − z and z ∘ candidate: nothing else of the inputs enters the step."""
+        """Return 1 − z and z ∘ candidate, which is all the step needs of the inputs."""
         gate, candidate = functional.linear(inputs, self.weight_ih, self.bias).chunk(2, -1)
         z = torch.sigmoid(gate)
         return torch.cat([1 - z, z * candidate], -1)
@@ -279,7 +279,7 @@ class LEMState(NamedTuple):
 
 
 class LEM(Layer):
-    """The long expressive memory cell: two fields, of H numbers each, with time steps they set themselves.
+    """The long expressive memory cell: two fields, of H numbers each, with gated time steps.
 
         Δ̄ = dt σ(u₁ + R₁ y)     Δ = dt σ(u₂ + R₂ y)
         z ← (1 − Δ) z + Δ tanh(u_z + R_z y)

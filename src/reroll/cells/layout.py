@@ -1,4 +1,4 @@
-"""A state as one vector per sequence: what solvers along time work on.
+"""A state as one vector per sequence, which is what solvers along time work on.
 
 layout = Layout.of(cell.init_state((batch,)))
 vector = layout.pack(state)               [..., D], the parts one after another

@@ -1,4 +1,4 @@
-"""How torch's operations, by their names, act on a value that knows how it depends on the state (`tracked.py`)."""
+"""How torch's operations, by their names, act on a value that carries its derivative (`tracked.py`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reroll.cells.tracked import COMPOSED, RULES, Piece, Tracked, Untrackable, value_of
+from reroll.cells.tracked import COMPOSED, RULES, Term, Tracked, Untrackable, value_of
 from reroll.kernels.program.operations import FUNCTIONS
 from reroll.kernels.program.symbol import Symbol
 
@@ -19,14 +19,14 @@ def _add(function: Any, a: Any, b: Any, *, alpha: float = 1) -> Tracked:
     if isinstance(b, Tracked) and alpha != 1:
         b = b.scaled(b.value, alpha)
     first, *second = (x for x in (a, b) if isinstance(x, Tracked))
-    return first.plus(value, second[0]) if second else Tracked(value, first.expanded(value.shape).pieces)
+    return first.plus(value, second[0]) if second else Tracked(value, first.expanded(value.shape).terms)
 
 
 def _mul(function: Any, a: Any, b: Any) -> Tracked:
     value = value_of(a) * value_of(b)
-    if isinstance(a, Tracked) and isinstance(b, Tracked) and a.pieces and b.pieces:
+    if isinstance(a, Tracked) and isinstance(b, Tracked) and a.terms and b.terms:
         return a.scaled(value, b.value.expand_as(value)).plus(value, b.scaled(value, a.value.expand_as(value)))
-    first = isinstance(a, Tracked) and (bool(a.pieces) or not isinstance(b, Tracked))
+    first = isinstance(a, Tracked) and (bool(a.terms) or not isinstance(b, Tracked))
     tracked, factor = (a, value_of(b)) if first else (b, value_of(a))
     if not isinstance(factor, Tensor | Symbol) or factor.dim() < value.dim() or factor.shape[0] == 1:
         return tracked.weighted(value, factor)
@@ -138,15 +138,15 @@ def _cat(function: Any, tensors: Sequence[Any], dim: int = 0) -> Tracked:
     if tensors[0].dim() != 2:
         raise Untrackable("cat of more than one feature axis")
     value = torch.cat([value_of(x) for x in tensors], dim)
-    width, begin, pieces = value.shape[1], 0, []
+    width, begin, terms = value.shape[1], 0, []
     for x in tensors:
         size = x.shape[1]
         pad = (begin, width - begin - size)
-        for p in x.pieces if isinstance(x, Tracked) else ():
+        for p in x.terms if isinstance(x, Tracked) else ():
             alpha = None if p.alpha is None else functional.pad(p.alpha, pad)
-            pieces.append(Piece(functional.pad(p.weight, pad), alpha, p.inner))
+            terms.append(Term(functional.pad(p.weight, pad), alpha, p.inner))
         begin += size
-    return Tracked(value, pieces)
+    return Tracked(value, terms)
 
 
 def _where(function: Any, condition: Any, a: Any, b: Any) -> Tracked:
@@ -170,7 +170,7 @@ def _smooth(name: str) -> Callable[..., Tracked]:
         if args or any(kwargs.values()):
             return _elementwise(function, x, *args, **kwargs)
         value = compute(x.value)
-        return x.scaled(value, slope(x.value, value)) if x.pieces else Tracked(value)
+        return x.scaled(value, slope(x.value, value)) if x.terms else Tracked(value)
 
     return rule
 
@@ -179,7 +179,7 @@ def _elementwise(function: Any, x: Any, *args: Any, **kwargs: Any) -> Tracked:
     """An elementwise function without a rule of its own: its derivative by automatic differentiation."""
     if any(isinstance(a, Tracked) for a in (*args, *kwargs.values())) or not isinstance(x, Tracked):
         raise Untrackable(f"{function} of two tracked values")
-    if not x.pieces:
+    if not x.terms:
         return Tracked(function(x.value, *args, **kwargs))
     with torch.enable_grad():
         leaf = x.value.detach().requires_grad_()

@@ -1,16 +1,16 @@
-"""The Jacobian of a step in closed form, found by running its code on values that know how they depend on the state.
+"""The Jacobian of a step in closed form, derived by running its code on values that carry their own derivative.
 
-A `Tracked` is a tensor v [rows, …] together with ∂v/∂s, kept as a sum of
+A `Tracked` is a tensor v [rows, …] together with ∂v/∂s, stored as a sum of
 
     diag(α) W               W the same at all rows, α different from row to row
     diag(α) L diag(β) W     a second linear map behind a nonlinearity
 
-Elementwise functions multiply the α, linear maps act on W (or begin a second), shapes change on all of them alike. So
-the diagonal of the Jacobian costs a few elementwise operations instead of D derivatives, and the whole Jacobian costs
-row scalings. For a GRU what comes out is the formula one would derive by hand.
+Elementwise functions multiply α, linear maps act on W (or start a second one), changes of shape apply to all of them.
+So the diagonal of the Jacobian costs a few elementwise operations instead of D derivatives, and the whole Jacobian
+costs row scalings. For a GRU the result is the formula one would derive by hand.
 
-Values lie in memory feature by feature, rows next to one another ("feature-major"), as `linearise` gives them and every
-rule keeps them: ranges of features are then contiguous, which is what makes elementwise functions fast.
+Values are feature-major in memory (the rows of a feature adjacent): `linearise` passes them so, and rules preserve it.
+Ranges of features are then contiguous, which makes elementwise functions fast.
 
 Code that does anything else (attention over a state, a third product in a row, a branch on values) raises
 `Untrackable`, and derivatives are taken by automatic differentiation instead. The rules are in `rules.py`.
@@ -29,11 +29,11 @@ from torch import Tensor
 from reroll.kernels.program.symbol import Traced, Untrackable
 
 RULES: dict[str, Callable[..., Any]] = {}
-"""How each operation, by its name in torch, acts on tracked values; filled by `rules.py`, which is made of them."""
+"""How each operation, by its name in torch, acts on tracked values; filled by `rules.py`."""
 COMPOSED: dict[str, Callable[..., Any]] = {}
 """Operations that are written in terms of others."""
 MOST = 32
-"""Pieces of a Jacobian that are followed; beyond, automatic differentiation is cheaper."""
+"""Terms of a Jacobian up to which it is tracked; beyond, automatic differentiation is cheaper."""
 PLAIN = {
     "shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "dim", "size", "numel",
     "is_floating_point", "new_zeros", "new_ones", "new_empty", "new_full",
@@ -41,7 +41,7 @@ PLAIN = {
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class Term:
     """diag(α) W with `weight` Wᵀ, [D, …]; or, where there is an `inner` diag(β) W, diag(α) L inner with `weight` Lᵀ.
 
     `alpha` is [rows, …], None for ones. What has features (…) are `weight` and `alpha`, in either case.
@@ -49,18 +49,18 @@ class Piece:
 
     weight: Tensor
     alpha: Tensor | None = None
-    inner: Piece | None = None
+    inner: Term | None = None
 
 
 class Tape:
-    """What a step computes from its inputs alone, kept from one run of its code to the next."""
+    """What a step computes from its inputs alone, recorded so that it is computed once for several runs."""
 
     def __init__(self) -> None:
         self.results: list[tuple[str, Any]] = []
         self.position = 0
 
     def play(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return the result of the operation that comes, computed at the first run."""
+        """Return the result of the next operation, computed at the first run."""
         at, self.position = self.position, self.position + 1
         if at >= len(self.results) or self.results[at][0] != name:
             self.results[at:] = [(name, compute())]
@@ -71,9 +71,9 @@ class Tracked(Traced):
     """A value and its Jacobian with respect to the state; see the module."""
 
     def __init__(
-        self, value: Tensor, pieces: Sequence[Piece] = (), *, tape: Tape | None = None, moves: bool = False
+        self, value: Tensor, terms: Sequence[Term] = (), *, tape: Tape | None = None, moves: bool = False
     ):  # fmt: skip
-        self.value, self.pieces, self.tape = value, tuple(pieces), tape
+        self.value, self.terms, self.tape = value, tuple(terms), tape
         self.moves = moves  # depends on the state, though no derivative is carried
 
     @classmethod
@@ -83,35 +83,35 @@ class Tracked(Traced):
 
     @classmethod
     def state(cls, vector: Tensor) -> Tracked:
-        """Begin with the state itself, [rows, D]."""
-        return cls(vector, [Piece(torch.eye(vector.shape[-1], dtype=vector.dtype, device=vector.device))])
+        """The state itself, [rows, D], with the identity as its derivative."""
+        return cls(vector, [Term(torch.eye(vector.shape[-1], dtype=vector.dtype, device=vector.device))])
 
     @property
     def fixed(self) -> bool:
         """Whether this does not depend on the state: an input."""
-        return not (self.pieces or self.moves)
+        return not (self.terms or self.moves)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.value, name) if name in PLAIN else super().__getattr__(name)
 
     def reshaped(self, change: Callable[[Tensor], Tensor]) -> Tracked:
         """Apply a change of shape (or a choice of features) that leaves the first axis alone."""
-        pieces = [Piece(change(p.weight), None if p.alpha is None else change(p.alpha), p.inner) for p in self.pieces]
-        return Tracked(change(self.value), pieces)
+        terms = [Term(change(p.weight), None if p.alpha is None else change(p.alpha), p.inner) for p in self.terms]
+        return Tracked(change(self.value), terms)
 
     def scaled(self, value: Tensor, factor: Any) -> Tracked:
-        """Return something with this value whose derivative by what this is is `factor` (a number or tensor)."""
-        pieces = self.expanded(value.shape).pieces
-        return Tracked(value, [replace(p, alpha=_times(p.alpha, factor, value)) for p in pieces])
+        """Return an elementwise function of this: its value, and its derivative by this, a number or tensor."""
+        terms = self.expanded(value.shape).terms
+        return Tracked(value, [replace(p, alpha=_times(p.alpha, factor, value)) for p in terms])
 
     def weighted(self, value: Tensor, factor: Any) -> Tracked:
-        """The same for a factor that is equal at all rows: it goes into the weights of what has no α yet."""
-        pieces = self.expanded(value.shape).pieces
+        """Return the same for a factor that is equal at all rows: it goes into the weights of terms without an α."""
+        terms = self.expanded(value.shape).terms
         return Tracked(
             value,
             [
                 replace(p, weight=p.weight * factor) if p.alpha is None else replace(p, alpha=p.alpha * factor)
-                for p in pieces
+                for p in terms
             ],
         )
 
@@ -125,27 +125,27 @@ class Tracked(Traced):
 
     def mapped(self, value: Tensor, linear: Callable[[Tensor], Tensor]) -> Tracked:
         """Apply a linear map of the features, the same at all rows."""
-        if any(p.inner is not None for p in self.pieces):
+        if any(p.inner is not None for p in self.terms):
             raise Untrackable("three products in a row")
-        pieces = [Piece(linear(p.weight)) for p in self.pieces if p.alpha is None]
-        bent = [Piece(p.weight.flatten(1), p.alpha.flatten(1)) for p in self.pieces if p.alpha is not None]
-        if bent:
+        terms = [Term(linear(p.weight)) for p in self.terms if p.alpha is None]
+        inners = [Term(p.weight.flatten(1), p.alpha.flatten(1)) for p in self.terms if p.alpha is not None]
+        if inners:
             features = math.prod(self.value.shape[1:])
             identity = torch.eye(features, dtype=value.dtype, device=value.device)
             outer = linear(identity.reshape(features, *self.value.shape[1:]))
-            pieces += [Piece(outer, None, inner) for inner in bent]
-        return Tracked(value, pieces)
+            terms += [Term(outer, None, inner) for inner in inners]
+        return Tracked(value, terms)
 
     def plus(self, value: Tensor, other: Tracked) -> Tracked:
-        """Return something with this value whose derivative is the sum of both."""
+        """Return a sum of the two: its value is passed, its derivative is the sum of theirs."""
         a, b = self.expanded(value.shape), other.expanded(value.shape)
-        pieces = {(id(p.weight), id(p.inner)): p for p in a.pieces}
-        for p in b.pieces:
-            same = pieces.get(key := (id(p.weight), id(p.inner)))
-            pieces[key] = p if same is None else replace(p, alpha=_sum(same.alpha, p.alpha, value))
-        if len(pieces) > MOST:
-            raise Untrackable("a Jacobian of too many pieces")
-        return Tracked(value, list(pieces.values()))
+        terms = {(id(p.weight), id(p.inner)): p for p in a.terms}
+        for p in b.terms:
+            same = terms.get(key := (id(p.weight), id(p.inner)))
+            terms[key] = p if same is None else replace(p, alpha=_sum(same.alpha, p.alpha, value))
+        if len(terms) > MOST:
+            raise Untrackable("a Jacobian of too many terms")
+        return Tracked(value, list(terms.values()))
 
     @classmethod
     def call(cls, name: str, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:

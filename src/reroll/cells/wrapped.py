@@ -1,8 +1,7 @@
-"""What others wrote, as cells: plain functions, and torch's `RNNCell`, `GRUCell` and `LSTMCell`.
+"""Other code as cells: plain functions, and torch's `RNNCell`, `GRUCell` and `LSTMCell`.
 
-torch's cells are written in operations here. The modules stay the owners of their weights, so whoever trains the cell
-trains the module. Written out, a step can be projected ahead, linearised by its structure, and mapped; torch's kernels
-for one step allow none of that.
+torch's cells are rewritten in plain operations here, on the module's own weights, so training the cell trains the
+module. Such a step can be projected ahead, tracked, and mapped; torch's kernels for one step allow none of that.
 """
 
 from __future__ import annotations
@@ -124,7 +123,7 @@ def cell_from(step: Callable[..., Any], state_size: int, *, module: nn.Module | 
             )
     if isinstance(step, nn.RNNBase):
         kind = type(step).__name__
-        raise UsageError(f"step is an nn.{kind}, which runs whole sequences; give an nn.{kind}Cell, a single step.")
+        raise UsageError(f"step is an nn.{kind}, which runs whole sequences; pass an nn.{kind}Cell, a single step.")
     _require_two_arguments(step)
     owner = step if isinstance(step, nn.Module) else getattr(step, "__self__", None)
     if module is None and isinstance(owner, nn.Module):

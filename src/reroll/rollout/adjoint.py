@@ -1,13 +1,13 @@
-"""The exact gradient of a trajectory, whatever way it was found: one linear recurrence backwards in time.
+"""The exact gradient of a trajectory, however that was computed: one linear recurrence backwards in time.
 
     g_t = ∂ℓ/∂s_t + A_{t+1}ᵀ g_{t+1}            then every other gradient is one batched derivative of f with g
 
 The trajectory is the root of s_t = f_t(s_{t−1}), so by the implicit function theorem this is backpropagation through
-time, not an approximation; the iterations that found it are not stored. Ways to solve for g:
+time, not an approximation; the solver's iterations are not stored. Ways to solve for g:
 
     dense           the recurrence with whole Jacobians, in windows of bounded memory
     splitting       g ← diagonal recurrence applied to (∂ℓ/∂s + (A − Ã)ᵀ g), to rounding error: memory B·T·D
-    sequential      one derivative after another, where possible in compiled code (`reroll.rollout.native`)
+    sequential      one step after another, where possible in compiled code (`reroll.rollout.native`)
 
 Second derivatives are not available.
 """
@@ -31,16 +31,16 @@ from reroll.rollout.problem import Problem
 Method = Literal["auto", "dense", "splitting", "sequential"]
 METHODS = get_args(Method)
 DENSE_FLOATS = 1 << 26
-"""Numbers of Jacobians up to which "auto" solves with whole ones: 256 MB of float32."""
+"""Numbers in all Jacobians up to which "auto" takes "dense": 256 MB of float32."""
 WINDOW_FLOATS = 1 << 24
-"""Numbers of Jacobians held at a time when they are whole."""
+"""Numbers in the Jacobians of a window of "dense"."""
 SPLITTING_ITERATIONS = 200
 NARROW = 1 << 12
-"""Numbers of state of all sequences up to which one derivative after another is faster in compiled code."""
+"""Batch size times state size up to which "sequential" is faster in compiled code."""
 
 
 def attach(problem: Problem, states: Tensor, method: Method) -> Tensor:
-    """Return the solution [B, T, D] with the graph of one batched step and the adjoint in front of it."""
+    """Return the solution [B, T, D] with a graph: the adjoint, then one batched step."""
     solution = states.detach()
     before = problem.before(solution)
     u = problem.u
@@ -58,19 +58,19 @@ def attach(problem: Problem, states: Tensor, method: Method) -> Tensor:
 
 
 class _Attach(torch.autograd.Function):
-    """Takes the value from the solution, and sends the adjoint of what comes back to one evaluation of f."""
+    """Takes its value from the solution; backward solves for the adjoint and hands it to one evaluation of f."""
 
     @staticmethod
     def forward(
         ctx: Any, following: Tensor, states: Tensor, solve: Callable[[Tensor], Tensor], *used: Tensor
     ) -> Tensor:
         ctx.solve = solve
-        ctx.save_for_backward(*used)  # so that torch notices if one is changed before the way back
+        ctx.save_for_backward(*used)  # so that torch notices if one is changed before the backward pass
         return states.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        if torch.is_grad_enabled():  # as it is in here with create_graph=True only
+        if torch.is_grad_enabled():  # which it is in here with create_graph=True only
             raise UsageError(
                 "A second derivative was asked for (create_graph=True); a rollout that solves for its gradient has the "
                 'first only. Use rollout=Sequential(kernel="reference").'
@@ -84,14 +84,14 @@ def adjoint(problem: Problem, states: Tensor, cotangent: Tensor, method: Method 
     """Return g, [B, T, D], for ∂ℓ/∂s = `cotangent`."""
     batch, time, size = states.shape
     if method == "auto" or (method == "sequential" and batch * size <= NARROW):
-        found = native.adjoint(problem, states, cotangent)
-        if found is not None:
+        g = native.adjoint(problem, states, cotangent)
+        if g is not None:
             dispatch.choose("adjoint", (Candidate("compiled", True, "the derivative of the step as a program"),))
-            return found
+            return g
     if method == "auto":
         small = batch * time * size * size <= DENSE_FLOATS
         reasons = (
-            "no program for the way back; whole Jacobians fit",
+            "no program for the derivative; whole Jacobians fit",
             "whole Jacobians take more than 256 MB in float32",
         )
         candidates = Candidate("dense", small, reasons[0]), Candidate("splitting", True, reasons[1])
@@ -99,36 +99,28 @@ def adjoint(problem: Problem, states: Tensor, cotangent: Tensor, method: Method 
     if method == "dense":
         return _dense(problem, states, cotangent)
     if method == "splitting":
-        found = _splitting(problem, states, cotangent)
-        if found is not None:
-            return found
+        g = _splitting(problem, states, cotangent)
+        if g is not None:
+            return g
         return _dense(problem, states, cotangent) if size <= 64 else _sequential(problem, states, cotangent)
     return _sequential(problem, states, cotangent)
-
-
-def _ahead(problem: Problem, begin: int, end: int) -> Tensor | None:
-    """Where the step after each of these starts afresh, so that nothing flows back over it: [B, steps] or None."""
-    if problem.reset is None:
-        return None
-    return problem.reset[:, begin + 1 : end + 1]
 
 
 def _dense(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor:
     batch, time, size = states.shape
     width = max(1, WINDOW_FLOATS // (batch * size * size))
-    found = torch.empty_like(states)
-    found[:, -1] = cotangent[:, -1]
+    g = torch.empty_like(states)
+    g[:, -1] = cotangent[:, -1]
     for end in range(time - 1, 0, -width):
         begin = max(0, end - width)
         # The transition out of steps begin … end − 1 is the Jacobian of steps begin + 1 … end.
         u = problem.u[:, begin + 1 : end + 1].detach().flatten(0, 1)
         rows = states[:, begin:end].flatten(0, 1)
         a = jacobian.linearise(problem.cell, problem.layout, u, rows, "dense")[1].unflatten(0, (batch, end - begin))
-        cut = _ahead(problem, begin, end)
-        if cut is not None:
-            a = a.masked_fill(cut.view(batch, -1, 1, 1), 0.0)
-        found[:, begin:end] = linear_scan(a.mT, cotangent[:, begin:end], found[:, end], reverse=True, structure="dense")
-    return found
+        if problem.reset is not None:  # no gradient flows back through a reset
+            a = a.masked_fill(problem.reset[:, begin + 1 : end + 1, None, None], 0.0)
+        g[:, begin:end] = linear_scan(a.mT, cotangent[:, begin:end], g[:, end], reverse=True, structure="dense")
+    return g
 
 
 def _splitting(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor | None:
@@ -138,8 +130,7 @@ def _splitting(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor | 
         return cotangent.clone()
     u, rows = problem.u[:, 1:].detach().flatten(0, 1), states[:, :-1].flatten(0, 1)
     diagonal = _diagonal(problem, u, rows, size).unflatten(0, (batch, time - 1))
-    cut = _ahead(problem, 0, time - 1)
-    keep = None if cut is None else ~cut.unsqueeze(-1)
+    keep = None if problem.reset is None else ~problem.reset[:, 1:].unsqueeze(-1)
     if keep is not None:
         diagonal = diagonal * keep
     padded = torch.nn.functional.pad(diagonal, (0, 0, 0, 1))
@@ -147,39 +138,38 @@ def _splitting(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor | 
     with torch.enable_grad():
         leaf = rows.detach().requires_grad_()
         following = jacobian.step(problem.cell, problem.layout, u, leaf)
-    found = linear_scan(padded, cotangent, reverse=True, structure="diagonal")
+    g = linear_scan(padded, cotangent, reverse=True, structure="diagonal")
     for _ in range(min(SPLITTING_ITERATIONS, time)):
-        later = found[:, 1:]
+        later = g[:, 1:]
         back = jacobian.vjp(following, leaf, later.flatten(0, 1), retain=True).view_as(later)
         if keep is not None:
             back = back * keep
         rest = cotangent.clone()
         rest[:, :-1] += back - diagonal * later
-        better = linear_scan(padded, rest, reverse=True, structure="diagonal")
-        change, scale = (better - found).abs().amax(), better.abs().amax()
-        found = better
+        previous, g = g, linear_scan(padded, rest, reverse=True, structure="diagonal")
+        change, scale = (g - previous).abs().amax(), g.abs().amax()
         if not bool(torch.isfinite(scale)):
             return None
         if bool(change <= tolerance * scale):
-            return found
+            return g
     return None
 
 
 def _diagonal(problem: Problem, u: Tensor, rows: Tensor, size: int) -> Tensor:
-    """The diagonal where it is cheap; nothing where it would take many derivatives."""
+    """Return the diagonal of the Jacobian where it is cheap; zeros where it would take many derivatives."""
     if size <= 64 or jacobian.why_untrackable(problem.cell) is None:
         return jacobian.linearise(problem.cell, problem.layout, u, rows, "diagonal")[1]
     return torch.zeros_like(rows)
 
 
 def _sequential(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor:
-    found, before = cotangent.clone(), problem.before(states)
+    g, before = cotangent.clone(), problem.before(states)
     for t in range(states.shape[1] - 2, -1, -1):
         with torch.enable_grad():
             leaf = before[:, t + 1].detach().requires_grad_()
             following = jacobian.step(problem.cell, problem.layout, problem.u[:, t + 1].detach(), leaf)
-        back = jacobian.vjp(following, leaf, found[:, t + 1], retain=False)
+        back = jacobian.vjp(following, leaf, g[:, t + 1], retain=False)
         if problem.reset is not None:
             back = back.masked_fill(problem.reset[:, t + 1 : t + 2], 0.0)
-        found[:, t] += back
-    return found
+        g[:, t] += back
+    return g

@@ -21,8 +21,8 @@ class Agreement:
 
     Args:
         states: largest deviation of a state, relative to the largest state.
-        gradients: the same for the gradient by every parameter and the inputs, by name; infinite where one of the two
-            has a number that is not finite and the other has not.
+        gradients: the same for the gradient with respect to every parameter and the inputs, by name; infinite where
+            only one of the two is finite.
         tolerance: what `ok` allows.
         trajectory: what the rollout returned.
     """
@@ -55,10 +55,10 @@ def verify_agreement(
     """Compare a rollout with `Sequential`, in values and gradients.
 
     Args:
-        rollout: what is tried.
+        rollout: the rollout to check.
         cell, inputs, state, reset, lengths: as for a rollout.
         tolerance: relative; None is 1e-6 in float64 and 1e-3 in float32.
-        seed: names the projection whose gradient is compared.
+        seed: seed of the projection whose gradient is compared.
 
     Example:
         >>> from reroll.cells import GRU

@@ -1,7 +1,7 @@
 """The rollout that is likely the fastest, by static rules on the cell, the sizes and the device.
 
 The rules come from `reroll bench rollouts` (figures in docs/results.md). They never look at a clock, so the same call
-always takes the same way; what was taken last, and why, is in `reroll.kernels.dispatch.report()["rollout"]`.
+always makes the same choice; the last one and its reason are in `reroll.kernels.dispatch.report()["rollout"]`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from reroll.rollout.presets import deer, quasi_deer
 from reroll.rollout.sequential import Sequential
 
 SHORT = 256
-"""Steps below which a loop is taken: there is not enough along time to share out, or to pay for compiling."""
+"""Steps below which a loop is taken: too few to parallelise, or to pay for compiling."""
 LIMITS = {
     "forward": (1 << 12, 256),
     "forward against a kernel": (1 << 11, 64),
     "gradient": (1 << 11, 512),
     "gradient against a kernel": (1 << 11, 128),
 }
-"""Numbers of state of all sequences, and features of one, up to which a program is faster than torch's operations, or
-than a library's kernel for whole sequences."""
+"""Batch size times state size, and state size, up to which a program is faster than torch's operations, or than a
+library's kernel for whole sequences."""
 FEW, WIDE_FEW = 4, 128
-"""With fewer sequences than this, vectors are not full: features up to which a program is faster, forward."""
+"""A batch size below which vector registers are not full; the state size up to which a program is then faster, without
+a gradient."""
 ALONE = 64
-"""Features up to which a single sequence is faster in windows of steps than step by step, forward."""
+"""State size up to which a single sequence is faster in windows than step by step, without a gradient."""
 TINY = 16
-"""Numbers of state of all sequences up to which Newton's method in torch operations is faster than a loop of them."""
+"""Batch size times state size up to which Newton's method in torch operations is faster than a loop of them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Auto:
     """Chooses among `Sequential`, in all its kernels, `quasi_deer` and `deer` for every call.
 
     Args:
-        options: keyword arguments of `Newton`, where that is taken.
+        options: keyword arguments of `Newton`, used where that is chosen.
     """
 
     options: tuple[tuple[str, Any], ...] = ()
@@ -59,7 +60,7 @@ class Auto:
     ) -> Trajectory:  # fmt: skip
         """Return all states; see `Rollout`."""
         check(cell, inputs)
-        inputs = inputs if lengths is None else filled(inputs, lengths)[0]  # it is tried on some of them
+        inputs = inputs if lengths is None else filled(inputs, lengths)[0]  # `choose` runs the step on some of them
         return self.choose(cell, inputs, state)(cell, inputs, state, reset, lengths)
 
     @uncompiled
@@ -90,21 +91,21 @@ class Auto:
 def _candidates(cell: Cell, inputs: Tensor, state: State | None, fused: bool) -> tuple[Candidate, ...]:
     batch, time = inputs.shape[:2]
     if time < SHORT or batch == 0:
-        return (Candidate("sequential", True, f"{time} steps of {batch} sequences are too few to share out"),)
+        return (Candidate("sequential", True, f"{time} steps of {batch} sequences are too few to parallelise"),)
     if has_tangent(inputs) or is_transformed(inputs) or any(map(is_transformed, cell.parameters())):
         return (Candidate("sequential", True, "torch.func and forward-mode derivatives go through a loop only"),)
     if inputs.device.type != "cpu" and not dispatch.is_mapped():
         return (Candidate("quasi_deer", True, f"{time} steps of {batch} sequences at once"),)
     if dispatch.is_mapped() or (fused and cell.has_kernel):
         return (Candidate("sequential", True, "a kernel for this cell's whole sequences, or a loop under vmap"),)
-    found = native.examine(cell, inputs)
-    if found is None:
+    examined = native.examine(cell, inputs)
+    if examined is None:
         return (Candidate("sequential", True, "the step is random, mixes sequences or has no Jacobian"),)
-    size = found.size
-    if not found.writable:
+    size = examined.size
+    if not examined.compilable:
         return (
-            Candidate("deer", batch * size <= TINY, "few numbers of state, a step that is no program"),
-            Candidate("sequential", True, "the step cannot be written as a program"),
+            Candidate("deer", batch * size <= TINY, "a small state, and a step that cannot be compiled"),
+            Candidate("sequential", True, "the step cannot be compiled"),
         )
     gradient = torch.is_grad_enabled() and _any_gradient(cell, inputs, state)
     numbers, features = LIMITS[("gradient" if gradient else "forward") + (" against a kernel" if fused else "")]
@@ -120,11 +121,11 @@ def _candidates(cell: Cell, inputs: Tensor, state: State | None, fused: bool) ->
 
 
 def _any_gradient(cell: Cell, inputs: Tensor, state: State | None) -> bool:
-    given = (state,) if isinstance(state, Tensor) else state or ()
-    return any(tensor.requires_grad for tensor in (inputs, *given, *cell.parameters()))
+    parts = (state,) if isinstance(state, Tensor) else state or ()
+    return any(tensor.requires_grad for tensor in (inputs, *parts, *cell.parameters()))
 
 
 def auto(**options: Any) -> Auto:
     """Return a rollout that chooses; keyword arguments are those of `Newton`."""
-    quasi_deer(**options)  # a mistake is better said here than at the first long sequence
+    quasi_deer(**options)  # a wrong option raises here, not at the first long sequence
     return Auto(tuple(options.items()))

@@ -34,9 +34,9 @@ class Trajectory(NamedTuple):
         final: the state after the last step of each sequence.
         outcome: how the evaluation ended.
         iterations: passes over the sequence, [batch] int64.
-        residual: largest violation of the recurrence that the method itself left, before any fallback, [batch].
-        converged: True where the method itself reached its tolerance, [batch]; False where a fallback was used.
-        resets: entries that were not finite on the way and had to be replaced, [batch]; None if nothing iterates.
+        residual: largest residual of the recurrence that the solver left, before any fallback, [batch].
+        converged: True where the solver reached its tolerance, [batch]; False where a fallback was used.
+        resets: entries that were not finite in some iteration and were replaced, [batch]; None without iterations.
     """
 
     states: State
@@ -59,7 +59,7 @@ class Trajectory(NamedTuple):
 
 
 def exact(states: State, final: State, inputs: Tensor, passes: int = 1) -> Trajectory:
-    """Return the trajectory of states that nothing had to be iterated for."""
+    """Return the trajectory of states that were computed without a solver."""
     batch, device = inputs.shape[0], inputs.device
     return Trajectory(
         states, final, Outcome.ok, iterations=torch.full((batch,), passes, dtype=torch.int64, device=device),
@@ -79,10 +79,10 @@ class Rollout(Protocol):
         Args:
             cell: the recurrence.
             inputs: [batch, time, input_size].
-            state: the state before the first step; None is the cell's own.
-            reset: True at the steps before which the state starts afresh, [batch, time].
-            lengths: steps of each sequence, [batch]; None: all have the same. What lies behind is not read, whatever it
-                is: the states there are zero, and `final` is the state after a sequence's own last step.
+            state: the state before the first step; None is the cell's initial state.
+            reset: True at the steps before which the state is reset to the cell's initial state, [batch, time].
+            lengths: steps of each sequence, [batch]; None: all T. Padding is not read, whatever it holds: the states
+                there are zero, and `final` is the state after the last step of each sequence.
         """
         ...
 
@@ -98,7 +98,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def uncompiled(method: Method) -> Method:
-    """Let `torch.compile` break its graph at a method of a rollout, and run what is inside as it is."""
+    """Let `torch.compile` break its graph at a method of a rollout, and run the method eagerly."""
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -110,12 +110,12 @@ def uncompiled(method: Method) -> Method:
 
 
 def start(cell: Cell, inputs: Tensor, state: State | None) -> State:
-    """Return the state before the first step: the one given, or the cell's, in the inputs' dtype and on their device.
+    """Return the state before the first step: the argument, or the cell's in the inputs' dtype and on their device.
 
     Complex numbers stay complex, in the inputs' precision.
 
     Raises:
-        UsageError: if the cell is none, the inputs are not [batch, time, features], or the state does not fit.
+        UsageError: if the cell is no `Cell`, the inputs are not [batch, time, features], or the state does not fit.
     """
     check(cell, inputs)
     initial = cell.init_state(inputs.shape[:1])
@@ -127,12 +127,12 @@ def start(cell: Cell, inputs: Tensor, state: State | None) -> State:
         if isinstance(part, Tensor) and part.shape[:1] != inputs.shape[:1]:
             raise UsageError(
                 f"{type(cell).__name__}.init_state({tuple(inputs.shape[:1])}) returns {_shapes(initial)}; it must "
-                "return a state with these leading axes (expand what all sequences share)."
+                "return a state with these leading axes (expand a state that all sequences share)."
             )
     if state is not None:
-        if (found := _shapes(state)) != (expected := _shapes(initial)):
+        if (shapes := _shapes(state)) != (expected := _shapes(initial)):
             raise UsageError(
-                f"state is {found}; {type(cell).__name__} takes {expected} for inputs {tuple(inputs.shape)}."
+                f"state is {shapes}; {type(cell).__name__} takes {expected} for inputs {tuple(inputs.shape)}."
             )
         return _like(state, initial)
     if not inputs.is_floating_point():
@@ -144,14 +144,14 @@ def start(cell: Cell, inputs: Tensor, state: State | None) -> State:
 
 
 def _not_a_state(state: Any) -> str | None:
-    """Return the type of what is neither a tensor nor a tuple of states; None where there is no such thing."""
+    """Return the type of the first part that is neither a tensor nor a tuple; None if this is a state."""
     if isinstance(state, tuple):
         return next((kind for part in state if (kind := _not_a_state(part)) is not None), None)
     return None if isinstance(state, Tensor) else type(state).__name__
 
 
 def check_reset(reset: Any, inputs: Tensor) -> None:
-    """Raise if this is neither None nor a mask of the inputs' batch and time."""
+    """Raise unless this is None or a mask of the inputs' batch and time."""
     if reset is None:
         return
     expected = f"expected a mask (dtype bool) of shape {tuple(inputs.shape[:2])}"
@@ -162,7 +162,7 @@ def check_reset(reset: Any, inputs: Tensor) -> None:
 
 
 def weights_dtype(cell: Cell, inputs: Tensor) -> torch.dtype:
-    """Return the dtype of a cell's weights; that of the inputs if it has none."""
+    """Return the dtype of a cell's weights; the inputs' if it has none."""
     return next((p.dtype for p in cell.parameters() if p.is_floating_point()), inputs.dtype)
 
 
@@ -173,7 +173,7 @@ def dtype_name(tensor: Tensor | torch.dtype) -> str:
 
 @contextmanager
 def explaining_dtypes(cell: Cell, inputs: Tensor, state: State | None = None) -> Iterator[None]:
-    """Say of an error inside the block that inputs, weights and state differ in dtype, if they do."""
+    """Turn a dtype error inside the block into one that names which of inputs, weights and state differ."""
     try:
         yield
     except RuntimeError as error:
@@ -197,7 +197,7 @@ def require_one_dtype(cell: Cell, inputs: Tensor, state: State | None) -> None:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Return whether `torch.func.grad` or `vmap` goes along with a tensor, which then has no memory of its own."""
+    """Return whether a tensor is inside `torch.func.grad` or `vmap`, and so has no memory of its own."""
     try:
         tensor.data_ptr()
     except RuntimeError:
@@ -206,7 +206,7 @@ def is_transformed(tensor: Tensor) -> bool:
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Return whether a forward-mode derivative goes along with a tensor (`torch.autograd.forward_ad`)."""
+    """Return whether a tensor carries a forward-mode derivative (`torch.autograd.forward_ad`)."""
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
@@ -214,20 +214,20 @@ def require_rollout(rollout: Any) -> None:
     """Raise if this is no rollout: a name, or a preset that was not called."""
     if isinstance(rollout, type) or not hasattr(rollout, "read"):
         name = rollout if isinstance(rollout, str) else getattr(rollout, "__name__", type(rollout).__name__)
-        raise UsageError(f"rollout={rollout!r} is no rollout; give the object: reroll.{name}().")
+        raise UsageError(f"rollout={rollout!r} is no rollout; pass the object: reroll.{name}().")
 
 
 def require_same_shapes(cell: Cell, state: State, following: State) -> None:
-    """Raise if a step returns a state of another kind or shape than the one it was given."""
+    """Raise if a step changes the type or the shapes of its state."""
     if _shapes(following) != _shapes(state):
         raise UsageError(
             f"{type(cell).__name__}.step returns a state {_shapes(following)} for a state {_shapes(state)}; a step "
-            "must keep the kind and the shape of its state."
+            "must keep the type and the shape of its state."
         )
 
 
 def check(cell: Any, inputs: Any) -> None:
-    """Raise if these are not a cell and inputs that it takes."""
+    """Raise unless these are a cell and inputs that it takes."""
     if not isinstance(cell, Cell):
         remedy = "call it as rollout(cell, inputs)" if isinstance(cell, Tensor) or hasattr(cell, "read") else (
             "wrap it: reroll.cell_from(step, state_size)"
@@ -251,7 +251,7 @@ def check(cell: Any, inputs: Any) -> None:
 
 
 def _like(state: State, kind: State) -> State:
-    """Return a state as the cell names its parts: a plain tuple will do for a named one."""
+    """Return a state in the cell's own type: a plain tuple may stand for a named one."""
     if isinstance(kind, Tensor) or type(state) is type(kind):
         return state
     return type(kind)(*state) if hasattr(kind, "_fields") else tuple(state)

@@ -2,7 +2,7 @@
 
     undamped        δ_t = A_t δ_{t−1} + r_t,   r_t = f_t(s_{t−1}) − s_t,   δ_0 = 0
     Scale(k)        (1 − k) A_t in place of A_t
-    Clip(limit)     a diagonal A_t held within ±limit
+    Clip(limit)     a diagonal A_t clamped to ±limit
     Kalman(σ²)      δ seen as a chain with noise of variance 1, and "δ = 0" observed with variance σ² at every step
 
 The last is ELK (arXiv:2407.19115). Its filter mean is what the paper's code runs; the smoother mean is the
@@ -29,12 +29,12 @@ class Damping(Protocol):
 
     @property
     def damped(self) -> bool:
-        """Whether steps may be short, so that their size says nothing about convergence."""
+        """Whether steps may be shortened, so that a small one is no sign of convergence."""
         ...
 
     @property
     def adaptive(self) -> bool:
-        """Whether trust follows the residual."""
+        """Whether the variance follows the residual."""
         ...
 
     def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
@@ -43,7 +43,7 @@ class Damping(Protocol):
 
 
 LANES = 4
-"""Sequences from which whole matrices are scanned side by side, one sequence a lane, on a CPU."""
+"""Batch size from which a CPU scans whole matrices with one sequence per lane."""
 
 
 def solve(transition: Transition, residual: Tensor) -> Tensor:
@@ -51,26 +51,23 @@ def solve(transition: Transition, residual: Tensor) -> Tensor:
     kind, a = transition
     if a is None:
         return residual.clone()
-    batch = residual.shape[2]
     if kind in ("diagonal", "identity"):
         correction = torch.empty_like(residual, memory_format=torch.contiguous_format)
         scan_into(a, residual, correction, structure="diagonal")
         return correction
+    if kind == "dense" and residual.shape[2] >= LANES and a.device.type == "cpu":
+        kind, a = "block", a.unsqueeze(2)  # the state as D parts of one feature
     if kind == "block":
-        blocks = a.shape[0]
-        r = residual.unflatten(0, (blocks, -1)).permute(1, 2, 0, 3)
-        found = linear_scan(a.permute(2, 3, 0, 1, 4), r, structure="block")
-        return found.permute(2, 0, 1, 3).flatten(0, 1).contiguous()
-    if batch >= LANES and a.device.type == "cpu":
-        found = linear_scan(a.permute(2, 0, 1, 3)[None], residual.permute(1, 0, 2)[None], structure="block")
-        return found[0].permute(1, 0, 2).contiguous()
-    found = linear_scan(a.permute(3, 2, 0, 1), residual.permute(2, 1, 0), structure="dense")
-    return found.permute(2, 1, 0).contiguous()
+        r = residual.unflatten(0, (len(a), -1)).permute(1, 2, 0, 3)
+        correction = linear_scan(a.permute(2, 3, 0, 1, 4), r, structure="block")
+        return correction.permute(2, 0, 1, 3).flatten(0, 1).contiguous()
+    correction = linear_scan(a.permute(3, 2, 0, 1), residual.permute(2, 1, 0), structure="dense")
+    return correction.permute(2, 1, 0).contiguous()
 
 
 @dataclass(frozen=True)
 class Undamped:
-    """The whole Newton step."""
+    """The full Newton step."""
 
     damped = False
     adaptive = False
@@ -102,7 +99,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Clip:
-    """A diagonal held within ±limit.
+    """A diagonal clamped to ±limit.
 
     Args:
         limit: 1 keeps every channel from growing.
@@ -117,7 +114,7 @@ class Clip:
 
     def correct(self, transition: Transition, residual: Tensor, trust: Tensor | None) -> Tensor:
         if transition.kind != "diagonal" or transition.tensor is None:
-            raise UsageError(f"Clip holds a diagonal, not a transition of kind {transition.kind}; use Scale or Kalman.")
+            raise UsageError(f"Clip takes a diagonal, not a transition of kind {transition.kind}; use Scale or Kalman.")
         return solve(transition._replace(tensor=transition.tensor.clamp(-self.limit, self.limit)), residual)
 
 
@@ -127,8 +124,8 @@ class Kalman:
 
     Args:
         variance: σ², the papers' "sigmasq"; smaller is stronger damping.
-        smoother: also run backwards: the Levenberg–Marquardt step.
-        adaptive: let σ² grow threefold when Σ r² falls, and shrink threefold, going back, when it rises.
+        smoother: also run the smoother: the Levenberg–Marquardt step.
+        adaptive: multiply σ² by 3 when Σ r² falls; when it rises, divide by 3 and undo the step.
     """
 
     variance: float
@@ -159,9 +156,9 @@ class Kalman:
         # Batch-first, as matrices and a variance per sequence need it.
         limits = torch.finfo(residual.dtype)
         variance = self.variance if trust is None else (self.variance * trust).clamp(limits.tiny, limits.max)
-        turned = a.permute(2, 1, 0) if kind == "diagonal" else a.permute(3, 2, 0, 1)
-        found = self._filtered(turned.contiguous(), residual.permute(2, 1, 0).contiguous(), variance)
-        return found.permute(2, 1, 0).contiguous()
+        a = a.permute(2, 1, 0) if kind == "diagonal" else a.permute(3, 2, 0, 1)
+        correction = self._filtered(a.contiguous(), residual.permute(2, 1, 0).contiguous(), variance)
+        return correction.permute(2, 1, 0).contiguous()
 
     def _filtered(self, a: Tensor, residual: Tensor, variance: float | Tensor) -> Tensor:
         observed = torch.zeros_like(residual)

@@ -16,17 +16,17 @@ from reroll.rollout.linearise import Linearisation, Transition
 from reroll.rollout.problem import Field, rows
 
 CLIP = 1e8
-"""States beyond this are held there while iterating."""
+"""States are clamped to this magnitude while iterating."""
 
 
 class Iterate(NamedTuple):
-    """A trajectory and what is known there.
+    """A trajectory, and its residual and linearisation.
 
     Args:
         field: the recurrence.
         states, residual: [D, T, B].
         transition: the linearisation.
-        error: largest residual of each feature and sequence, [D, B]; infinite where it is not a number.
+        error: largest residual of each feature and sequence, [D, B]; infinite where that is not finite.
     """
 
     field: Field
@@ -44,7 +44,7 @@ class Iterate(NamedTuple):
         before: Transition | None = None,
         fresh: bool = True,
     ) -> Iterate:
-        """Evaluate the recurrence at a trajectory; `fresh`: do not keep the linearisation of the iterate before."""
+        """Evaluate the recurrence at a trajectory; `fresh`: linearise anew, do not reuse the previous linearisation."""
         size, time, batch = field.shape
         ahead = field.before(states)
         fresh = fresh or before is None or before.tensor is None
@@ -73,7 +73,7 @@ class Iterate(NamedTuple):
     def exact_steps(self) -> Tensor:
         """Return how many leading steps satisfy the recurrence to rounding, [B]."""
         epsilon = torch.finfo(self.states.dtype).eps
-        # What is a rounding error in half precision moves what follows as much as a mistake would.
+        # In half precision a rounding error changes the following states as much as a wrong state would.
         precision = 8 * epsilon if epsilon < 1e-5 else 0.0
         # Against f and not s: where everything before is exact, f is the truth, and s may be anything.
         exact = (
@@ -82,23 +82,23 @@ class Iterate(NamedTuple):
         return exact.all(0).long().cumprod(0).sum(0)
 
     def advance(self, damping: Damping, trust: Tensor | None, guess: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the next trajectory, and how many numbers of each sequence had to be replaced by the guess, [B].
+        """Return the next trajectory, and how many numbers of each sequence were replaced by the guess, [B].
 
-        Sequences that are `frozen` [B] stay; `trust` [B] multiplies the damping's variance.
+        Sequences that are `frozen` [B] do not change; `trust` [B] multiplies the damping's variance.
         """
         correction = damping.correct(self.transition, self.residual, trust)
         states, resets = correction.add_(self.states), torch.zeros_like(frozen, dtype=torch.int64)
-        # One number that is not finite makes the sum so; so may many large ones, which are clipped.
+        # One number that is not finite makes the sum so; so may many large ones, which are clamped below.
         if not bool(torch.isfinite(states.sum())):
-            states, resets = self._restarted(damping, trust, guess)
+            states, resets = self._restart(damping, trust, guess)
         limit = min(CLIP, torch.finfo(states.dtype).max)
         states.clamp_(-limit, limit)
         if bool(frozen.any()):
             states = torch.where(frozen, self.states, states)
         return states, resets
 
-    def _restarted(self, damping: Damping, trust: Tensor | None, guess: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with what cannot be computed cut out: such steps begin again at the guess, exact ones stay."""
+    def _restart(self, damping: Damping, trust: Tensor | None, guess: Tensor) -> tuple[Tensor, Tensor]:
+        """Advance with steps that are not finite reset to the guess; steps that are exact do not change."""
         guess = guess.nan_to_num(0.0, 0.0, 0.0)
         kind, a = self.transition
         broken = ~torch.isfinite(self.residual).all(0)
@@ -129,11 +129,11 @@ class Iterate(NamedTuple):
 def largest(field: Tensor) -> Tensor:
     """Return the largest magnitude of each feature and sequence, [D, B]; infinity where a number is not finite."""
     size, time, batch = field.shape
-    # torch reduces a short last axis number by number; in pieces of √T steps there is a long one.
-    piece = math.isqrt(time)
-    whole = time - time % piece
+    # torch reduces a short last axis number by number; blocks of √T steps make it long.
+    block = math.isqrt(time)
+    whole = time - time % block
     magnitudes = field.abs()
-    by_piece = magnitudes[:, :whole].reshape(size, -1, piece * batch).amax(1).view(size, piece, batch).amax(1)
+    by_block = magnitudes[:, :whole].reshape(size, -1, block * batch).amax(1).view(size, block, batch).amax(1)
     if whole < time:
-        by_piece = torch.maximum(by_piece, magnitudes[:, whole:].amax(1))
-    return by_piece.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        by_block = torch.maximum(by_block, magnitudes[:, whole:].amax(1))
+    return by_block.nan_to_num(nan=torch.inf, posinf=torch.inf)

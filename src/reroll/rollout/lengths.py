@@ -1,13 +1,13 @@
-"""Sequences of different lengths in one padded batch: what is behind the end of one touches nothing.
+"""Sequences of different lengths in one padded batch: padding has no effect on any result.
 
-    trajectory = rollout(cell, inputs, lengths=lengths)      states behind the end are zero, as torch pads them;
-                                                             final is the state after a sequence's own last step
+    trajectory = rollout(cell, inputs, lengths=lengths)      states after the end are zero, as torch pads them;
+                                                             final is the state after the last step of each sequence
 
 Padding is never read, whatever it holds. There are three ways, all exact:
 
-    dropping        loops and kernels for whole sequences run from one end to the next over what is left of the batch
-    packing         programs: sequences lie one behind another with a reset between them; few steps are for nothing
-    in_place        solvers: at a padded step a sequence begins again with its first input, a step that is solved anyway
+    dropping        loops and kernels for whole sequences: run to the end of the shortest sequence, drop it, go on
+    packing         programs: sequences are concatenated with a reset between them, so few steps are wasted
+    in_place        solvers: at each padded step the sequence restarts with its first input, a step already solved
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from reroll.rollout.base import Trajectory, check, check_reset, start
 from reroll.trees import combine_states, map_state
 
 Run = Callable[[Tensor, State, Tensor | None], tuple[State, State]]
-"""(inputs, state, reset) → (what there is of every step, the state after the last)."""
+"""(inputs, state, reset) → (a result of every step, the state after the last)."""
 Solve = Callable[[Cell, Tensor, State | None, Tensor | None], Trajectory | None]
 
 
 class Padded(NamedTuple):
-    """A trajectory whose states behind the end of a sequence are those of a step; which steps exist, None if all."""
+    """A trajectory whose states at padded steps are arbitrary; which steps are not padding, None: all."""
 
     trajectory: Trajectory
     valid: Tensor | None
 
     def zeroed(self, tree: Any) -> Any:
-        """Return what there is of every step, [B, T, …], with zeros where no step is."""
+        """Return results of every step, [B, T, …], with zeros at padded ones."""
         if self.valid is None:
             return tree
         valid = self.valid
@@ -43,19 +43,19 @@ class Padded(NamedTuple):
 
 
 def filled(inputs: Tensor, lengths: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return inputs whose padding is the first input of the sequence, the steps that exist [B, T], and the lengths."""
+    """Return inputs padded with the first input of each sequence, a mask of valid steps [B, T], and the lengths."""
     lengths, valid = steps_of(lengths, inputs)
     if not bool(valid.any()):
         return torch.zeros_like(inputs), valid, lengths
     rows = torch.arange(len(lengths), device=inputs.device)
-    first = inputs[torch.where(lengths > 0, rows, lengths.argmax()), 0].detach()  # of another one where there is none
+    first = inputs[torch.where(lengths > 0, rows, lengths.argmax()), 0].detach()  # an empty one takes another's
     return torch.where(valid.unsqueeze(-1), inputs, first.unsqueeze(1)), valid, lengths
 
 
 def in_place(
     solve: Solve, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, lengths: Any
 ) -> Padded | None:
-    """Solve with a fresh start at every padded step, if there are any; None where `solve` gives up."""
+    """Solve with a reset at every padded step; None where `solve` returns None."""
     if lengths is None:
         trajectory = solve(cell, inputs, state, reset)
         return None if trajectory is None else Padded(trajectory, None)
@@ -71,10 +71,10 @@ def in_place(
 def packing(
     solve: Solve, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, lengths: Any
 ) -> Padded | None:
-    """Solve with sequences one behind another in as few lanes as hold them; None where `solve` gives up.
+    """Solve with sequences concatenated into as few lanes as hold them; None where `solve` returns None.
 
-    A reset begins with the cell's own state, so sequences that are given one lie in a lane each; so do those whose
-    projection may look beyond a step.
+    A reset goes to the cell's initial state, so sequences with another `state` get a lane each, and so do those of a
+    cell whose projection may look beyond a step.
     """
     if lengths is None or state is not None or not cell.projects_stepwise:
         return in_place(solve, cell, inputs, state, reset, lengths)
@@ -87,7 +87,7 @@ def packing(
         return None
     width = int(lengths.max())
     steps = torch.arange(width)
-    # Where each step of each lane comes from; what is left of a lane is its first sequence's first step again.
+    # Where each step of each lane comes from; the rest of a lane repeats its first sequence's first step.
     source = torch.stack([torch.full((width,), lane[0] * time) for lane in lanes])
     cut = torch.ones(len(lanes), width, dtype=torch.bool)
     target = torch.zeros(batch, time, dtype=torch.int64)
@@ -114,12 +114,12 @@ def packing(
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return rows of [B, T, …], numbered through, by their numbers in any shape."""
+    """Return rows of [B, T, …] by their flat indices, in the shape of `index`."""
     return tensor.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def _lanes(lengths: list[int]) -> tuple[list[list[int]], list[int]]:
-    """Return which sequences lie in each lane, the longest first, each where there is room; and all their begins."""
+    """Assign sequences to lanes, the longest first, each to the first with room; return lanes and their offsets."""
     width, lanes, used, begins = max(lengths, default=0), [], [], [0] * len(lengths)
     for b in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
         if lengths[b] == 0:
@@ -135,10 +135,10 @@ def _lanes(lengths: list[int]) -> tuple[list[list[int]], list[int]]:
 
 
 def dropping(run: Run, inputs: Tensor, state: State, reset: Tensor | None, lengths: Any) -> tuple[State, State]:
-    """Run from one end of a sequence to the next over those that are not at an end, the longest first.
+    """Run from one distinct length to the next over the sequences that are that long, sorted by length.
 
     Returns:
-        What `run` gives of every step, zero behind the end, and the state after each sequence's last step.
+        The results of `run` at every step, zero at padding, and the state after the last step of each sequence.
     """
     lengths, _ = steps_of(lengths, inputs)
     batch, time = inputs.shape[:2]
@@ -155,29 +155,29 @@ def dropping(run: Run, inputs: Tensor, state: State, reset: Tensor | None, lengt
             map_state(state, lambda t, n=left: t[:n]),
             None if reset is None else reset[:left, begin:end],
         )
-        parts.append(map_state(part, lambda t: _behind(t, 0, batch)))
+        parts.append(map_state(part, lambda t: _pad(t, 0, batch)))
         begin = end
-    every = map_state(combine_states(parts, lambda tensors: torch.cat(tensors, 1)), lambda t: _behind(t, 1, time))
+    every = map_state(combine_states(parts, lambda tensors: torch.cat(tensors, 1)), lambda t: _pad(t, 1, time))
     final = combine_states([state, *reversed(ended)], torch.cat)
     return map_state(every, lambda t: t[back]), map_state(final, lambda t: t[back])
 
 
-def _behind(tensor: Tensor, axis: int, size: int) -> Tensor:
-    """Return a tensor with zeros behind it along an axis, up to a size."""
+def _pad(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """Return a tensor padded with zeros along an axis to a size."""
     shape = list(tensor.shape)
     shape[axis] = size - shape[axis]
     return torch.cat([tensor, tensor.new_zeros(shape)], axis) if shape[axis] else tensor
 
 
 def _last(states: State, cell: Cell, inputs: Tensor, state: State | None, lengths: Tensor) -> State:
-    """Return the state after each sequence's last step, which is the first one where a sequence has none."""
+    """Return the state after the last step of each sequence; the initial state of an empty one."""
     rows = torch.arange(len(lengths), device=lengths.device)
 
     def pick(pair: list[Tensor]) -> Tensor:
         every, first = pair
         if not every.shape[1]:
             return first
-        found = every[rows, (lengths - 1).clamp(min=0)]
-        return torch.where((lengths > 0).view(-1, *[1] * (found.dim() - 1)), found, first)
+        last = every[rows, (lengths - 1).clamp(min=0)]
+        return torch.where((lengths > 0).view(-1, *[1] * (last.dim() - 1)), last, first)
 
     return combine_states([states, start(cell, inputs, state)], pick)

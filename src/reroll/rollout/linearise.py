@@ -1,4 +1,4 @@
-"""What a Newton iteration keeps of the Jacobian A_t = ∂s_t/∂s_{t−1}: the choice that names the method.
+"""How a Newton iteration approximates the Jacobian A_t = ∂s_t/∂s_{t−1}: the choice that names the method.
 
     Dense()          all of it            DEER: quadratic convergence, B·T·D² numbers
     Block(K)         K×K per channel      for states of K parts of equal size, as an LSTM's (h, c)
@@ -7,7 +7,7 @@
     Identity()       1                    Picard
     Zero()           nothing              Jacobi
 
-Each takes rows, steps outermost and sequences within, and returns the next states and what it keeps.
+Each takes rows, steps outermost and sequences innermost, and returns the next states and the approximate Jacobian.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from reroll.keys import Key
 Kind = Literal["zero", "identity", "diagonal", "block", "dense"]
 
 WINDOW_FLOATS = 1 << 18
-"""Numbers of state solved for at a time on a CPU, so that temporaries stay in the cache."""
+"""Numbers of state in a window on a CPU, so that temporaries stay in the cache."""
 
 
 class Transition(NamedTuple):
@@ -46,7 +46,7 @@ class Transition(NamedTuple):
 
 
 class Linearisation(Protocol):
-    """What of a Jacobian is kept, and its structure."""
+    """An approximation of the Jacobian, and its structure."""
 
     kind: ClassVar[Kind]
 
@@ -58,20 +58,20 @@ class Linearisation(Protocol):
     def __call__(
         self, cell: Cell, layout: Layout, u: Tracked, state: Tensor, steps: int, fresh: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return next states [rows, D] and what is kept of their Jacobian, [rows, …]; None: what was kept before.
+        """Return next states [rows, D] and their approximate Jacobian, [rows, …]; None: reuse the previous one.
 
         Args:
             cell, layout: the recurrence.
-            u: projected inputs, [rows, U], on tape.
+            u: projected inputs, [rows, U], with a tape.
             state: [rows, D].
             steps: T.
-            fresh: whether a Jacobian is due, or an old one will do.
+            fresh: whether to compute a new Jacobian.
         """
         ...
 
 
-class Followed:
-    """What is read off the operations of a step, by torch or by compiled code."""
+class Structured:
+    """A Jacobian in a structure, derived from the operations of a step by torch or by compiled code."""
 
     kind: ClassVar[Kind]
     every: int = 1
@@ -93,14 +93,14 @@ class Followed:
 
 
 @dataclass(frozen=True)
-class Dense(Followed):
+class Dense(Structured):
     """The whole Jacobian: Newton's method, DEER (Lim et al., arXiv:2309.12252)."""
 
     kind: ClassVar[Kind] = "dense"
 
 
 @dataclass(frozen=True)
-class Block(Followed):
+class Block(Structured):
     """The K×K block of every channel: feature c of part k by feature c of part l.
 
     Args:
@@ -112,12 +112,12 @@ class Block(Followed):
 
 
 @dataclass(frozen=True)
-class Diagonal(Followed):
+class Diagonal(Structured):
     """The diagonal: quasi-DEER (Gonzalez et al., arXiv:2407.19115).
 
     Args:
-        every: iterations for which a diagonal is used (the first one, of the guess, for one only). Where the iteration
-            converges fast the diagonal hardly changes, and a step without it costs half.
+        every: iterations for which a diagonal is used (the first, at the initial guess, for one only). Where the
+            iteration converges fast the diagonal hardly changes, and a step without computing it costs half.
     """
 
     every: int = 1
@@ -136,7 +136,7 @@ class Hutchinson:
 
     Args:
         products: m.
-        seed: names the signs.
+        seed: seed of the signs.
     """
 
     products: int = 4
@@ -158,22 +158,22 @@ class Hutchinson:
 
 
 @dataclass(frozen=True)
-class Identity(Followed):
+class Identity(Structured):
     """A ≈ 1: Picard iteration; good for small steps of a differential equation."""
 
     kind: ClassVar[Kind] = "identity"
 
 
 @dataclass(frozen=True)
-class Zero(Followed):
+class Zero(Structured):
     """A ≈ 0: Jacobi iteration; good where a step forgets nearly everything."""
 
     kind: ClassVar[Kind] = "zero"
 
 
-Written = Dense | Block | Diagonal | Identity | Zero
+Compilable = Dense | Block | Diagonal | Identity | Zero
 
 
-def is_written(linearise: Linearisation) -> TypeGuard[Written]:
-    """Return whether compiled code knows this one; a subclass may do something else."""
-    return type(linearise) in get_args(Written)
+def is_compilable(linearise: Linearisation) -> TypeGuard[Compilable]:
+    """Return whether compiled code has this linearisation; a subclass may do something else."""
+    return type(linearise) in get_args(Compilable)

@@ -1,4 +1,4 @@
-"""Whether whole Jacobians fit: they are the one thing here that grows with the square of the state."""
+"""Whether whole Jacobians fit into memory: nothing else here grows with the square of the state size."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from reroll.errors import UsageError
 
 GROUP = Path("/sys/fs/cgroup")
 COPIES = 3
-"""Jacobians held at a time by an undamped step: themselves, in the order of the scan, and its products."""
+"""Copies of the Jacobians that an undamped step needs: themselves, transposed for the scan, and its products."""
 FILTER_COPIES = 6
-"""The same for a filter, which carries two matrices more per step."""
+"""The same for a filter, which has two more matrices per step."""
 
 
 def require_memory_for_jacobians(
     batch: int, steps: int, size: int, dtype: torch.dtype, device: torch.device, *, filters: bool
 ) -> None:
-    """Raise if the whole Jacobians of these sequences and steps are more than the memory that is left.
+    """Raise if the whole Jacobians of these sequences and steps do not fit into free memory.
 
     Raises:
-        UsageError: with their bytes, and what to use in their place.
+        UsageError: with their bytes, and what to use instead.
     """
     itemsize = max(4, dtype.itemsize) if filters else dtype.itemsize
     per_step = batch * size * size * itemsize * (FILTER_COPIES if filters else COPIES)
@@ -31,13 +31,13 @@ def require_memory_for_jacobians(
         return
     alternative = f", or a shorter window (window={left // per_step})" if per_step <= left else ""
     raise UsageError(
-        f"Whole Jacobians of {batch} sequences × {steps} steps × {size}² numbers, and what solving takes, are "
-        f"{steps * per_step:,} bytes; {left:,} are left. Use {'quasi_elk' if filters else 'quasi_deer'}(){alternative}."
+        f"Whole Jacobians of {batch} sequences × {steps} steps × {size}² numbers, and the solver's copies, are "
+        f"{steps * per_step:,} bytes; {left:,} are free. Use {'quasi_elk' if filters else 'quasi_deer'}(){alternative}."
     )
 
 
 def memory_left(device: torch.device) -> int:
-    """Return the bytes that can still be had on a device, as the system says."""
+    """Return the free bytes of a device, by the system's count."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -53,7 +53,7 @@ def memory_left(device: torch.device) -> int:
 
 
 def _left_in_container() -> int:
-    """Return what the limit of a container (control group, version 2) leaves of the machine's memory."""
+    """Return the free bytes within a container's limit (control group, version 2)."""
     try:
         return int((GROUP / "memory.max").read_text()) - int((GROUP / "memory.current").read_text())
     except (OSError, ValueError):  # no such limit: the file says "max"

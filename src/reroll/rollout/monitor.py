@@ -1,16 +1,16 @@
-"""Look at, and steer, the rollouts inside a model without touching the model.
+"""Observe and steer the rollouts inside a model without changing the model.
 
-    with monitoring() as seen:
+    with monitoring() as monitor:
         loss_fn(model, batch)
-    seen.iterations, seen.fell_back              how hard they were to evaluate
+    monitor.iterations, monitor.fell_back               how hard they were to evaluate
 
-    with monitoring(keep=True) as clean: …         keep the trajectories of an evaluation,
-    with monitoring(guesses=clean.trajectories): …         and begin the next ones there: a warm start
-    with monitoring(observe=look): …               look(states) at every iterate, [D, steps of the window, batch]
+    with monitoring(keep=True) as clean: …              record the trajectories of an evaluation,
+    with monitoring(guesses=clean.trajectories): …      and start the next ones from them: a warm start
+    with monitoring(observe=look): …                    look(states) at every iterate, [D, steps of the window, batch]
 
-Blocks can be nested; an outer one goes on seeing, guessing and tightening. Rollouts that do not iterate take no part.
-Guesses go by the order of the calls, as cells may be copies: a model that skips a layer begins the next one at that
-layer's trajectory, where their shapes agree. That costs iterations; what is converged to is the same.
+Blocks can be nested; an outer one still records, guesses and tightens. Rollouts that do not iterate are not monitored.
+Guesses are matched by the order of the calls, as cells may be copies: a model that skips a layer starts the next one at
+that layer's trajectory, if their shapes agree. That costs iterations, but converges to the same solution.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from reroll.rollout.base import Trajectory
 
 @dataclass
 class Monitor:
-    """What was seen of the rollouts inside a block.
+    """A record of the rollouts inside a block, and options for them.
 
     Args:
-        guesses: trajectories to begin with, in the order of the calls; those of another shape are passed over.
-        keep: keep the trajectories in `trajectories`.
+        guesses: initial trajectories, in the order of the calls; those of another shape are ignored.
+        keep: record the trajectories in `trajectories`.
         tolerance: factor on `rtol` and `atol`.
-        quiet: what does not converge is evaluated step by step without a word, and no block around this one sees it.
-        observe: called with every iterate of every window, the guess left out; it must not change what it is given.
+        quiet: fall back step by step without an error or a warning, and record nothing in outer blocks.
+        observe: called with every iterate of every window except the guess; it must not change its argument.
         trajectories: the trajectories [batch, time, D], in the order of the calls.
         calls: how many rollouts ran.
         iterations: the most that any needed.
@@ -53,7 +53,7 @@ class Monitor:
     outer: Monitor | None = None
 
     def guess(self, shape: tuple[int, ...]) -> Tensor | None:
-        """Return the trajectory for the call that comes, if there is one that fits."""
+        """Return the guess for the next call, if there is one of this shape."""
         if not self.guesses and self.outer is not None:
             return self.outer.guess(shape)
         if self.calls < len(self.guesses) and tuple(self.guesses[self.calls].shape) == shape:
@@ -62,16 +62,16 @@ class Monitor:
 
     @property
     def factor(self) -> float:
-        """What `rtol` and `atol` are multiplied by, all blocks around this one included."""
+        """Factor on `rtol` and `atol`, outer blocks included."""
         return self.tolerance * (1.0 if self.outer is None else self.outer.factor)
 
     @property
     def observed(self) -> bool:
-        """Whether someone wants to see the iterates."""
+        """Whether there is an observer of iterates, outer blocks included."""
         return self.observe is not None or (self.outer is not None and self.outer.observed)
 
     def show(self, states: Tensor) -> None:
-        """Let the observers look at an iterate, [D, T, B]."""
+        """Pass an iterate, [D, T, B], to the observers."""
         if self.observe is not None:
             self.observe(states)
         if self.outer is not None:
@@ -106,7 +106,7 @@ def monitoring(
     quiet: bool = False,
     observe: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Monitor]:
-    """Monitor over the rollouts of a block; see `Monitor`."""
+    """Monitor the rollouts of a block; see `Monitor`."""
     monitor = Monitor(guesses, keep, tolerance, quiet, observe, outer=_current.get())
     token = _current.set(monitor)
     try:

@@ -3,9 +3,9 @@
     step_by_step(problem)        all states, one after another
     newton(problem, …)           windows of a few steps, one after another, each by Newton's method
 
-Both return None where a step cannot be written as a program (see `reroll.cells.compiled`) or nothing would be won. The
-arithmetic is that of `Sequential` and of `Newton`; what differs is that no tensor of a whole sequence is made between
-one operation and the next, so the cost of a step is that of its arithmetic. Sequences are shared out over threads.
+Both return None where a step cannot be written as a program (see `reroll.cells.compiled`) or it would not pay. The
+arithmetic is that of `Sequential` and of `Newton`, but no tensor of a whole sequence is materialised between one
+operation and the next, so a step costs what its arithmetic costs. Sequences are divided among threads.
 """
 
 from __future__ import annotations
@@ -31,43 +31,42 @@ from reroll.rollout.problem import Problem, make_problem
 from reroll.rollout.purity import require_pure
 
 FEWEST_FLOATS = 1 << 10
-"""Numbers of state, over all steps, from which writing a program pays."""
+"""Numbers of state, over all steps, from which compiling a program pays."""
 THREAD_FLOATS = 1 << 14
 """Numbers of state that are worth another thread."""
 CACHE_FLOATS = 1 << 16
-"""Numbers that a window may keep: 256 KB, which stay in the second cache."""
+"""Numbers in the working set of a window: 256 KB, which fit the L2 cache."""
 WINDOW_ROWS = 256
 """Rows of a window, steps times sequences: more take more iterations, fewer leave lanes empty."""
 WINDOW_STEPS = 4
 """Fewest steps of a window."""
 ADJOINT_FLOATS = 1 << 22
-"""Numbers of inputs, states and cotangents that an adjoint brings into order at a time, unless one step has more."""
+"""Numbers of inputs, states and cotangents that an adjoint transposes at a time, unless one step has more."""
 MOST_FLOATS = 1 << 26
-"""Numbers that a window given by the caller may take."""
+"""Numbers that a window of the caller's size may take."""
 
-_written: weakref.WeakKeyDictionary[Cell, Layout] = weakref.WeakKeyDictionary()
-"""Cells that could be written as a program, so that it is not tried again; a failure may be that of one call only."""
+_compilable: weakref.WeakKeyDictionary[Cell, Layout] = weakref.WeakKeyDictionary()
+"""Cells that could be compiled, so that it is not tried again. A failure is not remembered: it may be of one call."""
 
 
 class Prepared(NamedTuple):
-    """A recurrence written as programs: `whole` is the step with its Jacobian; `given` is (start, fresh, reset)."""
+    """A recurrence as programs: `whole` is the step with its Jacobian; `initial` is (start, fresh, reset)."""
 
     rows: Rows
     step: Program
     whole: Program
-    given: tuple[Tensor, Tensor, np.ndarray]
+    initial: tuple[Tensor, Tensor, np.ndarray]
 
 
 def prepare(problem: Problem, fewest: int, structure: str | None, blocks: int = 1) -> Prepared | None:
-    """Write a step as programs over rows (`compile_step`), or return None; `fewest` sequences pay for a thread."""
+    """Compile a step to programs over rows (`compile_step`), or return None; a thread gets at least `fewest`."""
     batch, time, _ = problem.u.shape
     u = problem.u.detach()
     floats = batch * time * problem.layout.size
-    if not _plain(problem) or floats < FEWEST_FLOATS:
+    if not _is_supported(problem) or floats < FEWEST_FLOATS:
         return None
     rows = Rows(_groups(batch, fewest, floats), time)
-    turned = rows.turned(u)
-    programs = compile_step(problem.cell, problem.layout, turned.T, structure, blocks)
+    programs = compile_step(problem.cell, problem.layout, rows.turned(u).T, structure, blocks)
     if programs is None:
         return None
     reset = np.empty(0, np.bool_)
@@ -78,40 +77,40 @@ def prepare(problem: Problem, fewest: int, structure: str | None, blocks: int = 
 
 
 def _groups(batch: int, fewest: int, floats: int) -> tuple[int, ...]:
-    """Share sequences out over threads: how many each takes."""
+    """Divide sequences among threads: how many each takes."""
     groups = max(1, min(batch // fewest, torch.get_num_threads(), floats // THREAD_FLOATS))
     return tuple(batch * (g + 1) // groups - batch * g // groups for g in range(groups))
 
 
-def _plain(problem: Problem) -> bool:
-    """Whether these are numbers that programs work on."""
+def _is_supported(problem: Problem) -> bool:
+    """Return whether programs run on this device and dtype, outside vmap."""
     u, state = problem.u, problem.start
     return u.device.type == "cpu" and u.dtype == torch.float32 == state.dtype and not dispatch.is_mapped()
 
 
 class Examined(NamedTuple):
-    """What a cell is like: D, and whether its step is pure and can be written as a program."""
+    """A cell that a solver can take: D, and whether its step can be compiled."""
 
     size: int
-    writable: bool
+    compilable: bool
 
 
 @torch.no_grad()
 def examine(cell: Cell, inputs: Tensor) -> Examined | None:
-    """Look at a cell on two steps of two sequences; None where only a loop will do."""
+    """Try a cell on two steps of two sequences; None if it needs a loop: its step is not pure, or has no Jacobian."""
     try:
         with torch.random.fork_rng([]):  # a projection may draw random numbers, as dropout does
             problem = make_problem(cell, inputs[:2, :2], None, None).piece()
         require_pure(cell, problem)
     except UsageError:  # such as a state of integers, or a step that is random
         return None
-    if not _plain(problem):
+    if not _is_supported(problem):
         return Examined(problem.layout.size, False)
-    if _written.get(cell) != problem.layout:
+    if _compilable.get(cell) != problem.layout:
         u = problem.u.flatten(0, 1).T.contiguous().T
         if compile_step(cell, problem.layout, u, None) is None:
             return Examined(problem.layout.size, False)
-        _written[cell] = problem.layout
+        _compilable[cell] = problem.layout
     return Examined(problem.layout.size, True)
 
 
@@ -123,7 +122,7 @@ def step_by_step(problem: Problem) -> Tensor | None:
         if states is None:
             return None
         out[:, begin:end] = states
-        start = states[:, -1].clone()  # a view would keep the piece
+        start = states[:, -1].clone()  # a view would keep the piece alive
     return out
 
 
@@ -133,21 +132,21 @@ def _step_by_step(problem: Problem) -> Tensor | None:
         return None
     rows = prepared.rows
     out = torch.empty(problem.layout.size, sum(rows.counts) * rows.time)
-    loop(prepared.step, rows, *prepared.given, out)
+    loop(prepared.step, rows, *prepared.initial, out)
     return rows.back(out, 0, rows.time)
 
 
 def adjoint(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor | None:
     """Return g_t = c_t + A_{t+1}ᵀ g_{t+1} for cotangents c [B, T, D], one step after another from the last.
 
-    That is a recurrence of a program backwards in time: of the step and, behind it, its derivative. The whole Jacobians
-    are never formed, and nothing is kept from the forward pass but the states.
+    That is a recurrence backwards in time of a program: the step followed by its derivative. Jacobians are never
+    formed, and nothing is saved in the forward pass but the states.
     """
     batch, time, size = states.shape
-    if not _plain(problem) or states.numel() < FEWEST_FLOATS:
+    if not _is_supported(problem) or states.numel() < FEWEST_FLOATS:
         return None
-    found = torch.empty_like(states)
-    g = found[:, -1] = cotangent[:, -1]
+    gradient = torch.empty_like(states)
+    g = gradient[:, -1] = cotangent[:, -1]
     nothing = torch.zeros(size, batch)
     width = max(1, ADJOINT_FLOATS // (batch * (problem.u.shape[-1] + 3 * size)))
     counts = _groups(batch, LANES, states.numel())
@@ -167,13 +166,13 @@ def adjoint(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor | Non
             cut = rows.turned(problem.reset[:, begin + 1 : end + 1].flip(1).unsqueeze(-1))[0].numpy()
         out = torch.empty(size, batch * (end - begin))
         loop(program, rows, g.T.contiguous(), nothing, cut, out)
-        found[:, begin:end] = rows.back(out, 0, end - begin).flip(1)
-        g = found[:, begin]
-    return found
+        gradient[:, begin:end] = rows.back(out, 0, end - begin).flip(1)
+        g = gradient[:, begin]
+    return gradient
 
 
 class Method(NamedTuple):
-    """What `newton` is asked for: the fields of `reroll.rollout.Newton` and of its linearisation."""
+    """The options of `newton`: fields of `reroll.rollout.Newton` and of its linearisation."""
 
     kind: str
     structure: str | None
@@ -185,9 +184,9 @@ class Method(NamedTuple):
 
 
 def newton(problem: Problem, method: Method, guess: Tensor | None) -> tuple[Tensor, Found] | None:
-    """Return the states of the first steps [B, steps, D], all of them if nothing went wrong; and how they were found.
+    """Return the states of the first steps [B, steps, D], all of them unless it failed, and the counts of the solver.
 
-    `guess` are states to begin with, [B, T, D]; None: f of the state before the window.
+    `guess`: initial states, [B, T, D]; None: f of the state before the window.
     """
     size, time = problem.layout.size, problem.u.shape[1]
     if method.kind == "identity" and problem.reset is not None:
@@ -202,18 +201,18 @@ def newton(problem: Problem, method: Method, guess: Tensor | None) -> tuple[Tens
         return None
     order = {"block": method.blocks, "dense": size}.get(method.kind, 1)
     out = torch.empty(size, sum(rows.counts) * time)
-    turned = None if guess is None else rows.turned(guess[:, :time].to(torch.float32))
-    found = solve(
-        (prepared.step, prepared.whole), method.kind, order, rows, prepared.given, turned, window, method.tolerance,
+    guesses = None if guess is None else rows.turned(guess[:, :time].to(torch.float32))
+    counts = solve(
+        (prepared.step, prepared.whole), method.kind, order, rows, prepared.initial, guesses, window, method.tolerance,
         method.limit(window), method.every, out,
     )  # fmt: skip
-    return rows.back(out, 0, found.steps), found
+    return rows.back(out, 0, counts.steps), counts
 
 
-def _window(asked: int | str | None, count: int, per_row: int, time: int) -> int:
-    if asked is None:
+def _window(window: int | str | None, count: int, per_row: int, time: int) -> int:
+    if window is None:
         return time
-    if isinstance(asked, int):
-        return min(asked, time)
+    if isinstance(window, int):
+        return min(window, time)
     rows = min(WINDOW_ROWS, max(64, CACHE_FLOATS // per_row))
     return min(time, max(WINDOW_STEPS, rows // count))

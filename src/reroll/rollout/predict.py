@@ -1,9 +1,9 @@
-"""Will a recurrence evaluate well in parallel? Ask its Lyapunov exponent before asking a machine.
+"""Will a recurrence evaluate well in parallel? Its Lyapunov exponent tells before anything is timed.
 
     λ = lim (1/T) log ‖A_T … A_1‖
 
 λ < 0: the recurrence forgets, and Newton's method needs a handful of iterations whatever T is. λ > 0: it is chaotic,
-and needs a number of iterations proportional to T, so that nothing is won. λ ≈ 0: in between; damping can help.
+and needs a number of iterations proportional to T, so there is no gain. λ ≈ 0: in between; damping can help.
 Gonzalez et al., "Predictability enables parallelization", arXiv:2508.16817.
 """
 
@@ -29,13 +29,13 @@ from reroll.rollout.sequential import Sequential
 from reroll.trees import map_state
 
 JACOBIAN_FLOATS = 1 << 22
-"""Numbers of Jacobians held at a time."""
+"""Numbers in the Jacobians of a window."""
 SHORT = 500
-"""Steps below which there is not enough work along time to share out."""
+"""Steps below which there is too little to parallelise along time."""
 FEW = 0.05
-"""Iterations per step up to which sharing out the steps can pay."""
+"""Iterations per step up to which a parallel rollout can pay."""
 PROBED = 512
-"""Steps of the beginning on which iterations are counted."""
+"""First steps, on which iterations are counted."""
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def lyapunov(cell: Cell, inputs: Tensor, state: State | None = None, *, starts: 
         inputs: [batch, time, input_size].
         state: before the first step.
         starts: vectors per sequence.
-        seed: names them.
+        seed: seed of the vectors.
 
     Returns:
         λ, [batch]; −infinity where nothing of the state survives.
@@ -70,10 +70,10 @@ def _growth(cell: Cell, inputs: Tensor, state: State | None, starts: int, seed: 
     require_positive(starts=starts)
     problem = make_problem(cell, inputs, state, None).piece()
     if 0 in inputs.shape[:2]:
-        raise UsageError(f"inputs has shape {tuple(inputs.shape)}; give a typical batch of sequences with steps.")
+        raise UsageError(f"inputs has shape {tuple(inputs.shape)}; pass a typical batch of sequences.")
     require_pure(cell, problem)
     if not bool(torch.isfinite(inputs).all()):
-        raise UsageError("inputs has numbers that are not finite; nothing can be said about such a trajectory.")
+        raise UsageError("inputs has numbers that are not finite; such a trajectory has no Lyapunov exponent.")
     batch, time, size = *inputs.shape[:2], problem.layout.size
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(batch, size, starts, generator=generator, dtype=torch.float64).to(problem.start)
@@ -129,8 +129,8 @@ class Predictability:
 def predictability(cell: Cell, inputs: Tensor, state: State | None = None) -> Predictability:
     """Return what to expect of a recurrence in parallel, and which rollout to use.
 
-    The exponent is measured along the trajectory; iterations are counted on its beginning and carried over to the
-    whole length: as they are where the recurrence forgets, in proportion to the length where it does not.
+    The exponent is measured along the trajectory. Iterations are counted on the first steps and extrapolated to the
+    whole length: unchanged where the recurrence forgets, in proportion to the length where it does not.
 
     Args:
         cell: the recurrence.
@@ -146,10 +146,10 @@ def predictability(cell: Cell, inputs: Tensor, state: State | None = None) -> Pr
     exponent, overshoot = float(growth.max()), math.exp(min(float(peak.nan_to_num(0.0).max()), 700.0))
     time = inputs.shape[1]
     probed = min(time, PROBED)
-    forgets = exponent * probed < -10  # what is left of a disturbance within the probed steps is below e⁻¹⁰
+    forgets = exponent * probed < -10  # within the probed steps a disturbance shrinks below e⁻¹⁰
     counts = {}
-    for name, kept in (("DEER", Dense()), ("quasi-DEER", Diagonal())):
-        trajectory = Newton(kept, max_iterations=probed, window=None, on_failure="sequential")(
+    for name, linearise in (("DEER", Dense()), ("quasi-DEER", Diagonal())):
+        trajectory = Newton(linearise, max_iterations=probed, window=None, on_failure="sequential")(
             cell, inputs[:1, :probed], None if state is None else map_state(state, lambda s: s[:1])
         )
         count = int(trajectory.iterations.max())
@@ -159,10 +159,10 @@ def predictability(cell: Cell, inputs: Tensor, state: State | None = None) -> Pr
 
 
 def _advise(exponent: float, time: int, counts: dict[str, int]) -> tuple[Rollout, str]:
-    fewest = min(counts, key=lambda name: (counts[name], name == "DEER"))  # at as many, the cheaper one
+    fewest = min(counts, key=lambda name: (counts[name], name == "DEER"))  # of equal ones the cheaper
     few = counts[fewest] <= time * FEW
     if time < SHORT:
-        return Sequential(), f"{time} steps are too few to share out"
+        return Sequential(), f"{time} steps are too few to parallelise"
     if exponent * time > 10:
         return Sequential(), "the recurrence is chaotic: iterations grow in proportion to the number of steps"
     if exponent * time < -10 and few:

@@ -25,25 +25,25 @@ def deer(**options: Any) -> Newton:
 def quasi_deer(**options: Any) -> Newton:
     """Newton's method with the Jacobians' diagonals (Gonzalez et al., arXiv:2407.19115): memory B·T·D.
 
-    A diagonal serves for three iterations; `Newton(Diagonal())` computes one for each.
+    A diagonal is used for three iterations; `Newton(Diagonal())` computes one in each.
     """
     return Newton(linearise=Diagonal(every=3), **options)
 
 
 def elk(variance: float = 1e6, *, adaptive: bool = False, smoother: bool = False, **options: Any) -> Newton:
-    """DEER held back by a Kalman filter (Gonzalez et al., arXiv:2407.19115), for recurrences on which DEER explodes.
+    """DEER damped by a Kalman filter (Gonzalez et al., arXiv:2407.19115), for recurrences on which DEER explodes.
 
     Args:
         variance: σ²; infinity is DEER, smaller is stronger damping.
         adaptive: let σ² follow the residual.
-        smoother: the paper's Levenberg–Marquardt step, in place of the filter its code runs.
+        smoother: the Levenberg–Marquardt step of the paper's text, instead of the filter its code runs.
         options: of `Newton`.
     """
     return Newton(linearise=Dense(), damping=Kalman(variance, smoother, adaptive), **options)
 
 
 def quasi_elk(variance: float = 1e2, *, adaptive: bool = False, smoother: bool = False, **options: Any) -> Newton:
-    """quasi-DEER held back by one scalar Kalman filter per channel; arguments as for `elk`."""
+    """quasi-DEER damped by one scalar Kalman filter per channel; arguments as for `elk`."""
     return Newton(linearise=Diagonal(), damping=Kalman(variance, smoother, adaptive), **options)
 
 
@@ -53,5 +53,5 @@ def picard(**options: Any) -> Newton:
 
 
 def jacobi(**options: Any) -> Newton:
-    """Jacobi iteration: every step from the last iterate, nothing in between."""
+    """Jacobi iteration: every state from the previous iterate, without a linear recurrence."""
     return Newton(linearise=Zero(), **options)

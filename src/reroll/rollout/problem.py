@@ -1,8 +1,8 @@
 """A recurrence on vectors: what a cell and its inputs become for a solver.
 
-A `Problem` is batch-first and attached to whatever needs a gradient. A `Field` is the same without a graph, feature by
-feature, [D, T, B] in memory: elementwise functions then run over contiguous pieces, a step forward in time is a shift
-by B numbers, and a diagonal recurrence along time is a scan over D·B channels of which B are adjacent.
+A `Problem` is batch-first and attached to the autograd graph. A `Field` is the same without a graph and feature-major,
+[D, T, B] in memory: elementwise functions then run over contiguous ranges, a step forward in time is a shift by B
+numbers, and a diagonal recurrence along time is a scan over D·B channels of which B are adjacent.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from reroll.rollout.base import check, check_reset, explaining_dtypes, require_o
 from reroll.trees import map_state
 
 PIECE_FLOATS = 1 << 23
-"""Numbers of inputs and states that are brought into order at a time: 32 MB of float32, whatever the length. Each piece
-costs the compiling of a step, some milliseconds."""
+"""Numbers of inputs and states that are transposed at a time: 32 MB of float32, whatever the length. For each piece the
+step is compiled anew, which takes some milliseconds."""
 PROGRAM_FLOATS = 1 << 12
-"""Numbers of state from which writing a program pays."""
+"""Numbers of state from which compiling a program pays."""
 
 
 class Problem(NamedTuple):
     """A recurrence, batch-first.
 
     Args:
-        cell, layout: the recurrence, and how its state becomes a vector.
+        cell, layout: the recurrence, and how its state is packed into a vector.
         inputs: [B, T, features].
         start: the state before the first step, [B, D].
         fresh: the state after a reset, [B, D].
@@ -57,12 +57,12 @@ class Problem(NamedTuple):
 
     @property
     def u(self) -> Tensor:
-        """Projected inputs, [B, T, U], of a problem that has them all (see `piece`)."""
+        """Projected inputs, [B, T, U], of a problem whose inputs are projected (see `piece`)."""
         assert self.projected is not None
         return self.projected
 
     def piece(self, begin: int = 0, end: int | None = None, start: Tensor | None = None) -> Problem:
-        """Return some of the steps, with their inputs projected; `start`: the state before them, if not the first."""
+        """Return a range of steps with their inputs projected; `start`: the state before them, None: the first one."""
         inputs = self.inputs[:, begin:end]
         if self.projected is not None:
             u = self.projected[:, begin:end]
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
         return self._replace(inputs=inputs, start=self.start if start is None else start, reset=reset, projected=u)
 
     def pieces(self, multiple: int = 1) -> list[tuple[int, int]]:
-        """Return where pieces of bounded memory begin and end; all but the last have a multiple of so many steps."""
+        """Return (begin, end) of pieces of bounded memory; all but the last are a multiple of so many steps long."""
         batch, time, size = self.shape
         per_step = batch * (self.inputs.shape[-1] + 4 * size)
         count = max(1, -(-time * per_step // PIECE_FLOATS))
@@ -90,12 +90,12 @@ class Problem(NamedTuple):
     def field(self) -> Field:
         """Return the same without a graph, feature-major."""
 
-        def turned(t: Tensor) -> Tensor:
+        def transpose(t: Tensor) -> Tensor:
             return t.detach().permute(*range(t.dim() - 1, -1, -1)).clone(memory_format=torch.contiguous_format)
 
-        fresh, reset = (None if t is None else turned(t) for t in (self.fresh, self.reset))
-        u = turned(self.u)
-        return Field(self.cell, self.layout, u, Tracked.inputs(rows(u)), turned(self.start), fresh, reset)
+        fresh, reset = (None if t is None else transpose(t) for t in (self.fresh, self.reset))
+        u = transpose(self.u)
+        return Field(self.cell, self.layout, u, Tracked.inputs(rows(u)), transpose(self.start), fresh, reset)
 
 
 class Field(NamedTuple):
@@ -112,16 +112,16 @@ class Field(NamedTuple):
     offset: int = 0
 
     def compiled(self, structure: str | None, blocks: int) -> Field:
-        """Return the same with its step as programs, where it can be written as such and is long enough to pay."""
+        """Return the same with its step compiled, where that is possible and it is long enough to pay."""
         size, time, batch = self.shape
-        plain = self.u.device.type == "cpu" and self.u.dtype == torch.float32 == self.start.dtype
-        if not plain or time * batch * size < PROGRAM_FLOATS:
+        supported = self.u.device.type == "cpu" and self.u.dtype == torch.float32 == self.start.dtype
+        if not supported or time * batch * size < PROGRAM_FLOATS:
             return self
         programs = compile_step(self.cell, self.layout, rows(self.u), structure, blocks)
         return self if programs is None else self._replace(programs=Programs(*programs, structure, blocks))
 
     def run(self, ahead: Tensor, fresh: bool) -> tuple[Tensor, Tensor | None]:
-        """Return f of every step [D, T, B] and, if it is due, its Jacobian [D, T, B], [K, K, C, T, B], [D, D, T, B]."""
+        """Return f at every step [D, T, B] and, if `fresh`, its Jacobian [D, T, B], [K, K, C, T, B] or [D, D, T, B]."""
         assert self.programs is not None
         size, time, batch = ahead.shape
         program = self.programs.whole if fresh else self.programs.step
@@ -147,9 +147,9 @@ class Field(NamedTuple):
         return torch.where(self.reset, self.fresh.unsqueeze(1), previous)
 
     def window(self, begin: int, end: int, start: Tensor) -> Field:
-        """Return some of the steps."""
+        """Return a range of steps."""
         reset = None if self.reset is None else self.reset[begin:end]
-        if self.programs is not None:  # they read the inputs where they are
+        if self.programs is not None:  # these read the inputs in place
             return self._replace(
                 u=self.u[:, begin:end], start=start, reset=reset, offset=self.offset + begin * self.u.shape[2]
             )
@@ -190,31 +190,31 @@ def rows(field: Tensor) -> Tensor:
 
 
 def _in_one_dtype(cell: Cell, inputs: Tensor, state: State | None) -> tuple[Tensor, State | None]:
-    """Return inputs and state in the dtype of the weights, as autocast leaves to be done, or raise without it.
+    """Under autocast cast inputs and state to the dtype of the weights; otherwise raise if inputs have another one.
 
-    A solver works in the precision of the weights: what autocast would round on the way it would not converge to.
+    A solver works in the precision of the weights: with the rounding of autocast it would not converge.
     """
-    known = weights_dtype(cell, inputs)
+    dtype = weights_dtype(cell, inputs)
     if torch.is_autocast_enabled(inputs.device.type):
-        state = None if state is None else map_state(state, lambda t: t.to(known) if t.is_floating_point() else t)
-        return (inputs.to(known) if inputs.is_floating_point() else inputs), state
+        state = None if state is None else map_state(state, lambda t: t.to(dtype) if t.is_floating_point() else t)
+        return (inputs.to(dtype) if inputs.is_floating_point() else inputs), state
     if inputs.is_floating_point():
-        require_one_dtype(cell, inputs, None)  # a step may take a state of another dtype; it is tried
+        require_one_dtype(cell, inputs, None)  # a state of another dtype may be fine: the step is tested
     return inputs, state
 
 
 def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None) -> Problem:
-    """Return the recurrence on vectors, or raise `UsageError` where it is none that a solver can take."""
+    """Return the recurrence on vectors, or raise `UsageError` if a solver cannot take it."""
     check(cell, inputs)
     if base.has_tangent(inputs):
         raise UsageError(
-            "inputs carries a forward-mode derivative, which only a loop over the steps hands on; use "
+            "inputs carries a forward-mode derivative, which only a loop over the steps supports; use "
             "rollout=Sequential()."
         )
     if base.is_transformed(inputs) or any(map(base.is_transformed, cell.parameters())):
         raise UsageError(
-            f"inputs, or a weight of {type(cell).__name__}, is inside torch.func.grad or vmap, which only go through a "
-            "loop over the steps; use rollout=Sequential()."
+            f"inputs, or a weight of {type(cell).__name__}, is inside torch.func.grad or vmap, which only a loop "
+            "over the steps supports; use rollout=Sequential()."
         )
     inputs, state = _in_one_dtype(cell, inputs, state)
     with torch.autocast(inputs.device.type, enabled=False):
@@ -223,5 +223,5 @@ def make_problem(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor 
         layout = Layout.of(initial)
         fresh = None if reset is None else layout.pack(start(cell, inputs, None))
         problem = Problem(cell, layout, inputs, layout.pack(initial), fresh, reset)
-        # A gradient needs the graph of all steps at once; without one, pieces can be projected where they are solved.
+        # A gradient needs the graph of all steps at once; without one, each piece is projected when it is solved.
         return problem if cell.projects_stepwise and not torch.is_grad_enabled() else problem.piece()

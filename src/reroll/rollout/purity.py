@@ -1,4 +1,4 @@
-"""Find out, once per cell, whether its step is what a solver along time takes it for: pure, and row by row."""
+"""Test, once per cell, that its step is what a solver along time assumes: pure, and independent for each row."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from reroll.cells.jacobian import (
     OWN_DERIVATIVE,
     advance,
     feature_major,
-    followed_vjp,
     leave_to_autograd,
     step,
+    tracked_vjp,
     vjp,
 )
 from reroll.cells.layout import Layout
@@ -32,18 +32,18 @@ _tested: weakref.WeakKeyDictionary[Cell, set[tuple[int, ...]]] = weakref.WeakKey
 """Cells that were tested: with which step, if one was assigned to the object, and in which modes (training or not)."""
 
 ROWS = 8
-"""Rows on which a step is tried."""
+"""Rows on which a step is tested."""
 WIDEST = 1 << 12
-"""Numbers of state up to which its derivative is tried: to follow it takes their square."""
+"""State size up to which the derivative is tested: tracking it takes the square in memory."""
 LOOSE = 1e-2
-"""Difference between a row alone and among others that is rounding; a branch makes one of order 1."""
-ALONG = "A rollout along time evaluates many steps side by side as rows; use rollout=Sequential() otherwise."
+"""Difference between a row alone and among others that counts as rounding; a branch makes one of order 1."""
+ALONG = "A parallel rollout evaluates many steps at once, as rows; for such a step use rollout=Sequential()."
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @torch.no_grad()
 def require_pure(cell: Cell, problem: Problem) -> None:
-    """Try the step on a few rows, and raise if it edits its arguments, is random, or mixes rows.
+    """Test the step on a few rows, and raise if it edits its arguments, is random, or mixes rows.
 
     Raises:
         UsageError: naming the cell and what it does.
@@ -51,7 +51,7 @@ def require_pure(cell: Cell, problem: Problem) -> None:
     mode = (id(vars(cell).get("step")), *(module.training for module in cell.modules()))
     if mode in _tested.setdefault(cell, set()):
         return
-    name, layout, (u, state) = type(cell).__name__, problem.layout, _tried(problem)
+    name, layout, (u, state) = type(cell).__name__, problem.layout, _test_rows(problem)
     for path, module in cell.named_modules():
         if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None):
             raise UsageError(
@@ -70,21 +70,21 @@ def require_pure(cell: Cell, problem: Problem) -> None:
                 f"{ALONG}"
             ) from error
         require_same_shapes(cell, layout.unpack(state), after)
-        tried_u, tried_state = u.clone(), state.clone()
-        first, once = step(cell, layout, tried_u, tried_state), _buffers(cell)
+        u_after, state_after = u.clone(), state.clone()
+        first, once = step(cell, layout, u_after, state_after), _buffers(cell)
         second, twice = step(cell, layout, u.clone(), state.clone()), _buffers(cell)
         alone = torch.cat([step(cell, layout, u[i : i + 1].clone(), state[i : i + 1].clone()) for i in range(ROWS)])
     changed = [buffer for buffer in once if not _same(once[buffer], twice[buffer])]
     wrong = None
     if first.is_complex():
         wrong = "returns complex numbers for a real state; use rollout=Sequential()."
-    elif not (_same(tried_u, u) and _same(tried_state, state)):
+    elif not (_same(u_after, u) and _same(state_after, state)):
         wrong = "changes its arguments in place; let it return new tensors."
     elif changed:
-        wrong = f"changes the buffer {changed[0]}; what one step hands to the next belongs into the state."
+        wrong = f"changes the buffer {changed[0]}; what one step passes to the next belongs in the state."
     elif not _same(first, second):
         wrong = (
-            "gives different results for the same arguments (dropout, or random numbers drawn inside). Give the noise "
+            "gives different results for the same arguments (dropout, or random numbers drawn inside). Pass the noise "
             "as part of the inputs, or use rollout=Sequential()."
         )
     elif not torch.allclose(first, alone, rtol=LOOSE, atol=LOOSE, equal_nan=True):
@@ -97,12 +97,12 @@ def require_pure(cell: Cell, problem: Problem) -> None:
     if not dispatch.is_mapped():
         with torch.inference_mode(False), torch.autocast(u.device.type, enabled=False):
             with torch.no_grad():
-                expected, followed = (run(cell, layout, u.clone(), state.clone()) for run in (step, advance))
+                expected, tracked = (run(cell, layout, u.clone(), state.clone()) for run in (step, advance))
             loose = max(LOOSE, 16 * torch.finfo(state.dtype).eps)
-            if not torch.allclose(followed, expected, rtol=loose, atol=loose, equal_nan=True):
-                leave_to_autograd(cell, OTHER_VALUES)  # it asks for the type of its arguments
+            if not torch.allclose(tracked, expected, rtol=loose, atol=loose, equal_nan=True):
+                leave_to_autograd(cell, OTHER_VALUES)  # it branches on the type of its arguments
             elif state.shape[1] <= WIDEST:
-                _try_derivatives(cell, layout, u.clone(), state.clone())
+                _test_derivatives(cell, layout, u.clone(), state.clone())
     _tested[cell].add(mode)
 
 
@@ -112,7 +112,7 @@ def _buffers(cell: Cell) -> dict[str, Tensor]:
 
 @contextmanager
 def _restoring_buffers(cell: Cell) -> Iterator[None]:
-    """Put back what a trial did to buffers."""
+    """Restore the buffers that a test changed."""
     before = _buffers(cell)
     try:
         yield
@@ -122,31 +122,31 @@ def _restoring_buffers(cell: Cell) -> Iterator[None]:
                 buffer.copy_(before[name])
 
 
-def _try_derivatives(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> None:
-    """Leave a step to automatic differentiation whose derivative, by its operations, is another than torch's.
+def _test_derivatives(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> None:
+    """Leave a step to autograd if its derivative differs from that of its operations.
 
-    A solver runs the code of a step on values that follow it. They see neither `no_grad` nor a backward of one's own.
+    A solver runs the code of a step on tracked values, which see neither `no_grad` nor a custom backward.
     """
     cotangent = torch.linspace(-1, 1, state.numel(), device=state.device).to(state.dtype).view(state.shape)
     try:
         with torch.enable_grad():
             leaf = state.clone().requires_grad_()
             expected = vjp(step(cell, layout, u, leaf), leaf, cotangent, retain=False)
-    except RuntimeError:  # it has none, as a step through NumPy; torch says so where one is asked for
+    except RuntimeError:  # it has none, such as a step through NumPy; torch raises where a gradient is needed
         return
-    for way in (followed_vjp, _written_vjp):
-        found = way(cell, layout, u, state, cotangent)
-        if found is None:
+    for method in (tracked_vjp, _compiled_vjp):
+        product = method(cell, layout, u, state, cotangent)
+        if product is None:
             continue
-        known = found.isfinite() & expected.isfinite()  # an infinite slope spoils a row's sum in its own way
-        found, wanted = found[known], expected[known]
-        atol = LOOSE * max(1.0, float(wanted.abs().max())) if wanted.numel() else 0.0
-        if not torch.allclose(found, wanted, rtol=LOOSE, atol=atol):
+        finite = product.isfinite() & expected.isfinite()  # an infinite slope spoils a sum differently in each
+        product, truth = product[finite], expected[finite]
+        atol = LOOSE * max(1.0, float(truth.abs().max())) if truth.numel() else 0.0
+        if not torch.allclose(product, truth, rtol=LOOSE, atol=atol):
             leave_to_autograd(cell, OWN_DERIVATIVE)
 
 
-def _written_vjp(cell: Cell, layout: Layout, u: Tensor, state: Tensor, cotangent: Tensor) -> Tensor | None:
-    """Return Aᵀ · cotangent as the step's program gives it; None if it has none."""
+def _compiled_vjp(cell: Cell, layout: Layout, u: Tensor, state: Tensor, cotangent: Tensor) -> Tensor | None:
+    """Return Aᵀ · cotangent by the step's program; None if it has none."""
     if u.device.type != "cpu" or not u.dtype == state.dtype == torch.float32:
         return None
     nothing = torch.zeros(layout.size, len(state))
@@ -158,8 +158,8 @@ def _written_vjp(cell: Cell, layout: Layout, u: Tensor, state: Tensor, cotangent
     return out.T
 
 
-def _tried(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return some rows: the first step's inputs, with states around the first one, so that they differ in sign."""
+def _test_rows(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return some rows: the first step's inputs, with states around the initial one, so that they differ in sign."""
     rows = torch.arange(ROWS) % len(problem.start)
     u, state = problem.piece(0, 1).u[rows, 0].detach(), problem.start[rows].detach()
     around = torch.randn(state.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(state)

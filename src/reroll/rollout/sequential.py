@@ -2,10 +2,10 @@
 
     s_t = step(project(x)_t, s_{t−1})
 
-`read` hands the whole sequence to the cell's own kernel where it has one that computes the same thing (cuDNN, oneDNN, a
-compiled scan); `Sequential(kernel="reference")` always loops. `Sequential(kernel="compiled")` writes the step of any
-cell as a program (see `reroll.rollout.native`) and runs that for all steps, on a CPU in float32; its gradient is the
-exact one of `reroll.rollout.adjoint`. A cell that cannot be written so is looped over.
+`read` passes the whole sequence to the cell's own kernel where it has one that computes the same thing (cuDNN, oneDNN,
+a compiled scan); `Sequential(kernel="reference")` always loops. `Sequential(kernel="compiled")` compiles the step of
+any cell to a program (see `reroll.rollout.native`) and runs that for all steps, on a CPU in float32; its gradient is
+the exact one of `reroll.rollout.adjoint`. A cell that cannot be compiled is looped over.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Sequential:
         lengths: Tensor | None = None,
     ) -> Trajectory:  # fmt: skip
         """Return all states; see `Rollout`."""
-        padded = self._in_compiled_code(cell, inputs, state, reset, lengths)
+        padded = self._run_compiled(cell, inputs, state, reset, lengths)
         if padded is not None:
             return padded.trajectory._replace(states=padded.zeroed(padded.trajectory.states))
 
@@ -82,7 +82,7 @@ class Sequential:
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Return the readouts and the final state; see `Rollout`."""
-        padded = self._in_compiled_code(cell, inputs, state, reset, lengths)
+        padded = self._run_compiled(cell, inputs, state, reset, lengths)
         if padded is not None:
             return padded.zeroed(cell.readout(padded.trajectory.states)), padded.trajectory.final
 
@@ -112,10 +112,10 @@ class Sequential:
             u = cell.project(filled(inputs, lengths)[0])
         return dropping(functools.partial(run, projected=True), u, initial, reset, lengths)
 
-    def _in_compiled_code(
+    def _run_compiled(
         self, cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | None, lengths: Tensor | None
     ) -> Padded | None:
-        """Return all states by a program of the step, or None where that was not asked for or cannot be."""
+        """Return all states by the compiled step, or None where that was not asked for or is not possible."""
         if self.kernel != "compiled":
             return None
         check(cell, inputs)
@@ -137,7 +137,7 @@ def _compiled(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | N
 
 
 def _steps(cell: Cell, inputs: Tensor, state: State, reset: Tensor | None, projected: bool) -> Any:
-    """Yield the state after every step of inputs, which may be projected ones."""
+    """Yield the state after every step of inputs, which may be projected already."""
     fresh = start(cell, inputs.new_empty(len(inputs), 0, cell.input_size), None) if reset is not None else None
     with explaining_dtypes(cell, inputs, state):
         for t, u in enumerate((inputs if projected else cell.project(inputs)).unbind(1)):
