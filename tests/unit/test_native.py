@@ -208,11 +208,11 @@ def test_what_another_thread_solved_beyond_a_hand_over_is_not_counted(monkeypatc
     cell, x = Exploding(), torch.zeros(2, 600, 4)
     x[0, 100:] = 3.0
     x[1, 400:] = 0.5  # takes more iterations here, long after the other sequence has ended
-    method = native.Method("diagonal", "diagonal", 1, 50, (1e-6, 1e-6), lambda window: 100, 1)
-    _, found = native.newton(make_problem(cell, x, None, None).piece(), method, None)
+    options = (Diagonal(), None, 50, (1e-6, 1e-6), lambda window: 100)
+    _, found = native.newton(make_problem(cell, x, None, None).piece(), *options)
     assert 100 <= found.steps < 200
-    alone = native.newton(make_problem(cell, x[1:, : found.steps], None, None).piece(), method, None)[1]
-    far = native.newton(make_problem(cell, x[1:], None, None).piece(), method, None)[1]
+    alone = native.newton(make_problem(cell, x[1:, : found.steps], None, None).piece(), *options)[1]
+    far = native.newton(make_problem(cell, x[1:], None, None).piece(), *options)[1]
     assert far.iterations[0] > alone.iterations[0] == found.iterations[1]
     assert found.residual[1] == alone.residual[0]
 

@@ -153,7 +153,8 @@ def _by_autograd(
         leaf = state.detach().requires_grad_()
         following = step(cell, layout, u.detach(), leaf)
         size = layout.size
-        gradients = (_row(following, leaf, i, retain=i + 1 < size) for i in range(size))
+        units = torch.eye(size, dtype=following.dtype, device=following.device)
+        gradients = (vjp(following, leaf, e.repeat(len(leaf), 1), retain=i + 1 < size) for i, e in enumerate(units))
         if structure == "diagonal":
             jacobian = torch.stack([row[:, i] for i, row in enumerate(gradients)], 1)
         elif structure == "block":
@@ -163,13 +164,6 @@ def _by_autograd(
         else:
             jacobian = torch.stack(list(gradients), 1)
     return following.detach(), jacobian
-
-
-def _row(following: Tensor, leaf: Tensor, index: int, retain: bool) -> Tensor:
-    if not following.requires_grad:
-        return torch.zeros_like(leaf)
-    (row,) = torch.autograd.grad(following[:, index].sum(), leaf, retain_graph=retain, allow_unused=True)
-    return torch.zeros_like(leaf) if row is None else row
 
 
 @torch.no_grad()

@@ -37,12 +37,14 @@ class Layer(Cell):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights from N(0, 1/fan-in); the biases are zero."""
+        """Draw the weights from N(0, 1/fan-in), gains and peepholes from [−½, ½]; the biases are zero."""
         for name, p in self.named_parameters():
             if name.startswith("weight"):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
             elif name.startswith("bias"):
                 nn.init.zeros_(p)
+            else:
+                nn.init.uniform_(p, -0.5, 0.5)
 
     def init_state(self, batch_shape: Sequence[int]) -> State:
         return self.weight_ih.new_zeros(*batch_shape, self.hidden_size)
@@ -214,11 +216,6 @@ class ParaGRU(Layer):
         h = hidden_size
         super().__init__(input_size, h, weight_ih=(3 * h, input_size), bias=(3 * h,), gains=(3, h))
 
-    def reset_parameters(self) -> None:
-        """Draw input weights from N(0, 1/fan-in), gains from [−½, ½]; the biases are zero."""
-        super().reset_parameters()
-        nn.init.uniform_(self.gains, -0.5, 0.5)
-
     def step(self, u: Tensor, state: Tensor) -> Tensor:
         u_z, u_r, u_c = u.chunk(3, -1)
         a_z, a_r, a_c = self.gains.unbind(0)
@@ -246,12 +243,6 @@ class ParaLSTM(Layer):
     def __init__(self, input_size: int, hidden_size: int):
         h = hidden_size
         super().__init__(input_size, h, weight_ih=(3 * h, input_size), bias=(3 * h,), gains=(3, h), peepholes=(2, h))
-
-    def reset_parameters(self) -> None:
-        """Draw input weights from N(0, 1/fan-in), gains and peepholes from [−½, ½]; the biases are zero."""
-        super().reset_parameters()
-        nn.init.uniform_(self.gains, -0.5, 0.5)
-        nn.init.uniform_(self.peepholes, -0.5, 0.5)
 
     def init_state(self, batch_shape: Sequence[int]) -> LSTMState:
         zeros = self.bias.new_zeros(*batch_shape, self.hidden_size)

@@ -27,6 +27,7 @@ from reroll.kernels.program import Program
 from reroll.kernels.recurrence import Found, Rows, loop
 from reroll.kernels.recurrence import newton as solve
 from reroll.kernels.simd import LANES
+from reroll.rollout.linearise import Compilable
 from reroll.rollout.problem import Problem, make_problem
 from reroll.rollout.purity import require_pure
 
@@ -118,22 +119,15 @@ def step_by_step(problem: Problem) -> Tensor | None:
     """Return the states of all steps, [B, T, D]."""
     out, start = problem.start.new_empty(problem.shape), problem.start
     for begin, end in problem.pieces():
-        states = _step_by_step(problem.piece(begin, end, start))
-        if states is None:
+        prepared = prepare(problem.piece(begin, end, start), LANES, None)  # fewer sequences leave lanes empty
+        if prepared is None:
             return None
-        out[:, begin:end] = states
-        start = states[:, -1].clone()  # a view would keep the piece alive
+        rows = prepared.rows
+        states = torch.empty(problem.layout.size, sum(rows.counts) * rows.time)
+        loop(prepared.step, rows, *prepared.initial, states)
+        out[:, begin:end] = rows.back(states, 0, rows.time)
+        start = out[:, end - 1]
     return out
-
-
-def _step_by_step(problem: Problem) -> Tensor | None:
-    prepared = prepare(problem, LANES, None)  # fewer sequences leave lanes empty
-    if prepared is None:
-        return None
-    rows = prepared.rows
-    out = torch.empty(problem.layout.size, sum(rows.counts) * rows.time)
-    loop(prepared.step, rows, *prepared.initial, out)
-    return rows.back(out, 0, rows.time)
 
 
 def adjoint(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor | None:
@@ -171,40 +165,36 @@ def adjoint(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor | Non
     return gradient
 
 
-class Method(NamedTuple):
-    """The options of `newton`: fields of `reroll.rollout.Newton` and of its linearisation."""
-
-    kind: str
-    structure: str | None
-    blocks: int
-    window: int | str | None
-    tolerance: tuple[float, float]
-    limit: Callable[[int], int]
-    every: int
-
-
-def newton(problem: Problem, method: Method, guess: Tensor | None) -> tuple[Tensor, Found] | None:
+def newton(
+    problem: Problem,
+    linearise: Compilable,
+    guess: Tensor | None,
+    window: int | str | None,
+    tolerance: tuple[float, float],
+    limit: Callable[[int], int],
+) -> tuple[Tensor, Found] | None:
     """Return the states of the first steps [B, steps, D], all of them unless it failed, and the counts of the solver.
 
-    `guess`: initial states, [B, T, D]; None: f of the state before the window.
+    `guess`: initial states, [B, T, D]; None: f of the state before the window. `window` and `tolerance` (absolute,
+    relative) are those of `reroll.rollout.Newton`; `limit`: most iterations for a window of so many steps.
     """
-    size, time = problem.layout.size, problem.u.shape[1]
-    if method.kind == "identity" and problem.reset is not None:
+    size, time, blocks = problem.layout.size, problem.u.shape[1], linearise.blocks(problem.layout)
+    if linearise.kind == "identity" and problem.reset is not None:
         return None
-    prepared = prepare(problem, 1, method.structure, method.blocks)
+    prepared = prepare(problem, 1, linearise.structure, blocks)
     if prepared is None:
         return None
     rows = prepared.rows
     per_row = 4 * size + prepared.whole.outputs
-    window = _window(method.window, max(rows.counts), per_row, time)
-    if window * max(rows.counts) * per_row > MOST_FLOATS:
+    steps = _window(window, max(rows.counts), per_row, time)
+    if steps * max(rows.counts) * per_row > MOST_FLOATS:
         return None
-    order = {"block": method.blocks, "dense": size}.get(method.kind, 1)
+    order = {"block": blocks, "dense": size}.get(linearise.kind, 1)
     out = torch.empty(size, sum(rows.counts) * time)
     guesses = None if guess is None else rows.turned(guess[:, :time].to(torch.float32))
     counts = solve(
-        (prepared.step, prepared.whole), method.kind, order, rows, prepared.initial, guesses, window, method.tolerance,
-        method.limit(window), method.every, out,
+        (prepared.step, prepared.whole), linearise.kind, order, rows, prepared.initial, guesses, steps, tolerance,
+        limit(steps), linearise.every, out,
     )  # fmt: skip
     return rows.back(out, 0, counts.steps), counts
 

@@ -200,11 +200,8 @@ class Newton:
         linearise = self.linearise
         if not (undamped and is_compilable(linearise)) or observed or (isinstance(guess, str) and guess != "f0"):
             return []
-        method = native.Method(
-            linearise.kind, linearise.structure, linearise.blocks(problem.layout), self.window,
-            self._tolerances(problem.start.dtype), self._limit, linearise.every,
-        )  # fmt: skip
-        result = native.newton(problem, method, guess if isinstance(guess, Tensor) else None)
+        tolerances, guesses = self._tolerances(problem.start.dtype), guess if isinstance(guess, Tensor) else None
+        result = native.newton(problem, linearise, guesses, self.window, tolerances, self._limit)
         if result is None or result[1].steps == 0:
             return []
         states, counts = result

@@ -82,10 +82,7 @@ class Problem(NamedTuple):
 
     def before(self, states: Tensor) -> Tensor:
         """Return the state before every step, [B, T, D]."""
-        previous = torch.cat([self.start.unsqueeze(1), states[:, :-1]], 1)
-        if self.reset is None or self.fresh is None:
-            return previous
-        return torch.where(self.reset.unsqueeze(-1), self.fresh.unsqueeze(1), previous)
+        return _before(states, self.start, self.fresh, None if self.reset is None else self.reset.unsqueeze(-1))
 
     def field(self) -> Field:
         """Return the same without a graph, feature-major."""
@@ -141,10 +138,7 @@ class Field(NamedTuple):
 
     def before(self, states: Tensor) -> Tensor:
         """Return the state before every step, [D, T, B]."""
-        previous = torch.cat([self.start.unsqueeze(1), states[:, :-1]], 1)
-        if self.reset is None or self.fresh is None:
-            return previous
-        return torch.where(self.reset, self.fresh.unsqueeze(1), previous)
+        return _before(states, self.start, self.fresh, self.reset)
 
     def window(self, begin: int, end: int, start: Tensor) -> Field:
         """Return a range of steps."""
@@ -182,6 +176,11 @@ class Programs(NamedTuple):
     whole: Program
     structure: str | None
     blocks: int
+
+
+def _before(states: Tensor, start: Tensor, fresh: Tensor | None, reset: Tensor | None) -> Tensor:
+    previous = torch.cat([start.unsqueeze(1), states[:, :-1]], 1)
+    return previous if reset is None or fresh is None else torch.where(reset, fresh.unsqueeze(1), previous)
 
 
 def rows(field: Tensor) -> Tensor:

@@ -9,19 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from reroll.cells import jacobian
 from reroll.cells.base import Cell
 from reroll.cells.compiled import compile_adjoint
-from reroll.cells.jacobian import (
-    MISTAKES,
-    OTHER_VALUES,
-    OWN_DERIVATIVE,
-    advance,
-    feature_major,
-    leave_to_autograd,
-    step,
-    tracked_vjp,
-    vjp,
-)
+from reroll.cells.jacobian import MISTAKES, OTHER_VALUES, OWN_DERIVATIVE, leave_to_autograd, step
 from reroll.cells.layout import Layout
 from reroll.errors import RerollError, UsageError
 from reroll.kernels import dispatch
@@ -96,11 +87,8 @@ def require_pure(cell: Cell, problem: Problem) -> None:
         raise UsageError(f"{name}.step {wrong}")
     if not dispatch.is_mapped():
         with torch.inference_mode(False), torch.autocast(u.device.type, enabled=False):
-            with torch.no_grad():
-                expected, tracked = (run(cell, layout, u.clone(), state.clone()) for run in (step, advance))
-            loose = max(LOOSE, 16 * torch.finfo(state.dtype).eps)
-            if not torch.allclose(tracked, expected, rtol=loose, atol=loose, equal_nan=True):
-                leave_to_autograd(cell, OTHER_VALUES)  # it branches on the type of its arguments
+            if not _tracks(cell, layout, u, state):
+                leave_to_autograd(cell, OTHER_VALUES)
             elif state.shape[1] <= WIDEST:
                 _test_derivatives(cell, layout, u.clone(), state.clone())
     _tested[cell].add(mode)
@@ -122,6 +110,14 @@ def _restoring_buffers(cell: Cell) -> Iterator[None]:
                 buffer.copy_(before[name])
 
 
+@torch.no_grad()
+def _tracks(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> bool:
+    """Return whether a step computes the same on tracked values: not if it branches on the type of its arguments."""
+    expected, tracked = (run(cell, layout, u.clone(), state.clone()) for run in (step, jacobian.advance))
+    loose = max(LOOSE, 16 * torch.finfo(state.dtype).eps)
+    return torch.allclose(tracked, expected, rtol=loose, atol=loose, equal_nan=True)
+
+
 def _test_derivatives(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> None:
     """Leave a step to autograd if its derivative differs from that of its operations.
 
@@ -131,10 +127,10 @@ def _test_derivatives(cell: Cell, layout: Layout, u: Tensor, state: Tensor) -> N
     try:
         with torch.enable_grad():
             leaf = state.clone().requires_grad_()
-            expected = vjp(step(cell, layout, u, leaf), leaf, cotangent, retain=False)
+            expected = jacobian.vjp(step(cell, layout, u, leaf), leaf, cotangent, retain=False)
     except RuntimeError:  # it has none, such as a step through NumPy; torch raises where a gradient is needed
         return
-    for method in (tracked_vjp, _compiled_vjp):
+    for method in (jacobian.tracked_vjp, _compiled_vjp):
         product = method(cell, layout, u, state, cotangent)
         if product is None:
             continue
@@ -150,7 +146,7 @@ def _compiled_vjp(cell: Cell, layout: Layout, u: Tensor, state: Tensor, cotangen
     if u.device.type != "cpu" or not u.dtype == state.dtype == torch.float32:
         return None
     nothing = torch.zeros(layout.size, len(state))
-    program = compile_adjoint(cell, layout, feature_major(u), state.T.contiguous(), nothing)
+    program = compile_adjoint(cell, layout, jacobian.feature_major(u), state.T.contiguous(), nothing)
     if program is None:
         return None
     out = torch.empty_like(nothing)
