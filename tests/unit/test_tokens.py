@@ -5,19 +5,25 @@ import hashlib
 import http.server
 import json
 import pathlib
+import sys
 import threading
+from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
 
 from reroll import GPT, Backprop, Key
+from reroll.data import packages
+from reroll.data.corpus import is_held_out
 from reroll.data.prepare import download, encode
-from reroll.data.tokenizers import Byte
+from reroll.data.shards import Shards
+from reroll.data.tokenizers import Byte, Char, Word
 from reroll.data.tokens import ABOUT, HEADER, MAGIC, TokenBatches, read_shard, write_shard
 from reroll.errors import RunError, UsageError
 from reroll.train.checkpoint import checksum, newest, weights_of
 from reroll.train.config import Config
+from reroll.train.evaluate import evaluate
 from reroll.train.loop import train
 from reroll.train.replay import replay
 from tests.runs import Interrupt, differences, left
@@ -125,21 +131,77 @@ def test_validation_is_exactly_the_first_tokens(folder):
         batches(path, valid_tokens=500)
 
 
-def test_later_epochs_cut_the_rows_elsewhere(folder):
-    task = batches(folder[0], epochs=3)
-    per_epoch = task.most_steps // 3
-    first, second, third = (task.batch(epoch * per_epoch).inputs[0] for epoch in range(3))
-    assert len({tuple(row.tolist()) for row in (first, second, third)}) == 3
-    assert torch.equal(second, batches(folder[0], epochs=3).batch(per_epoch).inputs[0])
-    last = task.batch(task.most_steps - 1)
-    assert last.inputs.shape == (12, 8)
+@pytest.mark.parametrize("size", [96, 97, 98, 104, 192, 193])
+def test_a_shard_has_as_many_batches_as_fit_with_the_token_after_them(tmp_path, size):
+    """⌊(n − 1) / (B T)⌋; a shifted epoch has what fits behind T − 1 tokens; the first one is unchanged."""
+    tokens = np.arange(size)
+    for name in ("x_train_000001.bin", "x_val_000000.bin"):
+        write_shard(tmp_path / name, tokens)
+    shifted = (size - 1 - 7) // 96
+    if size == 96:
+        with pytest.raises(UsageError, match="no shard with the 12 × 8"):
+            batches(tmp_path, valid_tokens=None)
+        return
+    task, thrice = batches(tmp_path, valid_tokens=None), batches(tmp_path, valid_tokens=None, epochs=3)
+    assert task.most_steps == (size - 1) // 96
+    assert thrice.most_steps == task.most_steps + 2 * shifted
+    for step in range(thrice.most_steps):
+        batch = thrice.batch(step)
+        if step < task.most_steps:
+            assert torch.equal(batch.inputs, task.batch(step).inputs)
+        else:
+            assert 1 <= batch.inputs[0, 0] - (step - task.most_steps) % shifted * 96 <= 7
+        assert (batch.targets == batch.inputs + 1).all()
+
+
+def test_shifts_of_later_epochs_are_never_none(folder):
+    task = batches(folder[0], length=2, batch=4, epochs=60)
+    first, later = int(task.first_epoch[-1]), int(task.later_epochs[-1])
+    assert all(task.begins(first + epoch * later, None, 2)[0] == 1 for epoch in range(59))
+    task = batches(folder[0], epochs=60)
+    first, later = int(task.first_epoch[-1]), int(task.later_epochs[-1])
+    assert {int(task.begins(first + epoch * later, None, 8)[0]) for epoch in range(59)} == set(range(1, 8))
+    assert task.batch(task.most_steps - 1).inputs.shape == (12, 8)
+    one = batches(folder[0], length=1, batch=1, epochs=2)
+    assert one.batch(one.most_steps - 1).inputs.shape == (1, 1)
+
+
+def test_rows_of_a_batch_are_read_as_fast_as_a_slice(folder, monkeypatch):
+    """Rows next to one another are one slice of the file, and only the ones that are asked for are read."""
+    task, read = batches(folder[0]), []
+    whole = Shards.read
+    monkeypatch.setattr(Shards, "read", lambda self, begin, count: read.append(count) or whole(self, begin, count))
+    monkeypatch.delattr(Shards, "__getitem__")
+    task.batch(11)
+    task.batch(11, rows=range(3, 5))
+    task.batch(11, length=3)
+    task.batch(0, "valid")
+    assert read == [97, 17, 92, 97]
+    shorter = task.batch(11, length=3)
+    assert torch.equal(shorter.inputs, task.batch(11).inputs[:, :3])
+    assert torch.equal(shorter.targets, task.batch(11).targets[:, :3])
+    for part in (task.batch(11), task.batch(11, rows=range(3, 5)), task.batch(0, "valid", rows=range(2))):
+        assert part.scored == part.mask.sum() == part.inputs.numel()
+
+
+def test_slices_cross_the_borders_of_shards(folder):
+    path, tokens = folder
+    shards, row = batches(path).tokens["train"], np.concatenate(tokens[:3])
+    for begin, count in ((0, 5), (990, 20), (999, 1), (1000, 1), (995, 1000), (0, 3090), (3089, 1)):
+        assert (shards.read(begin, count) == row[begin : begin + count]).all()
+    assert (np.asarray(shards) == row).all()
+
+
+@pytest.mark.parametrize("epochs, steps", [(1, 32), (2, 64), (3, 96)])
+def test_carried_rows_see_no_token_more_often_than_there_are_epochs(folder, epochs, steps):
+    task = batches(folder[0], carry=True, epochs=epochs)
+    assert task.most_steps == epochs * (3089 // 12) // 8 == steps
 
 
 def test_carried_rows_read_on_and_are_reset_at_documents(folder):
     path, tokens = folder
-    (path / ABOUT).write_text(json.dumps({"tokenizer": Byte().to_dict()}))
+    (path / ABOUT).write_text(json.dumps({"tokenizer": Byte().to_dict(), "document": 7}))
     task = batches(path, carry=True)
-    task.document = 7
     stream, begin = np.concatenate(tokens[:3]), np.arange(12) * ((3090 - 1) // 12)
     for step in range(5):
         batch = task.batch(step)
@@ -154,6 +216,10 @@ def test_tokens_beyond_the_vocabulary_and_files_that_shrink_are_named(folder):
     path = folder[0]
     with pytest.raises(RunError, match=r"x_train_000001.bin holds token \d+; the vocabulary is 0 … 99"):
         batches(path, vocab=100).batch(0)
+    largest = int(folder[1][0][:97].max())
+    with pytest.raises(RunError, match=f"holds token {largest}; the vocabulary is 0 … {largest - 1}"):
+        batches(path, vocab=largest).batch(0)
+    batches(path, vocab=largest + 1).batch(0)
     task, file = batches(path), path / "x_train_000002.bin"
     file.write_bytes(file.read_bytes()[:-200])
     task.batch(0)
@@ -180,9 +246,46 @@ def test_the_fingerprint_is_of_the_tokens(folder):
     path, tokens = folder
     before = batches(path).fingerprint
     assert batches(path, length=4).fingerprint == before
-    tokens[1][5] ^= 1
-    write_shard(path / "x_train_000002.bin", tokens[1])
-    assert batches(path).fingerprint != before
+    for place in (5, 388, 770):  # anywhere in it
+        tokens[1][place] ^= 1
+        write_shard(path / "x_train_000002.bin", tokens[1])
+        assert batches(path).fingerprint != before
+        before = batches(path).fingerprint
+
+
+def test_splits_are_told_apart_by_the_end_of_the_name(tmp_path):
+    for name in ("interval_train_000001.bin", "train_val_000000.bin", "a_train_of_values_train_000002.bin"):
+        write_shard(tmp_path / name, RANDOM.integers(0, 300, 500))
+    tokens = batches(tmp_path).tokens
+    assert [p.name for p in tokens["valid"].paths] == ["train_val_000000.bin"]
+    assert [p.name for p in tokens["train"].paths] == [
+        "a_train_of_values_train_000002.bin",
+        "interval_train_000001.bin",
+    ]
+    for name in ("interval.bin", "x_train.bin", "x_val_1.bin.bin", "x_validation_000001.bin"):
+        write_shard(tmp_path / name, [1, 2, 3])
+        with pytest.raises(UsageError, match=f"{name} is neither"):
+            batches(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_a_shard_that_is_not_the_one_of_tokens_json_is_named(tmp_path, monkeypatch):
+    write_texts(tmp_path / "texts")
+    encode(tmp_path / "texts", tmp_path / "shards", shard=250)
+    options = {"length": 8, "batch": 1, "valid_tokens": None}
+    TokenBatches(tmp_path / "shards", **options)
+    hashed = []
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name))
+    TokenBatches(tmp_path / "shards", **options)
+    assert not hashed  # once a file
+    monkeypatch.undo()
+    path = sorted((tmp_path / "shards").glob("*_train_*.bin"))[1]
+    content = bytearray(path.read_bytes())
+    content[HEADER + 300] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=f"{path.name} is damaged: its SHA-256"):
+        TokenBatches(tmp_path / "shards", **options)
 
 
 def write_texts(folder):
@@ -203,7 +306,7 @@ def test_a_text_is_cut_into_shards(tmp_path, shard):
     parts = {label: [f for f in sorted(about["files"]) if label in f] for label in ("train", "val")}
     written = {label: b"".join(read_shard(tmp_path / "shards" / f).astype(np.uint8).tobytes() for f in files)
                for label, files in parts.items()}  # fmt: skip
-    documents = {label: sorted(text.split(b"\n")[1:]) for label, text in written.items()}
+    documents = {label: sorted(text.split(b"\0")[1:]) for label, text in written.items()}
     assert sorted(documents["train"] + documents["val"]) == sorted(texts.values())
     assert all(file["tokens"] <= shard for file in about["files"].values())
     for name, file in about["files"].items():
@@ -211,11 +314,95 @@ def test_a_text_is_cut_into_shards(tmp_path, shard):
         assert hashlib.sha256(content).hexdigest() == file["sha256"]
     assert sum(file["bytes"] for file in about["files"].values()) == sum(map(len, texts.values()))
     task = TokenBatches(tmp_path / "shards", length=8, batch=1, valid_tokens=None)
-    assert (task.vocab, task.document, task.decode([104, 105])) == (256, 10, "hi")
+    assert (task.vocab, task.document, task.decode([104, 105])) == (256, 0, "hi")
     # Again with more room, the shards of before are gone.
     assert set(encode(tmp_path / "texts", tmp_path / "shards")["files"]) == {
         p.name for p in (tmp_path / "shards").glob("*.bin")
     }
+
+
+TEXT = "Où est\t\tle  chat ?\n\nIci,  là-bas, « ou » non.\n" * 30
+
+
+@pytest.mark.parametrize("shard", [7, 100, 10_000])
+@pytest.mark.parametrize("name", ["byte", "char", "word"])
+def test_bytes_are_those_of_the_text_itself(tmp_path, name, shard, monkeypatch):
+    """Whatever a tokenizer leaves out or does not know, and however the text is cut into chunks and shards."""
+    monkeypatch.setattr("reroll.data.prepare.CHUNK", 64)
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    known = {"byte": "byte", "char": Char(" \nOestlcha"), "word": Word(["est", "le", "chat"])}[name]
+    about = encode(tmp_path / "a.txt", tmp_path / "shards", known, shard=shard)
+    sizes = {file: about["files"][file]["bytes"] for file in sorted(about["files"])}
+    assert sum(sizes.values()) == len(TEXT.encode())
+    if name == "word":
+        return
+    text = TEXT.encode() if name == "byte" else TEXT  # a symbol each
+    for file, size in sizes.items():
+        count = about["files"][file]["tokens"] - file.endswith(("train_000001.bin", "val_000000.bin"))  # the separator
+        part, text = text[:count], text[count:]
+        assert size == (len(part) if name == "byte" else len(part.encode()))
+
+
+@pytest.mark.parametrize("name, document", [("byte", 0), ("char", None), ("word", None)])
+def test_documents_begin_at_what_was_written_there(tmp_path, name, document):
+    """A new line is no beginning of a document."""
+    (tmp_path / "texts").mkdir()
+    for i in range(12):
+        (tmp_path / "texts" / f"{i}.txt").write_text("one two\nthree\n\nfour\n" * 20)
+    encode(tmp_path / "texts", tmp_path / "shards", name)
+    task = TokenBatches(tmp_path / "shards", length=50, batch=2, valid_tokens=None, carry=True)
+    assert task.document == document
+    resets = [
+        batch.reset.sum().item() for step in range(task.most_steps) if (batch := task.batch(step)).reset is not None
+    ]
+    texts = (np.asarray(task.tokens["train"]) == 0).sum() if name == "byte" else 0
+    assert texts - 2 <= sum(resets) <= texts + 2
+    assert batches_of_gpt2(tmp_path).document == 50_256
+
+
+def batches_of_gpt2(folder):
+    """Shards without tokens.json."""
+    (folder / "bare").mkdir(exist_ok=True)
+    for name in ("x_train_000001.bin", "x_val_000000.bin"):
+        write_shard(folder / "bare" / name, RANDOM.integers(0, 50_257, 300))
+    return TokenBatches(folder / "bare", length=8, batch=2, valid_tokens=None)
+
+
+def test_shards_of_gpt2_need_no_tiktoken(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    batches_of_gpt2(tmp_path)
+    about = {"tokenizer": {"name": "gpt2"}, "vocab": 50_257, "document": 50_256, "files": {}}
+    (tmp_path / "bare" / ABOUT).write_text(json.dumps(about))
+    task = TokenBatches(tmp_path / "bare", length=8, batch=2, valid_tokens=None)
+    assert (task.vocab, task.document, task.tokenizer) == (50_257, 50_256, None)
+    (tmp_path / "bare" / ABOUT).write_text(json.dumps(about | {"tokenizer": {"name": "other"}}))
+    with pytest.raises(UsageError, match="tokens.json is damaged"):
+        TokenBatches(tmp_path / "bare", length=8, batch=2, valid_tokens=None)
+
+
+@pytest.mark.parametrize("valid_tokens", [None, 40])
+def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path, valid_tokens):
+    write_texts(tmp_path / "texts")
+    encode(tmp_path / "texts", tmp_path / "shards", shard=64)
+    task = TokenBatches(tmp_path / "shards", length=8, batch=3, valid_tokens=valid_tokens)
+    scores = evaluate(GPT(256, layers=1, heads=1, width=8), task, "valid")
+    tokens = np.asarray(task.tokens["valid"])[1:]
+    text = (tokens != 0).sum()  # what is put before a document is none of it
+    assert scores["bits_per_byte"] == pytest.approx(8 * len(tokens) / text)
+    assert "bits_per_byte" not in evaluate(GPT(50_257, layers=1, heads=1, width=8), batches_of_gpt2(tmp_path), "valid")
+
+
+def test_the_shards_of_another_text_are_neither_mixed_in_nor_deleted(tmp_path):
+    for name in ("a", "b", "a_train_000009"):
+        (tmp_path / f"{name}.txt").write_text("to be or not to be " * 50)
+    encode(tmp_path / "a.txt", tmp_path / "shards", shard=300)
+    before = {p.name for p in (tmp_path / "shards").iterdir()}
+    for other in ("b", "a_train_000009"):
+        with pytest.raises(UsageError, match=r"shards of another text \(a_train_000001.bin\)"):
+            encode(tmp_path / f"{other}.txt", tmp_path / "shards")
+    assert {p.name for p in (tmp_path / "shards").iterdir()} == before
+    encode(tmp_path / "a.txt", tmp_path / "shards")
+    assert {p.name for p in (tmp_path / "shards").iterdir()} == {ABOUT, "a_train_000001.bin", "a_val_000000.bin"}
 
 
 def test_bytes_are_those_of_the_text_though_separators_look_like_some(tmp_path):
@@ -241,17 +428,30 @@ def test_a_session_needs_enough_tokens_for_its_steps(folder, tmp_path):
 class Server(http.server.SimpleHTTPRequestHandler):
     """Serves files with ranges; ends after `give` bytes of a file, and names `digest`."""
 
-    give, digest = 10**9, None
+    give, digest, redirects, ranges = 10**9, None, False, True
 
     def do_GET(self):
-        content = (pathlib.Path(self.directory) / self.path[1:]).read_bytes()
+        content = (pathlib.Path(self.directory) / self.path[1:].split("?")[0]).read_bytes()
         begin = int((self.headers.get("Range") or "bytes=0-").split("=")[1].rstrip("-"))
-        self.send_response(206 if begin else 200)
-        self.send_header("Content-Length", str(len(content) - begin))
-        if self.digest:
-            self.send_header("X-Linked-ETag", f'"{self.digest}"')
+        if self.redirects and "?" not in self.requestline:  # to a storage that knows no checksum
+            self.send_response(302)
+            self.send_header("Location", self.path + "?storage")
+        elif begin >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+        else:
+            self.send_response(206 if begin and self.ranges else 200)
+            begin = begin if self.ranges else 0
+            self.send_header("Content-Length", str(len(content) - begin))
+        if self.digest and not (self.redirects and "?" in self.requestline):
+            digest = hashlib.sha256(content).hexdigest() if self.digest == "true" else self.digest
+            self.send_header("X-Linked-ETag", f'"{digest}"')
         self.end_headers()
+        if self.command == "HEAD" or (self.redirects and "?" not in self.requestline) or begin >= len(content):
+            return
         self.wfile.write(content[begin : begin + self.give])
+
+    do_HEAD = do_GET
 
     def log_message(self, *_):
         pass
@@ -294,10 +494,125 @@ def test_a_download_that_is_damaged_is_thrown_away(server):
     with pytest.raises(RunError, match="came damaged"):
         download(path / "got", 1, lambda line: None, address)
     assert not list((path / "got").iterdir())
+    kind.redirects = True  # where the redirect alone knows the checksum
+    with pytest.raises(RunError, match="came damaged"):
+        download(path / "got", 1, lambda line: None, address)
+    kind.redirects, kind.digest = False, None
+    (path / "served" / "fineweb_val_000000.bin").write_bytes(b"<html>" * 500)
+    with pytest.raises(RunError, match="is no token shard"):
+        download(path / "got", 1, lambda line: None, address)
+    assert not list((path / "got").iterdir())
     with pytest.raises(RunError, match="could not be fetched"):
         download(path / "got", 1, lambda line: None, address + "nowhere/")
     with pytest.raises(UsageError, match="shards=0"):
         download(path / "got", 0, lambda line: None, address)
+    (path / "file").touch()
+    with pytest.raises(RunError, match="got cannot be made"):
+        download(path / "file" / "got", 1, lambda line: None, address)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_part_is_gone_on_with_or_begun_again(server, ranges):
+    address, kind, path = server
+    kind.ranges, name = ranges, "fineweb_val_000000.bin"
+    content = (path / "served" / name).read_bytes()
+    part = path / "got" / f"{name}.part"
+    part.parent.mkdir()
+    for before in (content, content[:3000], content + b"more"):
+        part.write_bytes(before)
+        if len(before) > len(content):
+            with pytest.raises(RunError, match="not a part of it"):
+                download(path / "got", 1, lambda line: None, address)
+        download(path / "got", 1, lambda line: None, address)
+        assert (path / "got" / name).read_bytes() == content
+        assert not part.exists()
+        (path / "got" / name).unlink()
+
+
+@pytest.mark.parametrize("known", ["tokens.json", "the server"])
+def test_files_that_are_there_have_the_checksum_that_is_known(server, known):
+    address, kind, path = server
+    download(path / "got", 1, lambda line: None, address)
+    if known == "the server":
+        kind.digest = "true"
+        (path / "got" / ABOUT).unlink()
+    file = path / "got" / "fineweb_train_000001.bin"
+    whole = file.read_bytes()
+    file.unlink()
+    file.write_bytes(whole[:2000] + b"ab" + whole[2002:])
+    said = []
+    download(path / "got", 1, said.append, address)
+    assert said[1:] == ["fetching fineweb_train_000001.bin"]
+    assert file.read_bytes() == whole
+    kind.digest = None
+    (path / "got" / ABOUT).unlink(missing_ok=True)
+    download(path / "got", 1, said.append, address.replace("127.0.0.1", "127.0.0.2.invalid"))  # without a network
+
+
+def install(tmp_path, monkeypatch, files):
+    """A package "texts" 1.0 with these files, in the way of the real ones."""
+    (tmp_path / "site" / "texts-1.0.dist-info").mkdir(parents=True)
+    for name, text in files.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_bytes(text)
+    info = tmp_path / "site" / "texts-1.0.dist-info"
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: texts\nVersion: 1.0\n")
+    (info / "RECORD").write_text("".join(f"{name},,\n" for name in files))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+
+
+def test_the_text_of_packages(tmp_path, monkeypatch):
+    files = {f"texts/{i}.py": f"x = {i}\r\n".encode() * 5 for i in range(40)} | {
+        "texts/a.txt": b"no",
+        "other/a.py": b"no",
+    }
+    install(tmp_path, monkeypatch, files)
+    monkeypatch.setenv("REROLL_CACHE", str(tmp_path / "cache"))
+    source = packages.source_files("texts")
+    assert source == {f"texts/{i}.py": f"x = {i}\n".encode() * 5 for i in range(40)}
+    pinned = packages.Packages({"texts": "1.0"}, packages.digest(source))
+    monkeypatch.setitem(packages.PACKAGES, "texts", pinned)
+    path = pathlib.Path(packages.shards_of("texts"))
+    assert packages.shards_of("texts") == str(path)
+    about = json.loads((path / ABOUT).read_text())
+    held_out = {name for name in source if is_held_out(name)}
+    assert 0 < len(held_out) < 20
+    for label, names in (("train_000001", source.keys() - held_out), ("val_000000", held_out)):
+        tokens = read_shard(path / f"bytes_{label}.bin").astype(np.uint8).tobytes()
+        assert tokens == b"".join(b"\0" + source[name] for name in sorted(names))
+        assert about["files"][f"bytes_{label}.bin"] == {
+            "tokens": len(tokens), "bytes": len(tokens) - len(names),
+            "sha256": hashlib.sha256((path / f"bytes_{label}.bin").read_bytes()).hexdigest(),
+        }  # fmt: skip
+    task = TokenBatches(path, length=8, batch=1, valid_tokens=None)
+    assert (task.vocab, task.document, task.valid_bytes) == (256, 0, sum(len(source[name]) for name in held_out))
+    monkeypatch.setitem(packages.PACKAGES, "texts", packages.Packages({"texts": "1.1"}, "0" * 64))
+    with pytest.raises(UsageError, match="pip install texts==1.1"):
+        packages.shards_of("texts")
+    with pytest.raises(UsageError, match="pip install absent"):
+        packages.source_files("absent")
+    assert packages.shards_of("elsewhere") == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "name, of", [
+        ("numpy/distutils/a/b.py", True), ("numpy/__config__.py", True), ("numpy/__init__.py", True),
+        ("pandas/__init__.py", True), ("numpy/fft/__init__.py", False), ("pandas/core/frame.py", False),
+    ],
+)  # fmt: skip
+def test_what_differs_between_the_wheels_of_a_version_is_left_out(name, of):
+    assert bool(packages.OF_A_WHEEL.fullmatch(name)) == of
+
+
+def test_cpu_bytes_is_the_text_of_the_pinned_versions():
+    """The same for the wheels of CPython 3.11 to 3.13 on Linux, and of 3.12 on macOS, Windows and ARM."""
+    pinned = packages.PACKAGES["cpu-bytes"]
+    for package, version in pinned.versions.items():
+        if metadata.version(package) != version:
+            pytest.skip(f"{package} is not {version}")
+    files = {name: text for package in pinned.versions for name, text in packages.source_files(package).items()}
+    assert packages.digest(files) == pinned.sha256
+    assert not any(b"\0" in text for text in files.values())
 
 
 @pytest.mark.usefixtures("quick_steps")

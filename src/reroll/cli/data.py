@@ -31,7 +31,7 @@ class Data:
     tokenizer: Literal["byte", "char", "word", "gpt2"] = option("byte", "tokens: byte, char, word or gpt2")
     max_vocab: int | None = option(None, "tokens: largest vocabulary (default: char 1024, word 10000)")
     shard: int = option(100_000_000, "tokens: tokens per shard", within="[1, 2**31)")
-    shards: int = option(24, "fineweb: training shards, of 100 million tokens and 200 MB each")
+    shards: int = option(25, "fineweb: training shards, of 100 million tokens and 200 MB each")
 
 
 def run(command: str, arguments: Sequence[str]) -> int:

@@ -144,7 +144,9 @@ def _notes(loaded: Any, task: Any, split: str, request: Eval) -> list[str]:
     if request.path is None and 0 < validated < task.batches(split):
         notes.append(f"This scores all {task.batches(split)} batches; during training, only the first {validated}.")
     if loaded.tokenizer is not None and loaded.tokenizer.has_unknown:
-        tokens = task.tokens[split]
+        import numpy as np
+
+        tokens = np.asarray(task.tokens[split])
         count = int((tokens == 0).sum())
         if count:
             share = f"{count:,} of {len(tokens):,} symbols ({100 * count / len(tokens):.2f} %)"

@@ -66,8 +66,7 @@ class Batch:
         """
         if rows is None:
             return self
-        if rows.step != 1 or not 0 <= rows.start < rows.stop <= len(self):
-            raise UsageError(f"rows={rows} must be a range with step 1 inside range(0, {len(self)}), and not empty.")
+        check_rows(rows, len(self))
         return self.rows(rows.start, rows.stop)
 
     def steps(self, begin: int, end: int) -> Batch:
@@ -84,6 +83,12 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {name: getattr(self, name) for name in ("inputs", "targets", "mask", "present", "reset")}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+def check_rows(rows: range, count: int) -> None:
+    """Raise `UsageError` if a range of rows is empty, has gaps or goes beyond the rows of a batch."""
+    if rows.step != 1 or not 0 <= rows.start < rows.stop <= count:
+        raise UsageError(f"rows={rows} must be a range with step 1 inside range(0, {count}), and not empty.")
 
 
 class _Start:

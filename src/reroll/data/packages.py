@@ -3,13 +3,15 @@
     shards_of("cpu-bytes")             a folder of shards, made on the first call
 
 Bytes are tokens; every file follows a zero byte, which no source file holds. A tenth of the files, by a hash of their
-names, is held out.
+names, is held out. Files that differ from wheel to wheel of a version are left out, and lines end in \\n, so that the
+text is the same for every version of Python and every system.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from reroll.data.cache import cache_folder
+from reroll.data.cache import cache_folder, replacing
 from reroll.data.corpus import is_held_out
-from reroll.data.tokens import ABOUT, write_shard
+from reroll.data.shards import ABOUT, described, write_shard
 from reroll.errors import UsageError
 
 
@@ -31,9 +33,11 @@ class Packages:
     sha256: str
 
 
+OF_A_WHEEL = re.compile(r"numpy/(distutils/.*|__config__\.py)|(numpy|pandas)/__init__\.py")
+"""Files that depend on the version of Python, on the compiler, or on how Windows finds libraries."""
 PACKAGES = {
     "cpu-bytes": Packages(
-        {"numpy": "2.4.6", "pandas": "3.1.1"}, "c2c071553b06246d87b31f507beded1d06cb65d887bcfb4a65b0f31102b54d59"
+        {"numpy": "2.4.6", "pandas": "3.1.1"}, "a42a11834b335aae836d85daa904518eb0447c1138f5bfdda4312b769907ddb1"
     ),
 }
 """Every text of packages, by the name that stands for a path."""
@@ -56,22 +60,29 @@ def shards_of(path: str) -> str:
         wanted = " ".join(f"{package}=={version}" for package, version in packages.versions.items())
         raise UsageError(f"{path} is the text of other files than those installed here: pip install {wanted}")
     folder.mkdir(parents=True, exist_ok=True)
-    about = {}
+    files_about = {}
     for label, number in (("train", 1), ("val", 0)):
         texts = [b"\0" + text for key, text in sorted(files.items()) if is_held_out(key) == (label == "val")]
-        write_shard(folder / f"bytes_{label}_{number:06d}.bin", np.frombuffer(b"".join(texts), np.uint8))
-        about[f"bytes_{label}_{number:06d}.bin"] = {"tokens": sum(map(len, texts))}
-    (folder / ABOUT).write_text(json.dumps({"tokenizer": {"name": "byte"}, "files": about}))  # last: now it is whole
+        file = folder / f"bytes_{label}_{number:06d}.bin"
+        write_shard(file, np.frombuffer(b"".join(texts), np.uint8))
+        files_about[file.name] = described(file, sum(map(len, texts)) - len(texts))
+    about = {"tokenizer": {"name": "byte"}, "vocab": 256, "document": 0, "files": files_about}
+    with replacing(folder / ABOUT) as out:  # last: now it is whole
+        out.write(json.dumps(about).encode())
     return str(folder)
 
 
 def source_files(package: str) -> dict[str, bytes]:
-    """Return the .py files of an installed package by their names in its wheel."""
+    """Return the .py files of an installed package by their names in its wheel, but those `OF_A_WHEEL`."""
     try:
         files = metadata.distribution(package).files or []
     except metadata.PackageNotFoundError:
         raise UsageError(f"the package {package} is not installed: pip install {package}") from None
-    return {str(f): Path(str(f.locate())).read_bytes() for f in files if f.suffix == ".py" and f.parts[0] == package}
+    return {
+        str(file): Path(str(file.locate())).read_bytes().replace(b"\r\n", b"\n")
+        for file in files
+        if file.suffix == ".py" and file.parts[0] == package and not OF_A_WHEEL.fullmatch(str(file))
+    }
 
 
 def digest(files: Mapping[str, bytes]) -> str:

@@ -1,31 +1,41 @@
 """Token shards of a text, or from the network: what `reroll data prepare` does for `reroll.data.tokens`.
 
     encode("notes/", "shards/", tokenizer="byte")         of whatever `corpus.find` reads
-    download("shards/", count=24)                         FineWeb as the speedruns use it, in GPT-2's tokens
+    download("shards/", count=25)                         FineWeb as the speedruns use it, in GPT-2's tokens
 
-Every document follows the tokenizer's separator (GPT-2's 50256), and runs on from shard to shard.
+Every document follows a separator (0 for bytes, GPT-2's 50256, a new line for characters and words), and runs on from
+shard to shard.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
+import bisect
+import contextlib
 import json
 import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from reroll.data.cache import training_text
+from reroll.data.cache import replacing, training_text
 from reroll.data.corpus import CHUNK, Corpus, find, passages
-from reroll.data.tokenizers import Tokenizer, encode_chunks, fit
-from reroll.data.tokens import ABOUT, HEADER, read_shard, write_shard
+from reroll.data.shards import (
+    ABOUT,
+    GPT2_DOCUMENT,
+    HEADER,
+    About,
+    described,
+    read_shard,
+    sha256_of,
+    write_shard,
+)  # fmt: skip
+from reroll.data.tokenizers import GPT2, Tokenizer, encode_pieces, fit
 from reroll.errors import RunError, UsageError, require_count
 
 SHARD = 100_000_000
@@ -48,12 +58,13 @@ def encode(
 
     Args:
         path, max_vocab, field: as for `reroll.data.text.Text`.
-        folder: is made; shards in it are replaced.
+        folder: is made; shards of a text of this name in it are replaced.
         tokenizer: "byte", "char", "word" or "gpt2"; or one that is ready.
         shard: tokens of a shard.
 
     Raises:
-        UsageError: if there is no such text, or the vocabulary is larger than a shard's 65,536.
+        UsageError: if there is no such text, the vocabulary is larger than a shard's 65,536, or the folder holds the
+            shards of another text.
         RunError: if the folder cannot be written.
 
     Example:
@@ -73,57 +84,97 @@ def encode(
             f"the tokenizer has {tokenizer.size} symbols; a shard holds 65536. Set max_vocab=65536 or less."
         )
     target, stem, files = Path(folder), re.sub(r"[^\w.-]+", "-", Path(path).stem).strip("-") or "text", {}
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for old in (ABOUT, *(p.name for p in target.glob(f"{glob.escape(stem)}_*_??????.bin"))):
-            (target / old).unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"{target} cannot be made: {error.strerror}.") from None
+    _make_room(target, stem)
     for split, label, first in (("train", "train", 1), ("valid", "val", 0)):
-        separators: list[int] = []  # their places: they are no bytes of the text, even where they look like some
-        for number, tokens in enumerate(_shards(_symbols(corpus, tokenizer, split, separators), shard), first):
+        for number, (tokens, size) in enumerate(_shards(_symbols(corpus, tokenizer, split), tokenizer, shard), first):
             name = f"{stem}_{label}_{number:06d}.bin"
             write_shard(target / name, tokens)
-            begin = (number - first) * shard
-            inserted = [tokenizer.separator or 0 for place in separators if begin <= place < begin + shard]
-            size = len(tokenizer.decode_bytes(tokens)) - len(tokenizer.decode_bytes(inserted))
-            files[name] = {
-                "tokens": len(tokens), "bytes": size,
-                "sha256": hashlib.sha256((target / name).read_bytes()).hexdigest(),
-            }  # fmt: skip
-    about = {"tokenizer": tokenizer.to_dict(), "vocab": tokenizer.size, "files": files}
-    (target / ABOUT).write_text(json.dumps(about, indent=1))
+            files[name] = described(target / name, size)
+    about = {
+        "tokenizer": tokenizer.to_dict(), "vocab": tokenizer.size, "document": _marks(tokenizer)[1], "files": files,
+    }  # fmt: skip
+    _write_about(target, about)
     return about
 
 
-def _symbols(corpus: Corpus, tokenizer: Tokenizer, split: str, separators: list[int]) -> Iterator[npt.NDArray[Any]]:
-    """The symbols of a split; the places of the separators are put into the list."""
-    count = 0
+def _make_room(target: Path, stem: str) -> None:
+    """Make the folder, and delete the shards of the same text there; refuse one with shards of another."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        ours = re.compile(re.escape(stem) + r"_(train|val)_\d{6}\.bin")
+        there = sorted(target.glob("*.bin"))
+        if others := [file for file in there if not ours.fullmatch(file.name)]:
+            raise UsageError(f"{target} holds shards of another text ({others[0].name}); take another folder.")
+        for old in (target / ABOUT, *there):
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{target} cannot be made: {error.strerror}.") from None
+
+
+def _write_about(target: Path, about: dict[str, Any]) -> None:
+    try:
+        with replacing(target / ABOUT) as file:
+            file.write(json.dumps(about, indent=1).encode())
+    except OSError as error:
+        raise RunError(f"{target / ABOUT} cannot be written: {error.strerror}.") from None
+
+
+def _marks(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
+    """The symbol that is put before every document, and the same if it is found nowhere else.
+
+    For bytes it is 0, which no text holds. Characters and words have none but that of a new line.
+    """
+    if tokenizer.name == "byte":
+        return 0, 0
+    return tokenizer.separator, None if tokenizer.has_unknown else tokenizer.separator
+
+
+Part = tuple[str | None, npt.NDArray[Any], int]
+"""A piece of a document: its text (None for bytes, which are their own symbols), its symbols, and its bytes."""
+
+
+def _symbols(corpus: Corpus, tokenizer: Tokenizer, split: str) -> Iterator[Part]:
+    """The pieces of a split; what is put before a document is one of no bytes."""
+    before = _marks(tokenizer)[0]
     for passage in passages(corpus):
         if passage.split == split:
+            if before is not None:
+                yield None, np.array([before]), 0
             chunks = passage.document.chunks(passage.begin, passage.end, CHUNK)
-            if tokenizer.separator is not None:
-                separators.append(count)
-                count += 1
-                yield np.array([tokenizer.separator])
-            for symbols in encode_chunks(tokenizer, chunks, passage.document.where):
-                count += len(symbols)
-                yield symbols
+            yield from encode_pieces(tokenizer, chunks, passage.document.where)
 
 
-def _shards(parts: Iterator[npt.NDArray[Any]], size: int) -> Iterator[npt.NDArray[np.uint16]]:
-    """The same symbols in pieces of a size, the last one shorter."""
-    held: list[npt.NDArray[np.uint16]] = []
-    count = 0
-    for part in parts:
-        held.append(part.astype(np.uint16))
-        count += len(part)
-        while count >= size:
-            whole = np.concatenate(held)
-            yield whole[:size]
-            held, count = [whole[size:]], count - size
+def _shards(parts: Iterator[Part], tokenizer: Tokenizer, size: int) -> Iterator[tuple[npt.NDArray[np.uint16], int]]:
+    """The same symbols in shards of a size, the last one shorter, with their bytes of text.
+
+    All shards are in one buffer: what is yielded holds until the next one is asked for.
+    """
+    buffer, count, total = np.empty(size, np.uint16), 0, 0
+    for text, symbols, length in parts:
+        taken = taken_bytes = 0
+        while count + len(symbols) - taken >= size:
+            more = size - count
+            upto = _bytes_of(tokenizer, text, symbols, taken + more, length)
+            buffer[count:] = symbols[taken : taken + more]
+            yield buffer, total + upto - taken_bytes
+            count, total, taken, taken_bytes = 0, 0, taken + more, upto
+        buffer[count : count + len(symbols) - taken] = symbols[taken:]
+        count, total = count + len(symbols) - taken, total + length - taken_bytes
     if count:
-        yield np.concatenate(held)
+        yield buffer[:count], total
+
+
+def _bytes_of(tokenizer: Tokenizer, text: str | None, symbols: npt.NDArray[Any], count: int, length: int) -> int:
+    """The bytes of text that the first symbols of a piece stand for."""
+    if count == len(symbols):
+        return length
+    if text is None:
+        return count
+    if not tokenizer.has_unknown:
+        return len(tokenizer.decode_bytes(symbols[:count]))
+    places = range(len(text) + 1)
+    end = bisect.bisect_right(places, count, key=lambda place: len(tokenizer.encode(text[:place]))) - 1
+    return len(text[:end].encode())
 
 
 def download(
@@ -131,8 +182,8 @@ def download(
 ) -> None:
     """Fetch the validation shard and the first training shards of FineWeb; go on where an earlier call ended.
 
-    What is whole is left alone. Every file is checked: its header, its length, and its SHA-256 where the server names
-    one.
+    What is whole is left alone. Every file is checked: its header, its length, and its SHA-256 where tokens.json or the
+    server names one. tokens.json is written beside them.
 
     Raises:
         UsageError: if there are not so many shards.
@@ -143,38 +194,97 @@ def download(
     target = Path(folder)
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
     say(f"{len(names)} files of up to {(HEADER + 2 * SHARD) / 1e6:.0f} MB from {source}, licence {FINEWEB_LICENCE}.")
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{target} cannot be made: {error.strerror}.") from None
+    files = dict(About.beside(target / names[0]).files)
     for name in names:
-        if (target / name).exists():
-            read_shard(target / name)
-            continue
-        say(f"fetching {name}")
+        path = target / name
         try:
-            _fetch(source + name, target / name)
-        except (OSError, urllib.error.URLError) as error:
+            if path.exists() and _is_whole(path, files.get(name), source + name):
+                continue
+            say(f"fetching {name}")
+            _fetch(source + name, path)
+        except OSError as error:  # of urllib too
             raise RunError(f"{source + name} could not be fetched ({error}); run the command again to go on.") from None
-        read_shard(target / name)
+        files[name] = described(path)
+        about = {"tokenizer": {"name": GPT2.name}, "vocab": GPT2.size, "document": GPT2_DOCUMENT, "files": files}
+        _write_about(target, about)
+
+
+def _is_whole(path: Path, known: Mapping[str, Any] | None, url: str) -> bool:
+    """Whether a file is the shard that it should be: by tokens.json, else by what the server says."""
+    try:
+        read_shard(path)
+    except UsageError:
+        return False
+    expected = (known or {}).get("sha256", "")
+    if not expected:
+        with contextlib.suppress(OSError):  # without a network it is what it is
+            answer, expected = _open(urllib.request.Request(url, method="HEAD"))
+            answer.close()
+    return not expected or sha256_of(path) == expected
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and keeps the checksum that one names: the storage it leads to does not know it."""
+
+    checksum = ""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        self.checksum = self.checksum or _checksum(headers)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _checksum(headers: Any) -> str:
+    """The SHA-256 in the headers of an answer; empty if there is none."""
+    tag = (headers.get("X-Linked-ETag") or "").strip('"')
+    return tag if re.fullmatch("[0-9a-f]{64}", tag) else ""
+
+
+def _open(request: urllib.request.Request) -> tuple[Any, str]:
+    """The answer to a request, and the SHA-256 that it or a redirect to it names."""
+    redirects = _Redirects()
+    try:
+        answer = urllib.request.build_opener(redirects).open(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        answer = error  # the part that is asked for begins at the end
+    return answer, redirects.checksum or _checksum(answer.headers)
 
 
 def _fetch(url: str, target: Path) -> None:
     part = target.with_name(target.name + ".part")
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as answer, part.open("ab") as file:
-        if have and answer.status != 206:  # a server that begins again
-            file.truncate(0)
-        digest = (answer.headers.get("X-Linked-ETag") or "").strip('"')
-        left = int(answer.headers.get("Content-Length") or 0)
-        while block := answer.read(CHUNK):
-            left -= file.write(block)
+    answer, expected = _open(urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {}))
+    left = 0
+    with answer:
+        if answer.status == 416:
+            if (answer.headers.get("Content-Range") or "").rpartition("/")[2] != str(have):
+                part.unlink()  # longer than the file
+                raise ConnectionError("what was fetched before is not a part of it")
+        else:
+            with part.open("ab") as file:
+                if have and answer.status != 206:  # a server that begins again
+                    file.truncate(0)
+                left = int(answer.headers.get("Content-Length") or 0)
+                while block := answer.read(CHUNK):
+                    left -= file.write(block)
     if left > 0:
         raise ConnectionError(f"the connection ended {left} bytes early")
-    if len(digest) == 64:
-        with part.open("rb") as file:
-            got = hashlib.file_digest(file, "sha256").hexdigest()
-        if got != digest:
-            part.unlink()
+    try:
+        got = sha256_of(part) if expected else ""
+        if got != expected:
             raise RunError(
-                f"{target.name} came damaged (SHA-256 {got[:12]}…, not {digest[:12]}…); run the command again."
+                f"{target.name} came damaged (SHA-256 {got[:12]}…, not {expected[:12]}…); run the command again."
             )
+        read_shard(part)
+    except UsageError:
+        part.unlink()
+        raise RunError(f"{url} is no token shard; what came is thrown away.") from None
+    except RunError:
+        part.unlink()
+        raise
     os.replace(part, target)

@@ -122,13 +122,17 @@ class Task(ABC):
         Raises:
             UsageError: if there is no such batch.
         """
+        self.check_batch(step, split, length)
+        return self.make(step, split, length, unit).part(rows)
+
+    def check_batch(self, step: int, split: str, length: int | None) -> None:
+        """Raise `UsageError` if there is no such batch."""
         self.check_split(split)
         if length is not None and not 1 <= length <= (self.length or length):
             raise UsageError(f"length={length} must lie in [1, {self.length}], the length of the task.")
         if step < 0 or (self.finite and split != "train" and step >= self.batches(split)):
             below = "" if split == "train" else f" and below {self.batches(split)}, the number of batches of {split!r}"
             raise UsageError(f"step={step} must be 0 or more{below}.")
-        return self.make(step, split, length, unit).part(rows)
 
     def check_split(self, split: str) -> None:
         """Raise `UsageError` if the task has no such split."""
@@ -159,6 +163,10 @@ class Task(ABC):
     def score(self, model: Any, batch: Batch) -> Score:
         """Return the summed loss and the number of correct outputs and sequences."""
         return sequence_score(model, batch)[0]
+
+    def summary(self, score: Score, split: str) -> dict[str, float]:
+        """Return the means of a score over the batches of a split, by name."""
+        return score.summary(self.categorical)
 
     def describe(self) -> str:
         """Return what was read, in a line; empty if nothing was."""

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from reroll.data.batch import Batch
+from reroll.data.batch import Batch, check_rows
 from reroll.data.cache import Streams, load
 from reroll.data.corpus import find, whole_held_out
 from reroll.data.task import FileTask
@@ -57,6 +58,23 @@ class Windows(FileTask):
 
         A held-out part is read in B windows one after the other; when carrying, by B readers of a B-th each.
         """
+        return self._windows(step, split, length, unit, None)
+
+    def batch(
+        self,
+        step: int,
+        split: str = "train",
+        length: int | None = None,
+        rows: range | None = None,
+        unit: int | None = None,
+    ) -> Batch:
+        """Return the batch of a step, as `Task.batch` says; where nothing is carried only those rows are read."""
+        self.check_batch(step, split, length)
+        if self.carries:
+            return self.make(step, split, length, unit).part(rows)
+        return self._windows(step, split, length, unit, rows)
+
+    def _windows(self, step: int, split: str, length: int | None, unit: int | None, rows: range | None) -> Batch:
         tokens, row = self.tokens[split], np.arange(self.batch_size)
         pairs, steps = len(tokens) - 1, length or self.length
         if self.carries and steps != self.length:
@@ -70,6 +88,15 @@ class Windows(FileTask):
             begin = (step * self.batch_size + row) * self.length
             begin = begin[begin < pairs]  # the last batch may have fewer rows
             end = begin + self.length
+        count, scored = len(begin), len(begin) * steps
+        if split != "train":
+            scored = int((np.minimum(end, pairs) - begin).clip(0, steps).sum())
+        if rows is not None:
+            check_rows(rows, count)
+            begin, end = begin[rows.start : rows.stop], end[rows.start : rows.stop]
+        scored = scored * (len(begin) / count)
+        if not self.carries and (whole := self._read(split, begin, steps)) is not None:
+            return Batch(*whole, torch.ones(len(begin), steps, dtype=torch.bool), scored)
         place = begin[:, None] + np.arange(steps)
         if split == "train":  # goes round and round
             place, mask = place % pairs, np.ones(place.shape, dtype=bool)
@@ -82,7 +109,11 @@ class Windows(FileTask):
             reset |= inputs.numpy() == self.document
         # A mask of resets keeps a model from running the sequence by one kernel; most batches begin no document.
         begins = torch.from_numpy(reset) if self.carries and reset.any() else None
-        return Batch(inputs, targets, torch.from_numpy(mask), reset=begins)
+        return Batch(inputs, targets, torch.from_numpy(mask), scored, reset=begins)
+
+    def _read(self, split: str, begin: IntArray, steps: int) -> tuple[Tensor, Tensor] | None:
+        """Inputs and targets of rows that are read faster than place by place; None: these are not."""
+        return None
 
     def count(self, split: str) -> int:
         pairs = len(self.tokens[split]) - 1

@@ -313,11 +313,19 @@ def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[bytes], name: str) -> I
 
     Memory is that of a few chunks; a word longer than a chunk has to fit as well. `name` is for errors.
     """
+    yield from (symbols for _, symbols, _ in encode_pieces(tokenizer, chunks, name))
+
+
+def encode_pieces(
+    tokenizer: Tokenizer, chunks: Iterable[bytes], name: str
+) -> Iterator[tuple[str | None, Symbols, int]]:
+    """Yield what `encode_chunks` does with the text of the symbols (None for bytes) and its length in bytes."""
     if isinstance(tokenizer, Byte):
         # The bytes as they are, UTF-8 or not.
-        yield from (np.frombuffer(chunk, dtype=np.uint8) for chunk in chunks)
+        yield from ((None, np.frombuffer(chunk, dtype=np.uint8), len(chunk)) for chunk in chunks)
         return
-    yield from map(tokenizer.encode, _pieces(decode_utf8(chunks, name), tokenizer.cut))
+    for text in _pieces(decode_utf8(chunks, name), tokenizer.cut):
+        yield text, tokenizer.encode(text), len(text.encode())
 
 
 def _pieces(texts: Iterable[str], cut: Callable[[str], int]) -> Iterator[str]:

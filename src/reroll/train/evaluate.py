@@ -78,4 +78,4 @@ def evaluate(
             progress(index + 1, batches)
     finally:
         model.train(training)
-    return total.summary(task.categorical)
+    return task.summary(total, split)
