@@ -13,6 +13,8 @@ These functions can be called only from compiled (`njit`) code. Indices count el
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -20,11 +22,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from reroll.kernels.jit import jit
+
 LANES = 16
 
-_I1, _I16, _I32 = ir.IntType(1), ir.IntType(16), ir.IntType(32)
+_I1, _I8, _I16, _I32 = (ir.IntType(bits) for bits in (1, 8, 16, 32))
 _ELEMENTS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
-_SUFFIX = {types.float32: "v16f32", types.float64: "v16f64"}
 
 
 class Vector(types.Type):
@@ -45,35 +48,41 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, _llvm(vector.element))
 
 
-# ---- helpers that write LLVM instructions
+# ---- helpers that emit LLVM instructions
 
 
-class _Writer:
-    """Writes vector instructions for one element type."""
+def _integers(values: Sequence[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_I32, len(values)), list(values))
+
+
+class _Emitter:
+    """Emits vector instructions for one element type."""
 
     def __init__(self, builder: Any, element: types.Float):
-        self.builder, self.element, self.type = builder, element, _llvm(element)
+        self.builder, self.type = builder, _llvm(element)
+        self.align = element.bitwidth // 8
+        self.suffix = f"v{LANES}f{element.bitwidth}"
 
     def constant(self, value: float) -> ir.Constant:
         return ir.Constant(self.type, [value] * LANES)
 
     def splat(self, scalar: Any) -> Any:
-        undefined = ir.Constant(self.type, ir.Undefined)
+        undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
         first = self.builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
-        return self.builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
+        return self.builder.shuffle_vector(first, undefined, _integers([0] * LANES))
 
-    def call(self, name: str, *arguments: Any) -> Any:
-        signature = ir.FunctionType(self.type, [self.type] * len(arguments))
-        function = cgutils.get_or_insert_function(
-            self.builder.module, signature, f"llvm.{name}.{_SUFFIX[self.element]}"
+    def call(self, name: str, *arguments: Any, returns: Any = None) -> Any:
+        """Call an LLVM intrinsic, which returns a vector unless a type is named."""
+        signature = ir.FunctionType(returns or self.type, [argument.type for argument in arguments])
+        return self.builder.call(
+            cgutils.get_or_insert_function(self.builder.module, signature, f"llvm.{name}"), arguments
         )
-        return self.builder.call(function, arguments)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        return self.call("fma", a, b, c)
+        return self.call(f"fma.{self.suffix}", a, b, c)
 
-    def shuffle(self, a: Any, b: Any, order: list[int]) -> Any:
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, LANES), order))
+    def abs(self, x: Any) -> Any:
+        return self.call(f"fabs.{self.suffix}", x)
 
     def polynomial(self, x: Any, *coefficients: float) -> Any:
         """Horner's rule, highest power first."""
@@ -82,286 +91,264 @@ class _Writer:
             total = self.fma(total, x, self.constant(coefficient))
         return total
 
+    def pointer(self, data: Any, index: Any, width: int = LANES) -> Any:
+        """Return the address of `width` numbers from `data[index]` on."""
+        return self.builder.bitcast(
+            self.builder.gep(data, [index]), ir.VectorType(self.type.element, width).as_pointer()
+        )
 
-def _pointer(context: Any, builder: Any, array_type: types.Array, array: Any, index: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), _llvm(array_type.dtype).as_pointer())
+
+def _element(argument: types.Type) -> types.Type | None:
+    """Return the type of the numbers in an array or a vector, or of a real number; None for others."""
+    if isinstance(argument, types.Array):
+        return argument.dtype
+    return argument.element if isinstance(argument, Vector) else argument if isinstance(argument, types.Float) else None
+
+
+def _operation(returns: bool = True, integers: types.Integer = types.intp) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function that emits LLVM instructions one that compiled code can call.
+
+    The decorated function is given an `_Emitter` and the values of its arguments: of an array the pointer to its data.
+    The emitter's element type is that of the first array, vector or real number among them.
+
+    Args:
+        returns: whether it returns a vector; else it returns nothing.
+        integers: the type to which integer arguments are converted.
+    """
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        @functools.wraps(emit)  # Numba reads the names of the arguments from here
+        def typed(typing_context: Any, *arguments: types.Type) -> Any:
+            element = next(filter(None, map(_element, arguments)))
+
+            def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+                pairs = zip(signature.args, values)
+                values = [
+                    context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
+                    for kind, value in pairs
+                ]
+                result = emit(_Emitter(builder, element), *values)
+                return result if returns else context.get_dummy_value()
+
+            kinds = (integers if isinstance(kind, types.Integer) else kind for kind in arguments)
+            return (Vector(element) if returns else types.void)(*kinds), code
+
+        return intrinsic(typed)
+
+    return decorate
 
 
 # ---- memory
 
 
-@intrinsic
-def load(typing_context, array, index):
+@_operation()
+def load(emitter, array, index):
     """Return the sixteen numbers `array[index : index + 16]`."""
-
-    def code(context, builder, signature, arguments):
-        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1])
-        return builder.load(pointer, align=array.dtype.bitwidth // 8)
-
-    return Vector(array.dtype)(array, types.intp), code
+    return emitter.builder.load(emitter.pointer(array, index), align=emitter.align)
 
 
-@intrinsic
-def store(typing_context, array, index, vector):
+@_operation(returns=False)
+def store(emitter, array, index, vector):
     """Write sixteen numbers to `array[index : index + 16]`."""
-
-    def code(context, builder, signature, arguments):
-        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1])
-        builder.store(arguments[2], pointer, align=array.dtype.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, vector), code
+    emitter.builder.store(vector, emitter.pointer(array, index), align=emitter.align)
 
 
-@intrinsic
-def load_part(typing_context, array, index, count):
+@_operation()
+def load_part(emitter, array, index, count):
     """Return `array[index : index + count]` in the first lanes and 0 in the others; nothing beyond is read."""
-
-    def code(context, builder, signature, arguments):
-        return _load_part(context, builder, signature.args[0], *arguments)
-
-    return Vector(array.dtype)(array, types.intp, types.intp), code
+    return _load_part(emitter, array, index, count)
 
 
-def _load_part(context: Any, builder: Any, array_type: types.Array, array: Any, index: Any, count: Any) -> Any:
-    part = _Part(context, builder, array_type, array, index, count)
-    zeros = part.write.constant(0.0)
+def _load_part(emitter: _Emitter, array: Any, index: Any, count: Any) -> Any:
+    builder, zeros = emitter.builder, emitter.constant(0.0)
     result = cgutils.alloca_once_value(builder, zeros)
 
     def exact(width: int) -> None:
-        value = builder.load(part.pointer_to(width), align=part.align)
+        value = builder.load(emitter.pointer(array, index, width), align=emitter.align)
         zero = ir.Constant(value.type, [0.0] * width)
         order = [min(lane, width) for lane in range(LANES)]  # `width` is the first of the zeros
-        lanes = ir.Constant(ir.VectorType(_I32, LANES), order)
-        builder.store(builder.shuffle_vector(value, zero, lanes), result)
+        builder.store(builder.shuffle_vector(value, zero, _integers(order)), result)
 
-    def masked() -> None:
-        kinds = [part.pointer.type, _I32, part.mask.type, zeros.type]
-        function = part.intrinsic("load", ir.FunctionType(zeros.type, kinds))
-        builder.store(builder.call(function, [part.pointer, ir.Constant(_I32, part.align), part.mask, zeros]), result)
+    def masked(align: Any, mask: Any) -> None:
+        arguments = emitter.pointer(array, index), align, mask, zeros
+        builder.store(emitter.call(f"masked.load.{emitter.suffix}.p0", *arguments), result)
 
-    part.by_width(exact, masked)
+    _by_width(emitter, count, exact, masked)
     return builder.load(result)
 
 
-@intrinsic
-def store_part(typing_context, array, index, vector, count):
+@_operation(returns=False)
+def store_part(emitter, array, index, vector, count):
     """Write the first `count` lanes to `array[index : index + count]`; nothing beyond is written."""
+    builder = emitter.builder
 
-    def code(context, builder, signature, arguments):
-        array, index, vector, count = arguments
-        part = _Part(context, builder, signature.args[0], array, index, count)
+    def exact(width: int) -> None:
+        first = builder.shuffle_vector(vector, vector, _integers(range(width)))
+        builder.store(first, emitter.pointer(array, index, width), align=emitter.align)
 
-        def exact(width: int) -> None:
-            lanes = ir.Constant(ir.VectorType(_I32, width), list(range(width)))
-            builder.store(builder.shuffle_vector(vector, vector, lanes), part.pointer_to(width), align=part.align)
+    def masked(align: Any, mask: Any) -> None:
+        arguments = vector, emitter.pointer(array, index), align, mask
+        emitter.call(f"masked.store.{emitter.suffix}.p0", *arguments, returns=ir.VoidType())
 
-        def masked() -> None:
-            kinds = [vector.type, part.pointer.type, _I32, part.mask.type]
-            function = part.intrinsic("store", ir.FunctionType(ir.VoidType(), kinds))
-            builder.call(function, [vector, part.pointer, ir.Constant(_I32, part.align), part.mask])
-
-        part.by_width(exact, masked)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, vector, types.intp), code
+    _by_width(emitter, count, exact, masked)
 
 
-class _Part:
-    """Writes the access to some of sixteen lanes.
+def _by_width(
+    emitter: _Emitter, count: Any, exact: Callable[[int], None], masked: Callable[[Any, Any], None]
+) -> None:
+    """Emit an access to the first `count` lanes: `exact(width)` for a count of 8 or 4, else `masked(align, mask)`.
 
     Eight or four are one short vector. Any other number is a vector under a mask, which the processor takes for an
     access to all sixteen numbers: it waits where those overlap with what was just written (measured: 3 times slower).
     """
+    builder = emitter.builder
+    mask = builder.icmp_signed("<", _integers(range(LANES)), emitter.splat(builder.trunc(count, _I32)))
 
-    def __init__(self, context: Any, builder: Any, array_type: types.Array, array: Any, index: Any, count: Any):
-        self.builder, self.count, self.element = builder, count, array_type.dtype
-        self.write = _Writer(builder, array_type.dtype)
-        self.pointer = _pointer(context, builder, array_type, array, index)
-        self.align = array_type.dtype.bitwidth // 8
-        lanes = ir.VectorType(_I32, LANES)
-        first = builder.insert_element(
-            ir.Constant(lanes, ir.Undefined), builder.trunc(count, _I32), ir.Constant(_I32, 0)
-        )
-        counts = builder.shuffle_vector(first, first, ir.Constant(lanes, [0] * LANES))
-        self.mask = builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), counts)
-
-    def pointer_to(self, width: int) -> Any:
-        return self.builder.bitcast(self.pointer, ir.VectorType(_ELEMENTS[self.element], width).as_pointer())
-
-    def intrinsic(self, name: str, signature: ir.FunctionType) -> Any:
-        name = f"llvm.masked.{name}.{_SUFFIX[self.element]}.p0"
-        return cgutils.get_or_insert_function(self.builder.module, signature, name)
-
-    def by_width(self, exact: Any, masked: Any, widths: tuple[int, ...] = (8, 4)) -> None:
-        """Write `exact(width)` for counts equal to a width and `masked()` for all others."""
+    def branch(widths: tuple[int, ...]) -> None:
         if not widths:
-            masked()
+            masked(ir.Constant(_I32, emitter.align), mask)
             return
-        equal = self.builder.icmp_signed("==", self.count, ir.Constant(self.count.type, widths[0]))
-        with self.builder.if_else(equal) as (then, otherwise):
+        equal = builder.icmp_signed("==", count, ir.Constant(count.type, widths[0]))
+        with builder.if_else(equal) as (then, otherwise):
             with then:
                 exact(widths[0])
             with otherwise:
-                self.by_width(exact, masked, widths[1:])
+                branch(widths[1:])
+
+    branch((8, 4))
 
 
-@intrinsic
-def prefetch(typing_context, array, index):
+@jit
+def load_lanes(array, index, count):
+    """`load` where sixteen numbers or more are left, else `load_part`."""
+    if count >= LANES:
+        return load(array, index)
+    return load_part(array, index, count)
+
+
+@jit
+def store_lanes(array, index, vector, count):
+    """`store` where there is room for sixteen numbers or more, else `store_part`."""
+    if count >= LANES:
+        store(array, index, vector)
+    else:
+        store_part(array, index, vector, count)
+
+
+@_operation(returns=False)
+def prefetch(emitter, array, index):
     """Ask for the cache line of `array[index]`; the index may lie outside of the array."""
-
-    def code(context, builder, signature, arguments):
-        array_type, (array, index) = signature.args[0], arguments
-        pointer = builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
-        pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
-        called = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, called, "llvm.prefetch.p0")
-        # To be read, and soon read again; of the data cache.
-        builder.call(function, [pointer, *(ir.Constant(_I32, value) for value in (0, 3, 1))])
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), code
+    pointer = emitter.builder.bitcast(emitter.builder.gep(array, [index]), _I8.as_pointer())
+    # To be read, and soon read again; of the data cache.
+    hints = (ir.Constant(_I32, value) for value in (0, 3, 1))
+    emitter.call("prefetch.p0", pointer, *hints, returns=ir.VoidType())
 
 
-@intrinsic
-def broadcast(typing_context, array, index):
+@_operation()
+def broadcast(emitter, array, index):
     """Return a vector whose sixteen numbers are all `array[index]`."""
-
-    def code(context, builder, signature, arguments):
-        array_type, array, index = signature.args[0], arguments[0], arguments[1]
-        data = context.make_array(array_type)(context, builder, array).data
-        return _Writer(builder, array_type.dtype).splat(builder.load(builder.gep(data, [index])))
-
-    return Vector(array.dtype)(array, types.intp), code
+    return emitter.splat(emitter.builder.load(emitter.builder.gep(array, [index])))
 
 
 # ---- arithmetic
 
 
-@intrinsic
-def splat(typing_context, scalar):
+@_operation()
+def splat(emitter, scalar):
     """Return a vector whose sixteen numbers are all `scalar`."""
-
-    def code(context, builder, signature, arguments):
-        return _Writer(builder, scalar).splat(arguments[0])
-
-    return Vector(scalar)(scalar), code
+    return emitter.splat(scalar)
 
 
 def _binary(instruction: str) -> Any:
     """Return the operation on two vectors that is one LLVM instruction."""
 
-    def operation(typing_context, a, b):
-        return a(a, b), lambda context, builder, signature, arguments: getattr(builder, instruction)(*arguments)
+    def emit(emitter, a, b):
+        return getattr(emitter.builder, instruction)(a, b)
 
-    operation.__name__ = instruction
-    return intrinsic(operation)
+    emit.__name__ = instruction
+    return _operation()(emit)
 
 
 add, sub, mul, div = map(_binary, ("fadd", "fsub", "fmul", "fdiv"))
 
 
-@intrinsic
-def at_most(typing_context, a, limit):
-    """Return `limit` where a is above it and a elsewhere, so that a NaN stays one."""
-
-    def code(context, builder, signature, arguments):
-        a, limit = arguments
-        return builder.select(builder.fcmp_ordered(">", a, limit), limit, a)
-
-    return a(a, limit), code
-
-
-@intrinsic
-def max_abs(typing_context, a, x):
-    """Return |x| where it is above a, and a elsewhere, also where x is not a number."""
-
-    def code(context, builder, signature, arguments):
-        a, x = arguments
-        magnitude = _Writer(builder, signature.return_type.element).call("fabs", x)
-        return builder.select(builder.fcmp_ordered(">", magnitude, a), magnitude, a)
-
-    return a(a, x), code
-
-
-@intrinsic
-def fma(typing_context, a, b, c):
+@_operation()
+def fma(emitter, a, b, c):
     """Return a · b + c with one rounding."""
-
-    def code(context, builder, signature, arguments):
-        return _Writer(builder, a.element).fma(*arguments)
-
-    return a(a, b, c), code
+    return emitter.fma(a, b, c)
 
 
-@intrinsic
-def row_sums(typing_context, matrix, at, stride, rows, array, index, columns):
+@_operation()
+def at_most(emitter, a, limit):
+    """Return `limit` where a is above it and a elsewhere, so that a NaN stays one."""
+    return emitter.builder.select(emitter.builder.fcmp_ordered(">", a, limit), limit, a)
+
+
+@_operation()
+def max_abs(emitter, a, x):
+    """Return |x| where it is above a, and a elsewhere, also where x is not a number."""
+    magnitude = emitter.abs(x)
+    return emitter.builder.select(emitter.builder.fcmp_ordered(">", magnitude, a), magnitude, a)
+
+
+@_operation()
+def row_sums(emitter, matrix, at, stride, rows, array, index, columns):
     """Return lane i = Σ_j matrix[at + i · stride + j] · array[index + j] for i < rows, j < columns.
 
     Lanes from `rows` ≥ 1 on repeat the last row, which costs less than leaving them out. Sixteen rows are multiplied
     side by side and their lanes summed together by halves: 45 operations for 16 sums, where one sum alone takes eight.
     """
-
-    def code(context, builder, signature, arguments):
-        matrix, at, stride, rows, array, index, columns = arguments
-        write = _Writer(builder, signature.return_type.element)
-        last = builder.sub(rows, ir.Constant(at.type, 1))
-        starts, sums = [], []
-        for i in (ir.Constant(at.type, i) for i in range(LANES)):
-            row = builder.select(builder.icmp_signed("<", i, last), i, last)
-            starts.append(builder.add(at, builder.mul(stride, row)))
-            sums.append(cgutils.alloca_once_value(builder, write.constant(0.0)))
-        zero, step = ir.Constant(at.type, 0), ir.Constant(at.type, LANES)
-        with cgutils.for_range_slice(builder, zero, columns, step, inc=True) as (j, _):
-            left = builder.sub(columns, j)
-            vector = _load_part(context, builder, signature.args[4], array, builder.add(index, j), left)
-            for start, total in zip(starts, sums):
-                row = _load_part(context, builder, signature.args[0], matrix, builder.add(start, j), left)
-                builder.store(write.fma(row, vector, builder.load(total)), total)
-        return _sum_lanes(write, [builder.load(total) for total in sums])
-
-    integers = [types.intp] * 3
-    return Vector(matrix.dtype)(matrix, *integers, array, types.intp, types.intp), code
+    builder = emitter.builder
+    last = builder.sub(rows, ir.Constant(at.type, 1))
+    starts, sums = [], []
+    for i in (ir.Constant(at.type, i) for i in range(LANES)):
+        row = builder.select(builder.icmp_signed("<", i, last), i, last)
+        starts.append(builder.add(at, builder.mul(stride, row)))
+        sums.append(cgutils.alloca_once_value(builder, emitter.constant(0.0)))
+    zero, step = ir.Constant(at.type, 0), ir.Constant(at.type, LANES)
+    with cgutils.for_range_slice(builder, zero, columns, step, inc=True) as (j, _):
+        left = builder.sub(columns, j)
+        vector = _load_part(emitter, array, builder.add(index, j), left)
+        for start, total in zip(starts, sums):
+            row = _load_part(emitter, matrix, builder.add(start, j), left)
+            builder.store(emitter.fma(row, vector, builder.load(total)), total)
+    return _sum_lanes(builder, [builder.load(total) for total in sums])
 
 
-def _sum_lanes(write: _Writer, vectors: list[Any]) -> Any:
-    """Return the vector of the sums of sixteen vectors."""
+def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
+    """Return the vector of the sums of sixteen vectors.
+
+    Each round adds the halves of every vector and puts the results of two vectors into one: 16 vectors of 16 partial
+    sums become 8 of 2 × 8, 4 of 4 × 4, 2 of 8 × 2, and one of 16 × 1.
+    """
     half = LANES // 2
     while half:
         low = [side + first + i for first in range(0, LANES, 2 * half) for side in (0, LANES) for i in range(half)]
         high = [lane + half for lane in low]
-        pairs = zip(vectors[:half], vectors[half:])
-        vectors = [write.builder.fadd(write.shuffle(a, b, low), write.shuffle(a, b, high)) for a, b in pairs]
+        vectors = [
+            builder.fadd(builder.shuffle_vector(a, b, _integers(low)), builder.shuffle_vector(a, b, _integers(high)))
+            for a, b in zip(vectors[:half], vectors[half:])
+        ]
         half //= 2
     return vectors[0]
 
 
-@intrinsic
-def signs(typing_context, word, shift, a):
+@_operation(integers=types.uint32)
+def signs(emitter, word, shift, a):
     """Return ±a by bits `shift … shift + 15` of a 32-bit word: +a where the bit is 0, −a where it is 1."""
-
-    def code(context, builder, signature, arguments):
-        return _signs(_Writer(builder, a), *arguments)
-
-    return Vector(a)(types.uint32, types.uint32, a), code
+    return _signs(emitter, word, shift, a)
 
 
-@intrinsic
-def masked_signs(typing_context, word, mask, shift, a):
+@_operation(integers=types.uint32)
+def masked_signs(emitter, word, mask, shift, a):
     """Return `signs(word, shift, a)` where the same bit of `mask` is 1, and 0 elsewhere."""
-
-    def code(context, builder, signature, arguments):
-        word, mask, shift, scalar = arguments
-        write = _Writer(builder, a)
-        return builder.select(_bits(builder, mask, shift), _signs(write, word, shift, scalar), write.constant(0.0))
-
-    return Vector(a)(types.uint32, types.uint32, types.uint32, a), code
+    bits = _bits(emitter.builder, mask, shift)
+    return emitter.builder.select(bits, _signs(emitter, word, shift, a), emitter.constant(0.0))
 
 
-def _signs(write: _Writer, word: Any, shift: Any, scalar: Any) -> Any:
-    bits = _bits(write.builder, word, shift)
-    return write.builder.select(bits, write.splat(write.builder.fneg(scalar)), write.splat(scalar))
+def _signs(emitter: _Emitter, word: Any, shift: Any, a: Any) -> Any:
+    bits = _bits(emitter.builder, word, shift)
+    return emitter.builder.select(bits, emitter.splat(emitter.builder.fneg(a)), emitter.splat(a))
 
 
 def _bits(builder: Any, word: Any, shift: Any) -> Any:
@@ -377,49 +364,37 @@ _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 
 
-def _exp(write: _Writer, x: Any) -> Any:
-    builder = write.builder
+def _exp(emitter: _Emitter, x: Any) -> Any:
+    builder = emitter.builder
     # Comparisons rather than min and max: those would turn a NaN into a number, and a NaN must reach the loss.
     for limit, side in ((87.0, ">"), (-87.0, "<")):
-        bound = write.constant(limit)
+        bound = emitter.constant(limit)
         x = builder.select(builder.fcmp_ordered(side, x, bound), bound, x)
     # Adding 1.5·2²³ rounds to an integer and leaves it in the low bits, from where a shift puts it into the exponent.
-    shifter = write.constant(12582912.0)
-    shifted = write.fma(x, write.constant(1.4426950408889634), shifter)
+    shifter = emitter.constant(12582912.0)
+    shifted = emitter.fma(x, emitter.constant(1.4426950408889634), shifter)
     n = builder.fsub(shifted, shifter)
-    r = write.fma(n, write.constant(-_LN2_LOW), write.fma(n, write.constant(-_LN2_HIGH), x))
-    p = write.polynomial(r, *_EXP)
-    p = builder.fadd(write.fma(builder.fmul(p, r), r, r), write.constant(1.0))
-    integers = ir.VectorType(_I32, LANES)
-    exponent = builder.shl(builder.bitcast(shifted, integers), ir.Constant(integers, [23] * LANES))
-    power = builder.add(exponent, ir.Constant(integers, [127 << 23] * LANES))
-    return builder.fmul(p, builder.bitcast(power, write.type))
+    r = emitter.fma(n, emitter.constant(-_LN2_LOW), emitter.fma(n, emitter.constant(-_LN2_HIGH), x))
+    p = emitter.polynomial(r, *_EXP)
+    p = builder.fadd(emitter.fma(builder.fmul(p, r), r, r), emitter.constant(1.0))
+    exponent = builder.shl(builder.bitcast(shifted, ir.VectorType(_I32, LANES)), _integers([23] * LANES))
+    power = builder.add(exponent, _integers([127 << 23] * LANES))
+    return builder.fmul(p, builder.bitcast(power, emitter.type))
 
 
-@intrinsic
-def sigmoid(typing_context, x):
+@_operation()
+def sigmoid(emitter, x):
     """Return 1 / (1 + e⁻ˣ), of float32."""
-
-    def code(context, builder, signature, arguments):
-        write = _Writer(builder, types.float32)
-        one = write.constant(1.0)
-        return builder.fdiv(one, builder.fadd(one, _exp(write, builder.fneg(arguments[0]))))
-
-    return x(x), code
+    one = emitter.constant(1.0)
+    return emitter.builder.fdiv(one, emitter.builder.fadd(one, _exp(emitter, emitter.builder.fneg(x))))
 
 
-@intrinsic
-def tanh(typing_context, x):
+@_operation()
+def tanh(emitter, x):
     """Return tanh x, of float32: an odd polynomial below 0.625, 1 − 2 / (e²ˣ + 1) above."""
-
-    def code(context, builder, signature, arguments):
-        (value,) = arguments
-        write = _Writer(builder, types.float32)
-        one, two = write.constant(1.0), write.constant(2.0)
-        large = builder.fsub(one, builder.fdiv(two, builder.fadd(_exp(write, builder.fmul(two, value)), one)))
-        square = builder.fmul(value, value)
-        small = write.fma(builder.fmul(write.polynomial(square, *_TANH), square), value, value)
-        near_zero = builder.fcmp_ordered("<", write.call("fabs", value), write.constant(0.625))
-        return builder.select(near_zero, small, large)
-
-    return x(x), code
+    builder, one, two = emitter.builder, emitter.constant(1.0), emitter.constant(2.0)
+    large = builder.fsub(one, builder.fdiv(two, builder.fadd(_exp(emitter, builder.fmul(two, x)), one)))
+    square = builder.fmul(x, x)
+    small = emitter.fma(builder.fmul(emitter.polynomial(square, *_TANH), square), x, x)
+    near_zero = builder.fcmp_ordered("<", emitter.abs(x), emitter.constant(0.625))
+    return builder.select(near_zero, small, large)
