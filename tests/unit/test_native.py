@@ -255,13 +255,13 @@ def test_gradients_are_those_of_backpropagation(name):
 def test_rows_lie_as_they_say():
     rows = native.Rows((3, 2), 4)
     x = torch.randn(5, 4, 6)
-    turned = rows.turned(x)
+    turned = rows.pack(x)
     assert turned.is_contiguous()
     for group, (first, count) in enumerate(zip(rows.firsts, rows.counts)):
         for t in range(4):
             for b in range(count):
                 assert torch.equal(turned[:, first + t * count + b], x[3 * group + b, t])
-    assert torch.equal(rows.back(turned, 1, 3), x[:, 1:3])
+    assert torch.equal(rows.unpack(turned, 1, 3), x[:, 1:3])
 
 
 def written_by_hand(module):

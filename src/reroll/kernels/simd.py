@@ -193,9 +193,7 @@ def store_part(emitter, array, index, vector, count):
     _by_width(emitter, count, exact, masked)
 
 
-def _by_width(
-    emitter: _Emitter, count: Any, exact: Callable[[int], None], masked: Callable[[Any, Any], None]
-) -> None:
+def _by_width(emitter: _Emitter, count: Any, exact: Callable[[int], None], masked: Callable[[Any, Any], None]) -> None:
     """Emit an access to the first `count` lanes: `exact(width)` for a count of 8 or 4, else `masked(align, mask)`.
 
     Eight or four are one short vector. Any other number is a vector under a mask, which the processor takes for an

@@ -24,7 +24,7 @@ from reroll.cells.layout import Layout
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
 from reroll.kernels.program import Program
-from reroll.kernels.recurrence import Found, Rows, loop
+from reroll.kernels.recurrence import Convergence, Rows, loop
 from reroll.kernels.recurrence import newton as solve
 from reroll.kernels.simd import LANES
 from reroll.rollout.linearise import Compilable
@@ -67,13 +67,13 @@ def prepare(problem: Problem, fewest: int, structure: str | None, blocks: int = 
     if not _is_supported(problem) or floats < FEWEST_FLOATS:
         return None
     rows = Rows(_groups(batch, fewest, floats), time)
-    programs = compile_step(problem.cell, problem.layout, rows.turned(u).T, structure, blocks)
+    programs = compile_step(problem.cell, problem.layout, rows.pack(u).T, structure, blocks)
     if programs is None:
         return None
     reset = np.empty(0, np.bool_)
     start, fresh = (t.detach().T.contiguous() for t in (problem.start, problem.start))
     if problem.reset is not None and problem.fresh is not None:
-        fresh, reset = problem.fresh.detach().T.contiguous(), rows.turned(problem.reset.unsqueeze(-1))[0].numpy()
+        fresh, reset = problem.fresh.detach().T.contiguous(), rows.pack(problem.reset.unsqueeze(-1))[0].numpy()
     return Prepared(rows, *programs, (start, fresh, reset))
 
 
@@ -125,7 +125,7 @@ def step_by_step(problem: Problem) -> Tensor | None:
         rows = prepared.rows
         states = torch.empty(problem.layout.size, sum(rows.counts) * rows.time)
         loop(prepared.step, rows, *prepared.initial, states)
-        out[:, begin:end] = rows.back(states, 0, rows.time)
+        out[:, begin:end] = rows.unpack(states, 0, rows.time)
         start = out[:, end - 1]
     return out
 
@@ -151,16 +151,16 @@ def adjoint(problem: Problem, states: Tensor, cotangent: Tensor) -> Tensor | Non
         u, s = problem.u[:, begin + 1 : end + 1].detach(), states[:, begin:end]
         if problem.reset is not None and problem.fresh is not None:
             s = torch.where(problem.reset[:, begin + 1 : end + 1, None], problem.fresh.detach().unsqueeze(1), s)
-        u, s, c = (rows.turned(t.flip(1)) for t in (u, s, cotangent[:, begin:end]))
+        u, s, c = (rows.pack(t.flip(1)) for t in (u, s, cotangent[:, begin:end]))
         program = compile_adjoint(problem.cell, problem.layout, u.T, s, c)
         if program is None:
             return None
         cut = np.empty(0, np.bool_)
         if problem.reset is not None:
-            cut = rows.turned(problem.reset[:, begin + 1 : end + 1].flip(1).unsqueeze(-1))[0].numpy()
+            cut = rows.pack(problem.reset[:, begin + 1 : end + 1].flip(1).unsqueeze(-1))[0].numpy()
         out = torch.empty(size, batch * (end - begin))
         loop(program, rows, g.T.contiguous(), nothing, cut, out)
-        gradient[:, begin:end] = rows.back(out, 0, end - begin).flip(1)
+        gradient[:, begin:end] = rows.unpack(out, 0, end - begin).flip(1)
         g = gradient[:, begin]
     return gradient
 
@@ -172,7 +172,7 @@ def newton(
     window: int | str | None,
     tolerance: tuple[float, float],
     limit: Callable[[int], int],
-) -> tuple[Tensor, Found] | None:
+) -> tuple[Tensor, Convergence] | None:
     """Return the states of the first steps [B, steps, D], all of them unless it failed, and the counts of the solver.
 
     `guess`: initial states, [B, T, D]; None: f of the state before the window. `window` and `tolerance` (absolute,
@@ -191,12 +191,12 @@ def newton(
         return None
     order = {"block": blocks, "dense": size}.get(linearise.kind, 1)
     out = torch.empty(size, sum(rows.counts) * time)
-    guesses = None if guess is None else rows.turned(guess[:, :time].to(torch.float32))
+    guesses = None if guess is None else rows.pack(guess[:, :time].to(torch.float32))
     counts = solve(
         (prepared.step, prepared.whole), linearise.kind, order, rows, prepared.initial, guesses, steps, tolerance,
         limit(steps), linearise.every, out,
     )  # fmt: skip
-    return rows.back(out, 0, counts.steps), counts
+    return rows.unpack(out, 0, counts.steps), counts
 
 
 def _window(window: int | str | None, count: int, per_row: int, time: int) -> int:

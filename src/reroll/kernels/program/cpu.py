@@ -16,12 +16,12 @@ from reroll.kernels.simd import (
     div,
     fma,
     load,
-    load_part,
+    load_lanes,
     mul,
     sigmoid,
     splat,
     store,
-    store_part,
+    store_lanes,
     sub,
     tanh,
 )
@@ -113,15 +113,13 @@ def _copy(source, at, target, to, width, count, part):
         return
     for v in range(0, width, LANES):
         left = count - v
-        if left >= LANES:
-            store(target, to + v, load(source, at + v))
-        elif left > 0:
-            if part:
-                store_part(target, to + v, load(source, at + v), left)
-            else:
-                store(target, to + v, load_part(source, at + v, left))
-        elif not part:
-            store(target, to + v, splat(np.float32(0)))
+        if left <= 0:
+            if not part:
+                store(target, to + v, splat(np.float32(0)))
+        elif part:
+            store_lanes(target, to + v, load(source, at + v), left)
+        else:
+            store(target, to + v, load_lanes(source, at + v, left))
 
 
 @jit
