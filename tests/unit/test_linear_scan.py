@@ -624,7 +624,7 @@ GIVEN, STATE = torch.zeros(2, 5, 3), torch.zeros(2, 3)
     [
         ((GIVEN[:, :4], GIVEN), {}, "does not fit b of shape (2, 5, 3). Expected diagonal: (2, 5, 3); dense: (2,"),
         ((torch.zeros(2, 5, 3, 4), GIVEN), {}, "dense: (2, 5, 3, 3)"),
-        ((GIVEN[:1], GIVEN), {}, "must be expanded"),
+        ((GIVEN[:1], GIVEN), {}, "Expand what is shared"),
         ((GIVEN, GIVEN), dict(structure="dense"), "Expected dense: (2, 5, 3, 3)"),
         ((GIVEN, GIVEN), dict(structure="block"), "Expected block: b needs another axis"),
         ((GIVEN, GIVEN), dict(structure="diagnoal"), 'structure="diagnoal" is not known. Did you mean "diagonal"?'),
@@ -719,7 +719,7 @@ kernels += [
     (dense_kalman._filter, dict(REDUCE=r, KEEP=not r, D=d), dense_kalman.warps(d)) for r in both for d in (8, 32)
 ]
 pointers = "A b y eta J precision starts means variances covariances out mean variance covariance".split()
-pointers += "whole whole_A whole_b whole_C whole_eta whole_J".split()
+pointers += "composed chunk_A chunk_b chunk_C chunk_eta chunk_J".split()
 counts = ("time", "channels", "batch", "chunks", "tiles", "groups", "size", "length", "blocks")
 for (function, constants, warps), ones in itertools.product(kernels, both):
     # An argument that is 1 becomes a constant, without a type: tried where nothing else varies.

@@ -93,7 +93,7 @@ def _trace(builder: Builder, cell: Cell, layout: Layout, inputs: Tensor, state: 
 
 def _output(builder: Builder, part: Any) -> tuple[int, int]:
     value = part.value if isinstance(part, Tracked) else part
-    symbol = value if isinstance(value, Symbol) else Symbol.loaded(builder, value)
+    symbol = value if isinstance(value, Symbol) else Symbol.load(builder, value)
     return symbol.first(), symbol.index.numel()
 
 

@@ -2,9 +2,9 @@
 
     choice = choose("noise_axpy", [("triton", on_cuda, "…"), ("cpu", on_cpu, "…"), ("reference", True, "…")])
 
-The first candidate whose condition holds is taken: the rules look at types, shapes and devices, never at a clock or at
-free memory, so the same call always runs the same code. What was taken last, and the reason, is kept for
-`reroll show` (`report`). Tests force one with `with use("noise_axpy", "reference"):`.
+The first candidate whose condition holds is chosen. The rules depend on types, shapes and devices, never on timings or
+free memory, so the same call always runs the same code. `report` returns the last choice for every operation, and its
+reason. Tests force one with `with use("noise_axpy", "reference"):`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from reroll.errors import UsageError
 
 
 class Choice(NamedTuple):
-    """The implementation taken and the reason for it."""
+    """The chosen implementation and the reason for it."""
 
     name: str
     reason: str
@@ -70,7 +70,7 @@ def use(op: str, implementation: str) -> Iterator[None]:
 
 @contextmanager
 def mapped() -> Iterator[None]:
-    """Say that the block runs under `torch.func.vmap`, where torch's own recurrent kernels cannot be called."""
+    """Declare that the block runs under `torch.func.vmap`, where torch's own recurrent kernels cannot be called."""
     token = _mapped.set(True)
     try:
         yield
@@ -106,5 +106,5 @@ def library_candidates(runs: bool, device: str) -> tuple[Candidate, ...]:
 
 
 def report() -> dict[str, Choice]:
-    """Return what was taken last for every operation used so far in this process."""
+    """Return the last choice for every operation used so far in this process."""
     return dict(_taken)

@@ -1,8 +1,8 @@
-"""Compile a function with Numba and keep the result on disk, for as long as no kernel's source changes.
+"""Compile a function with Numba and cache the result on disk, for as long as no kernel's source changes.
 
-Numba compiles a function again when its own file changes, but what is compiled holds the code of all it calls: after a
-change to another file, a kernel kept from before would go on running the old code. So the folder in which kernels are
-kept is named by a hash of all their sources.
+Numba recompiles a function when its own file changes, but the compiled code includes all functions that it calls: after
+a change to another file, a cached kernel would run their old code. So the cache folder is named by a hash of all kernel
+sources.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONFIG: Any = numba.config  # its attributes are made from the environment
 
 @functools.cache
 def folder() -> str:
-    """Return where compiled kernels are kept; where it cannot be written, Numba takes the user's own cache folder."""
+    """Return the cache folder of compiled kernels; where it is not writable, Numba uses the user's cache folder."""
     digest = hashlib.sha256()
     for path in sorted(KERNELS.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -30,8 +30,8 @@ def folder() -> str:
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compile a function that needs no interpreter and holds no lock, with IEEE division."""
-    # The setting is read when a function is decorated; it is the process's, so others' functions must not see it.
+    """Compile a function to machine code that releases the GIL and divides by IEEE rules (1/0 is inf)."""
+    # Numba reads the setting when a function is decorated. It is global, so it is restored for the functions of others.
     before = CONFIG.CACHE_DIR
     CONFIG.CACHE_DIR = folder()
     try:

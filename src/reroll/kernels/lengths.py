@@ -1,4 +1,4 @@
-"""Which steps of a padded batch exist."""
+"""The valid steps of a padded batch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from reroll.errors import UsageError
 
 
 def steps_of(lengths: Any, padded: Tensor) -> tuple[Tensor, Tensor]:
-    """Return lengths as int64 on the device of a padded batch [B, T, …], and True at the steps that exist, [B, T].
+    """Return lengths as int64 on the device of a padded batch [B, T, …], and a mask of the valid steps, [B, T].
 
     Raises:
-        UsageError: if these are no lengths of this batch.
+        UsageError: if `lengths` does not fit the batch.
 
     Example:
         >>> steps_of(torch.tensor([2, 0]), torch.zeros(2, 3))[1].int()

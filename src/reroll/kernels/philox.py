@@ -2,8 +2,8 @@
 
     words = philox(counter, key)        four 32-bit words from four counter words and two key words
 
-The same counter and key give the same words on every device, in any order, for any chunk size: nothing is ever seeded
-or advanced. This file is the readable version; `noise_axpy/cpu.py` and `noise_axpy/triton.py` compute the same bits.
+The same counter and key give the same words on every device, in any order, for any chunk size: there is no state to
+seed or advance. This is the readable version; `noise_axpy/cpu.py` and `noise_axpy/triton.py` compute the same bits.
 
 Reference: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The published
 known-answer vectors of Random123 are in tests/unit/test_philox.py.
@@ -45,8 +45,8 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, key: tuple[int, int]) -> tuple[An
     """
     k0, k1 = key
     for _ in range(ROUNDS):
-        # A 32 × 32-bit product fills 64 bits. In int64 it wraps, which leaves its bits right: the low word by masking,
-        # the high word by masking after the (arithmetic) shift.
+        # A 32 × 32-bit product needs 64 bits. In int64 it wraps around, but its bits are right: masking gives the low
+        # word, and masking after the (arithmetic) shift the high word.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
         k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK

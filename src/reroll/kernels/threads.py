@@ -1,7 +1,7 @@
-"""Threads: pools that live as long as the process, torch's number of them for a while, a compiled loop split over them.
+"""Threads: pools that live as long as the process, torch's number of threads in a block, loops split over threads.
 
-Numba's own parallel loops cannot be entered from two Python threads at once, which is how probes are evaluated; the
-kernels here release the GIL instead and take a range of their work each. How a loop is split never changes its result.
+Numba's parallel loops cannot be entered from two Python threads at once, which is how probes are evaluated. So kernels
+release the GIL instead, and each thread calls them on a range of the work. The split never changes the result.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import torch
 
 @functools.cache
 def pool(workers: int, threads: int | None = None) -> ThreadPoolExecutor:
-    """Return the shared pool of so many workers, each with `threads` threads of torch; None leaves them as they are.
+    """Return the shared pool of this many workers, each with `threads` torch threads; None keeps torch's default.
 
-    torch's setting is per thread, and setting it empties oneDNN's cache of compiled primitives: it is done once.
+    torch's setting is per thread, and setting it empties oneDNN's cache of compiled primitives, so it is set once.
     """
     if threads is None:
         return ThreadPoolExecutor(workers, "reroll-kernel")
     return ThreadPoolExecutor(workers, "reroll-unit", initializer=torch.set_num_threads, initargs=(threads,))
 
 
-# A forked child inherits the pools but not their threads: what it submits there would wait for ever.
+# A forked child inherits the pools but not their threads: a task submitted there would never run.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=pool.cache_clear)
 
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """Run with this number of torch's threads in the calling thread; None leaves it as it is."""
+    """Run the block with this number of torch threads in the calling thread; None leaves it unchanged."""
     before = torch.get_num_threads()
     if threads in (None, before):
         yield

@@ -3,9 +3,9 @@
     losses[n] = logsumexp_v(x_n · W_v + b_v) − (x_n · W_y + b_y),   y = targets[n]
     hits[n]   = argmax_v(x_n · W_v + b_v) = y
 
-Rows are taken a chunk at a time, and the gradient computes the logits of a chunk again: memory is that of one chunk and
-of the gradients, [rows, V] in place of [N, V]. Losses are computed in at least fp32, and so are the sums over chunks in
-the gradients of W and b, whatever the features are in.
+Rows are processed in chunks, and the backward pass recomputes the logits of a chunk: memory is that of one chunk and of
+the gradients, [rows, V] in place of [N, V]. Losses, and the sums over chunks in the gradients of W and b, are computed
+in at least fp32, whatever the dtype of the features.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def cross_entropy(
     if features.shape[:-1] != targets.shape or features.shape[-1:] != weight.shape[1:]:
         raise UsageError(
             f"features {tuple(features.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} do not "
-            "fit; give [..., D], [V, D] and [...]."
+            "fit; expected [..., D], [V, D] and [...]."
         )
     require_positive(rows=rows)
     device = features.device.type
@@ -77,10 +77,8 @@ def cross_entropy_reference(
 def _forward(
     features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    parts = [
-        cross_entropy_reference(some, weight, bias, wanted)
-        for some, wanted in zip(features.split(rows), targets.split(rows))
-    ]
+    chunks = zip(features.split(rows), targets.split(rows))
+    parts = [cross_entropy_reference(x, weight, bias, y) for x, y in chunks]
     losses, hits = zip(*parts)
     return torch.cat(losses), torch.cat(hits)
 
@@ -106,16 +104,16 @@ class _Chunked(torch.autograd.Function):
         to_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
         for begin in range(0, len(targets), ctx.rows):
             part = slice(begin, begin + ctx.rows)
-            some = features[part]
+            x = features[part]
             # d loss / d logits = softmax − one-hot
-            p = functional.linear(some, weight, bias).to(wide).softmax(-1)
+            p = functional.linear(x, weight, bias).to(wide).softmax(-1)
             p[torch.arange(len(p), device=p.device), targets[part]] -= 1
             p *= grads[0][part].unsqueeze(-1)
             narrow = p.to(features.dtype)
             if to_features is not None:
                 to_features[part] = narrow @ weight
             if to_weight is not None:
-                to_weight += narrow.t() @ some
+                to_weight += narrow.t() @ x
             if to_bias is not None:
                 to_bias += p.sum(0)
         like = ((to_weight, weight), (to_bias, bias))

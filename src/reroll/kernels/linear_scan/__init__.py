@@ -1,7 +1,7 @@
-"""The linear recurrence that every evaluation parallel in time repeats, and gradients through it.
+"""The linear recurrence on which every parallel-in-time evaluation is built, and its gradients.
 
     linear_scan    s_t = A_t s_{t−1} + b_t                  A_t diagonal, a K×K block per channel, or dense
-    scan_into      the same into given memory, without a gradient
+    scan_into      the same into existing memory, without a gradient
     kalman_scan    the mean of a Kalman filter along time   A_t diagonal or dense (`kalman.py`)
 
 Implementations: `reference` (torch, parallel in time: odd-even or chunked), `cpu` (Numba, one step after another,

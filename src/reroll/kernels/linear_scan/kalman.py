@@ -10,9 +10,8 @@ The mean of s_t given y_1 … y_t follows from the mean m and variance P of the 
 In parallel the same numbers come from composing one element per step (`operators.py`). There is no gradient: an
 iteration towards a fixed point needs none.
 
-Nothing here repairs numbers that are not finite. Where A or b holds such numbers, the states from there on are not
-finite either, and where products of A overflow a parallel scan may fail at other steps than the loop; a caller that
-goes on must replace them.
+Non-finite numbers are not repaired. Where A or b holds one, the states from there on are not finite either, and where
+products of A overflow, a parallel scan may fail at other steps than the loop does; the caller must replace them.
 
 References: Särkkä and García-Fernández, "Temporal parallelization of Bayesian smoothers", 2021; Gonzalez et al.,
 "Towards scalable and stable parallelization of nonlinear RNNs", 2024 (ELK).
@@ -28,16 +27,25 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.kernels.linear_scan.operators import DENSE, DENSE_KALMAN, DIAGONAL, SCALAR_KALMAN, Element, Operator
+from reroll.kernels.linear_scan.operators import (
+    DENSE,
+    DENSE_KALMAN,
+    DIAGONAL,
+    SCALAR_KALMAN,
+    Element,
+    Operator,
+    identity,
+    times,
+)
 from reroll.kernels.linear_scan.scan import implementation, linear_scan
 
 
 class Filtered(NamedTuple):
-    """What a filter knows about s_t after y_t.
+    """The distribution of s_t given y_1 … y_t.
 
     Args:
         mean: [B, T, D].
-        variance: of every channel, [B, T, D], or for dense A the covariance, [B, T, D, D]; None if not asked for.
+        variance: of every channel, [B, T, D], or for dense A the covariance, [B, T, D, D]; None if not requested.
     """
 
     mean: Tensor
@@ -89,28 +97,28 @@ def kalman_scan(
     else:
         now = torch.zeros_like(A[:, 0])
     if rest.start < mean.shape[1]:
-        into = mean[:, rest], None if spread is None else spread[:, rest]
-        step = _implementation(operator, b)
-        step(operator, (A[:, rest], b[:, rest], observed[:, rest]), precision, (initial, now), into)
+        out = mean[:, rest], None if spread is None else spread[:, rest]
+        inputs = A[:, rest], b[:, rest], observed[:, rest]
+        _implementation(operator, b)(operator, inputs, precision, (initial, now), out)
     return Filtered(mean, spread)
 
 
 @torch.no_grad()
 def kalman_smooth(A: Tensor, b: Tensor, filtered: Filtered) -> Tensor:
-    """Smooth: the mean of s_t given all of y, from what `kalman_scan(…, keep_variance=True)` returned.
+    """Smooth: the mean of s_t given all of y, from the result of `kalman_scan(…, keep_variance=True)`.
 
     It is the least-squares trajectory: the minimum of Σ_t |s_t − A_t s_{t−1} − b_t|² + |s_t − y_t|²/σ². One scan
     backwards: s_t = E_t s_{t+1} + m_t − E_t (A_{t+1} m_t + b_{t+1}), E_t = P_t A_{t+1}ᵀ (A_{t+1} P_t A_{t+1}ᵀ + I)⁻¹.
 
     Args:
-        A, b: as given to `kalman_scan`.
-        filtered: what it returned.
+        A, b: the arguments of `kalman_scan`.
+        filtered: its result.
 
     Returns:
         The smoothed means, [B, T, D].
 
     Raises:
-        UsageError: if the variances were not kept.
+        UsageError: if the result has no variances.
 
     Example:
         >>> y = torch.tensor([4.0, 0.0]).view(1, 2, 1)
@@ -128,15 +136,14 @@ def kalman_smooth(A: Tensor, b: Tensor, filtered: Filtered) -> Tensor:
     if operator is DIAGONAL:
         E = AP / (AP * next_A + 1)
     else:
-        eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
-        E = torch.linalg.solve_ex(AP @ next_A.mT + eye, AP)[0].mT
+        E = torch.linalg.solve_ex(AP @ next_A.mT + identity(b, b.shape[-1]), AP)[0].mT
     shift = m - operator.times(E, operator.times(next_A, m) + b[:, 1:])
     last = filtered.mean[:, -1]
     return torch.cat([linear_scan(E, shift, last, reverse=True), last.unsqueeze(1)], 1)
 
 
 def elements(operator: Operator, A: Tensor, b: Tensor, observed: Tensor, precision: Tensor) -> Element:
-    """Return one element per step: what a filter that knows nothing of s_{t−1} learns from y_t.
+    """Return one element per step: the update by y_t of a filter, as a function of the state before it.
 
     With the gain K = 1/(1 + σ²): a = (1−K) A, b + K (y − b), C = (1−K) I, η = K Aᵀ (y − b), J = K AᵀA.
     """
@@ -147,9 +154,8 @@ def elements(operator: Operator, A: Tensor, b: Tensor, observed: Tensor, precisi
     if scalar:
         return (1 - gain) * A, updated, (1 - gain).expand_as(b), gain * A * gap, gain * A * A
     gains = gain.unsqueeze(-1)
-    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
-    eta = (A.mT @ (gain * gap).unsqueeze(-1)).squeeze(-1)
-    return (1 - gains) * A, updated, ((1 - gains) * eye).expand_as(A), eta, gains * (A.mT @ A)
+    variance = ((1 - gains) * identity(b, b.shape[-1])).expand_as(A)
+    return (1 - gains) * A, updated, variance, times(A.mT, gain * gap), gains * (A.mT @ A)
 
 
 def _first(operator: Operator, b: Tensor, observed: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,8 +165,7 @@ def _first(operator: Operator, b: Tensor, observed: Tensor, precision: Tensor) -
     mean = torch.addcmul(b, gain, observed - b)
     if operator is SCALAR_KALMAN:
         return mean, variance.expand_as(b)
-    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
-    return mean, variance.unsqueeze(-1) * eye
+    return mean, variance.unsqueeze(-1) * identity(b, b.shape[-1])
 
 
 def _implementation(operator: Operator, b: Tensor) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""What a scan is made of: how two steps become one, how a step acts on a state, and the step that does nothing.
+"""The algebra of a scan: the composition of two steps, the action of a step on a state, and the identity step.
 
 An element is one step of the recurrence, a tuple of tensors; a state is what it acts on. Composition is associative and
 has an identity, and is not commutative:
@@ -38,13 +38,13 @@ class Operator(ABC):
     def apply(self, element: Element, state: State) -> State:
         """Return the state after a step."""
 
-    @abstractmethod
-    def one(self, A: Tensor) -> Tensor:
-        """Return transitions, of this shape, that change nothing."""
+    def eye(self, A: Tensor) -> Tensor:
+        """Return identity transitions of A's shape."""
+        return torch.ones_like(A)
 
     def identity(self, like: Element) -> Element:
-        """Return elements, of these shapes, that change no state."""
-        return self.one(like[0]), *(torch.zeros_like(part) for part in like[1:])
+        """Return identity elements of these shapes."""
+        return self.eye(like[0]), *(torch.zeros_like(part) for part in like[1:])
 
 
 class Affine(Operator):
@@ -90,9 +90,6 @@ class Diagonal(Affine):
     def transpose(self, A: Tensor) -> Tensor:
         return A
 
-    def one(self, A: Tensor) -> Tensor:
-        return torch.ones_like(A)
-
 
 class Block(Affine):
     """A [..., K, K, C] times s [..., K, C]: one K×K matrix per channel."""
@@ -111,8 +108,8 @@ class Block(Affine):
     def transpose(self, A: Tensor) -> Tensor:
         return A.transpose(-3, -2)
 
-    def one(self, A: Tensor) -> Tensor:
-        return torch.eye(A.shape[-2], dtype=A.dtype, device=A.device).unsqueeze(-1).expand(A.shape)
+    def eye(self, A: Tensor) -> Tensor:
+        return identity(A, A.shape[-2]).unsqueeze(-1).expand(A.shape)
 
 
 class Dense(Affine):
@@ -124,7 +121,7 @@ class Dense(Affine):
         return second @ first
 
     def times(self, A: Tensor, s: Tensor) -> Tensor:
-        return (A @ s.unsqueeze(-1)).squeeze(-1)
+        return times(A, s)
 
     def outer(self, g: Tensor, s: Tensor) -> Tensor:
         return g.unsqueeze(-1) * s.unsqueeze(-2)
@@ -132,8 +129,8 @@ class Dense(Affine):
     def transpose(self, A: Tensor) -> Tensor:
         return A.mT
 
-    def one(self, A: Tensor) -> Tensor:
-        return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand(A.shape)
+    def eye(self, A: Tensor) -> Tensor:
+        return identity(A, A.shape[-1]).expand(A.shape)
 
 
 class ScalarKalman(Operator):
@@ -160,9 +157,6 @@ class ScalarKalman(Operator):
         shrunk = a / (1 + variance * J)
         return shrunk * (mean + variance * eta) + b, shrunk * variance * a + C
 
-    def one(self, A: Tensor) -> Tensor:
-        return torch.ones_like(A)
-
 
 class DenseKalman(Operator):
     """One step of a Kalman filter: elements (A, b, C, η, J) with A, C, J [..., D, D], state (mean, covariance).
@@ -182,40 +176,46 @@ class DenseKalman(Operator):
         A1, b1, C1, eta1, J1 = first
         A2, b2, C2, eta2, J2 = second
         size = A1.shape[-1]
-        right = torch.cat([A1, C1, _column(b1 + _times(C1, eta2))], -1)
-        solved = _solve(C1 @ J2, right)
+        solved = _solve(C1 @ J2, A1, C1, b1 + times(C1, eta2))
         MA1, MC1, Mb1 = solved[..., :size], solved[..., size : 2 * size], solved[..., -1]
         return (
             A2 @ MA1,
-            _times(A2, Mb1) + b2,
+            times(A2, Mb1) + b2,
             A2 @ MC1 @ A2.mT + C2,
-            _times(MA1.mT, eta2 - _times(J2, b1)) + eta1,
+            times(MA1.mT, eta2 - times(J2, b1)) + eta1,
             MA1.mT @ J2 @ A1 + J1,
         )
 
     def apply(self, element: Element, state: State) -> State:
         A, b, C, eta, J = element
         mean, covariance = state
-        right = torch.cat([covariance, _column(mean + _times(covariance, eta))], -1)
-        solved = _solve(covariance @ J, right)
-        return _times(A, solved[..., -1]) + b, A @ solved[..., :-1] @ A.mT + C
+        solved = _solve(covariance @ J, covariance, mean + times(covariance, eta))
+        return times(A, solved[..., -1]) + b, A @ solved[..., :-1] @ A.mT + C
 
-    def one(self, A: Tensor) -> Tensor:
-        return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand(A.shape)
-
-
-def _column(vector: Tensor) -> Tensor:
-    return vector.unsqueeze(-1)
+    def eye(self, A: Tensor) -> Tensor:
+        return identity(A, A.shape[-1]).expand(A.shape)
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+def identity(like: Tensor, size: int) -> Tensor:
+    """Return the identity matrix [size, size], in the dtype and on the device of a tensor."""
+    return torch.eye(size, dtype=like.dtype, device=like.device)
+
+
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return the products of matrices [..., D, D] and vectors [..., D]."""
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Return (I + matrix)⁻¹ right."""
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_ex(eye + matrix, right)[0]
+def _solve(matrix: Tensor, *right: Tensor) -> Tensor:
+    """Return (I + matrix)⁻¹ of the columns of matrices and vectors, side by side."""
+    columns = [part.unsqueeze(-1) if part.dim() < matrix.dim() else part for part in right]
+    return torch.linalg.solve_ex(identity(matrix, matrix.shape[-1]) + matrix, torch.cat(columns, -1))[0]
+
+
+def strides_from(tensor: Tensor, reverse: bool) -> tuple[int, ...]:
+    """Return where the scan of a tensor [B, T, …] starts, and all strides; time runs backwards in reverse."""
+    row, time, *others = tensor.stride()
+    return ((tensor.shape[1] - 1) * time, row, -time, *others) if reverse else (0, row, time, *others)
 
 
 DIAGONAL, BLOCK, DENSE = Diagonal(), Block(), Dense()

@@ -10,6 +10,7 @@ Reference: Blelloch, "Prefix sums and their applications", 1990.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -35,20 +36,19 @@ def scan(operator: Affine, A: Tensor, b: Tensor, initial: Tensor, out: Tensor, r
 
 
 def kalman(
-    operator: Operator, given: tuple[Tensor, Tensor, Tensor], precision: Tensor, state: State, into: Any
+    operator: Operator, inputs: tuple[Tensor, Tensor, Tensor], precision: Tensor, state: State, out: Any
 ) -> None:
-    """Write mean and (unless None) variance after every step `into` memory; see `kalman_scan`."""
-    mean, variance = states_of(operator, elements(operator, *given, precision), state)
-    into[0].copy_(mean)
-    if into[1] is not None:
-        into[1].copy_(variance)
+    """Write mean and (unless None) variance after every step into `out`; see `kalman_scan`."""
+    for memory, result in zip(out, states_of(operator, elements(operator, *inputs, precision), state)):
+        if memory is not None:
+            memory.copy_(result)
 
 
 def states_of(operator: Operator, elements: Element, state: State) -> State:
     """Return the state after every step (axis 1 of the elements) by the method that suits the sizes and the device."""
     wide = state[0].numel() >= CHUNKED_FROM
     on_cpu = elements[0].device.type == "cpu"
-    # A GPU waits for the start of every operation, of which the odd-even scan has fewest.
+    # On a GPU the launch of every operation costs time, and the odd-even scan has the fewest.
     return (chunked if wide and on_cpu else odd_even)(operator, elements, state)
 
 
@@ -72,19 +72,16 @@ def odd_even(operator: Operator, elements: Element, state: State) -> State:
 
 
 def chunked(operator: Operator, elements: Element, state: State) -> State:
-    """Return the state after every step; see the module. Steps that change nothing fill the last chunk."""
+    """Return the state after every step; see the module. The last chunk is padded with identity steps."""
     time = elements[0].shape[1]
     length = math.isqrt(time - 1) + 1
     chunks = -(-time // length)
     missing = chunks * length - time
     if missing:
-        nothing = operator.identity(tuple(part[:, :1].expand(-1, missing, *part.shape[2:]) for part in elements))
-        elements = tuple(torch.cat([part, rest], 1) for part, rest in zip(elements, nothing))
+        padding = operator.identity(tuple(part[:, :1].expand(-1, missing, *part.shape[2:]) for part in elements))
+        elements = tuple(torch.cat([part, rest], 1) for part, rest in zip(elements, padding))
     steps = list(zip(*(part.unflatten(1, (chunks, length)).unbind(2) for part in elements)))
-    whole = steps[0]
-    for step in steps[1:]:
-        whole = operator.combine(whole, step)
-    ends = odd_even(operator, whole, state)
+    ends = odd_even(operator, functools.reduce(operator.combine, steps), state)
     now = tuple(torch.cat([s.unsqueeze(1), e[:, :-1]], 1) for s, e in zip(state, ends))
     states = []
     for step in steps:

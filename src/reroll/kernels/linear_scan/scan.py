@@ -1,6 +1,6 @@
 """The scan s_t = A_t s_{t−1} + b_t: shapes, choice of an implementation, and gradients.
 
-The gradient is one scan in the other direction with the transposed A_t, made of the same function, so it can be
+The gradient is one scan in the other direction with the transposed A_t, by the same function, so it can be
 differentiated again.
 """
 
@@ -39,13 +39,13 @@ def linear_scan(
     | "dense"    | [B, T, *, D, D]  | [B, T, *, D]  | Σ_j A_t[i, j] · s[j]                                 |
 
     Args:
-        A: the transitions. Any strides: what is the same for all sequences or steps can be expanded.
-        b: what is added at every step, of A's dtype. fp16 and bf16 are computed with in fp32, and the result rounded.
-            Complex numbers for diagonal A, as two real channels and their rotations.
+        A: the transitions. Any strides: values shared across sequences or steps can be expanded.
+        b: the inputs, of A's dtype. fp16 and bf16 are computed in fp32, and the result is rounded. Complex numbers are
+            taken for diagonal A, and scanned as two real channels with a 2×2 block.
         initial: s_0, as b without its axis 1; None is zero, and then A_1 is not used.
         reverse: compute s_t = A_t s_{t+1} + b_t instead; `initial` is then s_{T+1}.
         structure: needed only where A and b fit both "block" and "dense".
-        lengths: steps of each sequence, [batch]; what lies behind is not used, whatever it is, and s is zero there.
+        lengths: steps of each sequence, [batch]; values beyond are ignored, NaN included, and s is zero there.
 
     Returns:
         s_1 … s_T, [B, T, …] as b; differentiable any number of times in A, b and `initial`.
@@ -78,14 +78,14 @@ def linear_scan(
 def _padded(
     A: Tensor, b: Tensor, initial: Tensor | None, reverse: bool, structure: str | None, lengths: Tensor
 ) -> Tensor:
-    """Scan with steps behind the end of a sequence that hand the state on, so that one from behind arrives."""
+    """Scan with identity steps behind the end of a sequence, so that a reverse scan carries `initial` to its end."""
     operator = check(A, b, initial, structure)
     _, valid = steps_of(lengths, b)
     in_A, in_b = (valid.view(*valid.shape, *[1] * (t.dim() - 2)) for t in (A, b))
     if not b.numel():
         return torch.zeros_like(b)
     folded, *_ = fold(operator, A, b, None)
-    one = operator.one(folded[:1, :1]).reshape(1, 1, *A.shape[2:])
+    one = operator.eye(folded[:1, :1]).reshape(1, 1, *A.shape[2:])
     states = linear_scan(torch.where(in_A, A, one), torch.where(in_b, b, 0), initial, reverse, structure=structure)
     return torch.where(in_b, states, 0)
 
@@ -144,9 +144,9 @@ def scan_into(
 class _Scan(torch.autograd.Function):
     """The scan of folded arguments (see `fold`), differentiable any number of times.
 
-    With g_t the derivative with respect to s_t of everything from s_t on, g_t = Aᵀ_{t+1} g_{t+1} + (what arrives at
-    s_t): the same recurrence backwards in time. It begins with what arrives at s_T, so it needs T − 1 transitions: in a
-    scan without `initial`, A may leave out the first.
+    With g_t the derivative of the loss with respect to s_t, and c_t the part of it that does not flow through s_{t+1},
+    g_t = Aᵀ_{t+1} g_{t+1} + c_t: the same recurrence backwards in time. It starts from g_T = c_T, so it needs T − 1
+    transitions: in a scan without `initial`, A may omit the first.
     """
 
     @staticmethod
@@ -161,11 +161,11 @@ class _Scan(torch.autograd.Function):
         ctx.save_for_backward(A, initial, output if ctx.needs_input_grad[0] else None)
 
     @staticmethod
-    def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         A, initial, states = ctx.saved_tensors
         operator, (earlier, later, first) = ctx.operator, _parts(ctx.reverse)
         between = A if ctx.short else A[:, later]
-        g: Any = _Scan.apply(operator.transpose(between), arriving[0], None, operator, not ctx.reverse)
+        g: Any = _Scan.apply(operator.transpose(between), grads[0], None, operator, not ctx.reverse)
         d_A = d_initial = None
         if ctx.needs_input_grad[0]:
             if ctx.short:
@@ -211,7 +211,7 @@ def _(A: Tensor, b: Tensor, initial: Tensor | None, structure: str, reverse: boo
 def run(operator: Affine, A: Tensor, b: Tensor, initial: Tensor | None, out: Tensor, reverse: bool) -> None:
     """Scan folded arguments into `out` by the implementation that dispatch takes.
 
-    Without `initial` the first state is the first b, and the first A, which may be left out, is not read.
+    Without `initial` the first state is the first b, and the first A, which may be omitted, is not read.
     """
     if not out.numel():
         return
@@ -241,7 +241,7 @@ def _implementation(operator: Affine, out: Tensor) -> Callable[..., None]:
 
 
 def implementation(op: str, what: str, fits: bool, limits: str, device: str, dtype: torch.dtype) -> Any:
-    """Return the module that scans or filters; `limits` says what `fits` Triton's kernels."""
+    """Return the module that scans or filters; `limits` says in words what `fits` Triton's kernels."""
     choice = dispatch.choose(op, _candidates(what, fits, limits, device, dtype))
     return importlib.import_module(f"reroll.kernels.linear_scan.{choice.name}")
 
@@ -291,7 +291,7 @@ def check(A: Tensor, b: Tensor, initial: Tensor | None, structure: str | None) -
         options = "; ".join(f"{name}: {shape or 'b needs another axis'}" for name, shape in wanted.items())
         raise UsageError(
             f"linear_scan: A has shape {tuple(A.shape)}, which does not fit b of shape {tuple(b.shape)}. Expected "
-            f"{options}. What is equal for all sequences or steps must be expanded."
+            f"{options}. Expand what is shared across sequences or steps."
         )
     return AFFINE[fitting[0]]
 
@@ -299,16 +299,16 @@ def check(A: Tensor, b: Tensor, initial: Tensor | None, structure: str | None) -
 def shapes(b: Tensor) -> dict[str, tuple[int, ...]]:
     """Return the shape of A for every structure that b can have."""
     batch, time, *rest = b.shape
-    found: dict[str, tuple[int, ...]] = {"diagonal": (batch, time, *rest)}
+    options: dict[str, tuple[int, ...]] = {"diagonal": (batch, time, *rest)}
     if len(rest) > 1:
-        found["block"] = (batch, time, rest[0], *rest)
+        options["block"] = (batch, time, rest[0], *rest)
     if rest:
-        found["dense"] = (batch, time, *rest, rest[-1])
-    return found
+        options["dense"] = (batch, time, *rest, rest[-1])
+    return options
 
 
 def fold(operator: Affine, A: Tensor, b: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the arguments with the axes that implementations know, views where strides allow.
+    """Return the arguments with the axes that implementations expect, as views where strides allow.
 
     diagonal: A, b [B, T, C]. block: A [B, T, K, K, C], b [B, T, K, C]. dense: A [B, T, G, D, D], b [B, T, G, D].
     """
@@ -325,7 +325,7 @@ def fold(operator: Affine, A: Tensor, b: Tensor, initial: Tensor | None) -> tupl
 
 
 def _merge(tensor: Tensor, begin: int, end: int) -> Tensor:
-    """Make the axes begin … end − 1 one axis, of size 1 where there are none."""
+    """Merge the axes begin … end − 1 into one, of size 1 where there are none."""
     if end == begin + 1:
         return tensor
     shape = tensor.shape

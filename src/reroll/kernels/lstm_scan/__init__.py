@@ -1,12 +1,12 @@
-"""A whole LSTM sequence with block-diagonal recurrence, by the fastest code that computes it.
+"""A whole LSTM sequence with block-diagonal recurrence, by the fastest implementation that applies.
 
     pre_t = W_in x_t + R h_{t−1} + b        per head, gates in the order i, f, z, o
     c_t = σ(f) ∘ c_{t−1} + σ(i) ∘ tanh(z)
     h_t = σ(o) ∘ tanh(c_t)
 
-N heads of width D = H/N see only their own part of h, so R is stored as its blocks, [4H, D]. Rows of W_in, R and b are
-ordered by head, then gate: for N = 1 this is torch's own order. Implementations: `reference` (a torch loop over steps:
-any device, differentiable), `library` (torch's LSTM kernel, one head: oneDNN or cuDNN, differentiable) and `cpu`
+Each of N heads of width D = H/N sees only its own part of h, so R is stored as its blocks, [4H, D]. Rows of W_in, R and
+b are ordered by head, then gate: for N = 1 this is torch's own order. Implementations: `reference` (a torch loop over
+steps: any device, differentiable), `library` (torch's LSTM kernel, one head: oneDNN or cuDNN, differentiable) and `cpu`
 (Numba, any number of heads, fp32, no gradient, can be batched over probes).
 
 The function can be intercepted by a `TorchFunctionMode`, as torch's own functions can: zeroth-order training perturbs
@@ -27,11 +27,11 @@ from reroll.kernels import dispatch
 __all__ = ["lstm_scan"]
 
 CPU_WIDTH = 128
-"""Widest single head given to the Numba kernel; above, torch's kernel is faster."""
+"""Widest single head for which the Numba kernel is used; above, torch's kernel is faster."""
 CPU_WIDTH_FEW = 16
-"""The same for fewer than eight sequences, which leave most lanes empty."""
+"""The same for fewer than eight sequences, which leave most lanes idle."""
 CPU_BATCH = 4
-"""Smallest batch given to the Numba kernel, which always computes sixteen sequences; below, torch operations win."""
+"""Smallest batch for which the Numba kernel, which always computes sixteen sequences, beats torch operations."""
 
 
 def lstm_scan(
@@ -42,7 +42,7 @@ def lstm_scan(
     Args:
         inputs: [B, T, E].
         weight_ih: [4H, E], rows by head, then gate (i, f, z, o).
-        weight_hh: [4H, D]; D says how many heads there are.
+        weight_hh: [4H, D]; there are H/D heads.
         bias: [4H], ordered as the rows of `weight_ih`.
         h, c: the state before the first step, [B, H] each.
 
@@ -93,7 +93,7 @@ def _candidates(arguments: tuple[Tensor, ...]) -> tuple[dispatch.Candidate, ...]
     device, dtype = inputs.device.type, inputs.dtype
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
     compiled = device == "cpu" and dtype in (torch.float32, torch.bfloat16) and not gradient and time > 0
-    # Under vmap the batch here is that of one copy; the kernel is given all copies, and torch's kernel cannot be.
+    # Under vmap this is the batch of one copy. The Numba kernel takes all copies at once; torch's kernel cannot.
     mapped = dispatch.is_mapped()
     fills_lanes = batch >= CPU_BATCH or mapped
     several = fills_lanes and (heads > 1 or mapped)
@@ -105,5 +105,5 @@ def _candidates(arguments: tuple[Tensor, ...]) -> tuple[dispatch.Candidate, ...]
         dispatch.Candidate("cpu", compiled and (several or single), f"Numba kernel, no gradient needed: {what}"),
         dispatch.Candidate("library", library, f"torch's LSTM kernel: {what}"),
         dispatch.Candidate("reference", True, f"torch operations, step by step: {what}"),
-        dispatch.Candidate("cpu", compiled, "Numba kernel"),  # where it is not the fastest, but can be asked for
+        dispatch.Candidate("cpu", compiled, "Numba kernel"),  # not the fastest here, but may be forced
     )

@@ -1,8 +1,8 @@
 """lstm_scan on the CPU: Numba, one head at a time with all its steps, sixteen sequences side by side.
 
-The batch is the last, contiguous axis, so one vector holds the same number of sixteen sequences and a weight is read
-once for all of them. A head keeps its gates and state in the first cache from the first step to the last, and its input
-projection is computed step by step beside its recurrence: no pre-activation is ever stored.
+The batch is the last, contiguous axis, so one vector holds the same feature of sixteen sequences and a weight is read
+once for all of them. The gates and state of a head stay in the L1 cache from the first step to the last, and its input
+projection is computed step by step with the recurrence: no pre-activations are stored for the sequence.
 
 The scan is a torch operation, `reroll::lstm_scan`, with a rule for `torch.func.vmap`: a probe axis is folded into the
 heads, which is what makes evaluating many perturbed small models at once fast.
@@ -24,7 +24,7 @@ from reroll.kernels.threads import split
 def scan(
     inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the sequence; see `lstm_scan`. bf16 arguments are computed with in fp32, and the results rounded."""
+    """Run the sequence; see `lstm_scan`. bf16 arguments are computed in fp32, and the results are rounded."""
     dtype = inputs.dtype
     width = weight_hh.shape[1]
     heads, gates = h.shape[1] // width, 4 * width
@@ -105,16 +105,11 @@ def _scan_tiles(x, weight_ih, weight_hh, bias, h, c, outputs, begin, end):
     heads, gates, width = weight_hh.shape
     tiles = (batch + LANES - 1) // LANES
     gate = np.zeros(gates * LANES, np.float32)
-    given = np.zeros(size * LANES, np.float32)
+    now = np.zeros(size * LANES, np.float32)  # x_t
     hidden = np.zeros(width * LANES, np.float32)
     cell = np.zeros(width * LANES, np.float32)
-    flat_x, flat_ih, flat_hh, flat_outputs = (
-        x.reshape(-1),
-        weight_ih.reshape(-1),
-        weight_hh.reshape(-1),
-        outputs.reshape(-1),
-    )
-    flat_h, flat_c = h.reshape(-1), c.reshape(-1)
+    flat_x, flat_ih, flat_hh = x.reshape(-1), weight_ih.reshape(-1), weight_hh.reshape(-1)
+    flat_outputs, flat_h, flat_c = outputs.reshape(-1), h.reshape(-1), c.reshape(-1)
     part = width * LANES
     for tile in range(begin, end):
         n, first = tile // tiles, (tile % tiles) * LANES
@@ -124,14 +119,14 @@ def _scan_tiles(x, weight_ih, weight_hh, bias, h, c, outputs, begin, end):
         _gather(hidden, flat_h, state, batch, width, lanes)
         _gather(cell, flat_c, state, batch, width, lanes)
         for t in range(time):
-            _gather(given, flat_x, (copy * time + t) * size * batch + first, batch, size, lanes)
+            _gather(now, flat_x, (copy * time + t) * size * batch + first, batch, size, lanes)
             for g in range(gates):
                 store(gate, g * LANES, splat(bias[n, g]))
-            _multiply_add(gate, flat_ih, n * gates * size, given, gates, size)
+            _multiply_add(gate, flat_ih, n * gates * size, now, gates, size)
             _multiply_add(gate, flat_hh, n * gates * width, hidden, gates, width)
             for at in range(0, part, LANES):
-                kept = mul(sigmoid(load(gate, part + at)), load(cell, at))
-                new = fma(sigmoid(load(gate, at)), tanh(load(gate, 2 * part + at)), kept)
+                forget = mul(sigmoid(load(gate, part + at)), load(cell, at))
+                new = fma(sigmoid(load(gate, at)), tanh(load(gate, 2 * part + at)), forget)
                 store(cell, at, new)
                 store(hidden, at, mul(sigmoid(load(gate, 3 * part + at)), tanh(new)))
             _scatter(hidden, flat_outputs, (t * heads + n) * width * batch + first, batch, width, lanes)
@@ -166,7 +161,7 @@ def _multiply_add(gate, weight, offset, vector, gates, size):
     """gate[g] += Σ_k weight[offset + g · size + k] · vector[k], sixteen sequences wide.
 
     Eight gates at a time: eight sums in registers hide the latency of the multiply-add. There are 4D gates, so four may
-    be left over.
+    remain.
     """
     for g in range(0, gates - 7, 8):
         at, row = g * LANES, offset + g * size

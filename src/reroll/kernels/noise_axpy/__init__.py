@@ -4,7 +4,7 @@
     noise_axpy_each   out[k] ← p + alpha_k z_k           one perturbed copy per probe
     noise_axpy_rows   out[i] ← p[rows[i]] + alpha z      perturb what an embedding looks up
 
-z_k is a function of (key, tensor name, probe k, position) and of nothing else, defined in `noises.py`.
+z_k is a function of (key, tensor name, probe k, position) alone, defined in `noises.py`.
 Three implementations give the same bits: `reference` (torch), `cpu` (Numba) and `triton` (CUDA). Measured on one core,
 `cpu` perturbs at about 0.15 ns per weight and sums probes at 0.04 ns per weight and probe (docs/results.md).
 """
@@ -77,20 +77,20 @@ def noise_axpy(
         out.detach().copy_(p)
     elif p.numel():
         indices = np.asarray(probes, dtype=np.uint32)
-        row = -1 if stream.still is None else stream.still - first_row
-        still = p[row].detach().to(out.dtype, copy=True) if 0 <= row < p.shape[0] else None
+        row = -1 if stream.padding_row is None else stream.padding_row - first_row
+        padding = p[row].detach().to(out.dtype, copy=True) if 0 <= row < p.shape[0] else None
         stream.noise.add(p.detach(), out.detach(), stream, first_row, indices, alphas, sums or sums_for(p))
-        if still is not None:
-            out[row] = still
+        if padding is not None:
+            out[row] = padding
 
 
 def perturber(p: Tensor, stream: Stream, out: Tensor) -> Callable[[int, float], None]:
     """Return a function (probe, alpha) that computes out ← p + alpha · z(probe).
 
-    It does what `noise_axpy` does with one probe, prepared once: for small tensors most of a call is preparation. Both
-    tensors must keep their memory while it is used; their numbers may change.
+    It is `noise_axpy` with one probe, prepared once: for a small tensor most of a call is preparation. Neither tensor
+    may be reallocated while the function is in use; their values may change.
     """
-    if stream.still is not None:
+    if stream.padding_row is not None:
         return lambda probe, alpha: noise_axpy(p, stream, [probe], [alpha], out=out)
     return stream.noise.perturber(p.detach(), out.detach(), stream)
 
@@ -107,8 +107,8 @@ def noise_axpy_each(p: Tensor, stream: Stream, probes: Sequence[int], alphas: Al
         )
     if p.numel():
         stream.noise.add_each(p.detach(), out.detach(), stream, np.asarray(probes, dtype=np.uint32), alphas)
-        if stream.still is not None:
-            out[:, stream.still] = p[stream.still].detach().to(out.dtype)
+        if stream.padding_row is not None:
+            out[:, stream.padding_row] = p[stream.padding_row].detach().to(out.dtype)
 
 
 def noise_axpy_rows(p: Tensor, rows: Tensor, stream: Stream, probe: int, alpha: float, *, out: Tensor) -> None:
@@ -125,13 +125,13 @@ def noise_axpy_rows(p: Tensor, rows: Tensor, stream: Stream, probe: int, alpha: 
     if out.shape != (len(rows), p.shape[1]):
         raise UsageError(f"noise_axpy_rows: out has shape {tuple(out.shape)}; expected {(len(rows), p.shape[1])}.")
     if len(rows):
-        # The kernels read where an index points: one that is out of range would be somebody else's memory.
+        # The kernels do not check indices: one out of range would read foreign memory.
         low, high = (int(index) for index in torch.aminmax(rows))
         if low < 0 or high >= len(p):
             raise IndexError(f"index {low if low < 0 else high} is out of range for a matrix of {len(p)} rows")
         stream.noise.add_rows(p.detach(), rows, out.detach(), stream, probe, alpha)
-        if stream.still is not None:
-            out[rows == stream.still] = p[stream.still].detach().to(out.dtype)
+        if stream.padding_row is not None:
+            out[rows == stream.padding_row] = p[stream.padding_row].detach().to(out.dtype)
 
 
 def noise(
@@ -154,7 +154,7 @@ def noise(
             power of two; the others are ±√(1/DENSITY)).
         dtype, device: of the result.
 
-    Training never builds it: `noise_axpy` adds it without storing it.
+    Training never forms it: `noise_axpy` adds it without storing it.
 
     Example:
         >>> noise(Key(0).at(0), (2, 3), 0, "w")

@@ -31,62 +31,50 @@ _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _PER_THREAD = 8  # panels below which another thread costs more than it saves
 
 
-# ---- calling the kernels from torch
+# ---- calling the kernels from torch: all tensors are contiguous
 
 
 def axpy(p: Tensor, out: Tensor, stream: Stream, first_row: int, probes: np.ndarray, factors: np.ndarray) -> None:
     """Compute out ← p + Σ_k factors[k] · z(probes[k]); see `noise_axpy`."""
-    rows, columns = layout(p.shape)
-    source, target = _array(p.contiguous(), (rows, columns)), _Target(out, (rows, columns))
-    spec = _spec(stream)
-    panels = -(-rows * -(-columns // 128) // LANES)
-
-    def work(begin: int, end: int) -> None:
-        _axpy(target.array, source, first_row, *spec, probes, factors, begin, end)
-
-    split(work, panels, _PER_THREAD)
-    target.finish()
+    prepare(p, out, stream, first_row)(probes, factors)
 
 
-def perturber(p: Tensor, out: Tensor, stream: Stream, scale: Any) -> Callable[[int, float], None]:
-    """Return (probe, alpha) → None that computes out ← p + alpha · z(probe); see `noise_axpy.perturber`."""
+def prepare(p: Tensor, out: Tensor, stream: Stream, first_row: int) -> Callable[[np.ndarray, np.ndarray], None]:
+    """Return `axpy` as a function of probes and factors alone: for a small tensor most of a call is preparation."""
     rows, columns = layout(p.shape)
     source, target, spec = _array(p, (rows, columns)), _array(out, (rows, columns)), _spec(stream)
     panels = -(-rows * -(-columns // 128) // LANES)
 
-    def perturb(probe: int, alpha: float) -> None:
-        probes, factors = np.array([probe], np.uint32), np.array([alpha], scale.dtype) * scale
+    def add(probes: np.ndarray, factors: np.ndarray) -> None:
         if panels < 2 * _PER_THREAD:
-            _axpy(target, source, 0, *spec, probes, factors, 0, panels)
+            _axpy(target, source, first_row, *spec, probes, factors, 0, panels)
         else:
-            split(lambda begin, end: _axpy(target, source, 0, *spec, probes, factors, begin, end), panels, _PER_THREAD)
+            operands = target, source, first_row, *spec, probes, factors
+            split(lambda begin, end: _axpy(*operands, begin, end), panels, _PER_THREAD)
 
-    return perturb
+    return add
 
 
 def axpy_each(p: Tensor, out: Tensor, stream: Stream, probes: np.ndarray, factors: np.ndarray) -> None:
     """Compute out[k] ← p + factors[k] · z(probes[k]); see `noise_axpy_each`."""
     rows, columns = layout(p.shape)
-    source, target = _array(p.contiguous(), (rows, columns)), _Target(out, (len(probes), rows, columns))
-    spec = _spec(stream)
+    source, target, spec = _array(p, (rows, columns)), _array(out, (len(probes), rows, columns)), _spec(stream)
 
     def work(begin: int, end: int) -> None:
-        _axpy_each(target.array, source, *spec, probes, factors, begin, end)
+        _axpy_each(target, source, *spec, probes, factors, begin, end)
 
     split(work, len(probes), -(-_PER_THREAD * PANEL // p.numel()))
-    target.finish()
 
 
-def axpy_rows(p: Tensor, rows: Tensor, out: Tensor, stream: Stream, probe: int, factors: np.ndarray) -> None:
+def axpy_rows(p: Tensor, out: Tensor, rows: Tensor, stream: Stream, probe: int, factors: np.ndarray) -> None:
     """Compute out[i] ← p[rows[i]] + factor · z at row rows[i]; see `noise_axpy_rows`."""
-    source, target = _array(p.contiguous(), tuple(p.shape)), _Target(out, tuple(out.shape))
-    spec, indices, probes = _spec(stream), rows.numpy(), np.array([probe], dtype=np.uint32)
+    source, target, spec = _array(p, tuple(p.shape)), _array(out, tuple(out.shape)), _spec(stream)
+    indices, probes = rows.numpy(), np.array([probe], dtype=np.uint32)
 
     def work(begin: int, end: int) -> None:
-        _axpy_rows(target.array, source, indices, *spec, probes, factors, begin, end)
+        _axpy_rows(target, source, indices, *spec, probes, factors, begin, end)
 
     split(work, len(indices), -(-_PER_THREAD * PANEL // p.shape[1]))
-    target.finish()
 
 
 def _spec(stream: Stream) -> tuple[np.uint32, np.uint32, np.ndarray, bool]:
@@ -99,19 +87,6 @@ def _array(tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16).reshape(shape)
     return tensor.numpy().reshape(shape)
-
-
-class _Target:
-    """Where a kernel writes: the tensor itself if it is contiguous, else a copy that `finish` writes back."""
-
-    def __init__(self, tensor: Tensor, shape: tuple[int, ...]):
-        self.tensor = tensor
-        self.buffer = tensor if tensor.is_contiguous() else torch.empty(tensor.shape, dtype=tensor.dtype)
-        self.array = _array(self.buffer, shape)
-
-    def finish(self) -> None:
-        if self.buffer is not self.tensor:
-            self.tensor.copy_(self.buffer)
 
 
 # ---- the kernels
@@ -257,7 +232,7 @@ def _block(index, k0, k1, c2, c3):
 
 
 def _widen(value: Any) -> Any:
-    """A stored weight as a float: bf16 patterns (uint16) become float32, floats stay."""
+    """Return a stored weight as a float: bf16 bit patterns (uint16) become float32, floats stay."""
 
 
 @overload(_widen, inline="always")
@@ -268,7 +243,7 @@ def _widen_implementation(value):
 
 
 def _round(target: Any, value: Any) -> Any:
-    """A float as the element type of `target`: rounded to nearest even for bf16, converted by numpy's rules else."""
+    """Return a float as the element type of `target`: rounded to nearest even for bf16, else as numpy converts it."""
 
 
 @overload(_round, inline="always")

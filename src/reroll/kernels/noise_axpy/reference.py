@@ -1,6 +1,6 @@
 """noise_axpy in plain torch operations: the readable version, for any device and dtype. The others must equal it.
 
-Bits are spelled out as int64 tensors, so it needs about a hundred bytes per weight while it runs.
+Bits are unpacked into int64 tensors, so it needs about a hundred bytes per weight while it runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def axpy(p: Tensor, out: Tensor, stream: Stream, first_row: int, probes: np.ndar
     _write(p, out, total)
 
 
-def axpy_rows(p: Tensor, rows: Tensor, out: Tensor, stream: Stream, probe: int, factors: np.ndarray) -> None:
+def axpy_rows(p: Tensor, out: Tensor, rows: Tensor, stream: Stream, probe: int, factors: np.ndarray) -> None:
     """Compute out[i] ← p[rows[i]] + factor · z at row rows[i]; see `noise_axpy_rows`."""
     _write(p[rows], out, _term(rows, p.shape[1], stream, probe, factors[0]))
 

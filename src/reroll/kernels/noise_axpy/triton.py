@@ -22,7 +22,7 @@ def axpy(p: Tensor, out: Tensor, stream: Stream, first_row: int, probes: np.ndar
     _launch(p, None, out, layout(p.shape), stream, first_row, probes, factors)
 
 
-def axpy_rows(p: Tensor, rows: Tensor, out: Tensor, stream: Stream, probe: int, factors: np.ndarray) -> None:
+def axpy_rows(p: Tensor, out: Tensor, rows: Tensor, stream: Stream, probe: int, factors: np.ndarray) -> None:
     """Compute out[i] ← p[rows[i]] + factor · z at row rows[i]; see `noise_axpy_rows`."""
     shape = (len(rows), p.shape[1])
     _launch(p, rows.contiguous(), out, shape, stream, 0, np.array([probe], dtype=np.uint32), factors)
@@ -32,23 +32,19 @@ def _launch(
     p: Tensor, rows: Tensor | None, out: Tensor, shape: tuple[int, int], stream: Stream, first_row: int,
     probes: np.ndarray, factors: np.ndarray,
 ) -> None:  # fmt: skip
-    target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    p = p.contiguous()
     count, columns = shape
     per_row = -(-columns // BLOCK)
     k0, k1 = stream.key.words
     device = p.device
-    # Probe indices travel as int32 bit patterns; the kernel casts them back.
+    # torch has no uint32 operations: probes and ids are passed as int32 bit patterns, and the kernel casts them back.
     indices = torch.from_numpy(probes.view(np.int32)).to(device)
     scalars = torch.from_numpy(np.ascontiguousarray(factors)).to(device)
     ids = torch.from_numpy(np.array(stream.ids, dtype=np.uint32).view(np.int32)).to(device)
     _kernel[(triton.cdiv(count * per_row, _BLOCKS),)](
-        _patterns(p), _patterns(target), indices if rows is None else rows, indices, scalars, ids, count, columns,
+        _patterns(p), _patterns(out), indices if rows is None else rows, indices, scalars, ids, count, columns,
         per_row, first_row, k0 | k1 << 32, len(probes), MASKS=len(stream.ids) - 1, NORMAL=stream.is_normal,
         ROWS=rows is not None, DOUBLE=factors.dtype == np.float64, BLOCKS=_BLOCKS, enable_fp_fusion=False,
     )  # fmt: skip
-    if target is not out:
-        out.copy_(target)
 
 
 def _patterns(tensor: Tensor) -> Tensor:

@@ -6,9 +6,9 @@
     program = builder.finish([(y, M)])
     program.run(out)                          [features of all outputs, rows]
 
-torch carries out one operation after another over memory that does not stay in the cache, each with the cost of a call.
-A program goes through blocks of 64 rows instead and does all of its operations on one block, in the first cache, before
-the next; it runs on the CPU, in float32, without a gradient.
+torch runs one operation after another over arrays that do not fit the cache, each with the cost of a call. A program
+runs all of its operations on one block of 64 rows, in the L1 cache, before it goes on to the next block; it runs on the
+CPU, in float32, without a gradient.
 
 An instruction works on M features at once: dst ← a op b. Operands are registers (a range of M), constants (a number per
 feature) or one number.
@@ -40,8 +40,8 @@ class Builder:
     constants: list[np.ndarray] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     gathered: list[int] = field(default_factory=list)
-    known: dict[int, Any] = field(default_factory=dict)
-    """What `Symbol` has loaded, by the identity of the tensor."""
+    loaded: dict[int, Any] = field(default_factory=dict)
+    """The tensors that `Symbol.load` has made inputs, by their identity."""
     firsts: list[int] = field(default_factory=list)
     registers: int = 0
     numbers: int = 0
@@ -61,7 +61,7 @@ class Builder:
     def adjacent(self, registers: list[int]) -> int:
         """Return the first of adjacent registers with these values: copies, unless one instruction wrote them all."""
         first, last = registers[0], registers[-1]
-        # Registers that different instructions wrote lie apart once the program is packed.
+        # Results of different instructions are not adjacent once registers are allocated.
         of_one = bisect.bisect_right(self.firsts, first) == bisect.bisect_right(self.firsts, last)
         if of_one and registers == list(range(first, first + len(registers))):
             return first
@@ -70,7 +70,7 @@ class Builder:
         return self.emit("gather", len(registers), begin)
 
     def constant(self, values: Tensor) -> int:
-        """Keep numbers and return where they begin."""
+        """Add numbers to the constants and return the position of the first."""
         array = values.detach().to(torch.float32).reshape(-1).contiguous().numpy()
         begin = self.numbers
         self.constants.append(array)
@@ -85,7 +85,7 @@ class Builder:
     def finish(self, outputs: list[tuple[int, int]]) -> Program:
         """Return the program whose outputs are these ranges (first register, features), one after another.
 
-        It holds the instructions that they need. A builder can finish several programs, which share its inputs.
+        It has only the instructions that they need. A builder can finish several programs, which share its inputs.
         """
         row, stores = 0, []
         for first, features in outputs:
@@ -94,13 +94,13 @@ class Builder:
         constants = np.concatenate(self.constants) if self.constants else np.zeros(1, np.float32)
         gathered = np.array([*self.gathered, 0], np.int64)
         table = np.array(_needed(self.instructions, stores, gathered), np.int64).reshape(-1, 6)
-        table, gathered, registers = _packed(table, gathered)
+        table, gathered, registers = _allocate(table, gathered)
         return Program(table, gathered, constants, self.inputs, registers, row)
 
 
 @dataclass(frozen=True)
 class Program:
-    """What `Builder.finish` returns: `table` [instructions, 6], registers to gather, constants, inputs, and sizes."""
+    """The result of `Builder.finish`: `table` [instructions, 6], registers to gather, constants, inputs, and sizes."""
 
     table: np.ndarray
     gathered: np.ndarray
@@ -111,7 +111,7 @@ class Program:
 
     @property
     def code(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the interpreter reads."""
+        """The arguments of the interpreter."""
         return self.table, self.gathered, self.constants
 
     def run(self, out: Tensor, begin: int = 0, state: Tensor | None = None) -> None:
@@ -128,7 +128,7 @@ class Program:
         starts = np.full(len(tensors), begin, np.int64)
         if state is not None:
             tensors[0], starts[0] = state, 0
-        # The inputs lie where they lie: the kernel is told where each begins, from the first one on.
+        # The inputs are not copied: the kernel gets the address of each.
         addresses = np.array([t.data_ptr() for t in tensors], np.int64)
         strides = np.array([t.shape[1] for t in tensors], np.int64)
         array = out.numpy()
@@ -146,19 +146,19 @@ def _needed(
 ) -> list[tuple[int, ...]]:
     """Return the instructions whose results are stored in the end, and the stores."""
     wanted: set[int] = {register for row in stores for register in reads(row, gathered)}
-    kept = []
+    needed = []
     for row in reversed(instructions):
         if not wanted.isdisjoint(range(row[1], row[1] + row[5])):
             wanted.update(reads(row, gathered))
-            kept.append(row)
-    return kept[::-1] + stores
+            needed.append(row)
+    return needed[::-1] + stores
 
 
-def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Let registers be used again after their last use, so that a block's stay in the first cache.
+def _allocate(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Allocate registers: reuse them after their last read, so that those of a block fit the L1 cache.
 
-    Memory is taken and given back by whole results: an instruction may read some of the registers that another wrote,
-    and expects them where they lay beside each other.
+    Whole results are allocated and freed: an instruction may read some of the registers that another wrote, and expects
+    them to be adjacent still.
     """
     writes = {number: (int(row[1]), int(row[5])) for number, row in enumerate(table) if row[0] != CODE["store"]}
     owner = {register: number for number, (first, count) in writes.items() for register in range(first, first + count)}
@@ -167,18 +167,18 @@ def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.nda
     for number, writers in enumerate(read):
         last.update(dict.fromkeys(writers, number))
     table, gathered, place, top = table.copy(), gathered.copy(), {}, 0
-    free: dict[int, list[int]] = {}  # places to write to again, by their number of registers
+    free: dict[int, list[int]] = {}  # freed places, by their number of registers
 
-    def moved(register: int) -> int:
+    def allocated(register: int) -> int:
         writer = owner[register]
         return place[writer] + register - writes[writer][0]
 
     for number, row in enumerate(table):
         if row[0] == CODE["gather"]:
             at = slice(row[2], row[2] + row[5])
-            gathered[at] = [moved(int(register)) for register in gathered[at]]
+            gathered[at] = [allocated(int(register)) for register in gathered[at]]
         for column in _columns(row[0]):
-            row[column] = moved(int(row[column]))
+            row[column] = allocated(int(row[column]))
         if number in writes:
             count = writes[number][1]
             if free.get(count):
@@ -186,7 +186,7 @@ def _packed(table: np.ndarray, gathered: np.ndarray) -> tuple[np.ndarray, np.nda
             else:
                 place[number], top = top, top + count
             row[1] = place[number]
-        # Only now, as no instruction may write over what it reads; what nobody reads is free at once.
+        # Freed only now, as no instruction may overwrite its operands; a result that nothing reads is free at once.
         for writer in read[number] | (writes.keys() & {number}):
             if last[writer] == number:
                 free.setdefault(writes[writer][1], []).append(place[writer])

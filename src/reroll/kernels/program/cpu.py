@@ -1,4 +1,8 @@
-"""Programs on the CPU: an interpreter in Numba that works on blocks of 64 rows, or of 16 where there are no more."""
+"""Programs on the CPU: an interpreter in Numba that works on blocks of 64 rows, or of 16 where there are no more.
+
+The registers of a block are one array, the register file, `width` numbers each; nothing outside it is touched between
+LOAD and STORE. The cost of decoding an instruction is shared by the numbers of a block.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +65,9 @@ def execute(code, inputs, file, width, begin, count, out, to, stride):
 
     Args:
         code: (table, gathered, constants) of the program.
-        inputs: (addresses, strides, starts): where each begins, from one feature to the next, and row `begin` = 0.
-        file: memory for the registers, `width` numbers each.
+        inputs: (addresses, strides, starts) of the inputs: of the first number, from one feature to the next, and what
+            is added to `begin` to give the row to read.
+        file: the register file, `width` numbers for each register.
         width: 16 or 64.
         begin, count: the rows of the inputs.
         out, to, stride: output m goes to out[to + m · stride …].
@@ -107,6 +112,7 @@ def gather_rows(inputs, features, out, begin, count):
 
 @jit
 def _copy(source, at, target, to, width, count, part):
+    """Copy `count` ≤ `width` numbers; the rest of the target is set to 0, or with `part` not written."""
     if count == width:
         for v in range(0, width, LANES):
             store(target, to + v, load(source, at + v))
@@ -144,7 +150,7 @@ def _linear(file, constants, dst, a, weight, inputs, features):
 
 @jit
 def _narrow_linear(file, constants, dst, a, weight, inputs, features):
-    """The same on 16 rows: four features side by side, because each multiply-add waits for the one before it."""
+    """The same on 16 rows: four features side by side hide the latency of the multiply-add."""
     bias = weight + features * inputs
     for j in range(0, features - 3, 4):
         x0, x1 = broadcast(constants, bias + j), broadcast(constants, bias + j + 1)
@@ -217,7 +223,7 @@ def _elementwise(file, constants, code, dst, a, b, b_constant, c_constant, featu
 
 @jit
 def _function(code, x):
-    """Functions that steps seldom use, number by number."""
+    """Functions that steps rarely use, number by number."""
     if code == SIGN:
         return np.float32(1) if x > 0 else np.float32(-1) if x < 0 else x
     if code == EXP:

@@ -1,8 +1,8 @@
-"""The operations of a program, one row each; all but how they are carried out (`cpu.py`) is derived from the rows.
+"""The operations of a program, one row each; everything but their execution (`cpu.py`) is derived from the rows.
 
-A row says how many operands are registers, and what becomes of a cotangent g on the way back: what arrives at each of
-them, from g, the result y, the operands, and in operations `…_c` the constant, a number per feature. What is written
-here with +, · and functions works on tensors and on `Symbol`s, which write it down as further instructions.
+A row has the number of register operands and the backward rule: the cotangent of each operand from the cotangent g of
+the result, the result y, the operands, and in operations `…_c` the constant, a number per feature. The rules work on
+tensors and on `Symbol`s, which record them as further instructions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "cos": lambda x, y: -x.sin(),
     "softplus": lambda x, y: x.sigmoid(),
 }
-"""Functions of one number, by their names in torch: their slope at x, where they are y."""
+"""Functions of one number, by their names in torch: their derivative at x, where their value is y."""
 
 
 class Operation(NamedTuple):
@@ -35,8 +35,8 @@ class Operation(NamedTuple):
     back: Callable[..., tuple[Any, ...]] | None = None
 
 
-def _function(slope: Callable[[Any, Any], Any]) -> Operation:
-    return Operation(1, lambda g, y, x: (g * slope(x, y),))
+def _function(derivative: Callable[[Any, Any], Any]) -> Operation:
+    return Operation(1, lambda g, y, x: (g * derivative(x, y),))
 
 
 TABLE = {
@@ -44,7 +44,7 @@ TABLE = {
     "fill": Operation(0),
     "gather": Operation(0),  # reads a list of registers, not a range
     "store": Operation(1),
-    "linear": Operation(1),  # the transposed product on the way back; see `reverse.py`
+    "linear": Operation(1),  # backward: the transposed product; see `reverse.py`
     "add": Operation(2, lambda g, y, a, b: (g, g)),
     "sub": Operation(2, lambda g, y, a, b: (g, -g)),
     "mul": Operation(2, lambda g, y, a, b: (g * b, g * a)),
@@ -55,7 +55,7 @@ TABLE = {
     "rdiv_c": Operation(1, lambda g, y, a, constant: (-(g / a * y),)),
     "addcmul_c": Operation(2, lambda g, y, a, b, constant: (g, g * constant)),
     "sign": Operation(1),
-    **{name: _function(slope) for name, slope in FUNCTIONS.items()},
+    **{name: _function(derivative) for name, derivative in FUNCTIONS.items()},
     "sigmoid": Operation(1, lambda g, y, x: (g * (y * (1 - y)),)),  # the same but for rounding
 }
 NAMES = tuple(TABLE)

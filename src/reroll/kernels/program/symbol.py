@@ -1,4 +1,4 @@
-"""Values that are run through code written for tensors, and see its operations; `Symbol` writes them into a program."""
+"""Values that stand in for tensors and record the operations on them; `Symbol` records them as a program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reroll.kernels.program.operations import FUNCTIONS
 
 
 class Untrackable(Exception):
-    """The code does something that a value cannot follow."""
+    """The code does something that cannot be recorded."""
 
 
 def _operator(name: str, swapped: bool = False) -> Callable[..., Any]:
@@ -22,11 +22,11 @@ def _operator(name: str, swapped: bool = False) -> Callable[..., Any]:
 
 
 class Traced:
-    """A value that is no tensor, and is told the name in torch of every operation on it: a subclass defines `call`."""
+    """A value in place of a tensor; every torch operation on it becomes `call(name, …)`, which a subclass defines."""
 
     @classmethod
     def call(cls, name: str, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Return what an operation gives."""
+        """Return the result of an operation, by its name in torch."""
         raise NotImplementedError
 
     @classmethod
@@ -52,7 +52,7 @@ class Traced:
     __lt__, __le__, __gt__, __ge__ = map(_operator, ("lt", "le", "gt", "ge"))
 
     def __iadd__(self, other: Any) -> Any:
-        # Without this, Python would bind the name anew, and other names for the value would keep the old one.
+        # Without this, Python would rebind the name to a new value, and other references would keep the old one.
         raise Untrackable("an operation in place")
 
     __isub__ = __imul__ = __itruediv__ = __ipow__ = __iadd__
@@ -78,14 +78,14 @@ class Symbol(Traced):
         return cls(builder, torch.arange(first, first + features).unsqueeze(0))
 
     @classmethod
-    def loaded(cls, builder: Builder, tensor: Tensor) -> Symbol:
+    def load(cls, builder: Builder, tensor: Tensor) -> Symbol:
         """Return a tensor [rows, …] as an input of the program, loaded once."""
-        known = builder.known.get(id(tensor))
-        if known is None:
+        entry = builder.loaded.get(id(tensor))
+        if entry is None:
             memory = tensor.movedim(0, -1).flatten(0, -2).to(torch.float32).contiguous()
             index = cls.range(builder, builder.input(memory), len(memory)).index.view(1, *tensor.shape[1:])
-            known = builder.known[id(tensor)] = (index, tensor)  # a symbol would hold the builder that holds it
-        return cls(builder, known[0])
+            entry = builder.loaded[id(tensor)] = (index, tensor)  # a symbol would make a cycle with its builder
+        return cls(builder, entry[0])
 
     @property
     def shape(self) -> torch.Size:
@@ -116,7 +116,7 @@ class Symbol(Traced):
         return self.builder.adjacent((self if shape is None else self.at(self.index.expand(shape))).registers)
 
     def emit(self, name: str, shape: torch.Size, *operands: int) -> Symbol:
-        """Write an instruction down and return its result, of a shape [1, …]."""
+        """Add an instruction and return its result, of a shape [1, …]."""
         first = self.builder.emit(name, shape.numel(), *operands)
         return self.at(torch.arange(first, first + shape.numel()).view(shape))
 
@@ -140,7 +140,7 @@ def _operand(symbol: Symbol, x: Any) -> Symbol | Tensor:
         return x
     x = torch.as_tensor(x)
     if x.dim() == symbol.dim() and x.shape[0] == symbol.builder.rows > 1:
-        return Symbol.loaded(symbol.builder, x)
+        return Symbol.load(symbol.builder, x)
     if x.dim() >= symbol.dim() and x.shape[0] != 1:
         raise Untrackable(f"an operand of shape {tuple(x.shape)}")
     return (x if x.dim() == symbol.dim() else x.unsqueeze(0)).to(torch.float32)
@@ -158,7 +158,7 @@ def _binary(name: str) -> Callable[[Any, Any], Symbol]:
         if isinstance(a, Symbol) and isinstance(b, Symbol):
             return symbol.emit(name, shape, a.first(shape), b.first(shape))
         kind, constant = (name, b) if isinstance(a, Symbol) else (_REVERSED.get(name, name), a)
-        # What subtracts or divides by a constant is a sum or a product.
+        # Subtracting or dividing by a constant is a sum or a product.
         kind, constant = {"sub": ("add", -constant), "div": ("mul", 1 / constant)}.get(kind, (kind, constant))
         values = symbol.builder.constant(constant.expand(shape))
         return symbol.emit(f"{kind}_c", shape, symbol.first(shape), values)
@@ -197,7 +197,7 @@ def _linear(x: Symbol, weight: Tensor, bias: Tensor | None = None) -> Symbol:
 
 def _cat(parts: Any, dim: int = 0) -> Symbol:
     symbol = next(part for part in parts if isinstance(part, Symbol))
-    symbols = [part if isinstance(part, Symbol) else Symbol.loaded(symbol.builder, part) for part in parts]
+    symbols = [part if isinstance(part, Symbol) else Symbol.load(symbol.builder, part) for part in parts]
     return symbol.at(torch.cat([part.index for part in symbols], dim))
 
 

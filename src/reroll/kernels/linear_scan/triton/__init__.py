@@ -32,7 +32,7 @@ def scan(operator: Affine, A: Tensor, b: Tensor, initial: Tensor, out: Tensor, r
 
 
 def kalman(
-    operator: Operator, given: tuple[Tensor, Tensor, Tensor], precision: Tensor, state: State, into: Any
+    operator: Operator, inputs: tuple[Tensor, Tensor, Tensor], precision: Tensor, state: State, out: Any
 ) -> None:
-    """Write mean and (unless None) variance after every step `into` memory; see `kalman_scan`."""
-    (scalar_kalman if operator is SCALAR_KALMAN else dense_kalman).kalman(given, precision, state, into)
+    """Write mean and (unless None) variance after every step into `out`; see `kalman_scan`."""
+    (scalar_kalman if operator is SCALAR_KALMAN else dense_kalman).kalman(inputs, precision, state, out)

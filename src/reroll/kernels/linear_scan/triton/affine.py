@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroll.kernels.linear_scan.triton.chunks import TILE, Plan, in_three_phases, last, place, plan_of, strides_from
+from reroll.kernels.linear_scan.operators import strides_from
+from reroll.kernels.linear_scan.triton.chunks import TILE, Plan, in_three_phases, last, place, plan_of
 
 
 def scan(A: Tensor, b: Tensor, initial: Tensor, out: Tensor, reverse: bool) -> None:
@@ -24,13 +25,14 @@ def scan(A: Tensor, b: Tensor, initial: Tensor, out: Tensor, reverse: bool) -> N
 
 
 def _launch_affine(
-    plan: Plan, A: Tensor, b: Tensor, starts: Tensor, out: Tensor, reverse: bool, whole: tuple[Tensor, Tensor] | None
-) -> None:
-    whole_A, whole_b = (A, b) if whole is None else whole
+    plan: Plan, A: Tensor, b: Tensor, starts: Tensor, out: Tensor, reverse: bool,
+    composed: tuple[Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    chunk_A, chunk_b = (A, b) if composed is None else composed
     _affine[(plan.programs,)](
-        A, b, starts, out, whole_A, whole_b, b.shape[1], b.shape[3], plan.chunks, plan.tiles,
+        A, b, starts, out, chunk_A, chunk_b, b.shape[1], b.shape[3], plan.chunks, plan.tiles,
         *strides_from(A, reverse), *strides_from(b, reverse), *starts.stride(), *strides_from(out, reverse),
-        K=b.shape[2], REDUCE=whole is not None, BLOCK_T=plan.block_t, BLOCK_C=plan.block_c, enable_fp_fusion=True,
+        K=b.shape[2], REDUCE=composed is not None, BLOCK_T=plan.block_t, BLOCK_C=plan.block_c, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -53,7 +55,7 @@ def _compose_blocks(p00, p01, p10, p11, x0, x1, q00, q01, q10, q11, y0, y1):
 
 @triton.jit
 def _affine(
-    A, b, starts, out, whole_A, whole_b, time, channels, chunks, tiles,
+    A, b, starts, out, chunk_A, chunk_b, time, channels, chunks, tiles,
     A_first, A_row, A_time, A_i, A_j, A_c, b_first, b_row, b_time, b_i, b_c, s_row, s_chunk, s_i, s_c,
     o_first, o_row, o_time, o_i, o_c,
     K: tl.constexpr, REDUCE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -105,10 +107,10 @@ def _affine(
     if REDUCE:
         at = (row * chunks + chunk) * K * channels + c
         matrix = (row * chunks + chunk) * K * K * channels + c
-        tl.store(whole_A + matrix, p00, mask=c < channels)
-        tl.store(whole_b + at, s0, mask=c < channels)
+        tl.store(chunk_A + matrix, p00, mask=c < channels)
+        tl.store(chunk_b + at, s0, mask=c < channels)
         if K == 2:
-            tl.store(whole_A + matrix + channels, p01, mask=c < channels)
-            tl.store(whole_A + matrix + 2 * channels, p10, mask=c < channels)
-            tl.store(whole_A + matrix + 3 * channels, p11, mask=c < channels)
-            tl.store(whole_b + at + channels, s1, mask=c < channels)
+            tl.store(chunk_A + matrix + channels, p01, mask=c < channels)
+            tl.store(chunk_A + matrix + 2 * channels, p10, mask=c < channels)
+            tl.store(chunk_A + matrix + 3 * channels, p11, mask=c < channels)
+            tl.store(chunk_b + at + channels, s1, mask=c < channels)

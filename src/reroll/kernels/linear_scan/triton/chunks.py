@@ -1,9 +1,9 @@
-"""How a scan is shared out among the programs of a device, and what its kernels have in common.
+"""How a scan is divided among the programs of a device, and what its kernels have in common.
 
 Three phases. Each program composes the steps of one chunk of time; a second launch scans the chunks, which gives the
 state at the start of each; a third steps through all chunks at once. So A and b are read twice and the states written
-once, and one channel of one long sequence fills a GPU as well as many short ones. With few chunks to win, the first two
-phases are left out.
+once, and one channel of one long sequence fills a GPU as well as many short ones. A scan that is a single chunk skips
+the first two phases.
 """
 
 from __future__ import annotations
@@ -43,30 +43,24 @@ def plan_of(batch: int, time: int, channels: int, tile: int, one_chunk: bool = F
     return Plan(chunks, tiles, block_t, block_c, rows * chunks)
 
 
-def strides_from(tensor: Tensor, reverse: bool) -> tuple[int, ...]:
-    """Return where the scan starts and all strides; time runs backwards in reverse."""
-    row, time, *others = tensor.stride()
-    return ((tensor.shape[1] - 1) * time, row, -time, *others) if reverse else (0, row, time, *others)
-
-
 def in_three_phases(
     launch: Callable[..., None], plan: Any, ends: Any, A: Tensor, b: Tensor, initial: Tensor, out: Tensor, reverse: bool
 ) -> None:
-    """Scan by `launch(plan, A, b, starts, out, reverse, whole)`, which steps through all chunks or composes them.
+    """Scan by `launch(plan, A, b, starts, out, reverse, composed)`, which steps through all chunks or composes them.
 
     Args:
-        launch: starts the programs: from `starts` [B, chunks, …] into `out`; or, given `whole`, composes into it.
-        plan, ends: how the steps are divided, and how the chunks are.
+        launch: steps from `starts` [B, chunks, …] into `out`; with memory `composed`, composes every chunk into it.
+        plan, ends: how the steps are divided, and how the chunks are in the scan over them.
         A, b, initial, out, reverse: as in `linear_scan`.
     """
     starts = initial.unsqueeze(1)
     if plan.chunks > 1:
-        whole_A, whole_b = (b.new_empty(len(b), plan.chunks, *t.shape[2:]) for t in (A, b))
-        launch(plan, A, b, starts, out, reverse, (whole_A, whole_b))
-        each = torch.empty_like(whole_b)
-        each[:, 0] = initial
-        launch(ends, whole_A[:, :-1], whole_b[:, :-1], starts, each[:, 1:], False, None)
-        starts = each
+        chunk_A, chunk_b = (b.new_empty(len(b), plan.chunks, *t.shape[2:]) for t in (A, b))
+        launch(plan, A, b, starts, out, reverse, (chunk_A, chunk_b))
+        chunk_starts = torch.empty_like(chunk_b)
+        chunk_starts[:, 0] = initial
+        launch(ends, chunk_A[:, :-1], chunk_b[:, :-1], starts, chunk_starts[:, 1:], False, None)
+        starts = chunk_starts
     launch(plan, A, b, starts, out, reverse, None)
 
 

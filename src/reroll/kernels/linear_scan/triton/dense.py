@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroll.kernels.linear_scan.triton.chunks import INTERPRETED, in_three_phases, strides_from
+from reroll.kernels.linear_scan.operators import strides_from
+from reroll.kernels.linear_scan.triton.chunks import INTERPRETED, in_three_phases
 
 SIZE = 64
 """The largest matrix: a program keeps one and columns of another in its registers. Most of larger ones would spill."""
@@ -66,16 +67,16 @@ def stages(width: int, size: int) -> int:
 
 def _launch(
     plan: Cut, A: Tensor, b: Tensor, starts: Tensor, out: Tensor, reverse: bool,
-    whole: tuple[Tensor, Tensor] | None,
+    composed: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
     batch, time, groups, size = b.shape
     width = triton.next_power_of_2(size)
-    blocks = 1 if whole is None else plan.blocks
-    whole_A, whole_b = (A, b) if whole is None else whole
+    blocks = 1 if composed is None else plan.blocks
+    chunk_A, chunk_b = (A, b) if composed is None else composed
     _dense[(batch * groups * blocks * plan.chunks,)](
-        A, b, starts, out, whole_A, whole_b, time, groups, size, plan.chunks, plan.length, blocks,
+        A, b, starts, out, chunk_A, chunk_b, time, groups, size, plan.chunks, plan.length, blocks,
         *strides_from(A, reverse), *strides_from(b, reverse), *starts.stride(), *strides_from(out, reverse),
-        REDUCE=whole is not None, D=width, N=plan.columns, enable_fp_fusion=True,
+        REDUCE=composed is not None, D=width, N=plan.columns, enable_fp_fusion=True,
         num_warps=warps(width), num_stages=stages(width, b.element_size()),
     )  # fmt: skip
 
@@ -97,7 +98,7 @@ def times(a, x):
 
 @triton.jit
 def _dense(
-    A, b, starts, out, whole_A, whole_b, time, groups, size, chunks, length, blocks,
+    A, b, starts, out, chunk_A, chunk_b, time, groups, size, chunks, length, blocks,
     A_first, A_row, A_time, A_group, A_i, A_j, b_first, b_row, b_time, b_group, b_i,
     s_row, s_chunk, s_group, s_i, o_first, o_row, o_time, o_group, o_i,
     REDUCE: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
@@ -130,7 +131,7 @@ def _dense(
             P = product(a, P, D)
     if REDUCE:
         at = (sequence * chunks + chunk) * groups + group
-        to = whole_A + at * size * size + i[:, None] * size + columns[None, :]
+        to = chunk_A + at * size * size + i[:, None] * size + columns[None, :]
         tl.store(to, P, mask=(i[:, None] < size) & (columns[None, :] < size))
         if block == 0:
-            tl.store(whole_b + at * size + i, x, mask=i < size)
+            tl.store(chunk_b + at * size + i, x, mask=i < size)

@@ -31,35 +31,35 @@ SIZE = 32
 """The largest state: a program keeps eight matrices in its registers."""
 
 
-def kalman(given: tuple[Tensor, Tensor, Tensor], precision: Tensor, state: State, into: Any) -> None:
-    """Write mean and (unless None) covariance after every step `into` memory; see `kalman_scan`."""
-    batch, time, size = given[1].shape
+def kalman(inputs: tuple[Tensor, Tensor, Tensor], precision: Tensor, state: State, out: Any) -> None:
+    """Write mean and (unless None) covariance after every step into `out`; see `kalman_scan`."""
+    batch, time, size = inputs[1].shape
     plan = cut(batch, time, size, size)
     starts = tuple(part.unsqueeze(1) for part in state)
     if plan.chunks > 1:
         vector, matrix = (batch, plan.chunks, size), (batch, plan.chunks, size, size)
-        whole = [given[1].new_empty(shape) for shape in (matrix, vector, matrix, vector, matrix)]
-        _launch(plan, given, precision, starts, into, whole)
-        ends = reference.states_of(DENSE_KALMAN, tuple(part[:, :-1] for part in whole), state)
+        composed = [inputs[1].new_empty(shape) for shape in (matrix, vector, matrix, vector, matrix)]
+        _launch(plan, inputs, precision, starts, out, composed)
+        ends = reference.states_of(DENSE_KALMAN, tuple(part[:, :-1] for part in composed), state)
         starts = tuple(torch.cat([first, rest], 1) for first, rest in zip(starts, ends))
-    _launch(plan, given, precision, starts, into, None)
+    _launch(plan, inputs, precision, starts, out, None)
 
 
 def _launch(
-    plan: Cut, given: tuple[Tensor, Tensor, Tensor], precision: Tensor, starts: State, into: Any,
-    whole: list[Tensor] | None,
+    plan: Cut, inputs: tuple[Tensor, Tensor, Tensor], precision: Tensor, starts: State, out: Any,
+    composed: list[Tensor] | None,
 ) -> None:  # fmt: skip
-    """Filter all chunks from `starts` [B, chunks, …] `into` memory, or compose each into `whole`."""
-    mean, covariance = into
-    batch, time, size = given[1].shape
-    spread = given[0] if covariance is None else covariance  # not written to, if not asked for
+    """Filter all chunks from `starts` [B, chunks, …] into `out`, or compose each into `composed`."""
+    mean, covariance = out
+    batch, time, size = inputs[1].shape
+    spread = inputs[0] if covariance is None else covariance  # without a covariance it is not written
     width = triton.next_power_of_2(size)
     _filter[(batch * plan.chunks,)](
-        *given, precision.contiguous(), *starts, mean, spread, *(whole or 5 * [mean]),
+        *inputs, precision.contiguous(), *starts, mean, spread, *(composed or 5 * [mean]),
         time, size, plan.chunks, plan.length,
-        *given[0].stride(), *given[1].stride(), *given[2].stride(), *starts[0].stride(), *starts[1].stride(),
+        *inputs[0].stride(), *inputs[1].stride(), *inputs[2].stride(), *starts[0].stride(), *starts[1].stride(),
         *mean.stride(), *spread.stride(),
-        REDUCE=whole is not None, KEEP=covariance is not None, D=width, enable_fp_fusion=True,
+        REDUCE=composed is not None, KEEP=covariance is not None, D=width, enable_fp_fusion=True,
         num_warps=warps(width),
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ def _inverse(M, D: tl.constexpr):
 
 @triton.jit
 def _filter(
-    A, b, y, precision, means, covariances, mean, covariance, whole_A, whole_b, whole_C, whole_eta, whole_J,
+    A, b, y, precision, means, covariances, mean, covariance, chunk_A, chunk_b, chunk_C, chunk_eta, chunk_J,
     time, size, chunks, length,
     A_row, A_time, A_i, A_j, b_row, b_time, b_i, y_row, y_time, y_i, m_row, m_chunk, m_i,
     P_row, P_chunk, P_i, P_j, o_row, o_time, o_i, w_row, w_time, w_i, w_j,
@@ -132,8 +132,8 @@ def _filter(
     if REDUCE:
         at_vector = (row * chunks + chunk) * size + i
         at_matrix = (row * chunks + chunk) * size * size + i[:, None] * size + i[None, :]
-        tl.store(whole_A + at_matrix, F, mask=inside)
-        tl.store(whole_b + at_vector, m, mask=i < size)
-        tl.store(whole_C + at_matrix, P, mask=inside)
-        tl.store(whole_eta + at_vector, eta, mask=i < size)
-        tl.store(whole_J + at_matrix, J, mask=inside)
+        tl.store(chunk_A + at_matrix, F, mask=inside)
+        tl.store(chunk_b + at_vector, m, mask=i < size)
+        tl.store(chunk_C + at_matrix, P, mask=inside)
+        tl.store(chunk_eta + at_vector, eta, mask=i < size)
+        tl.store(chunk_J + at_matrix, J, mask=inside)

@@ -12,41 +12,43 @@ from reroll.kernels.linear_scan.operators import State
 from reroll.kernels.linear_scan.triton.chunks import TILE, Plan, last, place, plan_of
 
 
-def kalman(given: tuple[Tensor, Tensor, Tensor], precision: Tensor, state: State, into: Any) -> None:
-    """Write mean and (unless None) variance after every step `into` memory; see `kalman_scan`."""
-    batch, time, channels = given[1].shape
-    mean, variance = into
+def kalman(inputs: tuple[Tensor, Tensor, Tensor], precision: Tensor, state: State, out: Any) -> None:
+    """Write mean and (unless None) variance after every step into `out`; see `kalman_scan`."""
+    batch, time, channels = inputs[1].shape
+    mean, variance = out
     plan = plan_of(batch, time, channels, TILE // 2)
     starts = [part.unsqueeze(1) for part in state]
     if plan.chunks > 1:
-        whole = mean.new_empty(5, batch, plan.chunks, channels)
-        _launch_kalman(plan, given, precision, starts, None, None, whole)
+        composed = mean.new_empty(5, batch, plan.chunks, channels)
+        _launch_kalman(plan, inputs, precision, starts, None, None, composed)
         starts = [mean.new_empty(batch, plan.chunks, channels) for _ in state]
         for start, part in zip(starts, state):
             start[:, 0] = part
         ends = plan_of(batch, plan.chunks - 1, channels, TILE // 2, one_chunk=True)
         _launch_kalman(
-            ends, tuple(whole[:, :, :-1]), precision, [part.unsqueeze(1) for part in state],
+            ends, tuple(composed[:, :, :-1]), precision, [part.unsqueeze(1) for part in state],
             starts[0][:, 1:], starts[1][:, 1:], None,
         )  # fmt: skip
-    _launch_kalman(plan, given, precision, starts, mean, variance, None)
+    _launch_kalman(plan, inputs, precision, starts, mean, variance, None)
 
 
 def _launch_kalman(
-    plan: Plan, given: tuple[Tensor, ...], precision: Tensor, starts: list[Tensor], mean: Tensor | None,
-    variance: Tensor | None, whole: Tensor | None,
+    plan: Plan, inputs: tuple[Tensor, ...], precision: Tensor, starts: list[Tensor], mean: Tensor | None,
+    variance: Tensor | None, composed: Tensor | None,
 ) -> None:  # fmt: skip
-    """Filter all chunks from `starts`, given (A, b, y) or elements; or compose each into `whole` [5, B, chunks, C]."""
-    elements = len(given) == 5
-    inputs = [*given, *given[:2]][:5]  # what is not there is not read
+    """Filter all chunks from `starts`, or compose each into `composed` [5, B, chunks, C].
+
+    `inputs` are (A, b, y), or the five parts of elements.
+    """
+    operands = [*inputs, *inputs[:2]][:5]  # without elements the last two are not read
     out = inputs[0] if mean is None else mean
     spread = out if variance is None else variance
     _kalman[(plan.programs,)](
-        *inputs, precision.contiguous(), *starts, out, spread, out if whole is None else whole,
-        given[1].shape[1], given[1].shape[2], given[1].shape[0], plan.chunks, plan.tiles,
-        *given[0].stride(), *given[1].stride(), *given[2].stride(), *starts[0].stride(), *starts[1].stride(),
+        *operands, precision.contiguous(), *starts, out, spread, out if composed is None else composed,
+        inputs[1].shape[1], inputs[1].shape[2], inputs[1].shape[0], plan.chunks, plan.tiles,
+        *inputs[0].stride(), *inputs[1].stride(), *inputs[2].stride(), *starts[0].stride(), *starts[1].stride(),
         *out.stride(), *spread.stride(),
-        ELEMENTS=elements, REDUCE=whole is not None, KEEP=variance is not None,
+        ELEMENTS=len(inputs) == 5, REDUCE=composed is not None, KEEP=variance is not None,
         BLOCK_T=plan.block_t, BLOCK_C=plan.block_c, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -66,12 +68,12 @@ def _compose_filters(a1, b1, C1, e1, J1, a2, b2, C2, e2, J2):
 
 @triton.jit
 def _kalman(
-    A, b, y, eta, J, precision, means, variances, mean, variance, whole, time, channels, batch, chunks, tiles,
+    A, b, y, eta, J, precision, means, variances, mean, variance, composed, time, channels, batch, chunks, tiles,
     A_row, A_time, A_c, b_row, b_time, b_c, y_row, y_time, y_c, m_row, m_chunk, m_c, v_row, v_chunk, v_c,
     o_row, o_time, o_c, w_row, w_time, w_c,
     ELEMENTS: tl.constexpr, REDUCE: tl.constexpr, KEEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Elements, where they are given, lie as A does; y is then their C. Their gain is that of `elements`."""
+    """Filter a chunk, or with REDUCE compose it. With ELEMENTS, A … J are elements of A's strides (y is their C)."""
     row, chunk, first, c = place(channels, chunks, tiles, BLOCK_T, BLOCK_C)
     real: tl.constexpr = b.dtype.element_ty
     k = tl.load(precision + row)
@@ -95,11 +97,11 @@ def _kalman(
             eJ = tl.load(J + at, mask=inside, other=0.0)
         else:
             transition = ea
-            given = tl.load(b + row * b_row + t[:, None] * b_time + c[None, :] * b_c, mask=inside, other=0.0)
+            bias = tl.load(b + row * b_row + t[:, None] * b_time + c[None, :] * b_c, mask=inside, other=0.0)
             seen = tl.load(y + row * y_row + t[:, None] * y_time + c[None, :] * y_c, mask=inside, other=0.0)
-            gap = gain * (seen - given)
+            gap = gain * (seen - bias)
             ea = tl.where(inside, keep * transition, 1.0)
-            eb = given + gap
+            eb = bias + gap
             eC = tl.where(inside, keep, 0.0)
             ee = transition * gap
             eJ = tl.where(inside, gain * transition * transition, 0.0)
@@ -119,8 +121,8 @@ def _kalman(
     if REDUCE:
         at = (row * chunks + chunk) * channels + c
         part = (row * 0 + batch) * chunks * channels  # row, because a batch of 1 is a constant here, of no type
-        tl.store(whole + at, ta, mask=c < channels)
-        tl.store(whole + part + at, tb, mask=c < channels)
-        tl.store(whole + 2 * part + at, tC, mask=c < channels)
-        tl.store(whole + 3 * part + at, te, mask=c < channels)
-        tl.store(whole + 4 * part + at, tJ, mask=c < channels)
+        tl.store(composed + at, ta, mask=c < channels)
+        tl.store(composed + part + at, tb, mask=c < channels)
+        tl.store(composed + 2 * part + at, tC, mask=c < channels)
+        tl.store(composed + 3 * part + at, te, mask=c < channels)
+        tl.store(composed + 4 * part + at, tJ, mask=c < channels)
