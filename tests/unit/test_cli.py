@@ -269,7 +269,7 @@ def test_series_are_scored_whole_and_in_the_units_of_the_run(cli, tmp_path):
     assert cli("eval", "m.safetensors").out == cli("eval", "run").out
     refused = cli("eval", "run", "--path", "wide.csv")
     assert refused.code == 2
-    assert "--path=wide.csv has 3 features (t, h, p), but 2 are wanted" in refused.error
+    assert "--path=wide.csv has 3 features (t, h, p), but the model was trained on 2" in refused.error
     about = json.loads(Path("run/environment.json").read_text())
     Path("run/environment.json").write_text(json.dumps({k: v for k, v in about.items() if k != "units"}))
     assert "standardised by its own" in cli("eval", "run", "--path", "moved.csv").out  # a run of an older version

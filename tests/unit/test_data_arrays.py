@@ -299,7 +299,7 @@ def test_the_whole_of_a_file_is_scored_in_given_units(tmp_path):
     assert targets == pytest.approx((values[1:] - [1, 2]) / [4, 8], rel=1e-5)
     assert "all of it scored" in task.describe()
     assert torch.equal(pickle.loads(pickle.dumps(task)).batch(0, "valid").inputs, task.batch(0, "valid").inputs)
-    with pytest.raises(UsageError, match="has 2 features, but 1 are wanted"):
+    with pytest.raises(UsageError, match="has 2 features, but the model was trained on 1"):
         Arrays(path, whole=True, units=([1.0], [1.0]))
     # A sequence with one target is not cut, however long it is.
     one = save(tmp_path / "a.npz", x=values[None], y=np.zeros(1, dtype=int))

@@ -103,7 +103,7 @@ def test_what_is_asked_for_is_done(tmp_path):
     assert read(tmp_path, "a.csv", content, columns="3,1").features == ("y", "t")
     backwards = read(tmp_path, "a.csv", content, time="t", columns="y", missing="-200,-300")
     np.testing.assert_array_equal(backwards.values[:, 0], [64, 49, 36, 25, 16, 9, np.nan, 1, 0])
-    assert "from 1 to 9, in whose order the rows are put" in backwards.note
+    assert "from 1 to 9, by which the rows are sorted" in backwards.note
     assert read(tmp_path, "a.csv", content, columns="x", decimal=",").values[3].tolist() == [3500]
     assert read(tmp_path, "a.csv", b"a!b\n1!5\n2!3\n4!2\n", sep="!").values.shape == (3, 2)
     assert read(tmp_path, "a.csv", b"a\tb\n1\t5\n2\t3\n4\t2\n", sep="tab").values.shape == (3, 2)

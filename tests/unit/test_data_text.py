@@ -263,7 +263,7 @@ def test_the_whole_of_a_text_is_scored(path, tmp_path):
             r"length=1000000 is too long for .*text.txt.*: its end is held out for val",
         ),
         (lambda path: Text(path, "words"), "tokenizer='words' is unknown. Did you mean \"word\""),
-        (lambda path: Text(path, Byte(), max_vocab=9), "max_vocab=9 cannot change a tokenizer that is given"),
+        (lambda path: Text(path, Byte(), max_vocab=9), "max_vocab=9 cannot change a finished tokenizer"),
         (lambda path: Text(path).batch(0, "test"), "split='test' is none of"),
         (lambda path: Text(path).batch(-1), "step=-1 must be 0 or more"),
         (

@@ -166,7 +166,7 @@ def consume(tokenizer, *chunks):
     "act, message",
     [
         (lambda: fit("bytes"), "tokenizer='bytes' is unknown. Did you mean \"byte\""),
-        (lambda: from_dict({"name": "bpe"}), "bpe.* is none that this version of reroll knows"),
+        (lambda: from_dict({"name": "bpe"}), "bpe.* is not known to this version of reroll"),
         (lambda: fit("byte", max_vocab=300), "max_vocab=300 has no meaning for tokenizer='byte'"),
         (lambda: fit("char", ["a"], max_vocab=0), "max_vocab=0 must be greater than zero"),
         (lambda: fit("word", ["a"], max_vocab=2), "max_vocab=2 leaves no room"),

@@ -1,8 +1,8 @@
-"""Real-valued series as a task: say the next value, a value or class of every step, or one of the whole sequence.
+"""Real-valued series as a task: predict the next value, a value or class of every step, or one of the whole sequence.
 
     task = Arrays("weather.csv", length=100)          predict the next row from the rows before
     task = Arrays("worms.npz", readout="last")        inputs [N, T, F] and one class each, targets [N]
-    task.describe()                                   what was read, in a line
+    task.describe()                                   one line on what was read
 
     file                                    what is predicted                       readout   loss
     no targets                              the next value of every feature         every     squared error
@@ -11,9 +11,9 @@
     targets [N, T], integers                the class of every step                 every     cross-entropy
     targets [N, T, O], real                 O values of every step                  every     squared error
 
-Inputs and real targets are standardised, (x − mean) / std over the training part. A tenth of the series is held out,
-those whose index has a small hash, or those the file names; of one long series the last tenth of its windows.
-`reroll.data.series` says what the files look like.
+Inputs and real targets are standardised, (x − mean) / std over the training part. A tenth of the series is held out:
+those whose index has a small hash, or those that the file marks; of one long series the last tenth of its windows.
+docs/data.md describes the files.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from reroll.keys import Key
 Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
 Units = tuple[list[float], list[float]] | tuple[list[float], list[float], list[str]]
-"""Mean and std of every feature of series, and the features' names: what a model was trained to read them in."""
+"""Mean and standard deviation of every feature, and maybe their names: the units that a model was trained in."""
 BoolArray = npt.NDArray[np.bool_]
 
-USUAL_LENGTH = 128  # of the windows of one long series
-SHOWN = 8  # names of features in a description
-SEASON = 1 << 15  # rows that a period is looked for in
+DEFAULT_LENGTH = 128  # of the windows of one long series
+SHOWN = 8  # names of features that a description lists
+SEASON = 1 << 15  # rows that are searched for a period
 MOST_CLASSES = 1 << 20
 
 
@@ -63,29 +63,29 @@ class Arrays(FileTask):
         path: the file.
         length: T, steps per window. None: whole series; of one long series 128, or a tenth of it.
         batch: B, windows per batch.
-        seed: names the training windows; what is held out does not depend on it.
+        seed: selects the training windows; what is held out does not depend on it.
         readout: "last" or "mean" of the steps, for one target per sequence; "every" says that real targets [N, T] are
             values of the steps, not T values of the sequence.
-        eval_batches: the most batches an evaluation takes; None is the whole of the held-out part.
-        whole: all of the file is "valid", none of it for training: to score a model on it.
+        eval_batches: the most batches of an evaluation; None: all of the held-out part.
+        whole: hold out all of the file, to score a model on it.
         units: the mean and the std of every feature, then of every real target, to standardise by, and maybe the names
-            of the features, in whose order columns are then put; None: those of the training part.
+            of the features, by which columns are then ordered; None: those of the training part.
         sep, decimal, columns, time, missing: how a table is read, see `tables.Reading`.
 
     Attributes: `mean` and `std`, [F + O], of the features and the real targets; `features` and `labels`, the names of
     features and classes; `fingerprint`, SHA-256 of the file.
 
-    A missing value (NaN, an empty cell, or a step whose mask is False) is the mean, 0 after standardising, and not
-    scored. With one target per sequence the mask says which steps there are (`Batch.present`); with targets of every
-    step it says which are scored, and inputs stay.
+    A missing value (NaN, an empty cell, or a step whose mask is False) is replaced by the mean, 0 after standardising,
+    and not scored. With one target per sequence the mask says which steps exist (`Batch.present`); with a target per
+    step it says which are scored, and leaves the inputs alone.
 
     Raises:
-        UsageError: if the file cannot be read, its shapes do not fit together, or there is too little in it.
+        UsageError: if the file cannot be read, its shapes do not match, or it holds too little data.
     """
 
     name = "arrays"
     _targets: Any = None  # by step or by sequence; None: the next step is predicted
-    _known: Any = True  # which of them, or which steps, are scored
+    _scored: Any = True  # which of them, or which steps, are scored
 
     def __init__(
         self,
@@ -120,20 +120,20 @@ class Arrays(FileTask):
         self.trains = "train" in self._windows
         rows = training[np.cumsum(data.lengths) - 1] if self.predicts == "sequence" else training
         for split in self._windows:
-            if not ((rows if split == "train" or whole else ~rows) & self._known).any():
+            if not ((rows if split == "train" or whole else ~rows) & self._scored).any():
                 raise UsageError(
-                    f"path={self.path}: nothing in the split {split!r} is scored. The mask or held_out leaves none of "
-                    "it, or all of its targets are missing; mend them."
+                    f"path={self.path}: nothing in the split {split!r} is scored. The mask or held_out excludes "
+                    "all of it, or all of its targets are missing; correct them."
                 )
-        self.mean, self.std = self._units(training, rows) if units is None else self._given(units)
+        self.mean, self.std = self._moments(training, rows) if units is None else self._check_units(units)
         if self._targets is not None and not self.categorical:
             targets = (self._targets - self.mean[self.inputs :]) / self.std[self.inputs :]
-            self._targets = np.where(self._known[:, None], targets, 0).astype(np.float32)
+            self._targets = np.where(self._scored[:, None], targets, 0).astype(np.float32)
         self._description = self._described(data)
 
     @np.errstate(invalid="ignore")  # a signalling NaN
     def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
-        """Return the windows of a step, filled up with what is not scored; a smaller `length` is their first steps."""
+        """Return the windows of a step, padded with unscored steps; a smaller `length` keeps their first steps."""
         windows, steps, later = self._windows[split], length or self.length, int(self.predicts == "next")
         if split == "train":
             which: Any = random_integers(self.key(split, step, unit), self.batch_size, len(windows.begin))
@@ -152,7 +152,7 @@ class Arrays(FileTask):
             scored = known[:, 1:].all(-1) & inside[:, :steps]
             return Batch(inputs, torch.from_numpy(values[:, 1:].copy()), torch.from_numpy(scored))
         at = place if self.predicts == "every" else series
-        scored = self._known[at] & inside if self.predicts == "every" else self._known[at]
+        scored = self._scored[at] & inside if self.predicts == "every" else self._scored[at]
         present = torch.from_numpy(there) if self._by_step and self.predicts == "sequence" else None
         return Batch(inputs, torch.from_numpy(self._targets[at]), torch.from_numpy(scored), present=present)
 
@@ -173,14 +173,14 @@ class Arrays(FileTask):
 
     @np.errstate(over="ignore", invalid="ignore")  # values far beyond those of the training part
     def baselines(self, split: str = "valid") -> dict[str, float]:
-        """Return the loss that two rules without training have on the outputs that an evaluation scores.
+        """Return the loss of two untrained rules on the outputs that an evaluation scores.
 
             persistence       the next row is this row
             seasonal (p)      the next row is the one p steps before it
 
-        The period p is the lag at which the training part is most like itself, beyond the first lag at which it is
-        less like itself than on average; without such a lag there is no seasonal rule. Rows that have none p steps
-        before them are predicted by the row before. Empty for tasks with targets of their own.
+        The period p is the lag with the least error on the training part, beyond the first lag with more than the mean
+        error; without such a lag there is no seasonal rule. Rows without a row p steps before them are predicted by the
+        row before. Empty for tasks with explicit targets.
 
         Example:
             >>> import tempfile
@@ -212,7 +212,7 @@ class Arrays(FileTask):
 
     @np.errstate(over="ignore", invalid="ignore")  # as for baselines; and a signalling NaN
     def _standard(self, place: IntArray) -> tuple[Array, BoolArray]:
-        """The rows at some places, standardised, with 0 for what is missing; and what is not, [n, F]."""
+        """The rows at these places, standardised, 0 where a value is missing; and where none is, [n, F]."""
         values = np.asarray(self._values[place], dtype=np.float64)
         there = np.ones(len(place), dtype=bool) if self._mask is None else self._mask[place]
         known = np.isfinite(values) & there[:, None]
@@ -238,8 +238,8 @@ class Arrays(FileTask):
         unlike = np.flatnonzero(errors > errors.mean())
         if not len(unlike):
             return None
-        # The first valley about as deep as the deepest: multiples of a period are as good as the period.
-        # Of noise, the correlation at a lag is about 1/√n: what is not far beyond that is no period.
+        # The first minimum about as deep as the deepest: multiples of a period predict as well as the period.
+        # Noise has a correlation of about 1/√n at every lag; a period must be well beyond that.
         low = min(errors[unlike[0] :].min() + 0.02 * errors.mean(), (1 - max(5 / count**0.5, 0.2)) * errors.mean())
         walled = np.pad(errors, 1, constant_values=np.inf)
         valleys = np.flatnonzero((errors <= low) & (errors <= walled[:-2]) & (errors <= walled[2:]))
@@ -250,7 +250,7 @@ class Arrays(FileTask):
         return self._description + (f" Held-out loss without training: {losses}." if losses else "")
 
     def _described(self, data: Series) -> str:
-        """What was read: how many series, steps and features; what is predicted, held out, left out and filled in."""
+        """A line on the data: series, steps and features; what is predicted, held out, left out and filled in."""
         least, most = int(data.lengths.min()), int(data.lengths.max())
         steps = f"{most:,}" if least == most else f"{least:,} to {most:,}"
         held_out = len(self._windows["valid"].begin) / sum(len(windows.begin) for windows in self._windows.values())
@@ -264,30 +264,30 @@ class Arrays(FileTask):
             parts.append(f"missing values ({absent:,}) are filled with their column's mean, and not scored")
         return "; ".join(filter(None, parts)) + "."
 
-    def _units(self, training: BoolArray, rows: BoolArray) -> tuple[Array, Array]:
+    def _moments(self, training: BoolArray, rows: BoolArray) -> tuple[Array, Array]:
         """Mean and std of the features over the training part, and of real targets behind them."""
-        # With targets of every step the mask is about the targets; the inputs are all there.
+        # With a target per step the mask is about targets; all inputs exist.
         used = training if self._mask is None or self.predicts == "every" else training & self._mask
         units = [moments(self._values, used)]
         if self._targets is not None and not self.categorical:
-            units.append(moments(self._targets, rows & self._known))
+            units.append(moments(self._targets, rows & self._scored))
         mean, std = np.concatenate(units, axis=1)
         return mean, std
 
-    def _given(self, units: Units) -> tuple[Array, Array]:
+    def _check_units(self, units: Units) -> tuple[Array, Array]:
         mean, std = (np.asarray(values, dtype=np.float64) for values in units[:2])
         values = 0 if self._targets is None or self.categorical else self.outputs
         if mean.shape != (len(self._values[0]) + values,) or std.shape != mean.shape:
             raise UsageError(
-                f"path={self.path} has {self.inputs} features{_names(self.features)}, but {mean.size - values} are "
-                f"wanted; give a file with {mean.size - values} columns of numbers, those of the training."
+                f"path={self.path} has {self.inputs} features{_names(self.features)}, but the model was trained on "
+                f"{mean.size - values}; give a file with the same columns of numbers."
             )
         return mean, std
 
     def _set_targets(self, data: Series, readout: Readout) -> None:
-        """Decide what is predicted, "next", "every" or "sequence", and keep the targets by step or by sequence."""
+        """Decide what is predicted, "next", "every" or "sequence", and store the targets by step or by sequence."""
         self.predicts, self.outputs, self.readout = "next", data.values.shape[1], "every"
-        self.categorical, self._known = False, True if data.mask is None else data.mask
+        self.categorical, self._scored = False, True if data.mask is None else data.mask
         targets, inside = data.targets, data.inside
         if targets is None or inside is None:
             return
@@ -305,7 +305,7 @@ class Arrays(FileTask):
         if not each:
             self.readout, known = readout, np.logical_or.reduceat(known, np.cumsum(data.lengths) - data.lengths)
         rows = targets.reshape(*inside.shape, -1)[inside] if each else targets.reshape(len(targets), -1)
-        self._known, self._targets = _cleaned(self.path, rows, known, classes)
+        self._scored, self._targets = _cleaned(self.path, rows, known, classes)
         self.outputs = int(self._targets.max()) + 1 if classes else rows.shape[1]
 
     def _window_length(self, lengths: IntArray, length: int | None) -> int:
@@ -317,7 +317,7 @@ class Arrays(FileTask):
                 )
             return longest
         if len(lengths) == 1 and length is None:
-            return max(min(USUAL_LENGTH, longest // 10), 1)
+            return max(min(DEFAULT_LENGTH, longest // 10), 1)
         return max(longest if length is None else min(length, longest), 1)
 
     def _hold_out(self, windows: Windows, data: Series) -> tuple[dict[str, Windows], BoolArray]:
@@ -331,13 +331,13 @@ class Arrays(FileTask):
         if count < 2 or (self.predicts == "sequence" and len(series) < 2):
             raise UsageError(
                 f"path={self.path} is too short: {len(lengths)} series of {int(lengths.max())} steps at most give "
-                f"{count} windows of length={self.length}; two are needed, one of them to be held out."
+                f"{count} windows of length={self.length}; two are needed, one of them held out."
             )
         if len(series) == 1:
             held_out = np.arange(count) >= count - max(count // 10, 1)
             training = np.arange(int(lengths.sum())) < windows.begin[held_out][0]
         else:
-            # By the index alone: neither the seed nor the order of the classes has a part in it.
+            # By the index alone: it does not depend on the seed or on the order of the classes.
             draws = random_integers(Key(0).at("data").at("arrays").at("held out"), len(lengths), 2**31)
             order = series[np.argsort(draws[series], kind="stable")]
             chosen = np.isin(np.arange(len(lengths)), order[: max(len(series) // 10, 1)])
@@ -348,9 +348,9 @@ class Arrays(FileTask):
 
 
 def cut(lengths: IntArray, length: int, shift: int) -> Windows:
-    """Return the windows of `length` steps, the last of a series maybe shorter, that hold all steps of all series.
+    """Return windows of `length` steps that cover all series; the last window of a series may be shorter.
 
-    With a shift of 1 a step needs the one after it as its target, so that the last step begins no window.
+    With shift=1 the target of a step is the next step, so that the last step starts no window.
 
     Example:
         >>> windows = cut(np.array([5, 1, 3]), length=2, shift=1)
@@ -365,13 +365,13 @@ def cut(lengths: IntArray, length: int, shift: int) -> Windows:
 
 
 def _in_order(path: str, data: Series, names: tuple[str, ...]) -> Series:
-    """The series with its columns in the order of the names a model was trained with, where both have names."""
+    """The series with its columns in the order of the names a model was trained on, if both have names."""
     if not names or not data.features or len(names) != len(data.features) or names == data.features:
         return data
     if set(names) != set(data.features):
         raise UsageError(
             f"path={path} has the columns {', '.join(data.features)}; the model was trained on {', '.join(names)}. "
-            "Rename them, if they are the same."
+            "If they mean the same, rename them."
         )
     order = [data.features.index(name) for name in names]
     return dataclasses.replace(data, values=data.values[:, order], features=names)
@@ -393,7 +393,7 @@ def _cleaned(path: str, targets: Array, known: BoolArray, classes: bool) -> tupl
         fault = f"no class, 0 … {MOST_CLASSES - 1}" if classes else UNUSABLE
         raise UsageError(
             f"path={path}: {int(wrong.sum())} targets are {fault}; the first is number {first} of {len(targets)}, "
-            f"{targets[first].tolist()}. Mend them, or mark what is missing by a mask that is False there."
+            f"{targets[first].tolist()}. Correct them, or give a mask that is False where they are missing."
         )
     cleaned = np.where(known[:, None], targets, 0)
     return known, cleaned[:, 0].astype(np.int64) if classes else cleaned.astype(np.float64)

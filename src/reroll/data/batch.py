@@ -27,8 +27,8 @@ class Batch:
         mask: True where the output is scored, [B, T]; or [B] for one output per sequence.
         scored: how many outputs the loss is averaged over; 0 counts the mask.
         present: True at the steps that exist, [B, T], for models that read out the last step or the mean; None: all.
-        state: the model's state before the first step, and the wish to have the one after the last; `START` for the
-            first of several windows. None starts afresh, and nothing is carried.
+        state: the model's state before the first step, and the request to return the one after the last; `START` for
+            the first of several windows. None: the initial state, and none is returned.
         reset: True at the steps before which the state is reset (a new document begins), [B, T].
     """
 
@@ -92,7 +92,7 @@ def check_rows(rows: range, count: int) -> None:
 
 
 class _Start:
-    """A state that has not begun: start afresh, and give the state after the last step back."""
+    """The initial state, with the request to return the state after the last step."""
 
     def __repr__(self) -> str:
         return "START"

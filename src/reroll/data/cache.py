@@ -5,7 +5,7 @@
 
 The folder is $REROLL_CACHE, or $XDG_CACHE_HOME/reroll, or ~/.cache/reroll; anything in it may be deleted at any time. A
 file is named by a hash of the texts' paths, sizes and times and of the tokenizer's settings, and moved into place when
-it is whole. What does not have the length it should have is built again.
+it is complete. A file of the wrong length is built again.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from reroll.data.corpus import CHUNK, Corpus, Passage, is_single, passages
-from reroll.data.tokenizers import USUAL_SIZES, Tokenizer, decode_utf8, encode_chunks, fit, from_dict, symbol_dtype
+from reroll.data.corpus import Corpus, is_single, passages
+from reroll.data.tokenizers import DEFAULT_SIZES, Tokenizer, decode_utf8, encode_chunks, fit, from_dict, symbol_dtype
 from reroll.errors import RunError, UsageError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files; another number builds them afresh
+FORMAT = 2  # of the files; a change rebuilds them
 
-_temporary: Path | None = None  # made once a process, if the cache folder cannot be written
+_temporary: Path | None = None  # created once per process, if the cache folder cannot be written
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Streams:
 
 
 def cache_folder() -> Path:
-    """Return the folder for files that can be made again; it is made if it can be, else a temporary one is."""
+    """Return the cache folder, created if need be; a temporary one if it cannot be written."""
     global _temporary
     usual = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(os.environ.get("REROLL_CACHE") or Path(usual, "reroll")).expanduser()
@@ -83,10 +83,10 @@ def load(corpus: Corpus, tokenizer: str | Tokenizer = "byte", max_vocab: int | N
 
     Raises:
         UsageError: if a text cannot be read or encoded.
-        RunError: if there is no room for the symbols.
+        RunError: if the disk has no room for the symbols.
     """
     if isinstance(tokenizer, Tokenizer) and max_vocab is not None:
-        raise UsageError(f"max_vocab={max_vocab} cannot change a tokenizer that is given; leave it out.")
+        raise UsageError(f"max_vocab={max_vocab} cannot change a finished tokenizer; leave it out.")
     settings = tokenizer.to_dict() if isinstance(tokenizer, Tokenizer) else [tokenizer, max_vocab]
     identity = json.dumps([FORMAT, corpus.signature, settings])
     place = cache_folder() / f"text-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
@@ -103,7 +103,7 @@ def load(corpus: Corpus, tokenizer: str | Tokenizer = "byte", max_vocab: int | N
 
 
 def _open(place: Path) -> Streams:
-    """The streams of a cache entry; any error says that there is none, or a damaged one."""
+    """Open the streams of a cache entry; any error means that it is missing or damaged."""
     saved = json.loads(_beside(place, "json").read_text())
     tokenizer = from_dict(saved["tokenizer"])
     dtype, tokens = symbol_dtype(tokenizer.size), {}
@@ -116,9 +116,9 @@ def _open(place: Path) -> Streams:
 
 
 def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: int | None) -> None:
-    """Encode a corpus into the files of a cache entry; the description comes last, so what it says is there."""
+    """Encode a corpus into the files of a cache entry; the description comes last, when they are complete."""
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = fit(tokenizer, training_text(corpus) if tokenizer in USUAL_SIZES else (), max_vocab)
+        tokenizer = fit(tokenizer, training_text(corpus) if tokenizer in DEFAULT_SIZES else (), max_vocab)
     files: dict[str, BinaryIO] = {}
     digests: dict[str, Any] = {}
     try:
@@ -151,28 +151,24 @@ def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, bytes]
     dtype = symbol_dtype(tokenizer.size)
     after = b"" if tokenizer.separator is None else np.array([tokenizer.separator], dtype).tobytes()
     for passage in passages(corpus):
-        for symbols in encode_chunks(tokenizer, _chunks(passage), passage.document.where):
+        for symbols in encode_chunks(tokenizer, passage.chunks(), passage.document.where):
             yield passage.split, symbols.astype(dtype, copy=False).tobytes()
         if passage.separated:
             yield passage.split, after
 
 
 def training_text(corpus: Corpus) -> Iterator[str]:
-    """The text a vocabulary is made of."""
+    """Yield the text that a vocabulary is built from."""
     for passage in passages(corpus):
         if passage.split == "train":
-            yield from decode_utf8(_chunks(passage), passage.document.where)
+            yield from decode_utf8(passage.chunks(), passage.document.where)
             if passage.separated:
                 yield "\n"
 
 
-def _chunks(passage: Passage) -> Iterator[bytes]:
-    return passage.document.chunks(passage.begin, passage.end, CHUNK)
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its place when it is whole, and vanishes if it never is."""
+    """Open a file that replaces `path` when it is complete, and is deleted after an error."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with temporary.open("xb") as file:

@@ -35,11 +35,11 @@ from reroll.errors import UsageError
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20  # bytes read at a time
-FEW = 100  # fewer documents than this are held out by size, so that a tenth of the text is, not of the documents
+FEW = 100  # with fewer documents than this, a tenth of the text is held out, not of the documents
 COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"PAR1")
 """How gzip, zip, bzip2, xz, zstd and Parquet files begin."""
 
-# Folders of the standard library that are no library: tests, applications, what pip installed, the topics twice.
+# Folders of the standard library to skip: tests, applications, installed packages, and the topics, read separately.
 LEFT_OUT = {
     *("__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test"),
     *("tests", "turtledemo", "idle_test"),
@@ -53,7 +53,7 @@ class Document:
     """A text, in a file or in memory.
 
     Args:
-        name: says which split it belongs to; stays the same when the folder moves.
+        name: decides the split; does not change when the folder moves.
         source: the file, or the text as bytes.
         size: in bytes.
         skip: bytes before the text, a byte-order mark.
@@ -80,7 +80,7 @@ class Document:
 
 @dataclass(frozen=True)
 class File:
-    """A document, or with the ending .jsonl a document a line; `split` if the file says which one it is."""
+    """A document, or with the ending .jsonl one per line; `split` if the name of the file states it."""
 
     name: str
     source: Path | bytes
@@ -93,7 +93,7 @@ class File:
 
     @property
     def signature(self) -> list[str | int]:
-        """What changes when the file does."""
+        """A value that changes with the file."""
         if isinstance(self.source, bytes):
             return [self.name, hashlib.sha256(self.source).hexdigest(), self.split or ""]
         state = self.source.stat()
@@ -117,7 +117,7 @@ class File:
                 try:
                     text = _text_of(json.loads(line), field) if line.strip() else ""
                 except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
-                    raise UsageError(f"{where}, is not JSON ({error}); mend or delete the line.") from None
+                    raise UsageError(f"{where}, is not JSON ({error}); correct or delete the line.") from None
                 if text is None:
                     shown = ascii(line[:80].decode("utf-8", "replace"))
                     raise UsageError(
@@ -137,7 +137,7 @@ class Corpus:
 
     @property
     def signature(self) -> list[object]:
-        """What changes when any file does, or when other files are found."""
+        """A value that changes with any file, and when other files are found."""
         field = self.field if any(file.has_lines for file in self.files) else ""
         return [field, [file.signature for file in self.files]]
 
@@ -156,6 +156,10 @@ class Passage(NamedTuple):
     begin: int
     end: int | None
     separated: bool
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield its bytes."""
+        return self.document.chunks(self.begin, self.end, CHUNK)
 
 
 def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
@@ -196,7 +200,7 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
 
 
 def whole_held_out(corpus: Corpus) -> Corpus:
-    """Return the corpus with all of it held out, to score a model on; one whose files say their splits keeps them."""
+    """Return the corpus with all of it held out, to score a model on; named splits stay as they are."""
     if corpus.files[0].split:
         return corpus
     return replace(corpus, files=tuple(replace(file, split="valid") for file in corpus.files))
@@ -208,7 +212,7 @@ def is_single(corpus: Corpus) -> bool:
 
 
 def passages(corpus: Corpus) -> Iterator[Passage]:
-    """Yield what is to be read, in the order of the corpus, with the split it belongs to.
+    """Yield the passages of a corpus, in its order.
 
     Raises:
         UsageError: if there is no text at all.
@@ -233,12 +237,12 @@ def passages(corpus: Corpus) -> Iterator[Passage]:
 
 
 def _hold_out(sizes: dict[str, int]) -> set[str]:
-    """The names of documents with about a tenth of the text, in the order of their hashes: at least one, never all."""
-    total, taken, names = sum(sizes.values()), 0, set[str]()
+    """The names of documents with about a tenth of the text, by the order of their hashes: at least one, never all."""
+    total, size, names = sum(sizes.values()), 0, set[str]()
     for name in sorted(sizes, key=_hash):
-        if taken < total / 10 and taken + sizes[name] <= total / 5:
+        if size < total / 10 and size + sizes[name] <= total / 5:
             names.add(name)
-            taken += sizes[name]
+            size += sizes[name]
     return names or {min(sizes, key=lambda name: (sizes[name], name))}
 
 
@@ -254,7 +258,7 @@ def _border(document: Document) -> int:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a document is in the tenth that is held out by a hash of its name."""
+    """Whether the hash of a document's name puts it into the held-out tenth."""
     return _hash(name) < 2**64 // 10
 
 
@@ -302,7 +306,7 @@ def _several(name: str, paths: list[Path], field: str, root: Path | None = None)
     readable = set(texts)
     other = [path.name for path in paths if path not in readable and (path in once or not os.path.isfile(path))]
     if other:
-        log.info("%s: %d entries are binary or no files and left out, such as %r.", name, len(other), other[0])
+        log.info("%s: %d entries are skipped, being binary or no files, such as %r.", name, len(other), other[0])
     if not any(file.stat().st_size for file in texts):
         raise UsageError(f"path={name!r} has no text in its {len(paths)} files. Give {KINDS}.")
     root = root or Path(os.path.commonpath([file.parent for file in files]))
@@ -328,7 +332,7 @@ def _is_text(path: Path) -> bool:
     with _open(path) as file:
         head = file.read(8192)
     try:
-        # A character that the end of the head cuts is no fault, one that the end of the file cuts is.
+        # A character may be cut off by the end of the head, but not by the end of the file.
         codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < 8192)
     except UnicodeDecodeError:
         return False

@@ -1,7 +1,7 @@
-"""Real-valued series in files: tables, .npy and .npz, read into one table of steps. docs/data.md says what they hold.
+"""Real-valued series in files: tables, .npy and .npz, read into one table of steps; docs/data.md describes them.
 
-All series lie one after the other in `values` [M, F], so that a window is a range of rows whatever file it came from.
-In every file NaN is a missing value. Pickles are never loaded.
+All series are concatenated in `values` [M, F], so that a window is a range of rows whatever the file. NaN is a missing
+value. Pickles are never loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 NAMES = ("inputs", "targets", "mask", "lengths", "held_out", "labels")  # what is read of an .npz file
 UNUSABLE = "infinite, or a whole number beyond 2⁵³, which a float rounds"
-ROWS = 1 << 16  # steps looked at at a time
+ROWS = 1 << 16  # steps read at a time
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Series:
         inside: which steps of a file's array [N, T] these are.
         targets: [N], [N, O], [N, T] or [N, T, O], as the file has them; None: none.
         mask: which steps there are, or count, [M]; None: all.
-        by_step: True if the mask tells steps of a series apart, or lengths differ.
-        held_out: which series are held out, [N]; None: not said.
+        by_step: True if the mask differs within a series, or lengths differ.
+        held_out: which series are held out, [N]; None: unspecified.
         features, labels: names of the features and classes, if they have any.
-        note: how the file was read, for a person.
+        note: how the file was read, for the user.
     """
 
     values: Array
@@ -77,14 +77,14 @@ def read_series(path: str | os.PathLike[str], reading: Reading | None = None) ->
         return _one_or_many(where, _numbers(where, "the array", np.load(where, mmap_mode="r", allow_pickle=False)))
     except UsageError:
         raise
-    except Exception as error:  # numpy, zipfile, pandas and pyarrow raise anything for a damaged file
+    except Exception as error:  # numpy, zipfile, pandas and pyarrow raise all kinds of errors for damaged files
         if "pickle" in str(error) or "Python objects" in str(error):
             raise UsageError(
                 f"path={where} is no file of numbers (and pickles, which can run any code, are never loaded): save "
                 "arrays of numbers by numpy.save or numpy.savez, padded to one length, with `lengths`."
             ) from None
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"path={where} cannot be read ({printable(said)}); is it whole, and yours to read?") from None
+        reason = printable(" ".join(str(error).split()) or type(error).__name__)
+        raise UsageError(f"path={where} cannot be read ({reason}); is it complete, and yours to read?") from None
 
 
 @np.errstate(invalid="ignore", over="ignore")  # a signalling NaN, or squares beyond 1e308
@@ -92,7 +92,7 @@ def moments(values: Array, used: BoolArray) -> tuple[Array, Array]:
     """Return mean and standard deviation of every feature, [F] each; of a constant feature 1 as its deviation.
 
     Args:
-        values: [M, F], memory-mapped or not; what is not finite does not count.
+        values: [M, F], memory-mapped or not; those that are not finite are ignored.
         used: which steps count, [M].
 
     Example:
@@ -132,7 +132,7 @@ def missing(path: str, series: Series, mask: BoolArray | None) -> int:
             which = int(np.searchsorted(np.cumsum(series.lengths), place, side="right"))
             raise UsageError(
                 f"path={path}: the value of series {which}, step {place - int(series.lengths[:which].sum())}, feature "
-                f"{wrong[0, 1]} is {UNUSABLE}. Mend it, or make it NaN, a missing value."
+                f"{wrong[0, 1]} is {UNUSABLE}. Correct it, or make it NaN, a missing value."
             )
     return count
 
@@ -189,7 +189,7 @@ def _one_or_many(path: Path, array: Array) -> Series:
 
 
 def _numbers(path: Path, name: str, array: Array) -> Array:
-    if not isinstance(array, np.ndarray):  # numpy gives a member of an archive that is no array as its bytes
+    if not isinstance(array, np.ndarray):  # numpy returns the bytes of a member that is no array
         raise UsageError(f"path={path}: {name} are no array; save the archive with numpy.savez.")
     if array.dtype.kind not in "biuf":
         raise UsageError(f"path={path}: {name} are of type {array.dtype}; expected real numbers.")

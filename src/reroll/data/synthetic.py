@@ -7,9 +7,9 @@ perfect model has loss 0, accuracy 1 and exact match 1.
     task = Sort(length=10, batch=32, seed=0)
     task.batch(step)               lengths 1 … 10
     task.batch(step, "valid")      the same lengths, other sequences
-    task.batch(step, "longer")     lengths 11 … 20: does the model know the rule, or the length?
+    task.batch(step, "longer")     lengths 11 … 20: has the model learned the rule, or the length?
 
-Content symbols are 0 … S−1, then come SEP, EOS, PAD, then what a task needs besides (repeat counts, "+"). Row b of a
+Content symbols are 0 … S−1, then come SEP, EOS, PAD, then symbols special to a task (repeat counts, "+"). Row b of a
 batch does not depend on the number of rows. Everything is drawn from Key(seed).at("data").at(name).at(split).at(step).
 """
 
@@ -44,26 +44,26 @@ class Generated(Task):
     """What all generated tasks share: their arguments, their symbols, and symbols as text.
 
     Args:
-        length: L, the largest length of the training sequences (each task says what it counts).
+        length: L, the largest length of the training sequences (each task defines its unit).
         batch: B, sequences per batch.
-        seed: names the sequences; in [0, 2⁶⁴).
-        symbols: S, the number of content symbols; None is the usual number of the task.
+        seed: selects the sequences; in [0, 2⁶⁴).
+        symbols: S, the number of content symbols; None: the default of the task.
         marks: the texts of the symbols after these.
     """
 
     alphabet = LETTERS
-    usual_symbols = 26
+    default_symbols = 26
 
     def __init__(self, length: int, batch: int, seed: int, symbols: int | None, marks: Sequence[str] = ()) -> None:
         require_positive(length=length, batch=batch)
-        symbols = self.usual_symbols if symbols is None else symbols
+        symbols = self.default_symbols if symbols is None else symbols
         if symbols < 2:
             raise UsageError(f"symbols={symbols} leaves {self.name} nothing to tell apart; give at least 2.")
         self.length, self.batch_size, self.seed, self.symbols = length, batch, seed, symbols
         content = [self.alphabet[n] if n < len(self.alphabet) else f"<{n}>" for n in range(symbols)]
         self.names = (*content, *marks)
         self.vocab = self.outputs = len(self.names)
-        # The vocabulary says how many repeat counts there are. The batch is no part of the definition: row b stays.
+        # The vocabulary includes the repeat counts. The batch is not part of it: row b is always the same.
         definition = f"{self.name}(length={length}, seed={seed}, symbols={symbols}, vocab={self.vocab})"
         self.fingerprint = hashlib.sha256(definition.encode()).hexdigest()
 
@@ -85,7 +85,7 @@ class Generated(Task):
 
 
 class Transduction(Generated):
-    """A task that turns a prompt into an output: prompt, output, EOS, PAD…; subclasses say which output.
+    """A task that turns a prompt into an output: prompt, output, EOS, PAD…; subclasses define the output.
 
     Training lengths are uniform in 1 … L, those of the split "longer" in L+1 … 2L.
 
@@ -108,7 +108,7 @@ class Transduction(Generated):
         self.separator, self.end, self.pad, self.first_extra = range(self.symbols, self.symbols + 4)
 
     def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:
-        """Return the sequences of a step. A smaller `length` is a smaller L; L and the split alone decide the width."""
+        """Return the sequences of a step. A smaller `length` is a smaller L; L and the split determine the width."""
         limit = length or self.length
         low, high = (limit + 1, 2 * limit) if split == "longer" else (1, limit)
         key = self.key(split, step, unit)
@@ -117,7 +117,7 @@ class Transduction(Generated):
         for prompt, output in self.examples(key, lengths, high):
             row = [*prompt, *output, self.end]
             rows.append(row + [self.pad] * (width - len(row)))
-            ends.append((len(prompt) - 1, len(row) - 1))  # a symbol is predicted at the one before
+            ends.append((len(prompt) - 1, len(row) - 1))  # a symbol is predicted at the previous one
         symbols, place = torch.from_numpy(np.array(rows)), np.arange(width - 1)
         begin, end = np.array(ends).T[:, :, None]
         mask = torch.from_numpy((place >= begin) & (place < end))
@@ -125,7 +125,7 @@ class Transduction(Generated):
 
     @abstractmethod
     def examples(self, key: Key, lengths: IntArray, limit: int) -> Examples:
-        """Yield prompts and outputs of given lengths [B], none above `limit`."""
+        """Yield prompts and outputs of these lengths [B], none above `limit`."""
 
     def content(self, key: Key, lengths: IntArray, limit: int) -> list[list[int]]:
         """Return random content symbols."""
@@ -134,7 +134,7 @@ class Transduction(Generated):
 
 
 class Copy(Transduction):
-    """Say the content again: abc|abc$. The length counts its symbols."""
+    """Repeat the content: abc|abc$. The length counts its symbols."""
 
     name = "copy"
 
@@ -148,7 +148,7 @@ class Copy(Transduction):
 
 
 class Reverse(Copy):
-    """Say the content backwards: abc|cba$. The length counts its symbols."""
+    """Output the content backwards: abc|cba$. The length counts its symbols."""
 
     name = "reverse"
 
@@ -157,7 +157,7 @@ class Reverse(Copy):
 
 
 class Sort(Copy):
-    """Say the content in order: cab|abc$. The length counts its symbols."""
+    """Output the content in order: cab|abc$. The length counts its symbols."""
 
     name = "sort"
 
@@ -166,14 +166,14 @@ class Sort(Copy):
 
 
 class Parity(Copy):
-    """Say whether the number of ones is odd: 1011|1$. The length counts the bits.
+    """Tell whether the number of ones is odd: 1011|1$. The length counts the bits.
 
     With more `symbols` the answer is the sum of the content modulo S.
     """
 
     name = "parity"
     alphabet = DIGITS + LETTERS
-    usual_symbols = 2
+    default_symbols = 2
     widest = (1, 3)
 
     def answer(self, content: list[int]) -> list[int]:
@@ -181,7 +181,7 @@ class Parity(Copy):
 
 
 class RepeatCopy(Transduction):
-    """Say the content as often as its last symbol asks for: ab3|ababab$. The length counts the symbols before it.
+    """Repeat the content as often as its last symbol says: ab3|ababab$. The length counts the symbols before it.
 
     Args:
         length, batch, seed, symbols: as in every transduction.
@@ -208,12 +208,12 @@ class Add(Transduction):
     """Add two numbers of n digits each: 07+95|102$. The length counts n; SEP stands for the sign =.
 
     The most significant digit comes first. Numbers are written with all n digits and sums with n + 1, zeros included,
-    so what a place means depends on n alone. `symbols` is the base.
+    so what a digit stands for depends on n alone. `symbols` is the base.
     """
 
     name = "add"
     alphabet = DIGITS + LETTERS
-    usual_symbols = 10
+    default_symbols = 10
     extras = ("+",)
     widest = (3, 4)
 
@@ -230,9 +230,9 @@ class Add(Transduction):
 
 
 class Recall(Transduction):
-    """Associative recall, say the value of a key: akbz|bz$ holds the pairs ak and bz. The length counts pairs.
+    """Associative recall, output the value of a key: akbz|bz$ holds the pairs ak and bz. The length counts pairs.
 
-    Keys differ within a sequence, so the split "longer" needs S ≥ 2L; S is max(26, 2L) unless it is given. Keys and
+    Keys differ within a sequence, so the split "longer" needs S ≥ 2L; S is max(26, 2L) by default. Keys and
     values are of the same symbols.
     """
 
@@ -240,7 +240,7 @@ class Recall(Transduction):
     widest = (2, 4)
 
     def __init__(self, length: int = 10, batch: int = 32, seed: int = 0, *, symbols: int | None = None) -> None:
-        symbols = max(self.usual_symbols, 2 * length) if symbols is None else symbols
+        symbols = max(self.default_symbols, 2 * length) if symbols is None else symbols
         if symbols < 2 * length:
             raise UsageError(
                 f"symbols={symbols} is too few for recall of length={length}: its split 'longer' has {2 * length} "
@@ -264,8 +264,8 @@ class Recall(Transduction):
 class Memorise(Generated):
     """Memorise random sequences: B rows of L + 1 symbols, of which every next symbol is scored.
 
-    There is nothing to learn but the sequences themselves, so the loss says what a model can hold. `batch` gives the
-    same batch at every step and for every split, and a smaller `length` its first steps. The vocabulary is the S
+    There is nothing to learn but the sequences themselves, so the loss measures how much a model can store. `batch` is
+    the same batch at every step and for every split, and a smaller `length` its first steps. The vocabulary is the S
     content symbols alone.
 
     Example:
@@ -277,11 +277,11 @@ class Memorise(Generated):
 
     name = "memorise"
     alphabet = DIGITS + LETTERS
-    usual_symbols = 100
+    default_symbols = 100
 
     def __init__(self, length: int = 9, batch: int = 1, seed: int = 0, *, symbols: int | None = None) -> None:
         super().__init__(length, batch, seed, symbols)
-        # Here the number of rows is what there is to learn, so another batch is another task.
+        # The number of rows is how much there is to learn, so another batch is another task.
         self.fingerprint = hashlib.sha256(f"{self.fingerprint} batch={batch}".encode()).hexdigest()
 
     def make(self, step: int, split: str, length: int | None, unit: int | None) -> Batch:

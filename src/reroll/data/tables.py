@@ -2,8 +2,8 @@
 
     values, features, lengths, note = read_table(Path("power.txt"), Reading(decimal=","))
 
-What a `Reading` does not say is worked out: separator, encoding, header, decimal mark. Columns that only count the rows
-(dates, an index, an epoch of constant step) are no features, and rows are put in the order of their dates.
+What a `Reading` leaves open is inferred: separator, encoding, header, decimal mark. Columns that only count the rows
+(dates, an index, an epoch of constant step) are not features, and rows are sorted by their dates.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ WORDS = {"tab": "\t", r"\t": "\t", "space": r"\s+", " ": r"\s+"}
 MISSING = ("", "?", "-", "--", ".", "na", "n/a", "#n/a", "nan", "-nan", "null", "none", "nil", "missing", "<na>")
 TIME = re.compile(r"date|time|epoch|unix|stamp|unnamed|^(t|ts|index|no\.?|row|step)$", re.IGNORECASE)
 NUMBER = re.compile(r"[+-]?[\d.,' ]*\d[\d.,' ]*(e[+-]?\d+)?", re.IGNORECASE)
-HEAD = 1 << 16  # bytes whose lines tell the form of a text; more where they are not two
-LONGEST = 1 << 24  # bytes that are looked at for two lines
+HEAD = 1 << 16  # bytes from which the form of a text is inferred; more if they hold less than two lines
+LONGEST = 1 << 24  # bytes that are searched for two lines
 EXACT = 1 << 53  # whole numbers up to this are exact as floats; beyond, neighbours become one value
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read a table; None: as it looks.
+    """How to read a table; None: inferred.
 
     Args:
-        sep: what is between cells: a character, "tab" or "space".
+        sep: what separates cells: a character, "tab" or "space".
         decimal: the decimal mark, "." or ",".
-        columns: the features, by name or by number from 1, with commas between them.
-        time: the column that gives the order of the steps; it is no feature.
-        missing: cells without a value besides the usual ones (empty, ?, NA, -), with commas between them.
+        columns: the features, by name or by number from 1, separated by commas.
+        time: the column by which the steps are sorted; it is not a feature.
+        missing: further words for a missing value, besides an empty cell, ?, NA and -, separated by commas.
     """
 
     sep: str | None = None
@@ -61,7 +61,7 @@ class Reading:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a name is that of a table."""
+    """Return whether a path has the name of a table."""
     inner = Path(path.stem) if path.suffix.lower() in OPEN else path
     return inner.suffix.lower() in (*TEXTS, *PARQUET)
 
@@ -79,10 +79,10 @@ def printable(name: object) -> str:
 def read_table(path: Path, reading: Reading) -> tuple[Any, tuple[str, ...], Any, str]:
     """Return the numbers of a table, [M, F], its columns' names, the steps of its series, and how it was read.
 
-    A column `series`, or an `id` that repeats, tells several series apart; they come one after the other.
+    A column `series`, or an `id` that repeats, separates several series, which are concatenated.
 
     Raises:
-        UsageError: if it has none, or has not what is asked for.
+        UsageError: if it has none, or lacks a column that was named.
     """
     notes: list[str] = []
     with warnings.catch_warnings():
@@ -152,18 +152,18 @@ def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
     frame = _take_numbers(frame.reset_index(drop=True), decimal)
     if not header:
         frame.columns = [str(number) for number in range(1, len(frame.columns) + 1)]
-    said = {
+    facts = {
         f"{SEPARATORS.get(sep, repr(sep))} between cells": sep != "," and not lone, "decimal commas": decimal == ",",
         "decimal points": decimal == "." and sep == ";", encoding: encoding != "utf-8-sig",
         "comments after #": comments,
         "no header line, columns are named 1, 2, …": not header,
     }  # fmt: skip
-    notes += [note for note, is_so in said.items() if is_so]
+    notes += [note for note, is_so in facts.items() if is_so]
     return frame, decimal
 
 
 def _head(path: Path) -> tuple[str, list[str], bool]:
-    """The encoding, the first lines that are no comments, at most 20, and whether there are comments."""
+    """The encoding, the first 20 lines that are not comments, and whether there are comments."""
     with OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
         head = file.read(HEAD)
         while True:
@@ -191,14 +191,14 @@ def _encoding(path: Path, head: bytes) -> str:
 
 
 def _cells(lines: list[str], sep: str | None) -> tuple[str, list[list[str]]]:
-    """The separator, and the cells of lines: of the first that cuts them all into as many cells, else into several."""
+    """The separator and the cells of lines: the first by which all have as many, else the first to cut them."""
     several = {}
     for candidate in [sep] if sep else SEPARATORS:
         spaces = candidate == r"\s+"
         rows = [x.split() for x in lines] if spaces else csv.reader(lines, delimiter=candidate, skipinitialspace=True)
         try:
             rows = [[cell.strip() for cell in row] for row in rows]
-        except csv.Error:  # a cell beyond csv's limit: a long line is cut elsewhere
+        except csv.Error:  # a cell beyond csv's limit: another separator cuts the line
             continue
         counts = {len(row) for row in rows[1:]} or {len(rows[0])}
         if max(counts) > 1 and len(counts) == 1 and len(rows[0]) in (max(counts), max(counts) - 1):
@@ -209,7 +209,7 @@ def _cells(lines: list[str], sep: str | None) -> tuple[str, list[list[str]]]:
 
 
 def _is_lone_column(lines: list[str], reading: Reading) -> bool:
-    """Whether below a name stand decimal commas, as 2.345,67: one column, not names of rows and their numbers."""
+    """Whether these are a name and decimal commas, such as 2.345,67: one column, not row names with numbers."""
     name, *cells = lines
     if reading.sep or reading.decimal == "." or not cells or NUMBER.fullmatch(name) or re.search(r"[,;|\t]", name):
         return False
@@ -240,7 +240,7 @@ def _is_text(column: Any) -> bool:
 def _numbers(column: Any, decimal: str) -> tuple[Any, Any]:
     """The numbers of a column, NaN where a cell is none; and which cells are not missing.
 
-    Marks between thousands go where they are in their places: 1,234.5 but not 1,5.
+    Thousands separators are removed where they are in their places: in 1,234.5 but not in 1,5.
     """
     if not _is_text(column):
         return column, column.notna()
@@ -254,7 +254,7 @@ def _numbers(column: Any, decimal: str) -> tuple[Any, Any]:
 
 
 def _inexact(column: Any, numbers: Any, decimal: str) -> list[str]:
-    """The cells of a column that are whole numbers which its numbers, as floats, cannot hold."""
+    """The cells of a column that are whole numbers which floats round."""
     large = [] if column.dtype.kind == "f" else column[numbers.astype(float).abs() >= EXACT].astype(str)
     whole = re.compile(r"\s*[+-]?\d[\d.,' \u00a0]*")
     whole_cells = [cell for cell in large if whole.fullmatch(cell) and decimal not in cell]
@@ -269,7 +269,7 @@ def _if_numbers(column: Any, decimal: str) -> Any | None:
 
 
 def _take_numbers(frame: Any, decimal: str) -> Any:
-    """Make columns of text whose cells are all numbers columns of numbers."""
+    """Convert columns of text whose cells are all numbers."""
     for name in frame:
         if (numbers := _if_numbers(frame[name], decimal)) is not None:
             frame[name] = numbers
@@ -277,7 +277,7 @@ def _take_numbers(frame: Any, decimal: str) -> Any:
 
 
 def _decimal(frame: Any, sep: str) -> str:
-    """The decimal mark that makes numbers of more columns of text; of both, a comma where none is between cells."""
+    """The decimal mark by which more columns of text are numbers; a comma if both do and none separates cells."""
     points, commas = (sum(_if_numbers(frame[name], mark) is not None for name in frame) for mark in ".,")
     return "," if commas > points or (commas == points > 0 and sep != ",") else "."
 
@@ -291,7 +291,7 @@ def _date_formats(cell: str) -> list[str]:
 
 
 def _dates(column: Any) -> Any | None:
-    """A column as dates, None if it holds others: in the way that reads most of them, or has them in order."""
+    """A column as dates, None if it has none: in the format that reads most cells, or gives sorted dates."""
     if column.dtype.kind == "M" or not (_is_text(column) and column.notna().any()):
         return column if column.dtype.kind == "M" else None
     cells = column.astype(str).str.strip()
@@ -316,7 +316,7 @@ def _column(path: Path, frame: Any, option: str, asked: str) -> str:
 def _in_order(
     path: Path, frame: Any, series: Any, reading: Reading, wanted: Collection[str], notes: list[str]
 ) -> tuple[Any, Any]:
-    """The rows, and their series, in the order of their dates, which are columns no longer."""
+    """The rows and their series sorted by date, without the columns of dates."""
     asked = None if reading.time is None else _column(path, frame, "time", reading.time)
     dates = {name: _dates(frame[name]) for name in ([asked] if asked else frame) if name not in wanted or asked}
     times = {name: frame[name] if time is None else time for name, time in dates.items() if asked or time is not None}
@@ -330,18 +330,18 @@ def _in_order(
     frame = frame.drop(columns=[*times])
     if time.isna().any() or all(part.is_monotonic_increasing for _, part in time.groupby(series)):
         return frame, series
-    notes[-1] += ", in whose order the rows are put"
+    notes[-1] += ", by which the rows are sorted"
     order = np.argsort(time.to_numpy(), kind="stable")
     return frame.iloc[order], series[order]
 
 
 def _features(path: Path, frame: Any, series: Any, decimal: str, notes: list[str]) -> list[str]:
-    """The columns of numbers that do not only count the rows."""
+    """The columns of numbers, except those that only count the rows."""
     numbers = [name for name in frame if _has_numbers(frame[name], decimal)]
     if not numbers:
         raise UsageError(f"path={path} has no column of numbers; its columns are {', '.join(frame)[:500]}.")
     counting = [name for name in numbers if _counts(frame[name], series)]
-    # Where all of them count, one that is called a time is it.
+    # If all of them count, only one with the name of a time is left out.
     names = [name for name in numbers if name not in counting]
     names = names or [name for name in numbers if not TIME.search(name)] or numbers
     words = [name for name in frame if name not in numbers and not name.startswith("Unnamed")]
@@ -351,18 +351,18 @@ def _features(path: Path, frame: Any, series: Any, decimal: str, notes: list[str
 
 
 def _shown(names: Collection[str]) -> str:
-    """Names of columns, for a person."""
+    """Names of columns, as a user reads them."""
     return ", ".join(re.sub(r"^Unnamed: (\d+)$", lambda m: f"the unnamed column {int(m[1]) + 1}", n) for n in names)
 
 
 def _has_numbers(column: Any, decimal: str) -> bool:
-    """Whether a column is of numbers, or begins with one: a later word is a mistake in it."""
+    """Whether a column starts with a number: a later word is then a mistake."""
     numbers, known = _numbers(column, decimal)
     return column.dtype.kind in "biufO" and bool(known.any()) and bool(numbers[known].notna().iloc[0])
 
 
 def _counts(column: Any, series: Any) -> bool:
-    """Whether a column goes on by one step from row to row, or has the name of a time and never goes back."""
+    """Whether a column grows by a constant step, or has the name of a time and always grows."""
     if _is_text(column):
         return False
     if column.dtype.kind in "iu" and _inexact(column, column, "."):

@@ -1,7 +1,7 @@
 """What a task is: batches as a pure function of the step, a loss, a score.
 
     batch = task.batch(step)                   the same on every machine, in any order, after any restart
-    loss  = task.loss(model, batch).mean()     one loss per sequence, so that probes can share a batch out
+    loss  = task.loss(model, batch).mean()     one loss per sequence, so that a batch can be divided among probes
     score = task.score(model, batch)           sums: loss, scored, correct, exact …; scores add up
 
 Without a gradient the loss is computed in windows of time, so its memory does not grow with the length.
@@ -27,7 +27,7 @@ from reroll.keys import Key
 from reroll.passes import passes
 
 LOGITS = 1 << 26
-"""Logits held at once (256 MB of fp32); the head of a `Headed` model with more is taken in chunks."""
+"""Logits held at once (256 MB of fp32); the head of a `Headed` model with more is evaluated in chunks."""
 
 
 class Score(NamedTuple):
@@ -47,7 +47,7 @@ class Score(NamedTuple):
     exact: float = 0.0
     sequences: float = 0.0
 
-    # Scores add up number by number; tuples would be put behind one another.
+    # Elementwise, where tuples would be concatenated.
     def __add__(self, other: tuple[float, ...]) -> Score:  # pyright: ignore[reportIncompatibleMethodOverride]
         return Score(*(a + b for a, b in zip(self, other)))
 
@@ -76,10 +76,10 @@ class Task(ABC):
     Attributes a subclass sets: `vocab` (number of input symbols, or None), `inputs` (features of real-valued inputs, or
     None), `outputs` (logits or values the model gives), `readout` ("every", "last" or "mean"), `splits` (names other
     than "train"), `categorical` (whether targets are symbols or classes, not numbers), `fingerprint` (SHA-256 of the
-    data, or of its definition), `carries` (whether batches continue each other, so that a state is carried on),
+    data, or of its definition), `carries` (whether batches continue each other, so that a state can be carried),
     `length` (the longest sequences; 0: any), `most_steps` (batches to train on; None: any number), `finite` (whether
     there is an end to held-out batches), `trains` (whether there is a split "train"), `name` and `seed`, which name its
-    random numbers. It defines `make`, and overrides `batch` where rows can be had cheaper.
+    random numbers. It defines `make`, and overrides `batch` if rows are cheaper to make.
     """
 
     name: str = ""
@@ -145,7 +145,7 @@ class Task(ABC):
         return key if unit is None else key.at("unit").at(unit)
 
     def metadata(self) -> dict[str, Any]:
-        """Return what a run keeps of its task, ready for JSON: enough to build its model and use it without the data.
+        """Return what a run stores of its task, ready for JSON: enough to build its model and use it without the data.
 
         `fingerprint`; `sizes`; `tokenizer`, as a dictionary, and `units`, the mean and std of every feature, or None.
         """
@@ -157,7 +157,7 @@ class Task(ABC):
         return 8
 
     def loss(self, model: Any, batch: Batch) -> Tensor | Losses:
-        """Return the losses of the sequences, [B]; with `batch.state` given, also the state after the last step."""
+        """Return the losses of the sequences, [B]; if `batch.state` is set, also the state after the last step."""
         return sequence_losses(model, batch)
 
     def score(self, model: Any, batch: Batch) -> Score:
@@ -169,7 +169,7 @@ class Task(ABC):
         return score.summary(self.categorical)
 
     def describe(self) -> str:
-        """Return what was read, in a line; empty if nothing was."""
+        """Return one line on the data that was read; empty if there is none."""
         return ""
 
     def decode(self, symbols: list[int]) -> str:
@@ -182,7 +182,7 @@ class Task(ABC):
 
 
 class FileTask(Task):
-    """A task whose data are in files: an evaluation reads the held-out part in order, each of it once.
+    """A task whose data are in files: an evaluation reads the held-out part once, in order.
 
     Attributes a subclass sets: `eval_batches`, the most batches of an evaluation (None: all). It is pickled by its
     arguments, so that another process maps the same files.
@@ -223,7 +223,7 @@ def sequence_losses(model: Any, batch: Batch) -> Tensor | Losses:
     dtype = torch.float32
     for outputs, part, after in predictions(model, batch):
         each, _ = outputs.against(part.targets)
-        # fp32 sums of thousands of terms would lose what a central difference looks for.
+        # fp32 sums of thousands of terms would lose the digits that a central difference needs.
         total = total + (each * part.mask).view(len(batch), -1).sum(1, dtype=torch.float64)
         dtype, state = each.dtype, after
     losses = (total * (len(batch) / max(batch.scored, 1e-9))).to(dtype)
@@ -246,7 +246,7 @@ def sequence_score(model: Any, batch: Batch) -> tuple[Score, Any]:
 
 
 class Outputs(NamedTuple):
-    """What a model gives at some positions; with a head, the features it has yet to map to logits."""
+    """A model's outputs at some positions; with a head, features that it has yet to map to logits."""
 
     values: Tensor
     head: nn.Linear | None = None
@@ -299,7 +299,7 @@ def _whole(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:
     if batch.state is not None:
         raise UsageError(
             f"{type(model).__name__} cannot carry a state: it needs advance(inputs, state, reset) → (outputs, state), "
-            "stateful = True and an output at every step. Turn carrying off, or use reroll.Recurrent."
+            "stateful = True and an output at every step. Switch carrying off, or use reroll.Recurrent."
         )
     head = _large_head(model, batch)
     run = model if head is None else model.features
@@ -309,7 +309,7 @@ def _whole(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:
 
 def _windows(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:
     most = batch.time if torch.is_grad_enabled() else model.time_chunk(len(batch))
-    windows = -(-batch.time // max(most, 1))  # the fewest, as long as one another
+    windows = -(-batch.time // max(most, 1))  # as few as possible, of equal length
     chunk = -(-batch.time // max(windows, 1))
     state = None if batch.state is START else batch.state
     for begin in range(0, batch.time, max(chunk, 1)):

@@ -1,14 +1,14 @@
 """Text as a task: predict the next symbol, in windows drawn at random or in streams whose state is carried on.
 
     task = Text("stdlib:prose", length=128, batch=16)         bytes of the prose of Python's own documentation
-    task = Text("ptb/", tokenizer="word", carry=True)         Penn Treebank, one text read on and on
-    task.baselines("valid")                                   what no unigram or bigram model, and gzip, gets below
+    task = Text("ptb/", tokenizer="word", carry=True)         Penn Treebank, read as one long text
+    task.baselines("valid")                                   bits per symbol of unigrams, bigrams and gzip
 
 Inputs are tokens[i : i + T], targets tokens[i + 1 : i + T + 1], all of them scored. A split of n tokens has m = n − 1
 of these pairs. An evaluation goes through the held-out part in order, each pair once; at training
 
     drawn      row b of step t begins at ⌊u·(m − T + 1)⌋, u from Key(seed).at("data").at("text").at("train").at(t)
-    carried    row b of step t begins at (b·⌊m/B⌋ + t·T) mod m: B readers of the same text, each behind the next
+    carried    row b of step t begins at (b·⌊m/B⌋ + t·T) mod m: B readers of the same text at equal distances
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from reroll.keys import Key
 
 IntArray = npt.NDArray[np.int64]
 
-MEASURED = 1 << 22  # symbols that baselines look at: the pairs of these are sorted in 100 MB
+MEASURED = 1 << 22  # symbols that baselines measure: their pairs are sorted in 100 MB
 
 
 class Windows(FileTask):
@@ -98,7 +98,7 @@ class Windows(FileTask):
         if not self.carries and (whole := self._read(split, begin, steps)) is not None:
             return Batch(*whole, torch.ones(len(begin), steps, dtype=torch.bool), scored)
         place = begin[:, None] + np.arange(steps)
-        if split == "train":  # goes round and round
+        if split == "train":  # wraps around
             place, mask = place % pairs, np.ones(place.shape, dtype=bool)
         else:
             place, mask = np.minimum(place, pairs - 1), place < np.minimum(end, pairs)[:, None]
@@ -107,7 +107,7 @@ class Windows(FileTask):
         reset[:, 0] |= step == 0
         if self.document is not None:
             reset |= inputs.numpy() == self.document
-        # A mask of resets keeps a model from running the sequence by one kernel; most batches begin no document.
+        # With a mask of resets a model cannot run the sequence by one kernel; most batches begin no document.
         begins = torch.from_numpy(reset) if self.carries and reset.any() else None
         return Batch(inputs, targets, torch.from_numpy(mask), scored, reset=begins)
 
@@ -140,14 +140,13 @@ class Text(Windows):
         tokenizer: "byte", "char", "word" or "gpt2"; or a tokenizer, used as it is.
         length: T, steps per window.
         batch: B, windows per batch.
-        seed: names the windows.
+        seed: selects the windows.
         carry: batches continue each other, row by row, so that a model's state can be carried on; `Batch.reset` is
             True where a row begins, at the first step and whenever it comes around to the beginning of the text.
         max_vocab: the largest vocabulary of `char` (None: 1024) and `word` (None: 10,000).
         field: the field of a JSON line that holds the text.
-        eval_batches: the most batches an evaluation takes; None is the whole of the held-out part.
-        whole: all of the text is "valid", none of it for training: to score a model on it. One that is shorter than
-            `length` is one window.
+        eval_batches: the most batches of an evaluation; None: all of the held-out part.
+        whole: hold out all of the text, to score a model on it. One that is shorter than `length` is one window.
 
     Attributes: `tokenizer`; `tokens`, the symbols by split, memory-mapped; `fingerprint`, SHA-256 of all of them.
 
@@ -196,7 +195,7 @@ class Text(Windows):
             raise UsageError(f"batch={batch} has more rows than {self.path} has symbols; lower it, or give more text.")
 
     def begins(self, step: int, unit: int | None, steps: int) -> IntArray:
-        """Return places that the key of the step draws."""
+        """Return positions drawn with the key of the step."""
         return random_places(self.key("train", step, unit), self.batch_size, len(self.tokens["train"]) - steps)
 
     def baselines(self, split: str = "valid") -> Baselines:
@@ -222,13 +221,13 @@ def baselines(tokens: npt.NDArray[Any], tokenizer: Tokenizer, limit: int = MEASU
         bigram    H(X_t | X_{t−1})  = −Σ_{a,b} p(a, b) log₂ p(b | a)
         gzip      8 · bytes of `gzip -9` of the text / symbols
 
-    The frequencies are those of the very text that is measured, so no model that looks at no symbol, or at one symbol,
-    before the next can have a lower loss there, however it was trained.
+    The frequencies are those of the measured text itself, so no model that sees no symbol, or one symbol, before the
+    next can have a lower loss there, however it was trained.
 
     Args:
         tokens: the symbols of the text, [n]; of a memory-mapped array only what is measured is read.
         tokenizer: turns them into text for gzip.
-        limit: at most so many symbols from the beginning are measured.
+        limit: the most symbols measured, from the beginning.
 
     Raises:
         UsageError: if there are fewer than two symbols.
@@ -274,7 +273,7 @@ def random_places(key: Key, count: int, high: int) -> IntArray:
 def _splits(streams: Streams, path: str, length: int, whole: bool) -> dict[str, npt.NDArray[Any]]:
     """The symbols by split, each with one window at least.
 
-    The held-out end of a single short text is made as long as a window; of other texts nothing is moved.
+    The held-out end of a single short text is extended to a window; other splits stay as they are.
     """
     expected, needed = ("valid",) if whole else ("train", "valid"), length + 1
     tokens = dict.fromkeys(expected, np.empty(0, dtype=np.uint8)) | streams.tokens  # no symbols, no file

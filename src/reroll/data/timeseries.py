@@ -30,7 +30,7 @@ def read_ts(path: str | os.PathLike[str]) -> tuple[list[npt.NDArray[np.float32]]
     """Return the series of a .ts file, [T, F] each, NaN where a value is missing; their classes; the classes' names.
 
     Raises:
-        UsageError: if it cannot be read or is not of that form; with the line.
+        UsageError: if it cannot be read or is malformed; names the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,13 +59,13 @@ def read_ts(path: str | os.PathLike[str]) -> tuple[list[npt.NDArray[np.float32]]
     declared = next(iter(header.get("dimensions", [])), str(features[0]))
     if len(features) > 1 or declared != str(features[0]):
         raise UsageError(
-            f"path={path}: its series have {features} dimensions, the header says {printable(declared)}; mend it."
+            f"path={path}: its series have {features} dimensions, the header says {printable(declared)}; correct it."
         )
     return [values for values, _ in rows], [label for _, label in rows], tuple(labels)
 
 
 def _lines(path: Path, file: TextIO) -> Iterator[tuple[str, str]]:
-    """The lines that say something, each after where it is."""
+    """Yield (position, line) of the lines that are neither empty nor comments."""
     for number, text in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
         where, line = f"path={path}, line {number}", text.strip()
         if len(text) == LONGEST:
@@ -95,14 +95,14 @@ def prepare(path: str | os.PathLike[str], target: Path, every: int = 1) -> dict[
     Args:
         path: what to read.
         target: the .npz file.
-        every: keep every k-th step only.
+        every: k, to keep only every k-th step.
 
     Returns:
         What the file holds: `inputs` [N, T, F], padded with NaN, `lengths`, `targets` and `labels`; of a folder also
         `held_out`, True for the series of the test file.
 
     Raises:
-        UsageError: if the files are others or disagree, or `target` cannot be written.
+        UsageError: if there are other files or they disagree, or `target` cannot be written.
     """
     if every < 1:
         raise UsageError(f"every={every} must be at least 1.")

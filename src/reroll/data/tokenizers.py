@@ -26,7 +26,7 @@ from reroll.errors import UsageError, did_you_mean, require_positive
 Symbols = npt.NDArray[Any]
 
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
-# Counting the words of a large corpus keeps at most this many; the rarest are forgotten, far below any vocabulary.
+# Counting keeps at most this many words; the rarest, far from any vocabulary, are dropped.
 COUNTED_WORDS = 1 << 21
 
 
@@ -51,19 +51,19 @@ class Tokenizer(ABC):
         """Return the text of symbols as UTF-8, cut anywhere: the bytes of parts are parts of the bytes."""
 
     def cut(self, text: str) -> int:
-        """Return the largest place the text can be cut at without changing its symbols, whatever comes next."""
+        """Return the last position at which the text can be cut without changing its symbols, whatever comes next."""
         return len(text)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all there is to know, ready for JSON; `from_dict` reads it."""
+        """Return the definition, ready for JSON; `from_dict` reads it."""
         return {"name": self.name}
 
     def decode(self, symbols: Sequence[int] | Symbols) -> str:
-        """Return the text of symbols. What is not UTF-8, as a model may well generate, becomes �."""
+        """Return the text of symbols. Invalid UTF-8, which a model may generate, becomes �."""
         return self.decode_bytes(symbols).decode("utf-8", "replace")
 
     def unknown(self, text: str) -> list[str]:
-        """Return what of a text has no symbol of its own and becomes symbol 0, each once, in order."""
+        """Return the parts of a text that have no symbol of their own and become symbol 0, each once, in order."""
         return []
 
     def __eq__(self, other: object) -> bool:
@@ -114,11 +114,11 @@ class Char(Tokenizer):
         self.separator = characters.find("\n") + 1 or None
 
     def encode(self, text: str) -> Symbols:
-        # The last place of the table is no character's: it stays 0, for all beyond it.
+        # The last entry of the table belongs to no character: it stays 0, for all codes beyond.
         return self._symbols[np.minimum(_codes(text), len(self._symbols) - 1)]
 
     def unknown(self, text: str) -> list[str]:
-        # �, which symbol 0 is shown as, means it.
+        # � stands for symbol 0.
         return [character for character in dict.fromkeys(text) if character not in "�" + self.characters]
 
     def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
@@ -132,8 +132,8 @@ class Char(Tokenizer):
 class Word(Tokenizer):
     """The words of a training text between white space, the most frequent first, and <eos> at the end of each line.
 
-    Symbol 0 is <unk>, for every other word, and symbol 1 is <eos>. A text that says <unk> itself, as Penn Treebank
-    does, means symbol 0. White space is not kept: decoding puts one space after a word.
+    Symbol 0 is <unk>, for every other word, and symbol 1 is <eos>. <unk> in a text, as in Penn Treebank, is symbol
+    0. White space is lost: decoding puts one space after a word.
 
     Args:
         words: the known words, in the order of their symbols 2, 3, …
@@ -177,7 +177,7 @@ class GPT2(Tokenizer):
     """The 50,257 byte pairs of GPT-2, by tiktoken (extra `data`); symbol 50256 ends a document.
 
     Raises:
-        UsageError: if tiktoken is not installed, or its table is neither in its cache nor to be had.
+        UsageError: if tiktoken is not installed, or its table neither cached nor available.
     """
 
     name, size, separator = "gpt2", 50257, 50256
@@ -199,7 +199,7 @@ class GPT2(Tokenizer):
             ) from None
 
     def encode(self, text: str) -> Symbols:
-        # encode_ordinary: a text that says <|endoftext|> means these letters.
+        # encode_ordinary: <|endoftext|> in a text is just these letters.
         return np.asarray(self._encoding.encode_ordinary(text), dtype=symbol_dtype(self.size))
 
     def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
@@ -219,7 +219,7 @@ TOKENIZERS: dict[str, type[Byte] | type[Char] | type[Word] | type[GPT2]] = {
     tokenizer.name: tokenizer for tokenizer in (Byte, Char, Word, GPT2)
 }
 """Every tokenizer, by its name on the command line."""
-USUAL_SIZES = {"char": 1024, "word": 10_000}
+DEFAULT_SIZES = {"char": 1024, "word": 10_000}
 
 
 def fit(name: str, texts: Iterable[str] = (), max_vocab: int | None = None) -> Tokenizer:
@@ -238,12 +238,12 @@ def fit(name: str, texts: Iterable[str] = (), max_vocab: int | None = None) -> T
     """
     if name not in TOKENIZERS:
         raise UsageError(f"tokenizer={name!r} is unknown.{did_you_mean(name, TOKENIZERS)}")
-    if name not in USUAL_SIZES:
+    if name not in DEFAULT_SIZES:
         if max_vocab is not None:
             raise UsageError(f"max_vocab={max_vocab} has no meaning for tokenizer={name!r}; leave it out.")
         return GPT2() if name == "gpt2" else Byte()
     require_positive(max_vocab=max_vocab)
-    size = USUAL_SIZES[name] if max_vocab is None else max_vocab
+    size = DEFAULT_SIZES[name] if max_vocab is None else max_vocab
     if size < 3:
         raise UsageError(f"max_vocab={max_vocab} leaves no room beside the special symbols; give at least 3.")
     if name == "char":
@@ -264,9 +264,7 @@ def from_dict(saved: dict[str, Any]) -> Tokenizer:
         options = dict(saved)
         return TOKENIZERS[options.pop("name")](**options)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"tokenizer={str(saved)[:60]} is none that this version of reroll knows ({error!r})."
-        ) from None
+        raise UsageError(f"tokenizer={str(saved)[:60]} is not known to this version of reroll ({error!r}).") from None
 
 
 def symbol_dtype(size: int) -> np.dtype[Any]:
@@ -280,14 +278,14 @@ def split_words(text: str) -> list[str]:
 
 
 def last_space(text: str) -> int:
-    """Return the place after the last white space of a text, 0 if there is none."""
+    """Return the position after the last white space of a text, 0 if there is none."""
     if not text or text[-1].isspace():
         return len(text)
     return len(text) - len(text.rsplit(None, 1)[-1])
 
 
 def decode_utf8(chunks: Iterable[bytes], name: str) -> Iterator[str]:
-    """Yield the text of chunks of bytes that may end within a character; `name` says what of, for an error.
+    """Yield the text of chunks of bytes that may end within a character; `name` is for errors.
 
     Raises:
         UsageError: if they are not UTF-8.
@@ -329,7 +327,7 @@ def encode_pieces(
 
 
 def _pieces(texts: Iterable[str], cut: Callable[[str], int]) -> Iterator[str]:
-    """The same text, in pieces that end where it can be cut."""
+    """The same text, regrouped to end where it can be cut."""
     pending = ""
     for text in texts:
         pending += text

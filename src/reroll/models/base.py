@@ -1,7 +1,7 @@
 """What training asks of a model.
 
 Any `nn.Module` can be trained; `Stateful` and `Headed` are capabilities beyond that. They are declared by an attribute:
-methods that are called `advance` or `features` for another reason mean nothing here.
+methods that happen to be called `advance` or `features` do not count.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Model(Protocol):
 
 
 class Stateful(Protocol):
-    """A model that can be stopped after any step and go on from its state."""
+    """A model that can stop after any step and continue from its state."""
 
     stateful: bool
     """True. Then `advance` is how training evaluates the model wherever there is an output at every step."""
     window_floats: int
-    """Numbers that a window of steps may keep alive without a gradient; `time_chunk` follows from it."""
+    """Numbers that a window of steps may keep alive without a gradient; `time_chunk` is derived from it."""
 
     @property
     def step_floats(self) -> int:
@@ -53,8 +53,8 @@ class Stateful(Protocol):
     ) -> tuple[Tensor, Any]:
         """Run some steps from a state (None: the first); return their outputs and the state after them.
 
-        `reset` [B, T] is True before the steps that start afresh. A model that is also `Headed` gives, without the
-        head, the features in place of the outputs.
+        `reset` [B, T] is True at steps that start from the initial state. A model that is also `Headed` returns, with
+        head=False, the features instead of the outputs.
         """
         ...
 
@@ -64,7 +64,7 @@ class Stateful(Protocol):
 
 
 class Headed(Protocol):
-    """A model whose outputs are model.head(model.features(inputs)), so that a loss need not hold all logits."""
+    """A model whose outputs are model.head(model.features(inputs)), so that a loss need not store all logits."""
 
     headed: bool
     """True if there is a head."""
@@ -77,7 +77,7 @@ class Headed(Protocol):
 
 @dataclass(frozen=True)
 class Interface:
-    """What is between a task and a model: enough to build the model without the data."""
+    """What a task and a model agree on: enough to build the model without the data."""
 
     vocab: int | None
     inputs: int | None
@@ -91,7 +91,7 @@ class Interface:
 
     @classmethod
     def read(cls, saved: Any) -> Interface:
-        """Return the interface that a file holds as a dictionary; raise `ValueError` or `TypeError` if it is none."""
+        """Return the interface from a dictionary in a file; raise `ValueError` or `TypeError` if it is none."""
         if not isinstance(saved, dict):
             raise ValueError(f"sizes={saved!r} are those of no model")
         interface = cls(**saved)

@@ -3,7 +3,7 @@
     p ∝ exp(logits / temperature), restricted to the `top_k` largest
 
 A symbol is drawn by the Gumbel-max trick, argmax(logits/temperature + g), with g from the keyed generator: the same
-seed gives the same text on every device, and no global random state is touched.
+seed gives the same text on every device, and no global random state is used.
 
 Reference: Gumbel, "Statistical theory of extreme values", 1954.
 """
@@ -36,8 +36,8 @@ def generate(
         prompt: symbols [time] or [batch, time], at least one.
         length: how many symbols to add.
         temperature: 1 samples the model's distribution, towards 0 the most likely symbol; 0 is exactly that.
-        top_k: draw from the k most likely symbols only.
-        seed: names the draws.
+        top_k: draw only from the k most likely symbols.
+        seed: selects the draws.
 
     Example:
         >>> from reroll import Recurrent, cells
@@ -46,7 +46,7 @@ def generate(
         torch.Size([5])
     """
     if isinstance(prompt, str):
-        raise UsageError("prompt is a text; give its symbols, model.tokenizer.encode(text), or use `reroll sample`.")
+        raise UsageError("prompt is a text; pass its symbols, model.tokenizer.encode(text), or use `reroll sample`.")
     ids = torch.as_tensor(prompt, dtype=torch.int64)
     batched = ids.dim() == 2
     ids = (ids if batched else ids.unsqueeze(0)).to(next(model.parameters()).device)

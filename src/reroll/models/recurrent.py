@@ -4,8 +4,8 @@ model = Recurrent(cell=LSTM(64, 128), vocab=256)          symbols in, logits out
 model = Recurrent(cell=GRU(3, 32), inputs=3, outputs=5, readout="last")      a series in, five values out
 
 logits = model(ids)                                       [B, T] → [B, T, vocab]
-logits, state = model.advance(ids, state)                 the same, from a state and giving one back
-logits, state = model.step(ids_t, state)                  one symbol, O(1); model.start(batch) gives the first state
+logits, state = model.advance(ids, state)                 the same, from a state; returns the next
+logits, state = model.step(ids_t, state)                  one symbol, O(1); model.start(batch) is the initial state
 logits = model.head(model.features(ids))                  the same as model(ids); features [B, T, D]
 ids = model.generate(prompt, length, temperature=0.8, top_k=40, seed=0)
 """
@@ -103,7 +103,7 @@ class Recurrent(nn.Module):
         Args:
             inputs: symbols [B, T], or series [B, T, inputs].
             present: True at the steps that exist, [B, T], for readout "last" or "mean"; None: all.
-            lengths: steps of each sequence, [B], behind which padding follows; see `Rollout`.
+            lengths: steps of each sequence, [B], followed by padding; see `Rollout`.
         """
         return self._outputs(self.features(inputs, present=present, lengths=lengths))
 
@@ -133,9 +133,9 @@ class Recurrent(nn.Module):
 
         Args:
             inputs, lengths: as for `forward`; behind `lengths` the head sees zeros.
-            state: the state of every cell, as `start` or `advance` gives it; None starts afresh.
-            reset: True at the steps before which the state starts afresh, [B, T].
-            head: False leaves the head out and gives features.
+            state: the state of every cell, from `start` or `advance`; None: the initial state.
+            reset: True at the steps before which the state is reset, [B, T].
+            head: False returns features, without the head.
         """
         features, state = self._run(inputs, state, reset, lengths)
         return self._outputs(features) if head else features, state
@@ -158,7 +158,7 @@ class Recurrent(nn.Module):
 
     @property
     def step_floats(self) -> int:
-        """About how many numbers one step of one sequence keeps alive."""
+        """About how many numbers one step of one sequence keeps in memory."""
         return sum(cell.step_floats for cell in self._cells) + self.outputs
 
     @classmethod
@@ -172,7 +172,7 @@ class Recurrent(nn.Module):
     def to_torch(self, initial: bool = False) -> Any:
         """Return the cells as one torch module (batch first). Embedding, head and readout are not part of it.
 
-        An LSTM here trains its initial state, which a torch module does not hold: with `initial` the pair (module,
+        An LSTM here trains its initial state, which a torch module does not have: with `initial` the pair (module,
         initial state) is returned, [layers, 1, hidden] each, to be expanded to the batch for `module(x, state)`.
 
         Raises:
@@ -193,7 +193,7 @@ class Recurrent(nn.Module):
         fits = inputs.dim() == 2 if self.embed is not None else inputs.dim() == 3 and inputs.shape[-1] == self.inputs
         if not fits:
             raise UsageError(f"inputs has shape {tuple(inputs.shape)}; expected {expected}.")
-        if self.embed is not None and lengths is not None:  # padding may be no symbol
+        if self.embed is not None and lengths is not None:  # padding need not be a symbol
             inputs = torch.where(steps_of(lengths, inputs)[1], inputs, 0)
         features = inputs if self.embed is None else self._embedded(self.embed, inputs)
         states, padded = [], {} if lengths is None else {"lengths": lengths}
@@ -210,7 +210,7 @@ class Recurrent(nn.Module):
         except IndexError:
             low, high = int(symbols.min()), int(symbols.max())
             raise UsageError(
-                f"inputs has symbols {low} … {high}; the model knows 0 … {embed.num_embeddings - 1}."
+                f"inputs has symbols {low} … {high}; the model has 0 … {embed.num_embeddings - 1}."
             ) from None
 
     def _outputs(self, features: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
     kernel      a tensor with more axes, such as a convolution's
     vector      a tensor with fewer: biases, gains, initial states
 
-Names mean nothing, so a wrapper's prefix changes nothing. A module can say otherwise for parameters below it: its
+Names do not matter, so wrapper prefixes do not either. A module can override the roles of parameters below it: its
 method `roles()` returns {name below the module: role}.
 """
 
@@ -24,7 +24,7 @@ ROLES = ("matrix", "kernel", "embedding", "head", "vector")
 
 
 def roles(model: nn.Module | Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the role of every trainable parameter by canonical name, tied ones once; tensors by name go by shape.
+    """Return the role of every trainable parameter by canonical name, tied ones once; of tensors by name, by shape.
 
     The head is `model.head` of the first module that declares `headed` (`reroll.models.base.Headed`); without one, the
     last module with a matrix, if it is an `nn.Linear`.

@@ -1,11 +1,11 @@
 """Take a step with a gradient, in one of three ways that give the same weights.
 
     write     fill every `.grad`, optimizer.step()                  any optimizer       memory: the weights once more
-    stream    fill some, optimizer.step(), forget them, next        per parameter       memory: the largest tensor
+    stream    fill some, optimizer.step(), drop them, next          per parameter       memory: the largest tensor
     fused     θ ← (1 − η λ) θ − η ĝ, added as it is generated       `SGD`               memory: none (v with momentum)
 
 `stream` needs no special optimizer: torch's skip parameters whose `.grad` is None, and count steps per parameter. It
-gives the optimizer tensors of one shape together, as many as the budget holds.
+passes the optimizer tensors of one shape together, as many as the budget allows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write", budget: int | 
         gradient: `Dense` or `Seeded`, as an estimator returns it.
         optimizer: a `torch.optim.Optimizer`, with every tensor of the gradient among its parameters.
         how: "write", "stream" or "fused".
-        budget: bytes of gradients that "stream" holds at once; None is the largest tensor.
+        budget: the most bytes of gradients that exist at once for "stream"; None: the largest tensor.
 
     Raises:
         UsageError: if the way is unknown or cannot be used with this gradient and optimizer, or the optimizer lacks a
@@ -59,14 +59,14 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write", budget: int | 
             "LBFGS evaluates the loss itself, several times a step, and takes no gradient from outside. "
             "Use SGD or AdamW here, or call LBFGS.step with a closure."
         )
-    # What an earlier backward() left would be stepped on too: once with "write", once per piece with "stream".
+    # Gradients of an earlier backward() would be applied too: once with "write", once per group with "stream".
     drop_grads(optimizer, {id(p) for p in gradient.parameters.values()} if how == "write" else ())
     if how == "fused":
         for name, p in gradient.parameters.items():
             add = lambda target, factor, name=name: gradient.add_to(target, name, factor)
             descend(p, groups[name], optimizer.state, add)
     else:
-        for names in _pieces(gradient.parameters, math.inf if how == "write" else budget):
+        for names in _by_shape(gradient.parameters, math.inf if how == "write" else budget):
             for p, g in gradient.each(names):
                 p.grad = g
             optimizer.step()
@@ -75,19 +75,19 @@ def apply(gradient: Gradient, optimizer: Any, how: str = "write", budget: int | 
     drop_grads(optimizer)
 
 
-def _pieces(parameters: Mapping[str, Tensor], budget: float | None) -> Iterator[list[str]]:
-    """Yield names, those of one shape together, the largest first, of at most `budget` bytes or of one tensor."""
+def _by_shape(parameters: Mapping[str, Tensor], budget: float | None) -> Iterator[list[str]]:
+    """Yield groups of names, by shape, the largest first, of at most `budget` bytes or of one tensor."""
     budget = max((p.nbytes for p in parameters.values()), default=0) if budget is None else budget
-    piece: list[str] = []
+    group: list[str] = []
     used = 0
     for name, p in sorted(parameters.items(), key=lambda item: (-item[1].nbytes, tuple(item[1].shape))):
-        if piece and used + p.nbytes > budget:
-            yield piece
-            piece, used = [], 0
-        piece.append(name)
+        if group and used + p.nbytes > budget:
+            yield group
+            group, used = [], 0
+        group.append(name)
         used += p.nbytes
-    if piece:
-        yield piece
+    if group:
+        yield group
 
 
 def drop_grads(optimizer: Any, but: Container[int] = ()) -> None:
@@ -123,12 +123,12 @@ def _refuse_unless_fusable(optimizer: Any, groups: Mapping[str, dict[str, Any]])
 def clip_norm(gradient: Gradient, most: float, norm: float | None = None) -> tuple[Gradient, float]:
     """Scale a gradient so that its norm over all tensors is at most `most`; return it and the norm it had.
 
-    One whose norm is not finite is returned as it is: there is no number to scale it by.
+    One whose norm is not finite is returned as it is: no factor would help.
 
     Args:
         gradient: `Dense` (scaled in place) or `Seeded` (its coefficients are scaled; one pass to find the norm).
         most: the largest norm allowed.
-        norm: the norm, where it is known already.
+        norm: the norm, if it is known.
     """
     norm = gradient.norm() if norm is None else norm
     return (gradient.scaled(most / norm) if most < norm < math.inf else gradient), norm

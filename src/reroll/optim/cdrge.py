@@ -39,21 +39,21 @@ class CDRGE(SGD):
     """Gradient descent on central differences along random directions.
 
     The closure is called 2N times per step, under `no_grad`, with perturbed weights; it must see the same batch each
-    time. Both signs of a probe, and all probes of a step, get the same random numbers from torch's generators, which
-    are put back afterwards. Buffers that the forward pass changes (batch statistics) see all these passes, unless
-    `model` says whose they are.
+    time. Both signs of a probe, and all probes of a step, get the same random numbers from torch's generators, whose
+    state is restored afterwards. Buffers that the forward pass changes (batch statistics) see all these passes, unless
+    `model` is passed.
 
     Args:
         params: parameters, parameter groups, or `model.named_parameters()`. With names, the noise of a tensor follows
-            its name; without, its place, "group.index".
+            its name; without, its position, "group.index".
         lr: η.
         probes: N, directions per step.
         epsilon: ε. None ties it to the learning rate, group by group, at every step: the largest of η, `epsilon_min`,
-            and what the precision of the weights can show.
-        model: the module that the closure evaluates: its buffers come back after every evaluation.
-        seed: names the noise of the run.
+            and what the precision of the weights can resolve.
+        model: the module that the closure evaluates: its buffers are restored after every evaluation.
+        seed: selects the noise of the run.
         epsilon_min: the floor of a tied ε.
-        momentum: μ of v ← μ v + ĝ, θ ← θ − η v; it keeps one more copy of the weights, in fp32 at least.
+        momentum: μ of v ← μ v + ĝ, θ ← θ − η v; v takes the memory of the weights, in at least fp32.
         weight_decay: λ, decoupled.
         noise, dtype: as for `CentralDifference`.
         evaluate: "auto" overwrites the weights and restores them bit for bit, or takes "tiles" below fp32, which leaves
@@ -95,7 +95,7 @@ class CDRGE(SGD):
         self.evaluate: Evaluate = evaluate
         self.key, self.model = Key(seed), model
         self.last: StepResult | None = None
-        self._estimator(1.0)  # says what is wrong with these now, not at the first step
+        self._estimator(1.0)  # raises for a bad option now, not at the first step
         params = list(params)
         if not params:
             raise UsageError("params is empty; give model.parameters() or model.named_parameters().")
@@ -140,7 +140,7 @@ class CDRGE(SGD):
                 warnings.warn(RAISED, stacklevel=2)
                 return at(raised)
 
-        call = closure if self.last is not None or self.model is not None else _noting_buffers(closure)
+        call = closure if self.last is not None or self.model is not None else _warning_of_buffers(closure)
         key = self.key.at(self.param_groups[0]["step"])
         try:
             result = step(self.model, lambda *_: call(), estimate, self, None, None, key, update="fused")
@@ -158,19 +158,19 @@ class CDRGE(SGD):
         return result.loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return groups and states as every torch optimizer, and all else that the next steps follow from."""
+        """Return groups and states as every torch optimizer does, and all else that determines the next steps."""
         saved = {name: getattr(self, name) for name in _SAVED}
         return {**super().state_dict(), "cdrge": {**saved, "key": self.key.digest.hex(), "names": self._names()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned: seed, probes and noise too, and the momentum in its own precision."""
+        """Restore what `state_dict` returned: seed, probes and noise too, and the momentum in its own precision."""
         saved = state_dict.get("cdrge")
         if saved is None:
-            raise UsageError("the state is of another optimizer: it names no seed. Give that of a CDRGE.")
+            raise UsageError("the state is of another optimizer: it has no seed. Pass that of a CDRGE.")
         if saved["names"] != self._names():
             raise UsageError(
                 f"the state is of parameters named {_some(saved['names'])}; these are {_some(self._names())} and have "
-                "other noise. Give CDRGE the same parameters in the same way."
+                "other noise. Pass CDRGE the same parameters in the same way."
             )
         super().load_state_dict(state_dict)
         for name in _SAVED:
@@ -178,20 +178,20 @@ class CDRGE(SGD):
         self.key = Key.from_bytes(bytes.fromhex(saved["key"]))
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch keeps the first three only when an optimizer is pickled or copied.
+        # torch pickles and copies its own three attributes only.
         mine = {name: getattr(self, name) for name in (*_SAVED, "evaluate", "key", "model")}
         return {**super().__getstate__(), **mine, "last": None}
 
     def _estimator(self, epsilon: float) -> CentralDifference:
         evaluate = self.evaluate
         if evaluate == "auto" and self.model is not None:
-            # The closure evaluates this module, not a copy of it that an estimator may choose to make.
+            # The closure evaluates this module, not a copy that an estimator could make.
             narrow = self.dtype is not None or any(p.dtype.itemsize < 4 for p in self.model.parameters())
             evaluate = "tiles" if narrow else "in_place"
         return CentralDifference(self.probes, epsilon, self.noise, evaluate, dtype=self.dtype)
 
     def _epsilons(self, least: Mapping[str, float] | None = None) -> dict[str, float]:
-        """ε of every tensor: its group's, or the rate's, but at least what all weights of the group can show."""
+        """ε of every tensor: its group's, or the rate's, but at least what all weights of the group can resolve."""
         sizes = {}
         for g, group in enumerate(self.param_groups):
             names = self._names_of(g)
@@ -214,7 +214,7 @@ class CDRGE(SGD):
         return [canonical_name(name) for name in names]
 
 
-def _noting_buffers(closure: Callable[[], Any]) -> Callable[[], Any]:
+def _warning_of_buffers(closure: Callable[[], Any]) -> Callable[[], Any]:
     """Return the closure, which warns after its first call if that has changed a buffer of some module."""
     calls = itertools.count()
 

@@ -1,6 +1,6 @@
 """A running average of the weights, which is often better than the last of them (Polyak and Juditsky, 1992).
 
-a ← β a + (1 − β) θ        with β_t = min(β, (1 + t) / (10 + t)), so that the start is forgotten
+a ← β a + (1 − β) θ        with β_t = min(β, (1 + t) / (10 + t)), so that the initial weights fade
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor]) -> None:
-        """Take in the weights after a step."""
+        """Update the average with the weights after a step."""
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         for name, p in parameters.items():
@@ -41,7 +41,7 @@ class Average:
 
     @contextmanager
     def swapped_in(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        """Put the average in the place of the weights for a while; they come back bit for bit."""
+        """Swap the average and the weights inside the block; the weights come back bit for bit."""
         self._swap(parameters)
         try:
             yield

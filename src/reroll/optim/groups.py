@@ -4,7 +4,7 @@
     adamw    every parameter
     muon     matrices by `Muon`; embedding, head, kernels and vectors by AdamW
 
-Weight decay is decoupled, and leaves vectors alone. Muon orthogonalises the update of a matrix, which means something
+Weight decay is decoupled, and leaves vectors alone. Muon orthogonalises the update of a matrix, which makes sense
 for a matrix that maps features to features; the rows of an embedding and of a head are separate vectors (Jordan et al.,
 "Muon", 2024).
 """
@@ -48,7 +48,7 @@ def _muon(
 
 
 RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw, "muon": _muon}
-"""Every update rule, over groups that say their own weight decay; each takes the options that it names."""
+"""Every update rule, over groups with their own weight decay; each takes the options that it names."""
 
 OPTIMIZERS: dict[str, dict[str, str]] = {
     "sgd": dict.fromkeys(ROLES, "sgd"),
@@ -151,8 +151,8 @@ def groups(
 class MultiOptimizer(torch.optim.Optimizer):
     """Optimizers by name, as one; no tensor is in two of them.
 
-    `param_groups` are theirs, one after the other, so that learning-rate schedulers work; `state_dict` holds theirs by
-    name. Groups are added to the optimizer that is meant, not here.
+    `param_groups` are theirs, concatenated, so that learning-rate schedulers work; `state_dict` holds theirs by name.
+    A group is added to one of the optimizers, not here.
 
     Example:
         >>> p, q = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
@@ -168,16 +168,16 @@ class MultiOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> dict[Tensor, Any]:
-        """The states of all, by tensor; read it only."""
+        """The states of all, by tensor; read-only."""
         return {p: state for optimizer in self.optimizers.values() for p, state in optimizer.state.items()}
 
     @state.setter
     def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]: torch's is an attribute
-        # torch's constructor begins an empty one; each optimizer keeps its own.
+        # torch's constructor sets an empty one; each optimizer has its own.
         return None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: which of the optimizers is meant?"""
+        """Refuse: the optimizer to add it to is ambiguous."""
         if self.optimizers:
             raise UsageError(f"add the group to one of .optimizers: {', '.join(self.optimizers)}.")
         super().add_param_group(param_group)
@@ -195,17 +195,17 @@ class MultiOptimizer(torch.optim.Optimizer):
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         if state_dict.keys() != self.optimizers.keys():
             raise UsageError(
                 f"the state is of {', '.join(state_dict)}; the optimizers are {', '.join(self.optimizers)}."
             )
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict[name])
-        self._adopt()
+        self._share_groups()
 
-    def _adopt(self) -> None:
-        # Loading makes new groups.
+    def _share_groups(self) -> None:
+        # Loading replaces the groups.
         self.param_groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -213,4 +213,4 @@ class MultiOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._adopt()
+        self._share_groups()

@@ -15,7 +15,7 @@ class Plateau:
     the best; after `patience` steps without, `multiplier` falls and the count starts again.
 
     Args:
-        patience: steps without improvement; 0 never falls.
+        patience: steps without improvement; 0: the multiplier never falls.
         factor: what the multiplier is multiplied by.
         threshold: relative improvement that counts.
         smoothing: α.
@@ -36,7 +36,7 @@ class Plateau:
     waited: int = 0
 
     def see(self, loss: float) -> float:
-        """Take in the loss of a step and return the multiplier for the next."""
+        """Record the loss of a step and return the multiplier for the next."""
         if not math.isfinite(loss):
             return self.multiplier
         old = loss if math.isnan(self.average) else self.average
@@ -50,7 +50,7 @@ class Plateau:
         return self.multiplier
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain numbers."""
+        """Return the fields as plain numbers."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
     v ← μ v + g          θ ← (1 − η λ) θ − η v
 
 It differs from `torch.optim.SGD` in two ways. The decay is decoupled, so it does not pass through the momentum; and v
-is at least fp32 whatever the weights are, since a buffer in bf16 forgets every gradient below 2⁻⁸ of what it holds. For
+is at least fp32 whatever the weights are, since a buffer in bf16 loses every gradient below 2⁻⁸ of its value. For
 fp32 weights and λ = 0 the two give the same bits.
 """
 
@@ -21,7 +21,7 @@ from reroll.errors import UsageError
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """Return what a closure returns, with gradients switched on around it, as torch's optimizers call theirs."""
+    """Return the result of a closure, called with gradients enabled, as torch's optimizers do."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -39,7 +39,7 @@ def in_range(group: Mapping[str, Any], **below: float) -> None:
 
 
 def keep_precision(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Put moments back as they were saved: torch casts a state to the dtype of its weight, which bf16 loses by."""
+    """Restore moments in their saved precision: torch casts a state to the dtype of its weight, such as bf16."""
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in zip(indices, tensors):
@@ -54,7 +54,7 @@ class SGD(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters or groups, as for every torch optimizer.
         lr, weight_decay: η and λ.
-        momentum: μ, in [0, 1); without it, nothing is kept per weight.
+        momentum: μ, in [0, 1); without it there is no state.
         more: further defaults of a group.
 
     Example:
@@ -99,7 +99,7 @@ class SGD(torch.optim.Optimizer):
 
 
 def descend(p: Tensor, group: dict[str, Any], state: Any, add: Callable[[Tensor, float], Any]) -> None:
-    """Take the step of one tensor; add(target, factor) adds factor · g to the target, wherever g comes from."""
+    """Take the step of one tensor; add(target, factor) adds factor · g to the target."""
     p, parameter = p.detach(), p
     lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
     if decay:

@@ -24,7 +24,7 @@ from reroll.outcome import Outcome
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What may differ from step to step; with the gradient it says what the optimizer does.
+    """What may differ from step to step; with the gradient it determines the update.
 
     Args:
         lr: η, of groups whose `lr_scale` is 1.
@@ -62,8 +62,8 @@ class StepResult:
         loss, state, stats: of the `Estimate`.
         outcome: how it ended; `bool(outcome)` is False where the weights are as before.
         gradient: as applied, so clipped.
-        norm: ‖g‖ before clipping; None where nobody asked for it.
-        settings: what it was taken with: as given, ε raised where it had to be.
+        norm: ‖g‖ before clipping; None if it was not computed.
+        settings: the settings of the step, with ε raised if it had to be.
     """
 
     loss: Tensor
@@ -93,11 +93,11 @@ def step(
     """Take one step.
 
     Args:
-        model, loss_fn, batch, key: for the estimator, which gives the gradient.
-        optimizer, update: what takes it, and how ("write", "stream" or "fused"); see `reroll.optim.apply`.
+        model, loss_fn, batch, key: for the estimator of the gradient.
+        optimizer, update: what applies it, and how ("write", "stream" or "fused"); see `reroll.optim.apply`.
         settings: of this step, set in the optimizer and (ε) in the estimator; None leaves both as they are.
         clip, norm: largest norm of the gradient; whether to return its norm though nothing is clipped.
-        tied: ε follows the learning rate; where the weights cannot show it, the least that they can is taken.
+        tied: ε follows the learning rate; if the weights cannot resolve it, the smallest that they can is used.
         record: called with the result before the weights move.
 
     Example:
