@@ -491,7 +491,7 @@ def test_a_download_goes_on_where_it_ended(server):
 def test_a_download_that_is_damaged_is_thrown_away(server):
     address, kind, path = server
     kind.digest = "0" * 64
-    with pytest.raises(RunError, match="arrived damaged"):
+    with pytest.raises(RunError, match="came damaged"):
         download(path / "got", 1, lambda line: None, address)
     assert not list((path / "got").iterdir())
     kind.redirects = True  # where the redirect alone knows the checksum

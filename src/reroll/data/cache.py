@@ -104,11 +104,11 @@ def load(corpus: Corpus, tokenizer: str | Tokenizer = "byte", max_vocab: int | N
 
 def _open(place: Path) -> Streams:
     """Open the streams of a cache entry; any error means that it is missing or damaged."""
-    saved = json.loads(_beside(place, "json").read_text())
+    saved = json.loads(place.with_suffix(".json").read_text())
     tokenizer = from_dict(saved["tokenizer"])
     dtype, tokens = symbol_dtype(tokenizer.size), {}
     for split, count in saved["counts"].items():
-        path = _beside(place, split)
+        path = place.with_suffix(f".{split}")
         if path.stat().st_size != count * dtype.itemsize:
             raise ValueError(f"{path} should hold {count} symbols")
         tokens[split] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
@@ -125,7 +125,7 @@ def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: i
         with contextlib.ExitStack() as undo:
             for split, symbols in _encoded(corpus, tokenizer):
                 if split not in files:
-                    files[split] = undo.enter_context(replacing(_beside(place, split)))
+                    files[split] = undo.enter_context(replacing(place.with_suffix(f".{split}")))
                     digests[split] = hashlib.sha256()
                 files[split].write(symbols)
                 digests[split].update(symbols)
@@ -138,7 +138,7 @@ def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: i
             "single": is_single(corpus),
             "fingerprint": hashlib.sha256(every.encode()).hexdigest(),
         }
-        with replacing(_beside(place, "json")) as file:
+        with replacing(place.with_suffix(".json")) as file:
             file.write(json.dumps(description).encode())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -178,7 +178,3 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-
-
-def _beside(place: Path, ending: str) -> Path:
-    return place.with_name(f"{place.name}.{ending}")

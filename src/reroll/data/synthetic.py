@@ -255,8 +255,8 @@ class Recall(Transduction):
         values = random_integers(key.at("values"), (self.batch_size, limit), self.symbols)
         pairs = np.stack([keys, values], axis=-1).reshape(self.batch_size, -1).tolist()
         # ⌊u·n / 2³¹⌋ is uniform in 0 … n−1 for lengths n that differ by row.
-        asked = (random_integers(key.at("query"), self.batch_size, 2**31) * lengths) >> 31
-        for row, length, place in zip(pairs, lengths.tolist(), asked.tolist()):
+        queried = (random_integers(key.at("query"), self.batch_size, 2**31) * lengths) >> 31
+        for row, length, place in zip(pairs, lengths.tolist(), queried.tolist()):
             key_symbol, value = row[2 * place : 2 * place + 2]
             yield [*row[: 2 * length], self.separator, key_symbol], [value]
 

@@ -92,15 +92,15 @@ def read_table(path: Path, reading: Reading) -> tuple[Any, tuple[str, ...], Any,
         frame.columns = [name if names.count(name) == 1 else f"{name}.{place}" for place, name in enumerate(names)]
         if frame.empty:
             raise UsageError(f"path={path} has {'a header and no rows' if names else 'nothing in it'}.")
-        wanted = [_column(path, frame, "columns", c) for c in reading.columns.split(",")] if reading.columns else None
+        chosen = [_column(path, frame, "columns", c) for c in reading.columns.split(",")] if reading.columns else None
         several = (name for name in ("series", "id") if name in frame and frame[name].duplicated().any())
-        group = next((name for name in several if name not in (wanted or ())), None)
+        group = next((name for name in several if name not in (chosen or ())), None)
         if group and frame[group].dtype.kind == "f" and (frame[group].abs() > EXACT).any():
             raise UsageError(f"path={path}: {group} was read as floats, which round beyond 2⁵³; save it as text.")
         series = np.zeros(len(frame), int) if group is None else _pandas().factorize(frame[group])[0]
         features = frame.drop(columns=[group] if group else [])
-        features, series = _in_order(path, features, series, reading, wanted or (), notes)
-        names = wanted or _features(path, features, series, decimal, notes)
+        features, series = _in_order(path, features, series, reading, chosen or (), notes)
+        names = chosen or _features(path, features, series, decimal, notes)
         for name in names:
             _require_numbers(path, features[name], decimal)
     values = features[names].to_numpy(dtype=np.float64, na_value=np.nan)[np.argsort(series, kind="stable")]
@@ -303,23 +303,23 @@ def _dates(column: Any) -> Any | None:
     return best if best is not None and best.notna().sum() >= 0.9 * column.notna().sum() else None
 
 
-def _column(path: Path, frame: Any, option: str, asked: str) -> str:
+def _column(path: Path, frame: Any, option: str, name: str) -> str:
     """The column of a name, or of a number from 1."""
-    names, asked = list(frame.columns), asked.strip()
-    if asked not in names and asked.isdecimal() and 0 < int(asked) <= len(names):
-        return names[int(asked) - 1]
-    if asked not in names:
-        raise UsageError(f"{option}={asked!r} is no column of {path}.{did_you_mean(asked, names[:50])}")
-    return asked
+    names, name = list(frame.columns), name.strip()
+    if name not in names and name.isdecimal() and 0 < int(name) <= len(names):
+        return names[int(name) - 1]
+    if name not in names:
+        raise UsageError(f"{option}={name!r} is no column of {path}.{did_you_mean(name, names[:50])}")
+    return name
 
 
 def _in_order(
-    path: Path, frame: Any, series: Any, reading: Reading, wanted: Collection[str], notes: list[str]
+    path: Path, frame: Any, series: Any, reading: Reading, chosen: Collection[str], notes: list[str]
 ) -> tuple[Any, Any]:
     """The rows and their series sorted by date, without the columns of dates."""
-    asked = None if reading.time is None else _column(path, frame, "time", reading.time)
-    dates = {name: _dates(frame[name]) for name in ([asked] if asked else frame) if name not in wanted or asked}
-    times = {name: frame[name] if time is None else time for name, time in dates.items() if asked or time is not None}
+    sort_by = None if reading.time is None else _column(path, frame, "time", reading.time)
+    dates = {name: _dates(frame[name]) for name in ([sort_by] if sort_by else frame) if name not in chosen or sort_by}
+    times = {name: frame[name] if time is None else time for name, time in dates.items() if sort_by or time is not None}
     if not times:
         return frame, series
     name, time = next(iter(times.items()))

@@ -80,7 +80,7 @@ class Windows(FileTask):
         if self.carries and steps != self.length:
             raise UsageError(f"length={length} cannot change with carry=True; drop the curriculum, or the carrying.")
         if self.carries:
-            share = pairs // self.batch_size if split == "train" else _ceil(pairs, self.batch_size)
+            share = pairs // self.batch_size if split == "train" else -(-pairs // self.batch_size)
             begin, end = row * share + step * self.length, (row + 1) * share
         elif split == "train":
             begin = end = self.begins(step, unit, steps)
@@ -117,8 +117,7 @@ class Windows(FileTask):
 
     def count(self, split: str) -> int:
         pairs = len(self.tokens[split]) - 1
-        first, second = (self.batch_size, self.length) if self.carries else (self.length, self.batch_size)
-        return _ceil(_ceil(pairs, first), second)
+        return -(-pairs // (self.batch_size * self.length))
 
     def metadata(self) -> dict[str, Any]:
         return super().metadata() | {"tokenizer": self.tokenizer and self.tokenizer.to_dict()}
@@ -297,7 +296,3 @@ def _splits(streams: Streams, path: str, length: int, whole: bool) -> dict[str, 
 
 def _shorter(symbols: int) -> str:
     return "more text" if symbols < 2 else f"length={symbols - 1} or less, or more text"
-
-
-def _ceil(count: int, by: int) -> int:
-    return -(-count // by)

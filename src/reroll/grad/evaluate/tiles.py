@@ -62,10 +62,6 @@ class Scratch:
         self.tiles: Tensor | None = None
         """For the current tiles, of whichever weight."""
 
-    def bytes(self) -> int:
-        """Return how much memory this is."""
-        return sum(tensor.nbytes for tensor in self.whole.values()) + (0 if self.tiles is None else self.tiles.nbytes)
-
     def tile(self, first: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return memory for numbers `first` … `first + count` of the current tiles."""
         out = self.tiles

@@ -9,8 +9,7 @@ tolerance. (What both sides share cancels, so the unperturbed loss would tell li
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -70,8 +69,11 @@ class WarmStarts:
         """
         firsts = [-unit.probes.start % SHARE for unit in units]
         some = [(unit, first, result) for unit, first, result in zip(units, firsts, results) if unit.probes[first:]]
-        with self._tightly():
+        self.tolerance = TIGHTER
+        try:
             exact = run([_every(unit, first) for unit, first, _ in some])
+        finally:
+            self.tolerance = 1.0
         total, weight = defaultdict[int, Any](float), defaultdict[int, int](int)
         for (unit, first, result), again in zip(some, exact):
             errors = (result.losses[:, first::SHARE] - again.losses).double().cpu()
@@ -84,14 +86,6 @@ class WarmStarts:
         error = torch.stack([total[probe] / weight[probe] for probe in total])
         error = error[error.isfinite()]
         return float(error.square().mean().sqrt()) if len(error) else None
-
-    @contextmanager
-    def _tightly(self) -> Iterator[None]:
-        self.tolerance = TIGHTER
-        try:
-            yield
-        finally:
-            self.tolerance = 1.0
 
 
 def _every(unit: Unit, first: int) -> Unit:
