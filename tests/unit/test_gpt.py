@@ -53,6 +53,38 @@ def test_the_first_loss_is_ln_v_and_the_first_step_changes_the_head_alone(vocab)
     assert changed[2] == {"head", "embed", "out", "down", "query", "key", "value", "up"}
 
 
+def std(tensor):
+    return tensor.detach().std().item()
+
+
+def test_matrices_begin_as_they_are_said_to():
+    width = 64
+    model = GPT(4000, layers=3, heads=2, width=width)
+    assert std(model.embed.weight) == pytest.approx(1, rel=0.02)
+    assert not model.head.weight.any()
+    for block in model.blocks:
+        for matrix in (block.attention.query, block.attention.key, block.attention.value, block.up):
+            assert std(matrix.weight) == pytest.approx((3 * width) ** -0.5, rel=0.05)  # uniform within 1/√width
+            assert matrix.weight.abs().max() <= width**-0.5
+        assert not block.attention.out.weight.any()
+        assert not block.down.weight.any()
+
+
+def test_matrices_begin_as_in_gpt2_without_zeros():
+    width, layers = 64, 8
+    model = GPT(4000, layers=layers, heads=2, width=width, zero_init=False, position="learned", context=500)
+    assert std(model.head.weight) == pytest.approx(width**-0.5, rel=0.02)
+    assert std(model.positions.weight) == pytest.approx(0.02, rel=0.05)
+    for block in model.blocks:
+        for matrix, inputs in ((block.attention.out, width), (block.down, 4 * width)):
+            assert std(matrix.weight) == pytest.approx((3 * inputs) ** -0.5 / (2 * layers) ** 0.5, rel=0.05)
+    for zero_init in (True, False):  # as record 5, and as GPT-2
+        tied = GPT(4000, layers=2, heads=2, width=width, tied=True, zero_init=zero_init)
+        assert tied.head.weight is tied.embed.weight
+        assert std(tied.embed.weight) == pytest.approx(0.02, rel=0.02)
+        assert tied.blocks[0].down.weight.any() == tied.blocks[1].attention.out.weight.any() == (not zero_init)
+
+
 def norm(x, eps=2.0**-23):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
@@ -88,6 +120,45 @@ def by_hand(model, ids):
 def test_against_the_formulas():
     model, ids = spread(GPT(13, layers=2, heads=3, width=18)), torch.randint(13, (2, 7))
     torch.testing.assert_close(model(ids), by_hand(model, ids), rtol=0, atol=1e-6)  # angles are in fp32
+
+
+def test_queries_and_keys_are_normalised_with_the_eps_of_record_8():
+    """2⁻⁷ is felt where features are small."""
+    assert QK_EPS == 0.0078125
+    model, ids = spread(GPT(13, layers=1, heads=1, width=16)), torch.randint(13, (1, 6))
+    for matrix in (model.blocks[0].attention.query, model.blocks[0].attention.key):
+        matrix.weight.data *= 0.05
+    torch.testing.assert_close(model(ids), by_hand(model, ids), rtol=0, atol=1e-6)
+
+
+def test_options_against_the_formulas():
+    """Values of the first layer, the embedding before every layer, gelu and softcap, layer by layer."""
+    model = spread(GPT(13, layers=3, heads=1, width=8, activation="gelu", **NEW))
+    ids, time = torch.randint(13, (2, 7)), 7
+    seen, first = torch.ones(time, time).tril().bool(), None
+    x = embedded = norm(model.embed.weight[ids])
+    for i, block in enumerate(model.blocks):
+        x = block.mix[0] * x + block.mix[1] * embedded
+        h, a = norm(x), block.attention
+        q, k, v = (h @ m.weight.T for m in (a.query, a.key, a.value))
+        if i == 0:
+            first = v
+            assert a.mix is None
+        else:
+            v = (1 - a.mix) * v + a.mix * first
+        q, k = (torch.stack([turned(y[:, t], t) for t in range(time)], 1) for y in (q, k))
+        weights = (q @ k.mT / 8**0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+        x = x + weights @ v @ a.out.weight.T
+        hidden = norm(x) @ block.up.weight.T
+        x = x + hidden * (1 + torch.erf(hidden / 2**0.5)) / 2 @ block.down.weight.T
+    expected = 5 * torch.tanh(norm(x) @ model.head.weight.T / 5)
+    torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-6)
+
+
+def test_mixes_begin_halfway_and_without_the_embedding():
+    model = GPT(13, layers=3, heads=1, width=8, value_residual=True, embed_shortcut=True)
+    assert [block.mix.tolist() for block in model.blocks] == [[1.0, 0.0]] * 3
+    assert [block.attention.mix and block.attention.mix.item() for block in model.blocks] == [None, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("options", [{}, OLD, NEW], ids=["record 8", "old", "new"])
@@ -153,7 +224,9 @@ def test_tied_and_padded():
         (dict(vocab=9, heads=5, width=16), "width=16 must be heads=5 times"),
         (dict(vocab=9, heads=2, width=6), "even number"),
         (dict(vocab=0), "vocab=0"),
-        (dict(vocab=9, tied=True), "exclude each other"),
+        (dict(vocab=9, position="learnd"), r"position='learnd' is unknown. Did you mean \"learned\""),
+        (dict(vocab=9, position=None), "position=None is unknown"),
+        (dict(vocab=9, activation="relu"), r"activation='relu' is unknown. Did you mean \"relu2\""),
         (dict(vocab=9, softcap=-1.0), "softcap=-1"),
     ],
 )

@@ -96,7 +96,7 @@ class Windows(FileTask):
             begin, end = begin[rows.start : rows.stop], end[rows.start : rows.stop]
         scored = scored * (len(begin) / count)
         if not self.carries and (whole := self._read(split, begin, steps)) is not None:
-            return Batch(*whole, torch.ones(len(begin), steps, dtype=torch.bool), scored)
+            return Batch(*whole, torch.from_numpy(np.ones((len(begin), steps), dtype=bool)), scored)
         place = begin[:, None] + np.arange(steps)
         if split == "train":  # wraps around
             place, mask = place % pairs, np.ones(place.shape, dtype=bool)

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reroll.data.tokenizers import Tokenizer
-from reroll.errors import UsageError, require_positive
+from reroll.errors import UsageError, did_you_mean, require_positive
 from reroll.models.generate import generate
 
 EPS = 2.0**-23
 """Of the norms of the residual stream."""
 QK_EPS = 2.0**-7
 """Of the norms of q and k: what torch took for bf16 when record 8 was run (2.5). Newer ones take 2⁻²³ by default."""
+POSITIONS, ACTIVATIONS = ("rotary", "learned"), ("relu2", "gelu")
 BASE = 10_000.0
 """Of the rotary frequencies."""
 
@@ -137,8 +138,8 @@ class GPT(nn.Module):
         position: "rotary", or "learned" vectors (GPT-2).
         qk_norm: normalise queries and keys, so that attention logits are at most √d.
         activation: "relu2", max(x, 0)², or "gelu" (GPT-2).
-        zero_init: begin with zeros in what writes to the residual stream, and in the head. False: the head from
-            N(0, 1/width), what writes to the stream scaled by 1/√(2 · layers) (Radford et al., 2019).
+        zero_init: begin with zeros in what writes to the residual stream, and in the head unless it is tied. False: the
+            head from N(0, 1/width), what writes to the stream scaled by 1/√(2 · layers) (Radford et al., 2019).
         tied: the head is the embedding, as in GPT-2 (Press & Wolf, arXiv:1608.05859); both begin at N(0, 0.02²).
         embed_norm: normalise the embedding.
         softcap: c in c · tanh(logits / c) (Gemma 2, arXiv:2408.00118), at which it is no longer `Headed`.
@@ -187,8 +188,9 @@ class GPT(nn.Module):
         require_positive(vocab=vocab, layers=layers, heads=heads, width=width, context=context, softcap=softcap)
         if width % heads or width // heads % 2:
             raise UsageError(f"width={width} must be heads={heads} times an even number of features.")
-        if tied and zero_init:
-            raise UsageError("tied=True and zero_init=True exclude each other: the embedding would begin at zero.")
+        for name, value, known in (("position", position, POSITIONS), ("activation", activation, ACTIVATIONS)):
+            if value not in known:
+                raise UsageError(f"{name}={value!r} is unknown.{did_you_mean(str(value), known)}")
         self.vocab = self.outputs = vocab
         self.layers, self.heads, self.width, self.context = layers, heads, width, context
         self.zero_init, self.embed_norm, self.softcap, self.value_residual = (

@@ -91,6 +91,8 @@ def build_optimizer(
     if name not in OPTIMIZERS:
         raise UsageError(f'optimizer="{name}" is not known.{did_you_mean(name, OPTIMIZERS)}')
     all_groups = groups(model, OPTIMIZERS[name], weight_decay, lr_scales)
+    for group in all_groups:
+        group["lr"] = lr * group["lr_scale"]
     by_rule = {rule: [g for g in all_groups if g["rule"] == rule] for rule in dict.fromkeys(OPTIMIZERS[name].values())}
     if not by_rule[OPTIMIZERS[name]["matrix"]]:
         raise UsageError(f'optimizer="{name}" needs matrices besides embedding and head; use optimizer="adamw".')

@@ -14,6 +14,7 @@ Optimizer, New Norm" (arXiv:2409.20325); Amsel et al., "The Polar Express" (2505
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -21,12 +22,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError, require_positive
+from reroll.errors import UsageError, require_count, require_positive
 from reroll.optim.sgd import evaluated, in_range, keep_precision
 
 Coefficients = tuple[float, float, float]
 JORDAN: tuple[Coefficients, ...] = ((3.4445, -4.7750, 2.0315),)
-"""a, b and c of x ← a x + b x³ + c x⁵, the same at every step: singular values end in 0.68 … 1.13."""
+"""a, b and c of x ← a x + b x³ + c x⁵, the same at every step: singular values in [0.01, 1] end in 0.68 … 1.13."""
 POLAR_EXPRESS: tuple[Coefficients, ...] = (
     (8.15655, -22.48329, 15.87877), (4.04293, -2.80892, 0.50002), (3.89167, -2.77248, 0.50606),
     (3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.42324),
@@ -49,9 +50,9 @@ def orthogonalize(
 
         X₀ = G / max(‖G‖, ε);    X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X
 
-    Singular values from about 0.003 ‖G‖ upwards end near 1 (with five steps of the usual coefficients in 0.68 … 1.13),
-    smaller ones below. A matrix of zeros gives zeros; one whose norm is below ε gives proportionally less; one with NaN
-    or infinity gives NaN.
+    Singular values from about 0.003 ‖G‖ upwards end near 1 (with five steps of the usual coefficients in 0.68 … 1.20;
+    those from 0.01 ‖G‖ upwards in 0.68 … 1.13), smaller ones below. Autocast changes nothing. A matrix of zeros
+    gives zeros; one whose norm is below ε gives proportionally less; one with NaN or infinity gives NaN.
 
     Args:
         matrix: [..., m, n].
@@ -76,8 +77,25 @@ def orthogonalize(
         raise UsageError(
             f"matrix of shape {tuple(matrix.shape)} and {matrix.dtype} must be real and have two axes or more."
         )
-    require_positive(steps=steps, eps=eps)
+    require_positive(eps=eps)
+    _check_steps(steps, coefficients)
     return _orthogonalized(matrix, steps, coefficients, eps, dtype).to(matrix.dtype)
+
+
+def _check_steps(steps: Any, coefficients: Any, prefix: str = "") -> None:
+    """Refuse what is no number of steps, or not the coefficients of their polynomials."""
+    require_count(**{f"{prefix}steps": steps})
+    try:
+        fits = len(coefficients) and all(len(abc) == 3 and all(math.isfinite(c) for c in abc) for abc in coefficients)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise UsageError(f"{prefix}coefficients={coefficients!r} must be (a, b, c) of every step, finite numbers.")
+
+
+def _same(one: Sequence[Coefficients], other: Sequence[Coefficients]) -> bool:
+    """Whether two are equal by value, as after saving and loading, where tuples may have become lists."""
+    return [*map(tuple, one)] == [*map(tuple, other)]
 
 
 def _orthogonalized(
@@ -88,8 +106,16 @@ def _orthogonalized(
     work = dtype or (torch.bfloat16 if exact is torch.float32 else exact)
     if matrix.numel() == 0:
         return matrix.to(work)
-    x = matrix.to(exact).reshape(-1, *matrix.shape[-2:])
-    margin = 1.02 if coefficients is POLAR_EXPRESS else 1.0
+    with torch.autocast(matrix.device.type, enabled=False):  # it would iterate in its own precision
+        return _iterated(matrix.to(exact), steps, coefficients, eps, work)
+
+
+def _iterated(
+    matrix: Tensor, steps: int, coefficients: Sequence[Coefficients], eps: float, work: torch.dtype
+) -> Tensor:
+    exact = matrix.dtype
+    x = matrix.reshape(-1, *matrix.shape[-2:])
+    margin = 1.02 if _same(coefficients, POLAR_EXPRESS) else 1.0
     x = (x / (margin * _norm(x)).to(exact).clamp(min=eps)).to(work)
     if len(x) == 1:
         x = x[0]  # on a CPU, products of several matrices copy what is transposed; those of two do not
@@ -121,13 +147,20 @@ def _added(c: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: float = 1.
 def _norm(x: Tensor) -> Tensor:
     """The Frobenius norm of every matrix; in fp64 where the sum of squares may be too much for fp32."""
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    if x.device.type == "mps" or (x.device.type == "cpu" and bool(norm.isfinite().all())):
+    if x.device.type == "mps":
         return norm
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        with contextlib.suppress(RuntimeError):  # under torch.func.vmap no value can be looked at
+            if norm.isfinite().all():
+                return norm
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for matrices; arguments that torch.optim.Muon has too mean the same.
+
+    The kernel of a convolution, [out, in, k, k], is a stack of k × k matrices here, not the matrix [out, in · k²] that
+    Jordan et al. make of it: leave kernels to AdamW, as `reroll.optim.build_optimizer` does.
 
     Args:
         params: parameters, named parameters or groups, as for every torch optimizer: [..., m, n], every matrix of a
@@ -226,6 +259,10 @@ class Muon(torch.optim.Optimizer):
         """Take the gradient into M, and return what is to be orthogonalised."""
         assert p.grad is not None
         gradient, mu = p.grad, group["momentum"]
+        if gradient.layout is not torch.strided:
+            raise UsageError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} is sparse; Muon needs a dense one."
+            )
         if "momentum_buffer" not in self.state[p]:
             wide = torch.promote_types(p.dtype, torch.float32)
             self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=wide)
@@ -246,6 +283,12 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` returned, the momentum in its own precision."""
+        for group in state_dict["param_groups"]:
+            if missing := self.defaults.keys() - group.keys():
+                raise UsageError(
+                    f"the state is not one of reroll.Muon: its groups lack {', '.join(sorted(missing))}. That of "
+                    "torch.optim.Muon holds an average of gradients, not their sum, and cannot be loaded."
+                )
         super().load_state_dict(state_dict)
         keep_precision(self, state_dict)
 
@@ -254,7 +297,10 @@ def _check(group: dict[str, Any]) -> None:
     in_range(group, lr=math.inf, weight_decay=math.inf, momentum=1.0)
     if group["beta2"] is not None:
         in_range(group, beta2=1.0)
-    require_positive(eps=group["eps"], ns_steps=group["ns_steps"])
+    require_positive(eps=group["eps"])
+    coefficients = group["ns_coefficients"]
+    single = isinstance(coefficients, Sequence) and len(coefficients) and isinstance(coefficients[0], float | int)
+    _check_steps(group["ns_steps"], (coefficients,) if single else coefficients, "ns_")
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         raise UsageError(f'adjust_lr_fn={group["adjust_lr_fn"]!r} must be None, "original" or "match_rms_adamw".')
     for p in group["params"]:
@@ -280,4 +326,4 @@ def _of_one_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
 def _adjusted(shape: torch.Size, how: str | None) -> float:
     """The factor of the learning rate for the shape of a matrix."""
     m, n = shape[-2:]
-    return 0.2 * max(m, n) ** 0.5 if how == "match_rms_adamw" else max(1.0, m / n) ** 0.5
+    return 0.2 * max(m, n) ** 0.5 if how == "match_rms_adamw" else max(1.0, m / max(n, 1)) ** 0.5

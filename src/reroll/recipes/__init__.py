@@ -131,7 +131,7 @@ def parallel_probes() -> Config:
 Record = Literal["1", "2", "3", "4", "5", "6", "7", "8"]
 RECORDS: dict[str, dict[str, Any]] = {
     "1": {
-        "task": {"kind": "tokens", "path": "fineweb", "length": 1024, "batch": 512},
+        "task": {"kind": "tokens", "path": "fineweb", "length": 1024, "batch": 512, "epochs": 2},
         "model": {
             "kind": "gpt", "layers": 12, "heads": 12, "width": 768, "vocab": 50_257, "position": "learned",
             "qk_norm": False, "activation": "gelu", "zero_init": False, "tied": True, "embed_norm": False,
@@ -141,38 +141,45 @@ RECORDS: dict[str, dict[str, Any]] = {
             "kind": "adamw", "lr": 0.0006, "betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0,
             "schedule": {"kind": "cosine", "warmup": 700},
         },
+        # 10.26 billion tokens: 103 shards have 19,485 batches of them, so the last ones are seen again.
         "run": {"steps": 19_560, "dtype": "bf16", "eval_every": 125, "target_valid": 3.28, "log_every": 125},
     },
     "2": {
+        "task": {"epochs": 1},
         "model": {"position": "rotary"},
         "optim": {"lr": 0.0018, "clip": None, "schedule": {"kind": "linear", "warmup": 250, "warmdown": 2000}},
         "run": {"steps": 9_536},
     },
     "3": {
         "optim": {
-            "kind": "muon", "lr": 0.02, "embedding_lr": 0.0018, "head_lr": 0.0018, "vector_lr": 0.0018,
-            "momentum": 0.95, "adjust_lr_fn": "original", "weight_decay": 0.0,
+            # 0.1 · 0.0036 · √max(m, n), written as 0.2 · 0.0018 · √max(m, n).
+            "kind": "muon", "lr": 0.0018, "embedding_lr": 0.0036, "head_lr": 0.0036, "vector_lr": 0.0036,
+            "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.0,
         },
         "run": {"steps": 6_676},
     },
-    "4": {"run": {"steps": 6_200}},
+    "4": {"optim": {"schedule": {"warmup": 0, "warmdown": 1800}}, "run": {"steps": 6_200}},
     "5": {
-        "model": {"vocab": 50_304, "heads": 6, "activation": "relu2", "qk_norm": True},
+        "model": {"vocab": 50_304, "heads": 6, "activation": "relu2", "qk_norm": True, "zero_init": True},
+        "optim": {"schedule": {"warmup": 0, "warmdown": 1450}},
         "run": {"steps": 5_100},
     },
     "6": {},
     "7": {},
     "8": {
-        "model": {"tied": False, "zero_init": True, "embed_norm": True},
-        "optim": {"embedding_lr": 0.3, "head_lr": 0.002, "schedule": {"warmup": 0, "warmdown": 1308}},
+        "model": {"tied": False, "embed_norm": True},
+        "optim": {
+            "lr": 0.02, "adjust_lr_fn": "original", "embedding_lr": 0.3, "head_lr": 0.002,
+            "schedule": {"warmup": 0, "warmdown": 1308},
+        },
         "run": {"steps": 4_578},
     },
 }  # fmt: skip
 """What each record of the NanoGPT speedrun changed (modded-nanogpt, its README and logs of 2024).
 
-Record 1 is llm.c's GPT-2, here with norms without gains and without biases; of record 3 and 4 no logs exist, so their
-matrices take the later rate; 6 and 7 changed how the work is shared out and the version of torch. The steps of record 8
-are those of its code and log; its README says 4,768.
+Record 1 is llm.c's GPT-2, here with norms without gains and without biases. Of record 3 no log exists: its steps are
+from an issue, its schedule is record 2's, and its rates are those of 4 to 7. Records 6 and 7 changed how the work is
+shared out and the version of torch. The steps of record 8 are those of its code and log; its README says 4,768.
 """
 
 

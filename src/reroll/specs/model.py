@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from reroll.errors import UsageError
-from reroll.specs.base import OBJECT, ObjectSpec, Spec, exclude, option, runtime
+from reroll.specs.base import OBJECT, ObjectSpec, Spec, option, runtime
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class GPT(ModelSpec):
     position: Literal["rotary", "learned"] = option("rotary", "position encoding")
     qk_norm: bool = option(True, "normalise queries and keys")
     activation: Literal["relu2", "gelu"] = option("relu2", "activation of the MLPs")
-    zero_init: bool = option(True, "initialise the head and the projections into the residual stream to zero")
+    zero_init: bool = option(True, "initialise an untied head and the projections into the residual stream to zero")
     tied: bool = option(False, "share the weights of embedding and head")
     embed_norm: bool = option(True, "normalise the embedding")
     softcap: float | None = option(None, "bound c of the logits, c · tanh(logits / c); none: no bound")
@@ -169,7 +169,6 @@ class GPT(ModelSpec):
         super().check()
         if self.width % self.heads or self.width // self.heads % 2:
             raise UsageError(f"width={self.width} must be heads={self.heads} times an even number of features.")
-        exclude((self.tied and self.zero_init, "tied and zero_init", "the embedding would start at zero"))
 
     def build(self, sizes: Any) -> Any:
         if sizes.vocab is None or sizes.readout != "every":

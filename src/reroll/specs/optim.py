@@ -114,7 +114,9 @@ _COMMON = {f.name for f in fields(OptimizerSpec)} | {"momentum_start", "momentum
 class Momentum(OptimizerSpec):
     """A rule with momentum, and a warm-up of it."""
 
-    momentum: float = option(0.9, "momentum of sgd and muon; 0: no state per weight", flag="momentum", within="[0, 1)")
+    momentum: float = option(
+        0.9, "momentum of sgd and muon; 0: none (sgd: no state either)", flag="momentum", within="[0, 1)"
+    )
     momentum_start: float = option(0.85, "momentum at the start of its warm-up", within="[0, 1)")
     momentum_warmup: int = option(0, "steps of linear momentum warm-up", within="[0, 2**31]")
 

@@ -60,7 +60,7 @@ def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], keep:
         folder: the run's `checkpoints/`.
         step: steps taken.
         model: its parameters and buffers are saved.
-        state: nested dicts (with string or integer keys), lists, tuples, numbers, strings, None and tensors.
+        state: nested dicts (with string or integer keys), lists, tuples, numbers, strings, None, dtypes and tensors.
         keep: how many checkpoints remain.
 
     Raises:
@@ -195,6 +195,8 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {kind: [_flatten(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     raise TypeError(f"cannot save {type(value).__name__} at {path}")
 
 
@@ -202,6 +204,8 @@ def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content].clone()  # memory-mapped tensors are not aligned, and the bits of sums depend on that
+    if kind == "dtype":
+        return getattr(torch, content)
     if kind == "dict":
         return {key: _unflatten(item, tensors) for key, item in content}
     if kind in ("list", "tuple"):

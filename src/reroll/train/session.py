@@ -163,8 +163,9 @@ class Session:
             0.1
         """
         _require_objects(task, model, estimator, optimizer)
-        base, first = float(optimizer.param_groups[0]["lr"]), task.batch(0)
-        require_positive(lr=base)  # of the first group, which those of the others are relative to
+        leading, first = optimizer.param_groups[0], task.batch(0)
+        require_positive(lr=float(leading["lr"]))  # which those of the others are relative to
+        base = float(leading["lr"]) / leading.get("lr_scale", 1.0)
         for group in optimizer.param_groups:
             group.setdefault("lr_scale", float(group["lr"]) / base)
         gradient, also = described(estimator)
