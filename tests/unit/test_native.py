@@ -327,8 +327,8 @@ def test_an_unknown_kernel_is_named():
         (RNN(8, 8), (1, 1000), "quasi_deer"),
         (RNN(8, 100), (1, 1000), "compiled"),
         (RNN(8, 200), (1, 1000), "sequential"),
-        (RNN(8, 200), (4, 1000), "compiled"),
-        (RNN(8, 300), (4, 1000), "sequential"),
+        (RNN(8, 200), (5, 1000), "compiled"),
+        (RNN(8, 300), (5, 1000), "sequential"),
     ],
 )
 @torch.no_grad()
@@ -344,6 +344,8 @@ def test_auto_goes_by_the_gradient_and_by_kernels_for_whole_sequences():
     assert auto().choose(wide, x.expand(2, 16, 1000, 8).flatten(0, 1)) == Sequential()  # 32 × 128 numbers of state
     assert auto().choose(GRU(8, 8), x[:1]) == COMPILED  # not in windows
     with torch.no_grad():
+        assert auto().choose(LSTM(8, 8), x[:1], fused=True) == COMPILED  # 16 numbers: torch's kernel has more overhead
+        assert auto().choose(LSTM(8, 16), x[:1], fused=True) == Sequential()
         assert auto().choose(wide, x) == COMPILED
         assert auto().choose(wide, x, fused=True) == Sequential()
         assert auto().choose(GRU(8, 8), x, fused=True) == COMPILED

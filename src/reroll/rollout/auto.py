@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from llvmlite.binding import get_host_cpu_features
 from torch import Tensor
 
 from reroll.cells.base import Cell, State
@@ -31,13 +32,15 @@ LIMITS = {
 }
 """Batch size times state size, and state size, up to which a program is faster than torch's operations, or than a
 library's kernel for whole sequences."""
-FEW, WIDE_FEW = 4, 128
-"""A batch size below which vector registers are not full; the state size up to which a program is then faster, without
-a gradient."""
+FEW = 4 if get_host_cpu_features().get("amx-tile") else 3
+"""Largest batch size that leaves vector registers unfilled; processors with AMX also multiply narrow batches faster."""
+WIDE_FEW = 128
+"""State size up to which a program is then faster, without a gradient."""
 ALONE = 64
 """State size up to which a single sequence is faster in windows than step by step, without a gradient."""
 TINY = 16
-"""Batch size times state size up to which Newton's method in torch operations is faster than a loop of them."""
+"""Batch size times state size up to which Newton's method in torch operations is faster than a loop of them, and a
+compiled step than a library's kernel for whole sequences."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,9 @@ def _candidates(cell: Cell, inputs: Tensor, state: State | None, fused: bool) ->
         return (Candidate("sequential", True, "torch.func and forward-mode derivatives go through a loop only"),)
     if inputs.device.type != "cpu" and not dispatch.is_mapped():
         return (Candidate("quasi_deer", True, f"{time} steps of {batch} sequences at once"),)
-    if dispatch.is_mapped() or (fused and cell.has_kernel):
+    gradient = torch.is_grad_enabled() and _any_gradient(cell, inputs, state)
+    kernel = fused and cell.has_kernel
+    if dispatch.is_mapped() or (kernel and (gradient or batch > 1)):
         return (Candidate("sequential", True, "a kernel for this cell's whole sequences, or a loop under vmap"),)
     examined = native.examine(cell, inputs)
     if examined is None:
@@ -107,12 +112,13 @@ def _candidates(cell: Cell, inputs: Tensor, state: State | None, fused: bool) ->
             Candidate("deer", batch * size <= TINY, "a small state, and a step that cannot be compiled"),
             Candidate("sequential", True, "the step cannot be compiled"),
         )
-    gradient = torch.is_grad_enabled() and _any_gradient(cell, inputs, state)
+    if kernel and size > TINY:
+        return (Candidate("sequential", True, "a kernel for this cell's whole sequences"),)
     numbers, features = LIMITS[("gradient" if gradient else "forward") + (" against a kernel" if fused else "")]
-    if batch < FEW and not gradient:
+    if batch <= FEW and not gradient:
         features = min(features, WIDE_FEW)
     pays = batch * size <= numbers and size <= features
-    windows = pays and batch == 1 and size <= ALONE and not gradient
+    windows = pays and batch == 1 and size <= ALONE and not gradient and not kernel
     return (
         Candidate("quasi_deer", windows, "one sequence alone: windows of steps at once"),
         Candidate("compiled", pays, "the step as a program, in compiled code"),
