@@ -10,7 +10,12 @@ import pytest
 # Workers beside each other (pytest -n) share the cores: two that spin on two threads each take several times as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+import hypothesis
 import torch
+
+# A busy machine generates inputs slowly; that is no fault of the code.
+hypothesis.settings.register_profile("reroll", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("reroll")
 
 CUDA = torch.cuda.is_available()
 if not CUDA:  # must be set before triton is imported: its kernels then run in Triton's interpreter

@@ -138,13 +138,19 @@ def backwards(evaluator, units):
     return [evaluator.losses(unit) for unit in reversed(units)][::-1]
 
 
+class Follower(Mesh):
+    """A process that is not the first, as far as it can be one alone."""
+
+    writes = False
+
+
 @pytest.mark.parametrize("of", ["objects", "config"])
 def test_only_one_process_of_a_mesh_writes(tmp_path, of):
     """The others take the same steps, whoever evaluates their units, and leave nothing."""
-    meshes, summaries = [Mesh(), Mesh(1, 2, writes=False, execute=backwards)], []
-    for mesh in meshes:
+    summaries = []
+    for name, mesh in {"0": Mesh(), "1": Follower(execute=backwards)}.items():
         what, options = (session(mesh=mesh), {}) if of == "objects" else (small(), {"mesh": mesh})
-        summaries.append(train(what, tmp_path / str(mesh.rank), **options))
+        summaries.append(train(what, tmp_path / name, **options))
     assert not (tmp_path / "1").exists()
     a, b = ({k: v for k, v in summary.items() if k not in TIMING} for summary in summaries)
     assert differences(a, b) == []

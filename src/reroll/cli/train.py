@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_args
 
 from reroll.cli.flags import Parser, add_config, as_flags, flag_fields, tables_of
+from reroll.cli.launch import launch, launched
 from reroll.errors import UsageError, did_you_mean
 from reroll.recipes import RECIPES, by
 from reroll.specs.base import leaves
@@ -22,6 +24,9 @@ from reroll.train.run import new_folder
 EXTRA: dict[str, dict[str, Any]] = {
     "run-dir": {"type": Path, "metavar": "FOLDER", "help": "the run folder (default: a new one under runs/)"},
     "resume": {"action": "store_true", "help": "continue the run in --run-dir; start one if there is none"},
+    "nproc": {
+        "type": int, "metavar": "N", "help": "train in N processes on this machine (on several machines: torchrun)",
+    },
     "init": {"metavar": "RUN", "help": "start from the weights of a run or an exported file"},
     "config": {
         "type": Path, "metavar": "FILE", "nargs": "+", "action": "extend",
@@ -52,8 +57,14 @@ def run(command: str, arguments: Sequence[str]) -> int:
         raise UsageError("--resume needs the run to continue: --run-dir runs/NAME (`reroll runs` lists them).")
     if resume and source is not None:
         raise UsageError(f"--init {source} starts a new run and --resume continues one; drop one of them.")
+    processes = request.flags.get("nproc", 1)
+    if processes < 1:
+        raise UsageError(f"--nproc {processes} must be 1 or more.")
+    if processes > 1 and not launched():
+        return launch([sys.executable, "-m", "reroll", command, *arguments], processes)
     from reroll.cli.console import Console
-    from reroll.train.loop import train
+    from reroll.train.loop import Reporter, train
+    from reroll.train.mesh import Processes
 
     init = None
     if source is not None:
@@ -61,10 +72,13 @@ def run(command: str, arguments: Sequence[str]) -> int:
         from reroll.train.load import load
 
         init = weights_of(load(source))
-    path = path or new_folder(config.recipe)
+    mesh = Processes.join(config.run.device)
+    path = path or mesh.share(new_folder(config.recipe))
     with Console(config) as console:
-        summary = train(config, path, resume=bool(resume), init=init, report=console)
-    print(console.closing(summary, path))
+        report = console if mesh.writes else Reporter()
+        summary = train(config, path, resume=bool(resume), init=init, report=report, mesh=mesh)
+    if mesh.writes:
+        print(console.closing(summary, path))
     return 0 if summary["state"] == "done" else 1
 
 

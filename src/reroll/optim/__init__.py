@@ -3,7 +3,7 @@
 from reroll.optim.apply import apply, clip_norm
 from reroll.optim.cdrge import CDRGE
 from reroll.optim.ema import Average
-from reroll.optim.groups import OPTIMIZERS, MultiOptimizer, build_optimizer, groups
+from reroll.optim.groups import OPTIMIZERS, MultiOptimizer, build_optimizer, groups, optimizers_of
 from reroll.optim.muon import Muon, orthogonalize
 from reroll.optim.schedule import Plateau
 from reroll.optim.sgd import SGD
@@ -24,6 +24,7 @@ __all__ = [
     "clip_norm",
     "configure",
     "groups",
+    "optimizers_of",
     "orthogonalize",
     "step",
 ]  # fmt: skip

@@ -216,3 +216,8 @@ class MultiOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share_groups()
+
+
+def optimizers_of(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that one is made of: those of a `MultiOptimizer`, or itself."""
+    return list(optimizer.optimizers.values()) if isinstance(optimizer, MultiOptimizer) else [optimizer]

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from reroll.errors import UsageError, require_count, require_positive
@@ -102,8 +103,7 @@ def _orthogonalized(
     matrix: Tensor, steps: int, coefficients: Sequence[Coefficients], eps: float, dtype: torch.dtype | None
 ) -> Tensor:
     """`orthogonalize`, in the dtype that it iterates in."""
-    exact = torch.promote_types(matrix.dtype, torch.float32)
-    work = dtype or (torch.bfloat16 if exact is torch.float32 else exact)
+    exact, work = torch.promote_types(matrix.dtype, torch.float32), _working_dtype(matrix.dtype, dtype)
     if matrix.numel() == 0:
         return matrix.to(work)
     with torch.autocast(matrix.device.type, enabled=False):  # it would iterate in its own precision
@@ -137,6 +137,33 @@ def _iterated(
         else:
             x = _added(x, factor, x, beta=a) if wide else _added(x, x, factor, beta=a)
     return x.view(matrix.shape)
+
+
+def _working_dtype(dtype: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    return asked or (torch.float64 if dtype is torch.float64 else torch.bfloat16)
+
+
+def _orthogonalized_alike(matrices: list[Tensor], group: dict[str, Any]) -> Tensor:
+    """`orthogonalize` of matrices of one shape, [how many, ..., m, n], with the numbers of a parameter group."""
+    coefficients = group["ns_coefficients"]
+    if isinstance(coefficients[0], float | int):
+        coefficients = (coefficients,)
+    together = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
+    return _orthogonalized(together, group["ns_steps"], coefficients, group["eps"], group["dtype"])
+
+
+def owners(shapes: Sequence[torch.Size], processes: int) -> list[list[int]]:
+    """Return which matrices each process orthogonalises: the costliest first, to whoever has the least to do.
+
+    Example:
+        >>> owners([torch.Size(s) for s in ((8, 8), (8, 32), (8, 8), (2, 8, 8), (16, 4))], 2)
+        [[1, 4], [3, 0, 2]]
+    """
+    costs = [shape.numel() * min(shape[-2:]) for shape in shapes]  # products of the smaller Gram matrix
+    owned: list[list[int]] = [[] for _ in range(processes)]
+    for index in sorted(range(len(shapes)), key=lambda i: -costs[i]):
+        min(owned, key=lambda of_rank: sum(costs[i] for i in of_rank)).append(index)
+    return owned
 
 
 def _added(c: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
@@ -175,6 +202,8 @@ class Muon(torch.optim.Optimizer):
         beta2: divide rows (columns, if m < n) of O by a running root mean square, and keep its norm: NorMuon. None: no.
         cautious: decay only the weights that the update moves towards zero (Chen et al., arXiv:2510.12402).
         dtype: of the iteration, as for `orthogonalize`.
+        process_group: processes with equal weights and gradients, such as `torch.distributed.group.WORLD`, share the
+            matrices out and gather the updates. None: each process does everything. It is an attribute too.
 
     Raises:
         UsageError: for a number out of range, and for a parameter of less than two axes: flattened matrices would not
@@ -191,6 +220,8 @@ class Muon(torch.optim.Optimizer):
         True
     """
 
+    process_group: Any = None  # of the class: copies and pickles of an optimizer hold its groups and states alone
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -206,7 +237,9 @@ class Muon(torch.optim.Optimizer):
         beta2: float | None = None,
         cautious: bool = False,
         dtype: torch.dtype | None = None,
+        process_group: Any = None,
     ):
+        self.process_group = process_group
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
@@ -228,23 +261,37 @@ class Muon(torch.optim.Optimizer):
         """Take a step with every `.grad` there is; return what the closure returned."""
         loss = evaluated(closure)
         for group in self.param_groups:
-            for alike in _of_one_shape([p for p in group["params"] if p.grad is not None]):
-                self._update(alike, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if self.process_group is not None:
+                for dtype in dict.fromkeys(p.dtype for p in parameters):
+                    self._update_together([p for p in parameters if p.dtype == dtype], group)
+                continue
+            for alike in _of_one_shape(parameters):
+                self._update(alike, _orthogonalized_alike([self._momentum(p, group) for p in alike], group), group)
         return loss
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Take the step of parameters of one shape, orthogonalised together."""
-        ahead = [self._momentum(p, group) for p in parameters]
-        coefficients = group["ns_coefficients"]
-        if isinstance(coefficients[0], float | int):
-            coefficients = (coefficients,)
-        updates = _orthogonalized(
-            torch.stack(ahead) if len(ahead) > 1 else ahead[0][None],
-            group["ns_steps"],
-            coefficients,
-            group["eps"],
-            group["dtype"],
-        )
+    def _update_together(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Take the step of parameters of one dtype, each orthogonalised by the process that owns it."""
+        processes = self.process_group
+        ahead = {p: self._momentum(p, group) for p in parameters}  # everywhere, so that each has the whole state
+        owned = owners([p.shape for p in parameters], dist.get_world_size(processes))
+        matrices = [[parameters[i] for i in of_rank] for of_rank in owned]
+        sizes = [[p.numel() for p in of_rank] for of_rank in matrices]
+        work = _working_dtype(parameters[0].dtype, group["dtype"])
+        flat = torch.zeros(max(map(sum, sizes)), dtype=work, device=parameters[0].device)
+        mine, done = matrices[dist.get_rank(processes)], {}
+        for alike in _of_one_shape(mine):
+            done |= zip(alike, _orthogonalized_alike([ahead[p] for p in alike], group))
+        for part, p in zip(flat.split([*map(Tensor.numel, mine), flat.numel() - sum(map(Tensor.numel, mine))]), mine):
+            part.copy_(done[p].flatten())
+        received = [torch.empty_like(flat) for _ in matrices]
+        dist.all_gather(received, flat, group=processes)
+        for of_rank, counts, updates in zip(matrices, sizes, received):
+            for p, update in zip(of_rank, updates[: sum(counts)].split(counts)):
+                self._update([p], update.view(1, *p.shape), group)
+
+    def _update(self, parameters: list[Tensor], updates: Tensor, group: dict[str, Any]) -> None:
+        """Take the step of parameters of one shape."""
         lr, decay = float(group["lr"]), group["weight_decay"]
         rate = lr * _adjusted(parameters[0].shape, group["adjust_lr_fn"])
         for p, update in zip(parameters, updates):

@@ -210,7 +210,7 @@ def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _unflatten(item, tensors) for key, item in content}
     if kind in ("list", "tuple"):
         return {"list": list, "tuple": tuple}[kind](_unflatten(item, tensors) for item in content)
-    return content
+    return getattr(torch, content) if kind == "dtype" else content
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from reroll.data.batch import START
 from reroll.data.task import Score, Task, sequence_score
+from reroll.train.mesh import ALONE, Mesh
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def evaluate(
     split: str,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda done, batches: None,
+    mesh: Mesh = ALONE,
 ) -> dict[str, float]:
     """Return the mean loss over the batches of a split; for symbols also bits, accuracy and exact match.
 
@@ -56,6 +58,7 @@ def evaluate(
         split: "train", or one of `task.splits`. A carried text keeps its state from batch to batch.
         device: of the model.
         progress: called after every batch with the number of batches done, and of all.
+        mesh: processes that share the batches, each with this call; a carried text is evaluated by all.
 
     Example:
         >>> from reroll import Recurrent, cells
@@ -66,16 +69,18 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    total, state, batches = Score(), START, task.batches(split)
+    scores, state, batches = [], START, task.batches(split)
+    carries = task.carries and split != "train"
+    mesh = ALONE if carries else mesh
     try:
-        for index in range(batches):
+        for index in range(mesh.rank, batches, mesh.size):
             batch = task.batch(index, split).to(device)
-            if task.carries and split != "train":
+            if carries:
                 score, state = sequence_score(model, replace(batch, state=state))
             else:
                 score = task.score(model, batch)
-            total = total + score
+            scores.append(score)
             progress(index + 1, batches)
     finally:
         model.train(training)
-    return task.summary(total, split)
+    return task.summary(sum(mesh.interleave(scores), Score()), split)

@@ -73,8 +73,8 @@ def train(
         RunError: if it fails on the way; what was saved before is intact.
     """
     report = report or Reporter()
-    config = what.config if isinstance(what, Session) else (what := resolve(what))
-    finished = _finished(config, path, report) if resume else None
+    config, mesh = (what.config, what.mesh) if isinstance(what, Session) else ((what := resolve(what)), mesh)
+    finished = mesh.share(_finished(config, path, report) if resume and mesh.writes else None)
     if finished is not None:
         return finished
     session, note = open_session(what, path, resume=resume, init=init, mesh=mesh)
@@ -142,7 +142,7 @@ def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str
     if progress.step:
         row = session.folder.last_row() or row
     # A run that was killed after its last step, and before it said so, has nothing left to do.
-    ended = ends(session, row, stop)
+    ended = session.mesh.share(ends(session, row, stop))
     if ended is not None and ended[0] == "done":
         say(how_to_continue(config))
     if config.run.warm_up and ended is None:
@@ -154,13 +154,14 @@ def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str
         due = progress.step % eval_every == 0 or last
         if due:  # before it is decided whether to stop: the score may be what was waited for
             row |= validate(session)
-        ended = ends(session, row, stop)
+        # Clocks and signals differ between processes; one decides for all.
+        overdue = time.monotonic() - saved > SAVE_SECONDS
+        ended, overdue = session.mesh.share((ends(session, row, stop), overdue))
         if ended is not None and ended[0] != "stopped" and not due:
             row |= validate(session)
         warn(row, progress.refused_in_a_row > 0)
         session.folder.record(row)
         report.step(row, config)
-        overdue = time.monotonic() - saved > SAVE_SECONDS
         if progress.step % checkpoint_every == 0 or last or ended is not None or overdue:
             session.save()
             saved = time.monotonic()
@@ -221,6 +222,6 @@ def validate(session: Session) -> dict[str, float]:
         return {}
     averaged = nullcontext() if session.average is None else session.average.swapped_in(trainable(model))
     with averaged, session.precision.scope(), monitoring() as rollouts:
-        scores = evaluate(model, task, task.splits[0], session.device)
+        scores = evaluate(model, task, task.splits[0], session.device, mesh=session.mesh)
     session.progress.valid = {f"valid_{name}": value for name, value in scores.items()}
     return session.progress.valid | ({"valid_fell_back": rollouts.fell_back} if rollouts.fell_back else {})

@@ -54,27 +54,44 @@ def open_session(
         RunError: if the folder's run is damaged.
     """
     mesh = what.mesh if isinstance(what, Session) else mesh
+    if not mesh.writes:
+        mesh.barrier()  # process 0 comes first
     folder = RunFolder(path) if mesh.writes else Reader(path)
     try:
-        there = resume and (path / "config.toml").is_file()
-        if there:
-            folder.lock()
-            if checkpoint.all_of(folder.checkpoints):
-                return _resume(what, folder, mesh)
-        else:
-            folder.refuse_used(resume)
-        # Before the first checkpoint, nothing ties a run to its config: it may be started with another.
-        note = f"Nothing to resume in {path}: starting a new run." if resume else f"Run folder: {path}"
-        if there:
-            last = folder.last_row()
-            lost = "" if last is None else f"; the {last['step'] + 1} steps recorded before are repeated"
-            note = f"{path} has no checkpoint yet: starting again, at step 0{lost}."
-            folder.cut_metrics(0)
-        session = what if isinstance(what, Session) else Session.of_config(what, mesh)
-        return _begin(session, folder, init), note
+        session, note = _open(what, path, folder, resume, init, mesh)
+        if mesh.writes:
+            mesh.barrier()
+        mesh.equalize(session.model)
+        return session, note
     except BaseException:
         folder.close()
         raise
+
+
+def _open(
+    what: Config | Session,
+    path: Path,
+    folder: RunFolder,
+    resume: bool,
+    init: dict[str, torch.Tensor] | None,
+    mesh: Mesh,
+) -> tuple[Session, str]:
+    there = resume and (path / "config.toml").is_file()
+    if there:
+        folder.lock()
+        if checkpoint.all_of(folder.checkpoints):
+            return _resume(what, folder, mesh)
+    else:
+        folder.refuse_used(resume)
+    # Before the first checkpoint, nothing ties a run to its config: it may be started with another.
+    note = f"Nothing to resume in {path}: starting a new run." if resume else f"Run folder: {path}"
+    if there:
+        last = folder.last_row()
+        lost = "" if last is None else f"; the {last['step'] + 1} steps recorded before are repeated"
+        note = f"{path} has no checkpoint yet: starting again, at step 0{lost}."
+        folder.cut_metrics(0)
+    session = what if isinstance(what, Session) else Session.of_config(what, mesh)
+    return _begin(session, folder, init), note
 
 
 def _resume(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Session, str]:

@@ -34,7 +34,7 @@ def search_lr(session: Session, note: Callable[[str], None], stop: Sequence[str]
         for lr in midpoints(losses) if round else grid(optim.search_low, optim.search_high):
             losses[lr] = trial(session, lr, optim.search_steps)
             note(f"Trying lr {lr:.3g}: loss {losses[lr]:.4f}")
-            if stop:
+            if session.mesh.share(bool(stop)):
                 return None
     best = min(losses, key=lambda lr: losses[lr])
     if not math.isfinite(losses[best]):

@@ -116,6 +116,7 @@ class Session:
         self.precision = Precision(self.device.type, torch.bfloat16 if under_autocast else None)
         self.loss_fn: LossFn = self.precision.under(self.task.loss)
         self.clock = Clock(self.device)
+        self.mesh.share_out(self.optimizer)
 
     @classmethod
     def of(
@@ -217,11 +218,12 @@ class Session:
     def planned(self, config: Config) -> None:
         """Adopt a config in which it is settled how gradients are evaluated."""
         self.config = config
-        execute = self.mesh.execute or getattr(self.estimator, "execute", None)
+        execute = getattr(self.estimator, "execute", None)
         if config.gradient.kind != OBJECT:
             self.estimator = config.gradient.build(1.0, config.run)
         if execute is not None and isinstance(self.estimator, CentralDifference):
             self.estimator = replace(self.estimator, execute=execute)
+        self.estimator = self.mesh.estimator(self.estimator)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, on the device, with the carried state."""

@@ -1,0 +1,138 @@
+"""Several processes train one run: the same losses as one, one record, one message where something is wrong."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reroll.cli.launch import launch
+from reroll.data.tokens import write_shard
+from reroll.train.records import read_metrics
+from tests.runs import write_text
+
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+from reroll import GPT, Backprop, Muon, Session
+from reroll.data.tokens import TokenBatches
+from reroll.optim import MultiOptimizer
+from reroll.train import train
+from reroll.train.mesh import Processes
+
+shards, out, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+mesh = Processes.join("cpu")
+for dtype, accumulate in cases:
+    torch.manual_seed(mesh.rank)  # those of process 0 count
+    model = GPT(vocab=37, layers=2, heads=2, width=16, zero_init=False).to(getattr(torch, dtype))
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks") and p.dim() > 1]
+    others = [p for p in model.parameters() if not any(p is q for q in matrices)]
+    muon = Muon(matrices, lr=0.02, dtype=model.head.weight.dtype)
+    optimizer = MultiOptimizer({"muon": muon, "adamw": torch.optim.AdamW(others, lr=0.01, weight_decay=0.0)})
+    task = TokenBatches(shards, length=8, batch=8, vocab=37, valid_tokens=100)
+    session = Session.of(task, model, Backprop(accumulate=accumulate), optimizer, steps=20, eval_every=10, mesh=mesh)
+    train(session, out / f"{dtype}-{accumulate}")
+"""
+
+
+@pytest.fixture
+def shards(tmp_path):
+    generator = np.random.default_rng(5)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name, count in (("x_train_000001", 1500), ("x_val_000000", 150)):
+        write_shard(folder / f"{name}.bin", generator.integers(0, 3, count).cumsum() % 37)
+    return folder
+
+
+def losses(folder: Path) -> np.ndarray:
+    rows = list(read_metrics(folder))
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return np.array([(row["loss"], row.get("valid_loss", 0.0)) for row in rows])
+
+
+def test_losses_do_not_depend_on_processes_or_accumulation(tmp_path, shards):
+    """4 × 2 rows, 2 × 4, 1 × 8, in 1, 2 or 4 parts; attention, Muon, AdamW, validation."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    cases = {1: [1, 2, 4], 2: [1, 4], 4: [1]}
+    results = {}
+    for processes, parts in cases.items():
+        of = [[dtype, accumulate] for dtype in ("float64", "float32") for accumulate in parts]
+        out = tmp_path / str(processes)
+        command = [sys.executable, str(script), str(shards), str(out), json.dumps(of)]
+        assert launch(command, processes) == 0
+        results |= {(dtype, processes, a): losses(out / f"{dtype}-{a}") for dtype, a in of}
+    for (dtype, *_), got in results.items():
+        one = results[dtype, 1, 1]
+        assert one[-1, 0] < one[0, 0] - 0.5
+        assert one[-1, 1] > 0
+        if dtype == "float64":
+            assert np.abs(got - one).max() <= 1e-9
+        else:
+            assert np.abs(got - one)[:5].max() <= 1e-5
+            assert np.abs(got - one).max() <= 1e-3
+
+
+def reroll(*arguments: str, processes: int = 1) -> int:
+    return launch([sys.executable, "-m", "reroll", *arguments], processes)
+
+
+def checkpoint_of(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").iterdir())
+    return load_file(newest / "model.safetensors")
+
+
+def test_probes_give_the_same_bits_for_any_number_of_processes(tmp_path):
+    """Only losses travel, and the states of a carried text; 7 probes in units of 2 are shared unevenly."""
+    text = write_text(tmp_path / "text.txt")
+    flags = ("--path", str(text), "--length", "5", "--batch", "4", "--hidden", "8", "--probes", "7", "--steps", "4")
+    flags += ("--threads", "1", "--set", "task.carry=true", "gradient.chunk=2", "gradient.batch=split")
+    for processes in (1, 3):
+        assert reroll("train", "text", *flags, "--run-dir", str(tmp_path / str(processes)), processes=processes) == 0
+    one, three = (tmp_path / str(processes) for processes in (1, 3))
+    assert (losses(one) == losses(three)).all()
+    weights = checkpoint_of(three)
+    assert all(weights[name].equal(tensor) for name, tensor in checkpoint_of(one).items())
+    assert (one / "journal").read_bytes()[-200:] == (three / "journal").read_bytes()[-200:]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """Backpropagation through a carried text: the state of all rows is in the checkpoint."""
+    text = write_text(tmp_path / "text.txt")
+    flags = ("--gradient", "backprop", "--path", str(text), "--length", "5", "--batch", "5", "--hidden", "8")
+    flags += ("--threads", "1", "--set", "task.carry=true")
+    folders = [("--run-dir", str(tmp_path / name)) for name in "ab"]
+    assert reroll("train", "text", *flags, *folders[0], "--steps", "8", processes=2) == 0
+    assert reroll("train", "text", *flags, *folders[1], "--steps", "4", processes=3) == 0
+    assert reroll("train", "--resume", *folders[1], "--steps", "8") == 0
+    a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert len(a) == 8
+    assert np.abs(a[:, 0] - b[:, 0]).max() <= 1e-5
+
+
+def test_what_one_process_refuses_is_said_once(tmp_path, capfd):
+    folder = ("--run-dir", str(tmp_path / "run"))
+    assert reroll("train", "copy", "--nproc", "0") == 2
+    assert "--nproc 0 must be 1 or more" in capfd.readouterr().err
+    flags = ("--gradient", "backprop", "--batch", "1", "--steps", "3", "--nproc", "2")
+    assert reroll("train", "copy", *flags, *folder) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "a batch of 1 sequences cannot be shared by 2 processes" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_that_dies_ends_the_others(tmp_path, capfd):
+    began = time.monotonic()
+    script = (
+        "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    )
+    assert launch([sys.executable, "-c", script], 3) == 1
+    assert capfd.readouterr().err == "error: process 1 was ended by SIGKILL.\n"
+    assert time.monotonic() - began < 30
