@@ -506,6 +506,10 @@ def test_a_download_that_is_damaged_is_thrown_away(server):
         download(path / "got", 1, lambda line: None, address + "nowhere/")
     with pytest.raises(UsageError, match="shards=0"):
         download(path / "got", 0, lambda line: None, address)
+    (path / "mine").mkdir()
+    write_shard(path / "mine" / "x_train_000001.bin", [1])
+    with pytest.raises(UsageError, match=r"another text \(x_train_000001.bin\)"):
+        download(path / "mine", 1, lambda line: None, address)
     (path / "file").touch()
     with pytest.raises(RunError, match="got cannot be made"):
         download(path / "file" / "got", 1, lambda line: None, address)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -99,16 +100,25 @@ def encode(
 
 def _make_room(target: Path, stem: str) -> None:
     """Make the folder, and delete the shards of the same text there; refuse one with shards of another."""
+    shards = _shards_in(target, stem)
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        ours = re.compile(re.escape(stem) + r"_(train|val)_\d{6}\.bin")
-        there = sorted(target.glob("*.bin"))
-        if others := [file for file in there if not ours.fullmatch(file.name)]:
-            raise UsageError(f"{target} holds shards of another text ({others[0].name}); take another folder.")
-        for old in (target / ABOUT, *there):
+        for old in (target / ABOUT, *shards):
             old.unlink(missing_ok=True)
     except OSError as error:
+        raise RunError(f"{target} cannot be written: {error.strerror}.") from None
+
+
+def _shards_in(target: Path, stem: str) -> list[Path]:
+    """The shards of a text in a folder, which is made; one with shards of another text is refused."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        shards = sorted(target.glob("*.bin"))
+    except OSError as error:
         raise RunError(f"{target} cannot be made: {error.strerror}.") from None
+    ours = re.compile(re.escape(stem) + r"_(train|val)_\d{6}\.bin")
+    if others := [file.name for file in shards if not ours.fullmatch(file.name)]:
+        raise UsageError(f"{target} holds shards of another text ({others[0]}); take another folder.")
+    return shards
 
 
 def _write_about(target: Path, about: dict[str, Any]) -> None:
@@ -186,7 +196,7 @@ def download(
     server names one. tokens.json is written beside them.
 
     Raises:
-        UsageError: if there are not so many shards.
+        UsageError: if there are not so many shards, or the folder holds those of another text.
         RunError: if the network fails (what has come is kept), or a file is not what it should be.
     """
     if not 1 <= count <= FINEWEB_SHARDS:
@@ -194,10 +204,7 @@ def download(
     target = Path(folder)
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
     say(f"{len(names)} files of up to {(HEADER + 2 * SHARD) / 1e6:.0f} MB from {source}, licence {FINEWEB_LICENCE}.")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{target} cannot be made: {error.strerror}.") from None
+    _shards_in(target, "fineweb")
     files = dict(About.beside(target / names[0]).files)
     for name in names:
         path = target / name
@@ -275,7 +282,8 @@ def _fetch(url: str, target: Path) -> None:
     if left > 0:
         raise ConnectionError(f"the connection ended {left} bytes early")
     try:
-        got = sha256_of(part) if expected else ""
+        with part.open("rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest() if expected else ""
         if got != expected:
             raise RunError(
                 f"{target.name} came damaged (SHA-256 {got[:12]}…, not {expected[:12]}…); run the command again."
