@@ -7,6 +7,7 @@ import json
 import pathlib
 import sys
 import threading
+import tracemalloc
 from importlib import metadata
 
 import numpy as np
@@ -375,9 +376,22 @@ def test_shards_of_gpt2_need_no_tiktoken(tmp_path, monkeypatch):
     (tmp_path / "bare" / ABOUT).write_text(json.dumps(about))
     task = TokenBatches(tmp_path / "bare", length=8, batch=2, valid_tokens=None)
     assert (task.vocab, task.document, task.tokenizer) == (50_257, 50_256, None)
+    (tmp_path / "bare" / ABOUT).write_text(json.dumps({"tokenizer": {"name": "gpt2"}}))
+    assert TokenBatches(tmp_path / "bare", length=8, batch=2, valid_tokens=None).document == 50_256
     (tmp_path / "bare" / ABOUT).write_text(json.dumps(about | {"tokenizer": {"name": "other"}}))
     with pytest.raises(UsageError, match="tokens.json is damaged"):
         TokenBatches(tmp_path / "bare", length=8, batch=2, valid_tokens=None)
+
+
+@pytest.mark.parametrize("name", ["byte", "char"])
+def test_a_text_needs_the_memory_of_one_shard(tmp_path, name):
+    """Two bytes a token, and a few chunks."""
+    (tmp_path / "a.txt").write_bytes(b"to be or not to be, that is it\n" * 260_000)
+    tracemalloc.start()
+    encode(tmp_path / "a.txt", tmp_path / "shards", name, shard=4_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * 4e6 + 18 * (1 << 20)
 
 
 @pytest.mark.parametrize("valid_tokens", [None, 40])

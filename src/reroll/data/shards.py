@@ -166,8 +166,9 @@ class About:
                 if about["tokenizer"]["name"] != GPT2.name:
                     raise
                 log.info("%s names GPT-2's tokenizer, which is not there (%s).", path, error)
+            usual = GPT2_DOCUMENT if about["tokenizer"]["name"] == GPT2.name else None
             vocab = int(tokenizer.size if tokenizer is not None else GPT2.size)
-            return cls(tokenizer, vocab, about.get("document"), dict(about.get("files", {})))
+            return cls(tokenizer, vocab, about.get("document", usual), dict(about.get("files", {})))
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
