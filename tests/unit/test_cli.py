@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -46,7 +47,7 @@ def test_every_command_has_help(cli, command):
     found = cli(command, "--help")
     assert found.code == 0
     assert found.out.startswith(f"usage: reroll {command}")
-    assert command not in ("train", "show") or "RECIPE  " in found.out
+    assert command not in ("train", "show") or "[RECIPE]  " in found.out
     assert cli("runs", "stop", "--help").out.startswith("usage: reroll runs stop")
 
 
@@ -121,7 +122,10 @@ def test_eval(cli, smoke):
     found = cli("eval", smoke)
     assert (found.code, found.err) == (0, "")
     last = list(read_metrics(smoke))[-1]
-    words = re.fullmatch(r"valid, after (\d+) steps: loss (\S+)  bits \S+  accuracy 1  exact 1\n", found.out)
+    words = re.fullmatch(
+        r"valid, after (\d+) steps: loss (\S+) nats  bits \S+  accuracy 1  exact 1\nmean over 9 symbols; exact: .*\n",
+        found.out,
+    )
     assert int(words[1]) == last["step"] + 1
     assert float(words[2]) == pytest.approx(last["valid_loss"], rel=1e-5)
 
@@ -479,6 +483,65 @@ def test_a_tolerance_too_loose_for_the_probes_is_said_once(cli):
     assert trained.out.count("What the rollout's solver leaves over") == 1
 
 
+def test_a_time_limit_that_is_used_up_is_refused_before_anything_is_lost(cli, run):
+    shutil.rmtree(checkpoint.all_of(run / "checkpoints")[-1])  # as if killed: the last row has no checkpoint
+    (run / "status.json").unlink()
+    before = contents(run)
+    found = cli("train", "--run-dir", "run", "--resume", "--max-seconds", 1e-6)
+    assert found.code == 2
+    assert re.search(r"--max-seconds 1e-06 counts the whole run, which has used \S+ s already", found.error)
+    assert contents(run) == before
+    assert cli("train", "--run-dir", "run", "--resume", "--max-seconds", 1000).code == 0
+
+
+def test_how_to_continue_names_the_seconds_that_are_used(cli, tmp_path):
+    assert "the time limit" in cli(*TRAIN, "--run-dir", "run", "--max-seconds", 1e-6).out
+    used = list(read_metrics(tmp_path / "run"))[-1]["total_seconds"]
+    again = cli("train", "--run-dir", "run", "--resume").out
+    assert f"--max-seconds above {math.ceil(used)} (it counts the whole run, which has used {used:.0f} s)" in again
+
+
+def test_a_flag_that_may_not_change_on_resuming_is_named_as_it_was_typed(cli, run):
+    assert (
+        "--threads=2, but the run to resume has 1" in cli("train", "--run-dir", run, "--resume", "--threads", 2).error
+    )
+
+
+def test_an_interrupt_says_what_remains(cli, run, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reroll.train.loop.train", interrupted)
+    assert cli("train", "copy", "--run-dir", "new") == (1, "", "Interrupted. Nothing was trained.\n")
+    found = cli("train", "--run-dir", "run", "--resume", "--steps", 6)
+    assert (found.code, "to resume: reroll train --run-dir run --resume" in found.err) == (1, True)
+    shutil.rmtree(run / "checkpoints")
+    assert "run has no checkpoint: delete it, or start it again" in cli("train", "copy", "--run-dir", "run").err
+
+
+def test_a_run_of_a_newer_version_is_named_as_such(cli, run):
+    (run / "config.toml").write_text((run / "config.toml").read_text() + "novelty = 1\n")
+    assert "novelty" in cli("eval", "run").error
+    assert f"If a newer reroll than this one ({reroll.__version__})" in cli("eval", "run").error
+
+
+def test_losses_have_units_and_stand_beside_what_needs_no_training(cli, tmp_path):
+    inputs = np.random.default_rng(0).normal(size=(40, 9, 2))
+    np.savez("classes.npz", inputs=inputs, targets=(np.arange(40) % 4 == 0).astype(int))
+    np.savez("values.npz", inputs=inputs, targets=inputs.sum((1, 2)))
+    flags = (*TINY[2:], "--length", 9)
+    found = cli("train", "arrays", "--path", "values.npz", *flags, "--run-dir", "values")
+    assert re.search(r"^step 4/4  squared error \S+  held-out \S+  \S+ s/step$", found.out, re.MULTILINE)
+    assert re.search(r"^held-out loss \S+ \(mean squared error, of standardised values\)$", found.out, re.MULTILINE)
+    assert re.search(r"^held-out loss without training: mean of the targets \S+$", found.out, re.MULTILINE)
+    assert "mean over 4 series" in cli("eval", "values").out
+    found = cli("train", "arrays", "--path", "classes.npz", *flags, "--run-dir", "classes")
+    assert re.search(r"^step 1/4  loss \S+ nats  ", found.out, re.MULTILINE)
+    assert re.search(r"^held-out loss \S+ nats  bits ", found.out, re.MULTILINE)
+    assert re.search(r"without training: class frequencies \(accuracy \S+\) \S+$", found.out, re.MULTILINE)
+    assert "reroll forecast values" in cli("sample", "values").error
+
+
 def test_a_resumed_run_takes_no_step_back(cli, run):
     before = contents(run)
     found = cli("train", "--run-dir", "run", "--resume", "--steps", 2)
@@ -516,9 +579,9 @@ def test_resume_refuses_another_run(cli, run):
     other = cli("train", "sort", "--run-dir", "run", "--resume")
     assert (other.code, '"copy", not of "sort"' in other.error) == (2, True)
     for flag, value, said in (
-        ("--lr", 0.3, "optim.lr=0.3"),
-        ("--seed", 4, "run.seed=4"),
-        ("--hidden", 16, "hidden=16"),
+        ("--lr", 0.3, "--lr=0.3"),
+        ("--seed", 4, "--seed=4"),
+        ("--hidden", 16, "--hidden=16"),
     ):
         found = cli("train", "copy", "--run-dir", "run", "--resume", flag, value)
         assert found.code == 2
@@ -596,7 +659,9 @@ def test_a_series_is_continued_in_its_own_units(cli, tmp_path):
 
 
 def test_what_does_not_predict_the_next_row_is_not_continued(cli, smoke):
-    assert "does not predict the next row" in cli("forecast", smoke).error
+    error = cli("forecast", smoke).error
+    assert "does not predict the next row" in error
+    assert f"reroll sample {smoke}" in error
 
 
 def test_a_forecast_shows_what_a_series_varies_by_and_whose_columns_it_has(cli, tmp_path):

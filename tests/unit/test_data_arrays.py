@@ -504,9 +504,22 @@ def test_noise_has_no_period_and_short_series_have_baselines(tmp_path, shape):
     assert np.isfinite(losses["persistence"])
 
 
-def test_series_with_targets_of_their_own_have_no_baselines(tmp_path):
-    path = save(tmp_path / "a.npz", inputs=RANDOM.normal(size=(20, 5, 2)), targets=np.arange(20) % 2)
-    assert Arrays(path).baselines() == {}
+@pytest.mark.parametrize("every", [False, True])
+def test_targets_of_their_own_are_compared_with_the_best_constant(tmp_path, every):
+    held_out = np.arange(20) % 4 == 3
+    shape = (20, 5) if every else (20,)
+    values, classes = RANDOM.normal(3, 2, size=(*shape, 1)), RANDOM.integers(0, 3, size=shape)
+    common = {"inputs": RANDOM.normal(size=(20, 5, 2)), "held_out": held_out}
+    task = Arrays(save(tmp_path / "v.npz", targets=values, **common))
+    mean, std = values[~held_out].mean(), values[~held_out].std()
+    expected = np.square((values[held_out] - mean) / std).mean()
+    assert task.baselines() == {"mean of the targets": pytest.approx(expected, rel=1e-5)}
+    task = Arrays(save(tmp_path / "c.npz", targets=classes, **common))
+    counts = np.bincount(classes[~held_out].ravel(), minlength=3) + 1
+    ((rule, loss),) = task.baselines().items()
+    assert loss == pytest.approx(-np.log(counts / counts.sum())[classes[held_out]].mean())
+    assert rule == f"class frequencies (accuracy {(classes[held_out] == counts.argmax()).mean():.3g})"
+    assert Arrays(tmp_path / "c.npz", whole=True).baselines() == {}
 
 
 def test_many_series_and_series_without_a_known_row_have_baselines(tmp_path):

@@ -24,6 +24,7 @@ from reroll.train.config import resolve
 from reroll.train.evaluate import evaluate
 from reroll.train.load import build_model, load
 from reroll.train.loop import train
+from reroll.train.observers import slow_start
 from reroll.train.records import read_config, read_json, read_metrics
 from reroll.train.replay import replay
 from reroll.train.resume import open_session
@@ -530,3 +531,25 @@ def test_step_bar_and_time_to_go_fit_a_line(monkeypatch, width, limit, expected)
             console.step(row | {"valid_accuracy": 0.25}, config)
     line = [line for line in console.terminal.file.getvalue().splitlines() if "6/20" in line][-1]
     assert ["━" in line, f"{expected} left" in line] == [True, True]
+    # The pace is what a narrow terminal leaves out, never the held-out score.
+    assert "nats  held-out accuracy 0.250" in line
+    assert ("1 s/step" in line) == (width == 120)
+
+
+def test_a_slow_first_step_suggests_a_smaller_one():
+    config = resolve(small(run={"steps": 400}))
+    line = slow_start(config, {"step": 0, "seconds": 74.0})
+    assert "74 s" in line
+    assert "400 at this pace take 8.2 hours" in line
+    assert "--hidden" in line
+    assert "--probes" in line
+    assert "model.width" in slow_start(resolve(small(model="gpt")), {"step": 0, "seconds": 74.0})
+    assert slow_start(config, {"step": 1, "seconds": 74.0}) == slow_start(config, {"step": 0, "seconds": 1.0}) == ""
+
+
+def test_the_plan_names_weights_and_forward_passes(tmp_path):
+    report = Interrupt()
+    train(small(run={"steps": 1}), tmp_path / "probes", report=report)
+    assert re.search(r"^5 probes of [\d,]+ weights, 10 forward passes a step; evaluated \w+, ", report.notes[1])
+    train(small(gradient="backprop", run={"steps": 1}), tmp_path / "backprop", report=report)
+    assert re.search(r"^[\d,]+ weights, gradient by backpropagation, on 1 thread\.$", report.notes[-1])

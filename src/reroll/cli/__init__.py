@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output is gone (`reroll runs | head`): there is nobody to report to.
         _drop_output()
         return 0
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(visible(" ".join(["Interrupted.", *map(str, interrupt.args)])), file=sys.stderr)
         return 1
     except Exception as error:
         if debug:

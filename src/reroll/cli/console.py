@@ -11,10 +11,12 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from reroll.cli.scores import EXACT, SQUARED, in_words, loss_unit, without_training
 from reroll.errors import visible
 from reroll.specs.task import Generated
 from reroll.train.config import Config
 from reroll.train.loop import Reporter
+from reroll.train.session import Session
 
 EVERY = 10.0
 """Seconds between lines without a terminal."""
@@ -33,6 +35,7 @@ class Console(Reporter):
         self.first: tuple[float, float, int] | None = None
         self.bar: Progress | None = None
         self.job: Any = None
+        self.task: Any = None
 
     def __enter__(self) -> Console:
         return self
@@ -41,6 +44,10 @@ class Console(Reporter):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+    def start(self, session: Session) -> None:
+        """Remember the task, which knows the units of the losses."""
+        self.task = session.task
 
     def note(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -61,13 +68,23 @@ class Console(Reporter):
     def closing(self, summary: dict[str, Any], path: Path) -> str:
         """Return the last lines of a run: how it ended, its scores, what to try next."""
         lines = [f"{summary['state']}: {summary['reason']}"]
-        valid = [(name, value) for name, value in summary.items() if name.startswith("valid_")]
-        if valid:
-            scores = (f"{name.removeprefix('valid_')} {value:.4g}" for name, value in valid if isinstance(value, float))
-            lines.append("held-out " + "  ".join(scores))
+        valid = {n.removeprefix("valid_"): v for n, v in summary.items() if n.startswith("valid_")}
+        scores = {name: value for name, value in valid.items() if isinstance(value, float)}
+        if scores:
+            lines.append(f"held-out {in_words(scores, self._unit(scores))}")
+        if "exact" in scores:
+            lines.append(EXACT)
+        if self.task is not None and self.task.splits and (losses := without_training(self.task, self.task.splits[0])):
+            lines.append(f"held-out loss without training: {losses}")
         if summary["state"] == "done":
             lines.append(f"run folder {path}; try: reroll eval {path}")
         return visible("\n".join(lines))
+
+    def _unit(self, scores: dict[str, float]) -> str:
+        if self.task is not None:
+            return loss_unit(self.task)
+        # A run that was finished before: its data have not been read.
+        return "nats" if "bits" in scores else SQUARED if self.config.task.kind == "arrays" else ""
 
     def _update_bar(self, row: dict[str, Any], config: Config) -> None:
         if self.bar is None:
@@ -80,7 +97,7 @@ class Console(Reporter):
         share, left = self.remaining(row, config)
         self.bar.update(
             self.job, completed=share, step=f"{row['step'] + 1}/{config.run.steps}", left=left,
-            description=f"{self._text(row)}  {self.losses}",
+            description=self._text(row, str(self.losses)),
         )  # fmt: skip
 
     def remaining(self, row: dict[str, Any], config: Config) -> tuple[float, str]:
@@ -99,23 +116,28 @@ class Console(Reporter):
         hours, seconds = divmod(round(left), 3600)
         return share, f"{hours}:{seconds // 60:02d}:{seconds % 60:02d} left"
 
-    def _text(self, row: dict[str, Any]) -> str:
+    def _text(self, row: dict[str, Any], losses: str = "") -> str:
+        """Return the average loss of the last ten steps or so, the last held-out score, and the rest by importance."""
         loss, valid, task = row.get("loss_fast", row["loss"]), self.valid, self.config.task
+        symbols = isinstance(task, Generated) or getattr(self.task, "categorical", "valid_bits" in valid)
         if task.kind == "text":
-            loss, unit = loss / math.log(2), " bits"
+            parts = [f"loss {loss / math.log(2):.3f} bits"]
+        elif symbols:
+            parts = [f"loss {loss:.3f} nats"]
         else:
-            unit = " nats" if isinstance(task, Generated) or "valid_bits" in valid else ""
-        parts = [f"loss {loss:.3f}{unit} (average)"]
+            parts = [f"squared error {loss:.3f}" if task.kind == "arrays" else f"loss {loss:.3f}"]
         if "valid_bits" in valid and task.kind == "text":
-            parts.append(f"held-out {valid['valid_bits']:.3f} bits")
+            parts.append(f"held-out {valid['valid_bits']:.3f}")
         elif "valid_accuracy" in valid:
             parts.append(f"held-out accuracy {valid['valid_accuracy']:.3f}")
         elif "valid_loss" in valid:
-            parts.append(f"held-out loss {valid['valid_loss']:.3f}")
+            parts.append(f"held-out {valid['valid_loss']:.3f}")
         if row.get("rollout_iterations"):
             parts.append(f"{row['rollout_iterations']} iterations")
             if row.get("rollout_fell_back"):
                 parts.append(f"{row['rollout_fell_back']} sequences fell back to the loop")
+        if losses:
+            parts.append(losses)
         if "seconds" in row:
             parts.append(f"{row['seconds']:.3g} s/step")
         return "  ".join(parts)

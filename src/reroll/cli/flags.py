@@ -47,7 +47,8 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str) -> T:
     parser = Parser(prog, kind.__doc__ or "", "".join(f" {name}" for name in names))
     for f in fields:
         if f in places:
-            parser.add_argument(f.name, nargs="?", metavar=f.name.upper(), help=f.metadata["help"])
+            metavar = f.name.upper() if f.default is dataclasses.MISSING else f"[{f.name.upper()}]"
+            parser.add_argument(f.name, nargs="?", metavar=metavar, help=f.metadata["help"])
         else:
             options = {"action": "store_true"} if f.default is False else {"metavar": "VALUE"}
             parser.flag(f.name.replace("_", "-"), f.metadata["help"], f.default, **options)
@@ -91,7 +92,9 @@ def as_flags(passed: Collection[str]) -> Iterator[None]:
     except UsageError as error:
         name, _, rest = str(error).partition("=")
         flag = {dotted: flag for flag, (dotted, *_) in flag_fields().items()}.get(name, name.replace("_", "-"))
-        raise UsageError(f"--{flag}={rest}" if flag.replace("-", "_") in passed else str(error)) from None
+        if flag.replace("-", "_") not in passed:
+            raise
+        raise UsageError(f"--{flag}={rest}") from None
 
 
 class Parser(argparse.ArgumentParser):

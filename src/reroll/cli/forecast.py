@@ -38,7 +38,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
     loaded = open_model(request.model)
     task = task_of(loaded, request)
     if getattr(task, "predicts", "") != "next":
-        raise UsageError(f"{request.model} does not predict the next row of a series, so it cannot continue one.")
+        instead = f" To continue a text: reroll sample {request.model}" if loaded.model.vocab is not None else ""
+        raise UsageError(
+            f"{request.model} does not predict the next row of a series, so it cannot continue one.{instead}"
+        )
     rows: list[list[Any]] = []
     # Digits down to a millionth of a column's standard deviation, whatever its mean.
     places = [min(max(6 - math.floor(math.log10(std)), 0), 17) for std in task.std[: task.inputs]]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reroll.cli.flags import as_flags, parse, positional
+from reroll.cli.scores import EXACT, in_words, loss_unit, outputs_of, without_training
 from reroll.errors import RunError, UsageError, visible
 from reroll.specs.base import option
 
@@ -81,10 +82,12 @@ def _eval(request: Eval) -> int:
     if split not in task.splits:
         raise UsageError(f'split="{split}" does not exist; this task has {", ".join(task.splits)}.')
     with monitoring() as rollouts:
-        scores = evaluate(loaded.model, task, split, progress=_progress)
+        sums: list[Any] = []
+        scores = evaluate(loaded.model, task, split, progress=_progress, sums=sums.append)
     part = split if "train" in getattr(task, "tokens", {}) else "all of it"  # files named after splits stay split
     what = split if request.path is None else f"{request.path} ({part})"
-    print(f"{what}, after {loaded.step} steps: " + "  ".join(f"{name} {value:.6g}" for name, value in scores.items()))
+    print(f"{what}, after {loaded.step} steps: {in_words(scores, loss_unit(task), digits=6)}")
+    print(f"mean over {int(sums[0].scored):,} {outputs_of(task)}" + (f"; {EXACT}" if "exact" in scores else ""))
     for note in _notes(loaded, task, split, request):
         print(note)
     if rollouts.fell_back:
@@ -139,8 +142,8 @@ def task_of(loaded: Any, request: Any) -> Any:
 def _notes(loaded: Any, task: Any, split: str, request: Eval) -> list[str]:
     """Return notes on how much was scored, the baselines, and what the model cannot know of the data."""
     notes, validated = [], getattr(loaded.config.task, "eval_batches", 0)
-    if getattr(task, "predicts", "") == "next" and (rules := task.baselines(split)):
-        notes.append("loss without training: " + "  ".join(f"{rule} {loss:.6g}" for rule, loss in rules.items()))
+    if losses := without_training(task, split):
+        notes.append(f"loss without training: {losses}")
     if request.path is None and 0 < validated < task.batches(split):
         notes.append(f"This scores all {task.batches(split)} batches; during training, only the first {validated}.")
     if loaded.tokenizer is not None and loaded.tokenizer.has_unknown:
@@ -162,7 +165,7 @@ def _sample(request: Sample) -> int:
     from reroll.train.load import open_model
 
     loaded = open_model(request.model)
-    encode, decode, start = _symbols(loaded)
+    encode, decode, start = _symbols(loaded, request.model)
     _refuse_unknown(loaded, request.prompt)
     prompt = encode(request.prompt) if request.prompt else start
     with monitoring():  # keeps warnings about fallbacks out of the generated text
@@ -184,13 +187,16 @@ def _refuse_unknown(loaded: Loaded, prompt: str) -> None:
         print(f"--prompt: unknown to the model, and read as <unk>: {', '.join(unknown)}", file=sys.stderr)
 
 
-def _symbols(loaded: Any) -> tuple[Any, Any, list[int]]:
+def _symbols(loaded: Any, model: str) -> tuple[Any, Any, list[int]]:
     """Return encode, decode and the default prompt, for a model of text or of a generated task."""
     if loaded.tokenizer is not None:
         start = loaded.tokenizer.encode("\n").tolist() or [0]
         return lambda text: loaded.tokenizer.encode(text).tolist(), loaded.tokenizer.decode, start
     if loaded.model.vocab is None:
-        raise UsageError("sample needs a model of symbols; this one reads real-valued series (see `reroll forecast`).")
+        raise UsageError(
+            f"sample needs a model of symbols; {model} reads real-valued series. To predict their next rows: "
+            f"reroll forecast {model}"
+        )
     task = loaded.config.task.build(loaded.config.run.seed)
     return task.encode, task.decode, [0]
 

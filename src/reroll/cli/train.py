@@ -57,11 +57,27 @@ def run(command: str, arguments: Sequence[str]) -> int:
         raise UsageError("--resume needs the run to continue: --run-dir runs/NAME (`reroll runs` lists them).")
     if resume and source is not None:
         raise UsageError(f"--init {source} starts a new run and --resume continues one; drop one of them.")
+    if getattr(config.task, "path", "") is None:
+        raise UsageError(_needs_path(config))
     processes = request.flags.get("nproc", 1)
     if processes < 1:
         raise UsageError(f"--nproc {processes} must be 1 or more.")
     if processes > 1 and not launched():
         return launch([sys.executable, "-m", "reroll", command, *arguments], processes)
+    path = path or new_folder(config.recipe)
+    try:
+        with as_flags(request.flags):
+            return _train(config, path, bool(resume), source)
+    except KeyboardInterrupt:
+        if launched():  # one of several processes, of which another may know the folder
+            raise
+        raise KeyboardInterrupt(_what_remains(path)) from None
+
+
+def _train(config: Config, path: Path, resume: bool, source: str | None) -> int:
+    """Train, print the closing lines, and return the exit code."""
+    if sys.stdout.isatty() and not launched():
+        print(f"Preparing {config.recipe} …", flush=True)  # importing torch and reading the data take seconds
     from reroll.cli.console import Console
     from reroll.train.loop import Reporter, train
     from reroll.train.mesh import Processes
@@ -73,13 +89,29 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
         init = weights_of(load(source))
     mesh = Processes.join(config.run.device)
-    path = path or mesh.share(new_folder(config.recipe))
+    path = mesh.share(path)
     with Console(config) as console:
         report = console if mesh.writes else Reporter()
-        summary = train(config, path, resume=bool(resume), init=init, report=report, mesh=mesh)
+        summary = train(config, path, resume=resume, init=init, report=report, mesh=mesh)
     if mesh.writes:
         print(console.closing(summary, path))
     return 0 if summary["state"] == "done" else 1
+
+
+def _needs_path(config: Config) -> str:
+    """Return the error for a recipe whose data are the user's own; its docstring says which files it reads."""
+    recipe = RECIPES.get(config.recipe)
+    _, _, files = ((recipe and recipe.__doc__) or "").strip().partition("\n")[0].partition("--path ")
+    which = f" {files.rstrip('.')}" if files else ", the file or folder to train on"
+    return f"{config.recipe if recipe else f'task {config.task.kind}'} needs --path{which}."
+
+
+def _what_remains(path: Path) -> str:
+    """Return what is left of a run that was interrupted before it could save and end."""
+    if any((path / "checkpoints").glob("step-*")):
+        return f"The newest checkpoint remains; to resume: reroll train --run-dir {path} --resume"
+    left = "" if not path.exists() else f" {path} has no checkpoint: delete it, or start it again with --resume."
+    return f"Nothing was trained.{left}"
 
 
 def resolved(request: Request) -> Config:
@@ -98,7 +130,7 @@ def read(command: str, arguments: Sequence[str], about: str = "Train RECIPE, cha
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     recipe = None if name is None else _recipe(name)
     parser = Parser(f"reroll {command}", _description(command, name, about), f" {name or '[RECIPE]'}")
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="see `reroll recipes` (default: demo)")
+    parser.add_argument("recipe", nargs="?", metavar="[RECIPE]", help="see `reroll recipes` (default: demo)")
     for flag, options in EXTRA.items():
         if command == "train" or flag in ("config", "set"):
             parser.flag(flag, **options)

@@ -180,7 +180,12 @@ class Arrays(FileTask):
 
         The period p is the lag with the least error on the training part, beyond the first lag with more than the mean
         error; without such a lag there is no seasonal rule. Rows without a row p steps before them are predicted by the
-        row before. Empty for tasks with explicit targets.
+        row before. With explicit targets the rules are
+
+            mean of the targets     of the training part, for real targets
+            class frequencies       of the training part; the accuracy is that of the most frequent class
+
+        and there are none without a training part.
 
         Example:
             >>> import tempfile
@@ -190,7 +195,7 @@ class Arrays(FileTask):
             {'persistence': 1.177, 'seasonal (7 steps)': 0.0}
         """
         if self.predicts != "next":
-            return {}
+            return self._constant(split)
         seen = slice(self.batches(split) * self.batch_size)
         windows = Windows(*(part[seen] for part in self._windows[split]))
         place = windows.begin[:, None] + np.arange(1, self.length + 1)
@@ -209,6 +214,27 @@ class Arrays(FileTask):
 
         seasonal = {} if period is None else {f"seasonal ({period} steps)": loss(period)}
         return {"persistence": loss(1)} | seasonal
+
+    def _constant(self, split: str) -> dict[str, float]:
+        """The loss of the best constant of the training part, on the targets that an evaluation scores."""
+        if not self.trains or split == "train":
+            return {}
+
+        def targets(windows: Windows) -> Array:
+            at: Any = np.unique(windows.series)
+            if self.predicts == "every":
+                place = windows.begin[:, None] + np.arange(self.length)
+                at = place[place < windows.end[:, None]]
+            return self._targets[at][self._scored[at]]
+
+        trained = targets(self._windows["train"])
+        scored = targets(Windows(*(part[: self.batches(split) * self.batch_size] for part in self._windows[split])))
+        if not self.categorical:
+            return {"mean of the targets": float(np.square(scored.astype(np.float64) - trained.mean(0)).mean())}
+        counts = np.bincount(trained, minlength=self.outputs) + 1.0  # one more of each: none is impossible
+        accuracy = float((scored == counts.argmax()).mean())
+        losses = -np.log(counts / counts.sum())[scored]
+        return {f"class frequencies (accuracy {accuracy:.3g})": float(losses.mean())}
 
     @np.errstate(over="ignore", invalid="ignore")  # as for baselines; and a signalling NaN
     def _standard(self, place: IntArray) -> tuple[Array, BoolArray]:

@@ -19,14 +19,20 @@ class RunSpec(Options):
     threads: int | None = option(
         None, "torch's threads per unit of work; none: automatic", flag="threads", within="[1, 1024]"
     )
-    max_seconds: float | None = option(None, "stop after this training time", flag="max-seconds", within="(0, inf)")
+    max_seconds: float | None = option(
+        None, "stop after this many seconds of training, over the whole run", flag="max-seconds", within="(0, inf)"
+    )
     target_loss: float | None = option(
         None, "stop when the training loss is below this", flag="target-loss", within="(-inf, inf)"
     )
     target_valid: float | None = option(None, "stop when the held-out loss is below this", within="(-inf, inf)")
     diverged: float = option(3.0, "stop when the loss exceeds this multiple of the first loss", within="(0, inf)")
     eval_every: int | None = option(None, "steps between evaluations; none: a tenth of the run", within="[1, 2**31]")
-    checkpoint_every: int | None = option(None, "steps between checkpoints; none: as evaluations", within="[1, 2**31]")
+    checkpoint_every: int | None = option(
+        None,
+        "steps between checkpoints, of which one a minute is written anyway; none: as evaluations",
+        within="[1, 2**31]",
+    )
     log_every: int = option(10, "steps between costly diagnostics (the gradient norm)")
     warm_up: int = option(
         0, "steps taken and undone before the clock starts, so that compilation is not timed", within="[0, 2**24]"

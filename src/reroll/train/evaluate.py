@@ -49,6 +49,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda done, batches: None,
     mesh: Mesh = ALONE,
+    sums: Callable[[Score], None] = lambda total: None,
 ) -> dict[str, float]:
     """Return the mean loss over the batches of a split; for symbols also bits, accuracy and exact match.
 
@@ -59,6 +60,7 @@ def evaluate(
         device: of the model.
         progress: called after every batch with the number of batches done, and of all.
         mesh: processes that share the batches, each with this call; a carried text is evaluated by all.
+        sums: called at the end with the sums that the means are made of.
 
     Example:
         >>> from reroll import Recurrent, cells
@@ -83,4 +85,6 @@ def evaluate(
             progress(index + 1, batches)
     finally:
         model.train(training)
-    return task.summary(sum(mesh.interleave(scores), Score()), split)
+    total = sum(mesh.interleave(scores), Score())
+    sums(total)
+    return task.summary(total, split)

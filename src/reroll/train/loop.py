@@ -25,7 +25,7 @@ from reroll.train.evaluate import evaluate
 from reroll.train.journal import Record
 from reroll.train.machine import signals
 from reroll.train.mesh import ALONE, Mesh
-from reroll.train.observers import OBSERVERS, CompletedStep, Warnings, ends, how_to_continue
+from reroll.train.observers import OBSERVERS, CompletedStep, Warnings, ends, how_to_continue, slow_start
 from reroll.train.records import read_config, read_json
 from reroll.train.resume import merge_resumed, open_session, start_record
 from reroll.train.search import search_lr, trial
@@ -37,6 +37,9 @@ SAVE_SECONDS = 60.0
 
 class Reporter:
     """Who is told what happens; this one says nothing. See `reroll.cli.console`."""
+
+    def start(self, session: Session) -> None:
+        """The session is ready; the first step comes next."""
 
     def note(self, line: str) -> None:
         """Something worth a line."""
@@ -57,8 +60,7 @@ def train(
     """Train, and leave the record in a folder.
 
     Args:
-        what: a config, which is resolved here, or a session of objects (`Session.of`). To go on with a run of objects,
-            make their session again as it was at the start, and give it with `resume`.
+        what: a config, which is resolved here, or a session of objects (`Session.of`), made again as it was to resume.
         path: the run folder, new or (with `resume`) one to go on with.
         resume: go on from the newest checkpoint; on a finished run nothing is done.
         init: weights to begin with.
@@ -83,6 +85,7 @@ def train(
         session.folder.log(line)
         report.note(line)
 
+    report.start(session)
     for line in filter(None, (note, session.task.describe())):
         say(line)
     with signals() as stop, monitoring():
@@ -118,7 +121,7 @@ def _finished(config: Config, path: Path, report: Reporter) -> dict[str, Any] | 
     status = {"step": saved.run.steps, "reason": "it had ended before."} | status
     report.note(f"{path} is finished ({status['state']} at step {status['step']}); nothing to do.")
     if status["state"] == "done":
-        report.note(how_to_continue(config))
+        report.note(how_to_continue(config, float(status.get("total_seconds") or 0.0)))
     return status
 
 
@@ -144,7 +147,7 @@ def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str
     # A run that was killed after its last step, and before it said so, has nothing left to do.
     ended = session.mesh.share(ends(session, row, stop))
     if ended is not None and ended[0] == "done":
-        say(how_to_continue(config))
+        say(how_to_continue(config, progress.seconds))
     if config.run.warm_up and ended is None:
         trial(session, session.settings().lr, config.run.warm_up)
     saved = time.monotonic()
@@ -160,6 +163,8 @@ def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str
         if ended is not None and ended[0] != "stopped" and not due:
             row |= validate(session)
         warn(row, progress.refused_in_a_row > 0)
+        if slow := slow_start(config, row):
+            say(slow)
         session.folder.record(row)
         report.step(row, config)
         if progress.step % checkpoint_every == 0 or last or ended is not None or overdue:

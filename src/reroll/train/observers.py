@@ -19,6 +19,8 @@ from reroll.train.session import Session
 
 PROBING = ("spread", "probe_snr", "lost_probes", "drift", "solver_error")
 """Statistics of the probes in a row; see `reroll.grad.probes.Coefficients`."""
+SLOW = 10.0
+"""Seconds of a first step from which a smaller one is suggested."""
 REFUSED = 5
 """Consecutive steps with a non-finite gradient after which a run counts as diverged."""
 
@@ -151,13 +153,30 @@ def _diverged(session: Session, row: dict[str, Any]) -> str | None:
     return None
 
 
-def how_to_continue(config: Config) -> str:
-    """Return how to continue a run that is done."""
+def slow_start(config: Config, row: dict[str, Any]) -> str:
+    """Return a suggestion after a first step that took long; empty after any other."""
+    seconds, run = row.get("seconds", 0.0), config.run
+    if row["step"] > 0 or seconds < SLOW:
+        return ""
+    hours, compiling = seconds * run.steps / 3600, "some of it perhaps for compiling"
+    whole = f"{run.steps:,} at this pace take {hours:.1f} hours" if hours >= 1 else f"there are {run.steps:,} to take"
+    if config.recipe == OBJECT:
+        smaller = "a smaller model or batch"
+    else:
+        layers = "--set model.width=64 model.layers=2" if config.model.kind == "gpt" else "--hidden 32"
+        smaller = f"a smaller model ({layers}), batch (--batch)" + " or fewer --probes" * config.gradient.seeded
+    return f"The first step took {seconds:.0f} s, {compiling}; {whole}. Faster: {smaller}."
+
+
+def how_to_continue(config: Config, seconds: float) -> str:
+    """Return how to continue a run that is done, after some seconds of training."""
     run = config.run
     if config.recipe == OBJECT:
         return "To continue, create its session again with more steps, or a limit beyond the one that ended it."
     limits = [f"--steps above {run.steps}"]
-    limits += [] if run.max_seconds is None else [f"--max-seconds above {run.max_seconds:g}"]
+    if run.max_seconds is not None:
+        used = max(math.ceil(seconds), math.floor(run.max_seconds))
+        limits.append(f"--max-seconds above {used} (it counts the whole run, which has used {seconds:.0f} s)")
     limits += [] if run.target_loss is None else [f"--target-loss below {run.target_loss:g}"]
     limits += [] if run.target_valid is None else [f"--set run.target_valid below {run.target_valid:g}"]
     return f"To continue, change the limit that ended it: {', or '.join(limits)}."

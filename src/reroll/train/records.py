@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from reroll import __version__
 from reroll.errors import UsageError
 from reroll.train import toml
 from reroll.train.config import Config
@@ -39,15 +40,19 @@ def find_run(name: str) -> Path:
     """
     path = look_for(name)
     if path is None:
-        raise UsageError(
-            f"RUN={name!r} is not a run: neither {name} nor {ROOT / name} has a config.toml. See `reroll runs`."
-        )
+        places = f"{name} has no" if ROOT / name == Path(name) else f"neither {name} nor {ROOT / name} has a"
+        raise UsageError(f"RUN={name!r} is not a run: {places} config.toml. See `reroll runs`.")
     return path
 
 
 def read_config(path: Path) -> Config:
     """Return the config of a run."""
-    return toml.overlay(Config(), toml.load(path / "config.toml"), str(path / "config.toml"))
+    tables = toml.load(path / "config.toml")
+    try:
+        return toml.overlay(Config(), tables, str(path / "config.toml"))
+    except UsageError as error:
+        newer = f"If a newer reroll than this one ({__version__}) trained the run, use that one."
+        raise UsageError(f"{error} {newer}") from None
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

@@ -106,6 +106,7 @@ def _resume(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Sess
             f"--steps {config.run.steps}: {path} has already taken {saved.step} steps, which are not undone. "
             "Ask for more to continue."
         )
+    _require_time(config, read_config(path), folder.last_row(), saved)
     record = journal.read(folder.journal) if config.gradient.seeded else None
     _require_one_run(folder, config, extra, saved, record)
     session = what if isinstance(what, Session) else Session.of_config(config, mesh, extra, str(environment))
@@ -137,6 +138,21 @@ def _resume(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Sess
         checkpoint.set_aside(folder.checkpoints, saved.step)
     folder.clear_temporary()
     return session, note
+
+
+def _require_time(config: Config, before: Config, last: dict[str, Any] | None, saved: checkpoint.Checkpoint) -> None:
+    """Refuse another time limit that the run has used up: what is recorded after the checkpoint would be lost."""
+    limit = config.run.max_seconds
+    if limit is None or limit == before.run.max_seconds:
+        return
+    progress = saved.state.get("progress")
+    used = [row.get(name) for row, name in ((last, "total_seconds"), (progress, "seconds")) if isinstance(row, dict)]
+    seconds = max((float(value) for value in used if isinstance(value, int | float)), default=0.0)
+    if seconds >= limit:
+        raise UsageError(
+            f"--max-seconds {limit:g} counts the whole run, which has used {seconds:.3g} s already: give more to "
+            "continue. Nothing was changed."
+        )
 
 
 def _unresumable(path: Path, why: str, remedy: str) -> RunError:

@@ -16,6 +16,7 @@ from reroll.grad import Backprop
 from reroll.grad.base import Estimator, LossFn, trainable
 from reroll.grad.central_difference import CentralDifference
 from reroll.grad.evaluate.plan import SMALL
+from reroll.grad.probes import RULES
 from reroll.grad.units import BranchStates
 from reroll.keys import Key
 from reroll.models import Interface
@@ -200,18 +201,23 @@ class Session:
     def plan(self) -> str:
         """Choose, by static rules, how gradients are evaluated (mode, chunk, threads); return a sentence about it."""
         config, estimator = self.config, self.estimator
+        weights = sum(p.numel() for p in trainable(self.model).values())
         if config.gradient.seeded and isinstance(estimator, CentralDifference):
             batch: Any = self.batch(0)
             if estimator.micro_batch is not None:
                 batch = batch.rows(0, min(estimator.micro_batch, len(batch)))
             plan = estimator.plan(self.model, trainable(self.model), batch)
             config = config.replace(gradient={"evaluate": plan.evaluate, "chunk": plan.chunk})
-            note = f"Probes are evaluated {plan.evaluate}, {plan.chunk} at a time ({plan.reason})."
+            passes = estimator.probes * len(RULES[estimator.difference].sides)
+            note = (
+                f"{estimator.probes:,} probes of {weights:,} weights, {passes:,} forward passes a step; evaluated "
+                f"{plan.evaluate}, {plan.chunk} at a time ({plan.reason})."
+            )
             threads = plan.threads
         else:
-            small = sum(p.numel() for p in trainable(self.model).values()) <= SMALL and not config.model.iterates
+            small = weights <= SMALL and not config.model.iterates
             threads = config.run.threads or (1 if small else torch.get_num_threads())
-            note = f"Gradient by backpropagation, on {threads} thread{'' if threads == 1 else 's'}."
+            note = f"{weights:,} weights, gradient by backpropagation, on {threads} thread{'s' * (threads != 1)}."
         self.planned(self.mesh.share(config.replace(run={"threads": threads})))
         return note
 

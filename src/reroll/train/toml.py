@@ -45,7 +45,9 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         return parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"config {path} does not exist.") from None
+        raise UsageError(
+            f"config {path} does not exist. Check the path; `reroll show copy > {path}` writes one to start from."
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"config {path} is not TOML: {error}.") from None
     except (OSError, UnicodeDecodeError) as error:

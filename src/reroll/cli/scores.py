@@ -1,0 +1,40 @@
+"""Losses and scores in words: their units, what they average over, and what is reached without training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SQUARED = "(mean squared error, of standardised values)"
+EXACT = "exact: the share of sequences in which every symbol is right"
+
+
+def loss_unit(task: Any) -> str:
+    """Return what a task's loss is measured in; empty for a loss of one's own."""
+    from reroll.data.task import Task
+
+    if not isinstance(task, Task) or type(task).loss is not Task.loss or type(task).score is not Task.score:
+        return ""
+    if task.categorical:
+        return "nats"
+    return SQUARED if hasattr(task, "std") else "(mean squared error)"
+
+
+def outputs_of(task: Any) -> str:
+    """Return what a task's loss is the mean over."""
+    if getattr(task, "readout", "every") != "every":
+        return "series"
+    return "rows" if getattr(task, "vocab", None) is None else "symbols"
+
+
+def in_words(scores: Mapping[str, float], unit: str, digits: int = 4) -> str:
+    """Return scores on one line, the loss with its unit."""
+    parts = [f"{name} {value:.{digits}g}" for name, value in scores.items()]
+    return "  ".join(f"{part} {unit}" if unit and part.startswith("loss ") else part for part in parts)
+
+
+def without_training(task: Any, split: str) -> str:
+    """Return the losses of rules without training, on one line; empty for a task that has none."""
+    rules = getattr(task, "baselines", None)
+    losses = rules(split) if rules is not None and getattr(task, "predicts", None) is not None else {}
+    return "  ".join(f"{rule} {loss:.4g}" for rule, loss in losses.items())
