@@ -8,7 +8,7 @@ import pytest
 import reroll
 
 SOURCE = Path(reroll.__file__).parent
-ORDER = ["kernels", "data", "cells", "rollout", "models", "grad", "optim", "train", "recipes", "bench", "cli"]
+ORDER = ["kernels", "data", "cells", "rollout", "models", "grad", "optim", "train", "recipes", "ledger", "bench", "cli"]
 ROOTS = ["keys", "outcome", "errors", "passes", "trees", "specs"]  # may be imported by all, and import no layer
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "data": ("data", "prepare files to train on", "reroll data prepare eigenworms --path FOLDER"),
     "bench": ("bench", "measure speed and memory, as ratios within one run", "reroll bench zeroth"),
     "reproduce": ("bench", "measure the papers' claims on this machine", "reroll reproduce --list"),
+    "records": ("records", "show, verify or submit records of the speedruns", "reroll records show cpu-bytes"),
     "doctor": ("doctor", "check this machine, and say how to fix what is missing", "reroll doctor"),
 }
 """Every command: the module here whose `run(command, arguments)` implements it, what it does, an example."""

@@ -239,6 +239,7 @@ def start_record(session: Session) -> None:
     folder.write_config(config)
     folder.write_environment(
         run=session.run, **metadata, parameters=sum(p.numel() for p in model.parameters()), device=str(session.device),
+        processes=session.mesh.size,
     )  # fmt: skip
     if config.gradient.seeded and session.mesh.writes:
         assert isinstance(session.estimator, CentralDifference)

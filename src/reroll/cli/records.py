@@ -1,0 +1,134 @@
+"""`reroll records {list,show,verify,submit}`: the ledger of tracks and records, in a clone of the repository."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reroll.cli.flags import Parser, parse, positional
+from reroll.errors import RunError, UsageError, did_you_mean, visible
+from reroll.ledger import Track, find_track, submit, tracks, verify
+from reroll.ledger.record import records_of
+from reroll.ledger.track import ROOT
+from reroll.specs.base import option
+from reroll.train.records import find_run, read_json
+
+
+@dataclass(frozen=True)
+class List:
+    """List the tracks, and the fastest record of each."""
+
+    root: Path = option(ROOT, "the folder of tracks")
+
+
+@dataclass(frozen=True)
+class Show:
+    """Show a track: its rules and its records."""
+
+    track: str = positional("the name of a track (see `reroll records list`)")
+    root: Path = option(ROOT, "the folder of tracks")
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Recompute a record from its logs; exit with 1 if anything differs."""
+
+    record: str = positional("the folder of a record", "")
+    all: bool = option(False, "verify every record of every track")
+    root: Path = option(ROOT, "the folder of tracks")
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    actions = {"list": _list, "show": _show, "verify": _verify, "submit": _submit}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: reroll records {{{','.join(actions)}}} [flags]; each takes --help")
+        return 0
+    if arguments[0] not in actions:
+        raise UsageError(f'reroll records "{arguments[0]}" is unknown.{did_you_mean(arguments[0], actions)}')
+    return actions[arguments[0]](arguments[1:])
+
+
+def _list(arguments: Sequence[str]) -> int:
+    for track in tracks(parse(List, arguments, "reroll records list").root).values():
+        best = min(_rows(track, "record"), key=lambda record: record["seconds"], default=None)
+        shown = "no record yet" if best is None else f"{best['seconds']:.1f} s by {best['name']} ({best['date']})"
+        print(f"{track.name:<20} held-out loss ≤ {track.target:g}: {shown}")
+    return 0
+
+
+def _show(arguments: Sequence[str]) -> int:
+    request = parse(Show, arguments, "reroll records show")
+    track = find_track(request.track, request.root)
+    print(f"{track.name}: {track.title}\nopened {track.opened}, data {track.fingerprint[:12]}")
+    spread = "" if track.sigma is None else f", spread over seeds {track.sigma:g} ({track.sigma_runs} runs)"
+    print(f"target: mean held-out loss ≤ {track.target:g}, one-sided t-test p < {track.p:g}{spread}")
+    for name, value in track.fixed.items():
+        print(f"fixed: {name} = {value}")
+    for title, lines in (("free", track.free), ("invalid", track.invalid)):
+        for line in lines:
+            print(f"{title}: {line}")
+    rows = _rows(track)
+    for record in sorted(rows, key=lambda record: record["seconds"]):
+        memory = record["peak_bytes"] / 1e6
+        print(
+            f"{record['date']}  {record['status']:<8} {record['seconds']:>8.1f} s  {memory:>6.0f} MB  "
+            f"loss {record['loss']:.4f}  p = {record['p']:.1g}  {record['name']}: {visible(record['summary'])}"
+        )
+    if not rows:
+        print(f"no record yet; train one: reroll train {track.name}, and reroll records submit {track.name} RUN …")
+    return 0
+
+
+def _rows(track: Track, status: str | None = None) -> list[dict[str, Any]]:
+    records = [read_json(path / "record.json") for path in records_of(track)]
+    return [record for record in records if status in (None, record.get("status"))]
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    request = parse(Verify, arguments, "reroll records verify")
+    known = tracks(request.root)
+    if request.all == bool(request.record):
+        raise UsageError("pass either the folder of a RECORD, or --all.")
+    every = [folder for track in known.values() for folder in records_of(track)]
+    failed = 0
+    for folder in every if request.all else [Path(request.record)]:
+        name = folder.resolve().parent.name
+        if name not in known:
+            raise UsageError(f"{folder} is not in the folder of a track of {request.root}.")
+        try:
+            record = verify(known[name], folder)
+            print(f"ok      {folder}: {len(record['runs'])} runs, loss {record['loss']:.4f}, p = {record['p']:.2g}")
+        except RunError as error:
+            failed += 1
+            print(f"failed  {error}")
+    return 1 if failed else 0
+
+
+def _submit(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        "reroll records submit", "Judge finished runs by a track's rules, and write them as a record.", " TRACK RUN …"
+    )
+    parser.add_argument("track", metavar="TRACK", nargs="?", help="the name of a track")
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="run folders: one config, different seeds")
+    parser.flag("name", "name of the record, in a word", metavar="NAME")
+    parser.flag("summary", "what was changed, and why", metavar="TEXT")
+    parser.flag("baseline", "runs of the record to beat, made on this machine", metavar="RUN", nargs="+")
+    parser.flag("negative", "the target was not reached, and that is worth knowing", action="store_true")
+    parser.flag("root", "the folder of tracks", ROOT, type=Path, metavar="FOLDER")
+    passed = parser.read(arguments)
+    for name in ("track", "runs", "name", "summary"):
+        if not passed.get(name):
+            flag = {"track": "TRACK", "runs": "RUN"}.get(name, f"--{name}")
+            raise UsageError(f"reroll records submit: {flag} is missing; see --help.")
+    folder = submit(
+        find_track(passed["track"], passed.get("root", ROOT)),
+        [find_run(run) for run in passed["runs"]],
+        name=passed["name"],
+        summary=passed["summary"],
+        baseline=[find_run(run) for run in passed.get("baseline", ())],
+        negative=passed.get("negative", False),
+    )
+    print(f"{folder} is written; add it with git, and open a pull request (records/README.md says how).")
+    return 0

@@ -1,0 +1,242 @@
+"""A record: runs of one config under several seeds, judged by their track's rule, which anyone can verify."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reroll.errors import RunError, UsageError
+from reroll.ledger.log import Log, read_log, write_log
+from reroll.ledger.track import Track, statistics
+from reroll.train.records import read_json
+from reroll.train.run import replacing
+
+STATUSES = ("record", "valid", "negative")
+"""Faster than all before; reached the target, but not faster; did not reach it, and is worth knowing."""
+PER_RUN = {"run.seed", "run.device", "run.threads", "run.eval_every", "run.checkpoint_every", "run.keep"}
+"""Fields in which the runs of one record may differ."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What follows from logs and track: `fields` of record.json; `refusals`, why they are no record of the track."""
+
+    fields: dict[str, Any]
+    refusals: list[str]
+
+
+def judge(track: Track, logs: Sequence[Log], baseline: Sequence[Log] = ()) -> Judgement:
+    """Return what a record is by its track's rule.
+
+    Args:
+        track: the track.
+        logs: its runs, of different seeds.
+        baseline: runs of the record to beat, on the same machine; none: times are not compared.
+    """
+    refusals = [f"{log.path.name}: {why}" for log in (*logs, *baseline) for why in _wrong(track, log)]
+    refusals += _differences(logs) + (_differences(baseline) if baseline else [])
+    if len(baseline) == 1 or (baseline and len(logs) == 1):
+        raise UsageError("times are compared by 2 runs or more of each; pass more, or no --baseline.")
+    losses = [log.summary["valid_loss"] for log in logs]
+    p = track.p_value(losses)
+    mean = math.fsum(losses) / len(losses)
+    if not (mean <= track.target and p < track.p):
+        refusals.append(
+            f"the mean loss {mean:.4f} of {len(losses)} runs is not significantly below {track.target:g} "
+            f"(p = {p:.2g}; the track asks for p < {track.p:g})"
+        )
+    fields: dict[str, Any] = {
+        "runs": [_row(log) for log in logs], "loss": mean, "p": _rounded(p), "seconds": _mean(logs, "seconds"),
+        "peak_bytes": max(log.summary["peak_bytes"] for log in logs),
+    }  # fmt: skip
+    if baseline:
+        ours, theirs = ([log.summary["seconds"] for log in some] for some in (logs, baseline))
+        welch = float(statistics().ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue)
+        seconds = _mean(baseline, "seconds")
+        runs = [_row(log) for log in baseline]
+        fields["baseline"] = {
+            "runs": runs,
+            "seconds": seconds,
+            "ratio": fields["seconds"] / seconds,
+            "p": _rounded(welch),
+        }
+    return Judgement(fields, refusals)
+
+
+def submit(
+    track: Track,
+    runs: Sequence[Path],
+    *,
+    name: str,
+    summary: str,
+    baseline: Sequence[Path] = (),
+    negative: bool = False,
+) -> Path:
+    """Write a record of finished runs into the track's folder, and return its folder.
+
+    Args:
+        track: the track.
+        runs: run folders, of one config and different seeds.
+        name: of the record, in a word.
+        summary: what was changed and why, for its README.
+        baseline: run folders of the record to beat, made on the same machine.
+        negative: what did not reach the target, and is worth knowing.
+
+    Raises:
+        RunError: if a run is unfinished or damaged, or the runs are no record of the track.
+        UsageError: if the name or folder cannot be used.
+    """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UsageError(f"--name {name!r} must be letters, digits, _ and -.")
+    folder = track.path / f"{time.strftime('%Y-%m-%d')}_{name}"
+    if folder.exists():
+        raise UsageError(f"{folder} exists; choose another --name.")
+    if not runs:
+        raise UsageError("RUN is missing. Pass the run folders of the record.")
+    with replacing(folder) as temporary:
+        temporary.mkdir(parents=True)
+        for prefix, some in (("run", runs), ("baseline", baseline)):
+            for index, run in enumerate(some):
+                write_log(run, temporary / f"{prefix}-{index}.txt")
+        judgement = judge(track, *_logs(temporary))
+        if judgement.refusals and not negative:
+            raise RunError(f"{runs[0]} is no record of {track.name}: {'; '.join(judgement.refusals)}.")
+        status = "negative" if negative else "record" if _fastest(track, judgement.fields) else "valid"
+        about = {"track": track.name, "name": name, "date": folder.name[:10], "status": status, "summary": summary}
+        record = about | judgement.fields | {"refusals": judgement.refusals}
+        (temporary / "record.json").write_text(_text(record), encoding="utf-8")
+        (temporary / "README.md").write_text(readme(track, record), encoding="utf-8")
+    return folder
+
+
+def verify(track: Track, folder: Path) -> dict[str, Any]:
+    """Recompute a record from its logs, and return it.
+
+    Raises:
+        RunError: naming the first thing that is not what the logs give.
+    """
+    record = read_json(folder / "record.json")
+    if not record:
+        raise RunError(f"{folder / 'record.json'} is missing or damaged.")
+    judgement = judge(track, *_logs(folder))
+    if judgement.refusals and record.get("status") != "negative":
+        raise RunError(f"{folder} is no record of {track.name}: {judgement.refusals[0]}.")
+    difference = _difference(record, judgement.fields | {"refusals": judgement.refusals, "track": track.name})
+    if difference is not None:
+        raise RunError(f"{folder / 'record.json'}: {difference}.")
+    for name, text in (("record.json", _text(record)), ("README.md", readme(track, record))):
+        if (folder / name).read_text(encoding="utf-8") != text:
+            raise RunError(f"{folder / name} has been changed: it is not what the logs give.")
+    return record
+
+
+def records_of(track: Track) -> list[Path]:
+    """Return the folders of a track's records, the oldest first."""
+    return sorted(path.parent for path in track.path.glob("*/record.json"))
+
+
+def readme(track: Track, record: dict[str, Any]) -> str:
+    """Return the README of a record: its summary, losses, times, and p-value."""
+    lines = [f"# {record['name']}, {record['date']} ({record['status']})", "", record["summary"], ""]
+    lines += [f"Track {track.name}: held-out loss ≤ {track.target:g}, p < {track.p:g}.", ""]
+    lines += ["| log | seed | held-out loss | seconds | peak MB |", "|---|---|---|---|---|"]
+    baseline = record.get("baseline")
+    for run in (*record["runs"], *(baseline["runs"] if baseline else ())):
+        memory = run["peak_bytes"] / 1e6
+        lines += [f"| {run['log']} | {run['seed']} | {run['loss']:.4f} | {run['seconds']:.1f} | {memory:.0f} |"]
+    lines += ["", f"Mean loss {record['loss']:.4f}, p = {record['p']:.2g}; mean time {record['seconds']:.1f} s."]
+    if baseline:
+        text = (
+            f"The record before, timed on the same machine: {baseline['seconds']:.1f} s; ratio {baseline['ratio']:.3f}"
+        )
+        lines += [f"{text} (Welch's t-test, p = {baseline['p']:.2g})."]
+    lines += [f"Not met: {why}." for why in record["refusals"]]
+    return "\n".join(lines) + "\n"
+
+
+def _text(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=1) + "\n"
+
+
+def _wrong(track: Track, log: Log) -> list[str]:
+    """What in a log is against the rules of a track."""
+    about, wrong = log.environment, []
+    if about.get("fingerprint") != track.fingerprint:
+        wrong.append(
+            f"its data have the fingerprint {str(about.get('fingerprint'))[:12]}, the track's {track.fingerprint[:12]}"
+        )
+    for name, value in track.fixed.items():
+        if log.config.get(name) != value:
+            wrong.append(f"{name}={log.config.get(name)!r}, but the track fixes {value!r}")
+    cores = re.search(r"(\d+) cores?$", str(about.get("hardware")))
+    if track.cores is not None and (cores is None or int(cores[1]) != track.cores):
+        wrong.append(f"it ran on {about.get('hardware')}, but the track is for {track.cores} cores")
+    commit = about.get("commit")
+    if not commit or str(commit).endswith("+"):
+        wrong.append(f"its source is {commit or 'of no commit'}: commit your changes, and run it again")
+    return wrong
+
+
+def _differences(logs: Sequence[Log]) -> list[str]:
+    """What keeps runs from being one record: one seed twice, or another config."""
+    first, seeds = logs[0], [log.config["run.seed"] for log in logs]
+    different = sorted(
+        name for log in logs for name in first.config.keys() | log.config.keys()
+        if name not in PER_RUN and log.config.get(name) != first.config.get(name)
+    )  # fmt: skip
+    return [f"the runs differ in {name}" for name in dict.fromkeys(different)] + (
+        ["two runs have one seed"] if len({*seeds}) < len(seeds) else []
+    )
+
+
+def _logs(folder: Path) -> tuple[list[Log], list[Log]]:
+    paths = {prefix: sorted(folder.glob(f"{prefix}-*.txt"), key=_number) for prefix in ("run", "baseline")}
+    if not paths["run"]:
+        raise RunError(f"{folder} has no log run-0.txt.")
+    return [read_log(path) for path in paths["run"]], [read_log(path) for path in paths["baseline"]]
+
+
+def _number(path: Path) -> int:
+    return int("".join(filter(str.isdigit, path.stem)) or 0)
+
+
+def _row(log: Log) -> dict[str, Any]:
+    summary = log.summary
+    return {
+        "log": log.path.name, "seed": log.config["run.seed"], "loss": summary["valid_loss"],
+        "seconds": summary["seconds"], "peak_bytes": summary["peak_bytes"], "sha256": summary["sha256"],
+    }  # fmt: skip
+
+
+def _rounded(p: float) -> float:
+    """A p-value to three digits: the others depend on SciPy's version."""
+    return float(f"{p:.3g}")
+
+
+def _mean(logs: Sequence[Log], name: str) -> float:
+    return math.fsum(log.summary[name] for log in logs) / len(logs)
+
+
+def _fastest(track: Track, fields: dict[str, Any]) -> bool:
+    """Whether a record is the first, or beats the one before: timed beside it where that was done."""
+    if "baseline" in fields:
+        return fields["baseline"]["ratio"] < 1 and fields["baseline"]["p"] < track.p
+    before = [read_json(path / "record.json") for path in records_of(track)]
+    return all(fields["seconds"] < old["seconds"] for old in before if old.get("status") == "record")
+
+
+def _difference(record: Any, computed: Any, path: str = "") -> str | None:
+    """Where a record is not what was computed, in words."""
+    if isinstance(computed, dict) and isinstance(record, dict):
+        parts = ((name, record.get(name), value) for name, value in computed.items())
+    elif isinstance(computed, list) and isinstance(record, list) and len(computed) == len(record):
+        parts = ((str(i), a, b) for i, (a, b) in enumerate(zip(record, computed)))
+    else:
+        return None if record == computed else f"{path}={record!r}, but the logs give {computed!r}"
+    return next((d for name, a, b in parts if (d := _difference(a, b, f"{path}.{name}".lstrip("."))) is not None), None)

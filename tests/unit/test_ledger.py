@@ -1,0 +1,211 @@
+"""The ledger: runs become a record that anyone can verify, and that no edited digit survives."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reroll.cli import main
+from reroll.errors import RunError, UsageError
+from reroll.ledger import find_track, read_log, submit, tracks, verify, write_log
+from reroll.ledger.track import Track
+from reroll.train.config import Config
+from reroll.train.loop import train
+from reroll.train.records import read_json
+from tests.runs import write_text
+
+TRACK = """
+title = "a track of the tests"
+opened = "2026-11-27"
+target = 3.0
+fingerprint = "{fingerprint}"
+free = ["the model"]
+invalid = ["validation data before the last step"]
+[fixed]
+"task.kind" = "text"
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A track, and run folders of three seeds and of a slower config; made once, and only read."""
+    folder = tmp_path_factory.mktemp("ledger")
+    text = write_text(folder / "text.txt")
+    for name, seed, steps in (("a", 0, 8), ("b", 1, 8), ("c", 2, 8), ("slow", 0, 12), ("slow2", 1, 12)):
+        config = Config(recipe="text").replace(
+            task={"kind": "text", "path": str(text), "tokenizer": "char", "length": 8, "batch": 8},
+            model={"kind": "lstm", "hidden": 8, "heads": 1, "embed": 4},
+            gradient="backprop", optim={"kind": "adamw", "lr": 0.05}, run={"steps": steps, "seed": seed},
+        )  # fmt: skip
+        train(config, folder / name)
+        about = read_json(folder / name / "environment.json")
+        (folder / name / "environment.json").write_text(json.dumps(about | {"commit": "0123456789ab"}))
+    track = folder / "records" / "tiny"
+    track.mkdir(parents=True)
+    (track / "track.toml").write_text(TRACK.format(fingerprint=about["fingerprint"]))
+    return folder
+
+
+@pytest.fixture
+def here(world, tmp_path):
+    """A copy of the world, to change."""
+    return shutil.copytree(world, tmp_path / "world")
+
+
+def tiny(folder, **changes) -> Track:
+    track = find_track("tiny", folder / "records")
+    return Track(**{**vars(track), **changes})
+
+
+def runs(folder, names="abc"):
+    return [folder / name for name in names]
+
+
+def test_p_is_that_of_a_one_sided_t_test():
+    from scipy import stats
+
+    losses = np.random.default_rng(1).normal(3.2, 0.05, 7)
+    track = Track(Path("x"), "", "", 3.25, "")
+    assert track.p_value(losses) == pytest.approx(stats.ttest_1samp(losses, 3.25, alternative="less").pvalue, rel=1e-9)
+    shipped = Track(Path("x"), "", "", 3.25, "", sigma=0.05, sigma_runs=20)
+    t = (3.25 - 3.2) / 0.05
+    assert shipped.p_value([3.2]) == pytest.approx(stats.t.cdf(-t, 19), rel=1e-9)
+    assert track.p_value([3.0, 3.0]) == 0
+    with pytest.raises(UsageError, match="2 runs or more"):
+        track.p_value([3.0])
+
+
+def test_a_record_is_written_verified_and_shown(here, capsys):
+    folder = submit(tiny(here), runs(here), name="first", summary="AdamW.")
+    record = verify(tiny(here), folder)
+    losses = [read_json(run / "status.json")["valid_loss"] for run in runs(here)]
+    seconds = [read_json(run / "status.json")["total_seconds"] for run in runs(here)]
+    assert record["status"] == "record"
+    assert [run["loss"] for run in record["runs"]] == losses
+    assert record["loss"] == pytest.approx(math.fsum(losses) / 3)
+    assert record["seconds"] == pytest.approx(math.fsum(seconds) / 3)
+    root = ["--root", str(here / "records")]
+    assert main(["records", "verify", "--all", *root]) == 0
+    assert "3 runs" in capsys.readouterr().out
+    assert main(["records", "list", *root]) == 0
+    assert "by first" in capsys.readouterr().out
+    assert main(["records", "show", "tiny", *root]) == 0
+    shown = capsys.readouterr().out
+    assert "AdamW." in shown and "invalid: validation data" in shown  # noqa: PT018
+
+
+@pytest.mark.parametrize("file", ["run-1.txt", "record.json", "README.md"])
+def test_one_edited_digit_fails(here, file, capsys):
+    """Every tenth digit of a file, one after the other, made another."""
+    folder = submit(tiny(here), runs(here, "ab"), name="first", summary="AdamW 2.")
+    path = folder / file
+    text = path.read_text()
+    places = [i for i, letter in enumerate(text) if letter.isdigit()]
+    if file == "record.json":  # the date and the summary are nobody's to recompute
+        places = [i for i in places if i > text.index('"runs"')]
+    for place in places[:: max(1, len(places) // 25)]:
+        path.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+        with pytest.raises(RunError):
+            verify(tiny(here), folder)
+    path.write_text(text)
+    verify(tiny(here), folder)
+    path.write_text(text[:-9])
+    assert main(["records", "verify", str(folder), "--root", str(here / "records")]) == 1
+    assert "failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, some, message",
+    [
+        ({"target": 0.5}, "abc", r"mean loss .* is not significantly below 0.5 \(p = "),
+        ({"p": 1e-9}, "abc", "the track asks for p < 1e-09"),
+        ({"fingerprint": "f" * 64}, "abc", "the fingerprint .*, the track's ffffffffffff"),
+        ({"fixed": {"model.hidden": 9}}, "abc", "run-0.txt: model.hidden=8, but the track fixes 9"),
+        ({"cores": 1000}, "abc", "but the track is for 1000 cores"),
+        ({}, "aa", "two runs have one seed"),
+        ({}, ("a", "slow"), "the runs differ in run.steps"),
+    ],
+)
+def test_what_is_no_record_is_refused(here, changes, some, message):
+    with pytest.raises(RunError, match=message):
+        submit(tiny(here, **changes), runs(here, some), name="first", summary="x")
+    assert not list((here / "records" / "tiny").glob("*_first*"))
+
+
+def test_runs_that_cannot_be_submitted(here):
+    about = read_json(here / "a" / "environment.json")
+    (here / "a" / "environment.json").write_text(json.dumps(about | {"commit": "0123456789ab+"}))
+    with pytest.raises(RunError, match="commit your changes"):
+        submit(tiny(here), runs(here), name="x", summary="x")
+    status = read_json(here / "b" / "status.json")
+    (here / "b" / "status.json").write_text(json.dumps(status | {"state": "stopped"}))
+    with pytest.raises(RunError, match="is stopped, not done"):
+        submit(tiny(here), runs(here, "bc"), name="x", summary="x")
+    lines = (here / "c" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (here / "c" / "metrics.jsonl").write_text("".join(lines[:3] + lines[4:]))
+    with pytest.raises(RunError, match="not each of the 8 steps once"):
+        submit(tiny(here), runs(here, "c"), name="x", summary="x")
+    with pytest.raises(UsageError, match="--name 'a b'"):
+        submit(tiny(here), runs(here), name="a b", summary="x")
+
+
+def test_a_slower_one_is_valid_and_a_failure_negative(here):
+    submit(tiny(here), runs(here), name="first", summary="x")
+    record = verify(tiny(here), submit(tiny(here), runs(here), name="again", summary="x"))
+    assert record["status"] == "valid"
+    folder = submit(tiny(here), runs(here), name="timed", summary="x", baseline=runs(here, ("slow", "slow2")))
+    record = verify(tiny(here), folder)
+    assert record["baseline"]["ratio"] == pytest.approx(record["seconds"] / record["baseline"]["seconds"])
+    with pytest.raises(UsageError, match="2 runs or more of each"):
+        submit(tiny(here), runs(here), name="once", summary="x", baseline=runs(here, ["slow"]))
+    strict = tiny(here, target=0.1)
+    record = verify(strict, submit(strict, runs(here), name="no", summary="x", negative=True))
+    assert record["status"] == "negative"
+    assert "not significantly below 0.1" in record["refusals"][0]
+
+
+def test_a_log_is_a_config_to_train_again(here, tmp_path):
+    write_log(here / "a", tmp_path / "log.txt")
+    log = read_log(tmp_path / "log.txt")
+    assert log.config["run.steps"] == 8
+    assert log.rows[-1]["valid_loss"] == log.summary["valid_loss"]
+    text = (tmp_path / "log.txt").read_text()
+    (tmp_path / "again.toml").write_text(text.partition("=== environment.json")[0].partition("\n")[2])
+    assert main(["train", "--config", str(tmp_path / "again.toml"), "--run-dir", str(tmp_path / "again")]) == 0
+    again = read_json(tmp_path / "again" / "status.json")
+    assert again["valid_loss"] == log.summary["valid_loss"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("title = 1", "lacks fingerprint, opened, target"),
+        (TRACK.replace("target", "targte"), 'targte is not a field of a track. Did you mean "target"'),
+        ("x = [", "is not TOML"),
+        ("sigma = 0.0\n" + TRACK, "sigma=0.0 must be positive"),
+    ],
+)
+def test_a_damaged_track_is_one_line(tmp_path, text, message):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "track.toml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        tracks(tmp_path)
+
+
+def test_mistakes_at_the_command_line(here, capsys):
+    root = ["--root", str(here / "records")]
+    for words, message in (
+        (["show", "tyni", *root], 'track "tyni" is unknown'),
+        (["verify", *root], "either the folder of a RECORD, or --all"),
+        (["submit", "tiny", *root], "RUN is missing"),
+        (["submit", "tiny", str(here / "a"), *root], "--name is missing"),
+        (["lst"], 'Did you mean "list"'),
+        (["list", "--root", "nowhere"], "nowhere is not a folder of tracks"),
+    ):
+        assert main(["records", *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
