@@ -21,6 +21,7 @@ from reroll.passes import count_forward_passes
 from reroll.recipes import RECIPES
 from reroll.train.config import resolve
 from reroll.train.measure import Measurement, measure
+from reroll.train.records import read_metrics
 
 SMALL = {512: 16, 240: 24, 66_000: 24}
 """Features of the models here, for those of the benchmark."""
@@ -364,12 +365,22 @@ def test_a_demo_that_is_stopped_says_how_to_go_on_and_ends(monkeypatch, capsys, 
 
 
 def test_the_verdict_is_what_was_measured():
-    from reroll.cli.demo import _verdict
+    from reroll.cli.demo import _missing, _verdict
 
-    memory = {"backprop": [1_000_000, None]}
-    assert "CD-RGE reached 2.000 bits and backprop 3.000" in _verdict(2.0, 3.0, 4.0, memory)[0]
-    assert "backprop reached 3.000 bits and CD-RGE 5.000" in _verdict(5.0, 3.0, 4.0, memory)[0]
-    assert len(_verdict(5.0, 3.0, 4.0, memory)) + 1 == len(_verdict(5.0, 3.0, 4.0, {"backprop": [1, 2]}))
+    def row(bits, seconds):
+        return demo.Row("", bits, 5, seconds)
+
+    memory = {"backprop": [1_000_000, None], "probes": [None, None], "batched": [3, None]}
+    better = _verdict(row(2.0, 31.2), row(3.0, 30.9), 4.0, memory)[0]
+    assert better.startswith("In the same 31 seconds CD-RGE reached 2.000 bits and backprop 3.000. CD-RGE is below")
+    worse = _verdict(row(5.0, 2.0), row(3.0, 2.0), 4.0, memory)[0]
+    assert worse.startswith("In the same 2 seconds backprop reached 3.000 bits and CD-RGE 5.000. CD-RGE is NOT below")
+    apart = _verdict(row(5.0, 31.0), row(3.0, 45.0), 4.0, memory)[0]
+    assert apart.startswith("CD-RGE reached 5.000 bits in 31 seconds, backprop 3.000 in 45 seconds.")
+    rows = row(5.0, 2.0), row(3.0, 2.0)
+    assert len(_verdict(*rows, 4.0, memory)) + 1 == len(_verdict(*rows, 4.0, {"backprop": [1, 2]}))
+    assert _missing(memory, 32) == ["not measured, for want of time: backprop at T=2048, CD-RGE in place at T=2048"]
+    assert _missing({"backprop": [1, 2], "probes": [None, 3], "batched": [4, None]}, 32) == []
 
 
 def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path, monkeypatch):
@@ -378,6 +389,9 @@ def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path, monkeypatch):
     assert (found.code, found.err) == (0, "")
     for words in ("unigram entropy", "bigram entropy", "gzip -9", "CD-RGE", "backprop", "memory*", "a sample of what"):
         assert words in found.out
+    assert "not measured, for want of time: " in found.out
+    times = [list(read_metrics(tmp_path / name))[-1]["total_seconds"] for name in ("demo", "demo-backprop")]
+    assert times[0] <= times[1]  # backprop ends with its first step after that time
     assert "NOT below the unigram entropy" in found.out  # after so little: said as it is
     assert "reroll sample demo" in found.out
     assert (tmp_path / "demo" / "journal").is_file()

@@ -137,6 +137,9 @@ def test_eval_fails_if_the_loss_is_not_finite(cli, smoke):
     found = cli("eval", "nan.safetensors")
     assert (found.code, "loss nan" in found.out) == (1, True)
     assert "The loss is not finite" in found.error
+    sampled = cli("sample", "nan.safetensors")
+    assert (sampled.code, sampled.out) == (1, "")
+    assert "outputs are NaN: it has diverged" in sampled.error
 
 
 def test_sample_goes_on_with_the_prompt(cli, smoke):
@@ -312,6 +315,7 @@ def test_show_says_what_and_why(cli):
     assert re.match(r"# device (cpu|cuda) \((no CUDA|CUDA is available)\), dtype fp32", notes[0])
     assert re.match(r"# noise by \w+: .", notes[1])
     assert re.match(r"# lstm, without a gradient, by \w+: .", notes[2])
+    assert notes[3].startswith("# a checkpoint every 100 steps, and at least every 60 seconds")
     resolved = toml.overlay(Config(), tomllib.loads(found.out), "show")
     assert resolved.optim.clip == 2.5
 
@@ -456,6 +460,48 @@ def test_runs_never_wraps_a_name(cli, run, tmp_path, monkeypatch):
         left_out.append(len(missing))
     assert left_out[0] == 0 < left_out[2] < left_out[-1] == len(DISPENSABLE)
     assert left_out == sorted(left_out)
+
+
+def test_what_differs_is_shown_whole(cli, run, monkeypatch):
+    """On a pipe on one line; on a terminal wrapped, in its column."""
+    other = ("--lr", "0.01", "--cell", "gru", "--probes", 5, "--epsilon", 0.03, "--schedule", "linear")
+    assert cli(*TRAIN, *other, "--run-dir", "other").code == 0
+    differs = ["cell=gru", "lr=0.01", "probes=5", "epsilon=0.03", "schedule=linear"]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    header, *lines = cli("runs", ".").out.splitlines()
+    assert len(lines) == 2
+    line = next(line for line in lines if line.startswith("other"))
+    assert [line.split().count(pair) for pair in differs] == [1] * 5
+    assert not any(line.endswith(" ") for line in (header, *lines))
+    assert {"memory", "best", "to"} <= set(header.split())
+    for width in (70, 100):
+        monkeypatch.setenv("COLUMNS", str(width))
+        out = cli("runs", ".").out
+        assert "…" not in out
+        assert all(out.split().count(pair) == 1 for pair in differs)
+        assert max(map(len, out.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [70, 80])
+@pytest.mark.parametrize(
+    "command", [("recipes",), ("doctor",), ("reproduce", "--list"), ("reproduce", "elk-fig5", "--list")]
+)
+def test_long_lines_are_wrapped_with_an_indent(cli, monkeypatch, command, width):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    plain = cli(*command).out
+    monkeypatch.setenv("COLUMNS", str(width))
+    wrapped = cli(*command).out
+    assert max(map(len, wrapped.splitlines())) <= width
+    if command == ("doctor",):  # how busy the machine is may have changed
+        return
+    assert wrapped != plain
+    assert wrapped.split() == plain.split()
+
+
+def test_every_recipe_says_what_it_is(cli):
+    lines = [recipe.__doc__.strip().splitlines()[0] for recipe in RECIPES.values()]
+    assert len(set(lines)) == len(lines)
+    assert "07+95|102$" in RECIPES["add"].__doc__
 
 
 def test_the_line_of_a_step_shows_the_rollouts(cli):

@@ -216,11 +216,9 @@ def _cache() -> Path:
     return cache_folder() / "reproduce.json"
 
 
-def table() -> str:
-    """Return a line for every claim: its name, its last measured value, its statement."""
-    rows = [(claim.name, _last(claim), claim.says) for claim in CLAIMS.values()]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {says}" for name, value, says in rows)
+def rows() -> list[tuple[str, str, str]]:
+    """Return the name, the last measured value and the statement of every claim."""
+    return [(claim.name, _last(claim), claim.says) for claim in CLAIMS.values()]
 
 
 def _last(claim: Claim) -> str:

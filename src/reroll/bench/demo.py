@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from reroll.bench.cases import Case, symbols
 from reroll.bench.harness import Prepared, mean_seconds
@@ -23,10 +26,13 @@ from reroll.models import Interface
 from reroll.optim import build_optimizer
 from reroll.specs.model import ModelSpec
 from reroll.train.load import build_model
+from reroll.train.machine import cores
 from reroll.train.measure import measure
 
 LONG = 2048
 """Steps of the long sequences."""
+TIMING = 2.0
+"""Seconds in which steps are timed, to plan how many there will be."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,11 @@ def prepare(what: str, config: ModelSpec, sizes: Interface, rows: int, length: i
 
 
 def steps_in(seconds: float, config: ModelSpec, task: Task, rows: int, length: int) -> int:
-    """Return about how many steps of CD-RGE this machine takes in some seconds, by timing one."""
+    """Return about how many steps of CD-RGE this machine takes in some seconds, by timing a few."""
     step = prepare("batched", config, Interface.of(task), rows, length)
     step()  # compiles, and fills caches
-    return max(1, int(seconds / mean_seconds(step, 1)))
+    calls = 1 + int(min(TIMING, seconds / 10) / mean_seconds(step, 1))
+    return max(1, int(seconds / mean_seconds(step, calls)))
 
 
 def memory_over_inference(
@@ -70,11 +77,18 @@ def memory_over_inference(
     """
     peaks: dict[tuple[str, int], int] = {}
     start = time.perf_counter()
-    for length, ways in ((LONG, ("inference", "backprop", "probes")), (short, ("inference", "backprop", "batched"))):
-        for way in ways:
-            if time.perf_counter() - start < seconds:
-                call = Prepared(prepare, way, config, Interface.of(task), rows, length)
-                peaks[way, length] = measure(call).peak_bytes
+
+    def weigh(case: tuple[str, int]) -> None:
+        if time.perf_counter() - start < seconds:
+            way, length = case
+            call = Prepared(prepare, way, config, Interface.of(task), rows, length)
+            peaks[case] = measure(call).peak_bytes
+
+    cases = [(way, LONG) for way in ("inference", "backprop", "probes")]
+    cases += [(way, short) for way in ("inference", "backprop", "batched")]
+    # Each is a process of its own; on a GPU they are not, and share its allocator.
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else min(2, cores())) as pool:
+        list(pool.map(weigh, cases))
 
     def over(way: str, length: int) -> int | None:
         if (way, length) not in peaks or ("inference", length) not in peaks:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reroll.cli.flags import parse, positional
+from reroll.cli.lines import hanging
 from reroll.errors import UsageError, did_you_mean
 from reroll.specs.base import option
 
+DETAILS = 15
+"""Characters before the text in a line of a claim's details."""
 BENCHES = ("zeroth", "estimator", "rollouts", "grid")
 
 
@@ -62,11 +65,17 @@ def _reproduce(arguments: Sequence[str]) -> int:
     from reroll.data.cache import cache_folder
 
     if request.name is None:
-        print(claims.table(), "Details of one: reroll reproduce NAME --list", sep="\n\n")
+        rows = claims.rows()
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for name, value, says in rows:
+            print(hanging(f"{name:<{widths[0]}}  {value:<{widths[1]}}  ", says))
+        print("\nDetails of one: reroll reproduce NAME --list")
         return 0
     claim = claims.claim_of(request.name)
     if request.list:
-        print(claims.details(claim))
+        for line in claims.details(claim).splitlines():
+            label, text = line[:DETAILS], line[DETAILS:]
+            print(hanging(label, text) if line.startswith("    ") else hanging("", line))
         return 0
     _refuse_unwritable(request.json)
     folder = request.to or cache_folder() / "reproduce"

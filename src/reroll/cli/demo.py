@@ -7,16 +7,20 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reroll.cli.flags import parse
+from reroll.cli.lines import hanging
 from reroll.errors import require_positive
 from reroll.recipes import RECIPES
 from reroll.specs.base import option
 from reroll.train.config import Config, resolve
 from reroll.train.run import new_folder
 
-MEASURING = 20.0
+if TYPE_CHECKING:
+    from reroll.bench.demo import Row
+
+MEASURING = 30.0
 """Seconds after which no further measurement of memory is started."""
 
 
@@ -30,14 +34,15 @@ class Demo:
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    from reroll.bench.demo import steps_in
-
     request = parse(Demo, arguments, "reroll demo")
     require_positive(seconds=request.seconds)
     clock = {"seed": request.seed, "max_seconds": request.seconds, "eval_every": 10**6}
     config = resolve(RECIPES["demo"]().replace(run=clock))
     path = request.run_dir or new_folder("demo")
-    print("Text: the prose of Python's own documentation. Model: a character LSTM. No download, no backward pass.")
+    print("Text: the prose of Python's own documentation. Model: a character LSTM. No download.", flush=True)
+    print(f"First by CD-RGE, without a backward pass, for about {request.seconds:g} seconds:", flush=True)
+    from reroll.bench.demo import steps_in
+
     task = config.task.build(request.seed)
     steps = steps_in(request.seconds, config.model, task, config.task.batch, config.task.length)
     schedule = {"kind": "linear", "warmdown": max(1, 3 * steps // 10), "floor": 0.05}
@@ -45,8 +50,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
     probes = _train(config, path)
     if probes["state"] != "done":
         return 1
-    print(f"\nThe same model and data by backpropagation, for the same {request.seconds:g} seconds:")
-    backprop = RECIPES["demo_backprop"]().replace(run=clock | {"steps": 10**6})
+    used = max(probes["total_seconds"], 1e-9)
+    print(f"\nThe same model and data by backpropagation, for the same {_time(used)}:")
+    backprop = RECIPES["demo_backprop"]().replace(run=clock | {"steps": 10**6, "max_seconds": used})
     other = _train(backprop, path.with_name(f"{path.name}-backprop"))
     if other["state"] != "done":
         return 1
@@ -82,8 +88,9 @@ def _result(config: Config, task: Any, probes: dict[str, Any], backprop: dict[st
         [
             columns(table),
             "bits per character, lower is better; * peak memory of a step over that of inference",
+            *_missing(memory, config.task.length),
             "",
-            *_verdict(rows[3].bits, rows[-1].bits, rows[0].bits, memory),
+            *(hanging("", line) for line in _verdict(rows[3], rows[-1], rows[0].bits, memory)),
             "",
             "a sample of what the CD-RGE run learned:",
             textwrap.indent(textwrap.fill(" ".join(sample(path).split()), 76), "    "),
@@ -95,14 +102,31 @@ def _result(config: Config, task: Any, probes: dict[str, Any], backprop: dict[st
     )
 
 
-def _verdict(probes: float, backprop: float, unigram: float, memory: dict[str, Any]) -> list[str]:
+def _missing(memory: dict[str, Any], short: int) -> list[str]:
+    """Return a line about the memory that was not measured, if any."""
+    from reroll.bench.demo import LONG
+
+    names = {"probes": "CD-RGE in place", "batched": "CD-RGE", "backprop": "backprop"}
+    expected = [("backprop", 1), ("probes", 1), ("batched", 0), ("backprop", 0)]
+    missing = [f"{names[way]} at T={(short, LONG)[i]}" for way, i in expected if memory[way][i] is None]
+    return [f"not measured, for want of time: {', '.join(missing)}"] if missing else []
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
+
+
+def _verdict(probes: Row, backprop: Row, unigram: float, memory: dict[str, Any]) -> list[str]:
     """Return the result in sentences."""
-    first, second = ("CD-RGE", "backprop") if probes < backprop else ("backprop", "CD-RGE")
-    below = "below" if probes < unigram else "NOT below"
-    lines = [
-        f"In the same time {first} reached {min(probes, backprop):.3f} bits and {second} {max(probes, backprop):.3f}. "
-        f"CD-RGE is {below} the unigram entropy."
-    ]
+    names = {"CD-RGE": probes, "backprop": backprop}
+    first, second = sorted(names, key=lambda name: names[name].bits)
+    times = [_time(row.seconds or 0.0) for row in names.values()]
+    if times[0] == times[1]:
+        reached = f"In the same {times[0]} {first} reached {names[first].bits:.3f} bits and {second} "
+        reached += f"{names[second].bits:.3f}."
+    else:
+        reached = f"CD-RGE reached {probes.bits:.3f} bits in {times[0]}, backprop {backprop.bits:.3f} in {times[1]}."
+    lines = [f"{reached} CD-RGE is {'below' if probes.bits < unigram else 'NOT below'} the unigram entropy."]
     short, long = memory["backprop"]
     if short is not None and long is not None:
         lines.append(f"Backprop's memory grew from {short / 1e6:.0f} to {long / 1e6:.0f} MB with the sequence.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from reroll.cli.flags import parse
+from reroll.cli.lines import hanging
 from reroll.train.machine import cores
 
 
@@ -40,9 +41,9 @@ EXTRAS = {
 def run(command: str, arguments: Sequence[str]) -> int:
     parse(Doctor, arguments, "reroll doctor")
     for check in checks():
-        print(f"{'ok  ' if check.passed else 'note'}  {check.name:<14} {check.text}")
+        print(hanging(f"{'ok  ' if check.passed else 'note'}  {check.name:<14} ", check.text))
         if not check.passed and check.remedy:
-            print(f"      {'':<14} → {check.remedy}")
+            print(hanging(f"      {'':<14} → ", check.remedy))
     return 0
 
 

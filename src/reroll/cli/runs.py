@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reroll.cli.flags import flag_fields, parse, positional
+from reroll.cli.lines import ENDLESS, line_width
 from reroll.errors import RunError, UsageError, visible
 from reroll.specs.base import leaves, option
 from reroll.train.records import ROOT, Tally, find, find_run, holder, read_config, read_json
@@ -47,9 +48,15 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if request.json:
         print(json.dumps(rows, indent=2))
         return 0
-    width = _console().width
-    # A name that is wider than the line is printed in full: it is there to be copied.
-    _console(fitting(rows, width)[1]).print(table(rows, width))
+    # Without a terminal nothing has to fit a line. A name that is wider than one is printed in full, to be copied.
+    width = line_width()
+    console = _console(fitting(rows, width)[1])
+    if width < ENDLESS:
+        console.print(table(rows, width))
+        return 0
+    with console.capture() as text:
+        console.print(table(rows, width))
+    print("\n".join(line.rstrip() for line in text.get().splitlines()))
     return 0
 
 
@@ -66,6 +73,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "differs": lambda row: visible(" ".join(f"{name}={value}" for name, value in row["differs"].items())),
 }
 """Columns of the table, and what is in them."""
+LEAST = 20
+"""Characters that the column `differs` is given on a narrow line."""
 DISPENSABLE = ("memory", "best", "time", "to go", "held-out", "loss")
 """Columns that are dropped where a line is too narrow for all, in this order."""
 COLOURS = {"running": "green", "done": "default", "dead": "red", "diverged": "red", "failed": "red"}
@@ -91,7 +100,7 @@ def fitting(rows: list[dict[str, Any]], width: int) -> tuple[list[str], int]:
 
     widths = {name: max(map(cell_len, [name, *map(content, rows)])) for name, content in COLUMNS.items()}
     if any(row["differs"] for row in rows):
-        widths["differs"] = min(widths["differs"], width // 3)
+        widths["differs"] = min(widths["differs"], max(width // 3, LEAST))
     else:
         del widths["differs"]
     for name in DISPENSABLE:
@@ -108,11 +117,12 @@ def table(rows: list[dict[str, Any]], width: int) -> Any:
     if not rows:
         return "no runs here yet; start one: reroll train"
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    names = fitting(rows, width)[0]
+    names, whole = fitting(rows, width)
     for name in names:
-        justify = "left" if name in ("run", "state", "differs") else "right"
-        limit = width // 3 if name == "differs" else None
-        shown.add_column(name, justify=justify, no_wrap=True, max_width=limit, overflow="ellipsis")
+        justify, wraps = "left" if name in ("run", "state", "differs") else "right", name == "differs"
+        # What differs is wrapped, in what the others leave.
+        limit = max(width // 3, LEAST) + max(width - whole, 0) if wraps else None
+        shown.add_column(name, justify=justify, no_wrap=not wraps, max_width=limit, overflow="fold")
     for row in rows:
         # As Text: in a plain string, brackets in a folder's name would be taken for markup.
         colours = {"state": COLOURS.get(row["state"], "yellow")}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reroll.cli.flags import as_flags, parse
+from reroll.cli.lines import hanging
 from reroll.cli.train import Request, read, resolved
 from reroll.errors import UsageError, visible
 from reroll.recipes import RECIPES
@@ -30,7 +31,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         parse(Recipes, arguments, "reroll recipes")
         width = max(map(len, RECIPES))
         for name, recipe in RECIPES.items():
-            print(f"{name:<{width}}  {(recipe.__doc__ or '').strip().splitlines()[0]}")
+            print(hanging(f"{name:<{width}}  ", (recipe.__doc__ or "").strip().splitlines()[0]))
         print("\nTrain one: reroll train NAME. See its settings: reroll show NAME.")
         return 0
     folder = _run_folder(arguments)
@@ -49,6 +50,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         config.gradient.build(config.gradient.epsilon_at(1.0), config.run)
     print(toml.dumps(config, _origins(request, config)))
     print(_backends(config))
+    print(_checkpoints(config))
     return 0
 
 
@@ -79,6 +81,14 @@ def _origins(request: Request, config: Config) -> dict[str, str]:
         elif name[-4:] != "kind" and origins[name].startswith("recipe") and value == defaults.get(name):
             origins[name] = "default"
     return origins
+
+
+def _checkpoints(config: Config) -> str:
+    """Return how often a checkpoint is written, and so how much a kill can cost."""
+    from reroll.train.loop import SAVE_SECONDS
+
+    every = config.run.checkpoint_every
+    return f"# a checkpoint every {every} steps, and at least every {SAVE_SECONDS:g} seconds: a kill loses no more"
 
 
 def _backends(config: Config) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError, require_positive
+from reroll.errors import RunError, UsageError, require_positive
 from reroll.kernels.philox import random_words
 from reroll.keys import Key
 
@@ -39,6 +39,10 @@ def generate(
         top_k: draw only from the k most likely symbols.
         seed: selects the draws.
 
+    Raises:
+        UsageError: if an argument cannot be used.
+        RunError: if the model's outputs are NaN: its weights have diverged.
+
     Example:
         >>> from reroll import Recurrent, cells
         >>> model = Recurrent(cell=cells.RNN(8, 8), vocab=10)
@@ -46,7 +50,9 @@ def generate(
         torch.Size([5])
     """
     if isinstance(prompt, str):
-        raise UsageError("prompt is a text; pass its symbols, model.tokenizer.encode(text), or use `reroll sample`.")
+        raise UsageError(
+            "prompt is a string; pass its symbols, model.tokenizer.encode(prompt), or use `reroll sample`."
+        )
     ids = torch.as_tensor(prompt, dtype=torch.int64)
     batched = ids.dim() == 2
     ids = (ids if batched else ids.unsqueeze(0)).to(next(model.parameters()).device)
@@ -56,17 +62,21 @@ def generate(
     tokenizer = getattr(model, "tokenizer", None)
     size = model.vocab if tokenizer is None else tokenizer.size  # a padded vocabulary has symbols that mean nothing
     if ids.dim() != 2 or ids.shape[1] == 0:
-        raise UsageError(f"prompt has shape {tuple(ids.shape)}; give at least one symbol, [time] or [batch, time].")
+        raise UsageError(f"prompt has shape {tuple(ids.shape)}; pass at least one symbol, [time] or [batch, time].")
     if not 0 <= int(ids.min()) <= int(ids.max()) < size:
-        raise UsageError(f"prompt holds symbols in [{ids.min()}, {ids.max()}]; the vocabulary is [0, {size}).")
+        raise UsageError(f"prompt has symbols in [{ids.min()}, {ids.max()}]; the vocabulary is [0, {size}).")
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"temperature={temperature} must be zero or a positive number.")
     outputs, state = model.advance(ids)
-    key, new = Key(seed).at("generate"), []
+    key, new, finite = Key(seed).at("generate"), [], []
     for position in range(length):
         if new:
             outputs, state = model.advance(new[-1].unsqueeze(1), state)
-        new.append(_draw(outputs[:, -1, :size], temperature, top_k, key.at(position)))
+        logits = outputs[:, -1, :size]
+        finite.append(~logits.isnan().any())  # −inf is a logit: of a symbol that is never drawn
+        new.append(_draw(logits, temperature, top_k, key.at(position)))
+    if not torch.stack(finite).all():
+        raise RunError("The model's outputs are NaN: it has diverged. Load an earlier checkpoint, or train it again.")
     result = torch.stack(new, 1)
     return result if batched else result[0]
 
@@ -89,7 +99,9 @@ def forecast(model: Any, history: Tensor, steps: int) -> Tensor:
     if model.vocab is not None or model.outputs != model.inputs or model.readout != "every":
         raise UsageError("forecast needs a model that predicts the next row of a series from every row.")
     if history.dim() != 3 or not history.shape[1]:
-        raise UsageError(f"history has shape {tuple(history.shape)}; give [batch, time, features], one step at least.")
+        raise UsageError(
+            f"history has shape {tuple(history.shape)}; pass [batch, time, features], with at least one step."
+        )
     outputs, state = model.advance(history)
     rows = [outputs[:, -1]]
     for _ in range(steps - 1):

@@ -83,7 +83,7 @@ def text() -> Config:
 
 
 def ptb() -> Config:
-    """Penn Treebank by CD-RGE, word by word, read on and on: --path FOLDER with ptb.train.txt and ptb.valid.txt."""
+    """Penn Treebank by CD-RGE, by words, carrying the state: --path FOLDER with ptb.train.txt and ptb.valid.txt."""
     return text().replace(
         recipe="ptb",
         task={"tokenizer": "word", "max_vocab": 10_000, "length": 35, "batch": 20, "carry": True},
@@ -113,13 +113,13 @@ def parallel() -> Config:
 
 
 def parallel_elk() -> Config:
-    """The same GRU by ELK: whole Jacobians, held back by a Kalman filter where a step would go too far."""
+    """The recipe parallel by ELK: full Jacobians, with a Kalman filter that damps steps that would go too far."""
     model = {"hidden": 12, "rollout": {"kind": "elk", "variance": 1e4}}
     return parallel().replace(recipe="parallel_elk", task={"length": 256}, model=model)
 
 
 def parallel_probes() -> Config:
-    """A GRU by CD-RGE through quasi-DEER: every probe begins at the trajectory of the weights as they are."""
+    """A GRU by CD-RGE through quasi-DEER: every probe starts from the trajectory of the unperturbed weights."""
     return by(parallel(), "probes").replace(
         recipe="parallel_probes",
         task={"length": 128},
@@ -205,6 +205,18 @@ def cpu_bytes() -> Config:
     )  # fmt: skip
 
 
+GENERATED = {
+    "copy": "repeat a sequence: abc|abc$",
+    "repeat_copy": "repeat a sequence as often as its last symbol says: ab3|ababab$",
+    "reverse": "repeat a sequence backwards: abc|cba$",
+    "sort": "sort the symbols of a sequence: cab|abc$",
+    "add": "add two numbers, digit by digit: 07+95|102$",
+    "parity": "say whether the number of ones is odd: 1011|1$",
+    "recall": "give the value of a key, associative recall: akbz|bz$",
+}
+"""What the generated tasks are."""
+
+
 def _generated(name: str, **task: int) -> Callable[[], Config]:
     def recipe() -> Config:
         return Config(recipe=name).replace(
@@ -216,7 +228,7 @@ def _generated(name: str, **task: int) -> Callable[[], Config]:
             run={"steps": 1000},
         )
 
-    recipe.__doc__ = f"The task {name} by CD-RGE, on generated sequences: exact answers, no files."
+    recipe.__doc__ = f"An LSTM by CD-RGE learns to {GENERATED[name]} (generated, no files)."
     return recipe
 
 
@@ -236,5 +248,5 @@ RECIPES: dict[str, Callable[..., Config]] = {
         fineweb_124m,
         cpu_bytes,
     )
-} | {name: _generated(name) for name in ("copy", "repeat_copy", "reverse", "sort", "add", "parity", "recall")}
+} | {name: _generated(name) for name in GENERATED}
 """Every recipe by name. The tests run over this table: each, shrunk, must improve."""

@@ -41,10 +41,10 @@ class Agreement:
         worst = max(self.gradients, key=lambda name: self.gradients[name], default=None)
         gradients = "none to compare" if worst is None else f"{self.gradients[worst]:.1e} (worst: {worst})"
         iterations = self.trajectory.iterations
+        most = int(iterations.max()) if iterations.numel() else 0
         return (
-            f"{'agrees' if self.ok else 'DOES NOT AGREE'} to {self.tolerance:.1e}: states {self.states:.1e}, gradients "
-            f"{gradients}; {int(iterations.max()) if iterations.numel() else 0} iterations, "
-            f"outcome {self.trajectory.outcome.name}"
+            f"{'agrees' if self.ok else 'DOES NOT AGREE'} (tolerance {self.tolerance:.1e}): states differ by at most "
+            f"{self.states:.1e}, gradients {gradients}; {most} iterations, outcome {self.trajectory.outcome.name}"
         )
 
 
