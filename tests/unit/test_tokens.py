@@ -671,3 +671,30 @@ def test_probes_train_a_gpt_too(folder, tmp_path):
         model, steps = replay(path)
         assert steps == 4
         assert checksum(weights_of(model)) == checksum(newest(path / "checkpoints").weights)
+
+
+@pytest.mark.parametrize("length, batch, epochs", [(7, 5, 1), (16, 3, 2), (1, 8, 3)])
+def test_shuffled_windows_are_each_taken_once_an_epoch(folder, length, batch, epochs):
+    task = TokenBatches(
+        folder[0], length=length, batch=batch, vocab=300, valid_tokens=None, shuffle=True, epochs=epochs
+    )
+    everything = np.concatenate([array[:] for array in task.tokens["train"].arrays]).astype(np.int64)
+    steps = (len(everything) - 1) // (batch * length)
+    begins = np.concatenate([task.begins(step, None, length) for step in range(steps)])
+    assert (np.sort(begins) == np.arange(steps * batch) * length).all()
+    gaps = np.abs(np.diff(np.sort(task.begins(steps // 2, None, length))))
+    assert gaps.min() > len(everything) / batch / 4  # a step sees all of the text
+    later = np.concatenate([task.begins(step, None, length) for step in range(steps, task.most_steps)] or [[]])
+    assert len({*later}) >= len(later) // max(epochs - 1, 1)
+    for step in (0, task.most_steps - 1):
+        inputs, targets = task.batch(step).inputs.numpy(), task.batch(step).targets.numpy()
+        for row, begin in enumerate(task.begins(step, None, length)):
+            assert (inputs[row] == everything[begin : begin + length]).all()
+            assert (targets[row] == everything[begin + 1 : begin + length + 1]).all()
+    some = task.batch(1, rows=range(1, batch)).inputs
+    assert some.equal(task.batch(1).inputs[1:])
+
+
+def test_shuffling_and_carrying_exclude_each_other(folder):
+    with pytest.raises(UsageError, match="carry=True reads the text in order"):
+        TokenBatches(folder[0], length=4, batch=2, vocab=300, valid_tokens=None, carry=True, shuffle=True)

@@ -52,6 +52,8 @@ class TokenBatches(Windows):
             True where a document begins.
         epochs: how often the tokens may be seen; every epoch after the first begins 1 … T − 1 tokens further on, so
             that its rows are cut elsewhere.
+        shuffle: take the n windows of T tokens in the order i k mod n, with k ≈ 0.618 n and no common divisor: rows
+            and steps from all over the text. False: in the order of the text, as FineWeb's documents are in no order.
         valid_tokens: of the "val" shards, the first ones that are scored; None: all.
         vocab: symbols. None: as many as tokens.json says; without that file GPT-2's.
         whole: there need be no "train" shard.
@@ -87,13 +89,16 @@ class TokenBatches(Windows):
         *,
         carry: bool = False,
         epochs: int = 1,
+        shuffle: bool = False,
         valid_tokens: int | None = 10_485_760,
         vocab: int | None = None,
         whole: bool = False,
     ) -> None:
         require_positive(length=length, batch=batch, epochs=epochs, valid_tokens=valid_tokens, vocab=vocab)
+        if carry and shuffle:
+            raise UsageError("carry=True reads the text in order; drop shuffle=True.")
         self.path, self.length, self.batch_size, self.seed = os.fspath(path), length, batch, seed
-        self.carries, self.epochs, self.eval_batches = carry, epochs, None
+        self.carries, self.epochs, self.shuffle, self.eval_batches = carry, epochs, shuffle, None
         files = _find(self.path, needs_train=not whole)
         about = About.beside(files["valid"][0])
         self.tokenizer, self.document = about.tokenizer, about.document
@@ -114,9 +119,10 @@ class TokenBatches(Windows):
 
     def _count_batches(self) -> None:
         train, size = self.tokens["train"], self.batch_size * self.length
+        lengths = [len(train)] if self.shuffle else list(map(len, train.arrays))  # a window may lie in two shards
         # By shard, how many batches there are up to its end: in the first epoch, and where the rows are shifted.
         self.first_epoch, self.later_epochs = (
-            np.cumsum([max(len(array) - 1 - shift, 0) // size for array in train.arrays])
+            np.cumsum([max(length - 1 - shift, 0) // size for length in lengths])
             for shift in (0, max(self.length - 1, 1))
         )
         if not self.first_epoch[-1]:
@@ -140,15 +146,23 @@ class TokenBatches(Windows):
             counts = self.later_epochs
             epoch, index = divmod(step - int(self.first_epoch[-1]), int(counts[-1]))
             epoch += 1
-        shard = int(np.searchsorted(counts, index, "right"))
-        before = int(counts[shard - 1]) if shard else 0
-        begin = int(tokens.ends[shard]) - len(tokens.arrays[shard]) + (index - before) * self.batch_size * self.length
+        row = np.arange(self.batch_size)
+        if self.shuffle:
+            windows = int(counts[-1]) * self.batch_size
+            begin = (index * self.batch_size + row) * golden_stride(windows) % windows * self.length
+        else:
+            shard = int(np.searchsorted(counts, index, "right"))
+            before = int(counts[shard - 1]) if shard else 0
+            of_shard = int(tokens.ends[shard]) - len(tokens.arrays[shard])
+            begin = of_shard + ((index - before) * self.batch_size + row) * self.length
         if epoch:
             key = self.key("train", epoch, None).at("shift")
             begin += 1 + int(random_integers(key, 1, max(self.length - 1, 1))[0])
-        return begin + np.arange(self.batch_size) * self.length
+        return begin
 
     def _read(self, split: str, begin: IntArray, steps: int) -> tuple[Tensor, Tensor] | None:
+        if self.shuffle and split == "train":
+            return None
         first, count = int(begin[0]), (len(begin) - 1) * self.length + steps + 1
         if first + count > len(self.tokens[split]):
             return None  # the last rows of a held-out part
@@ -179,6 +193,20 @@ class TokenBatches(Windows):
             )
         held_out.limit = len(held_out) if wanted is None else wanted + 1
         self.splits = ("valid",)
+
+
+def golden_stride(count: int) -> int:
+    """Return a number near count / 1.618 without a common divisor: its multiples fall into the widest gaps.
+
+    Example:
+        >>> stride = golden_stride(10)
+        >>> stride, sorted(i * stride % 10 for i in range(10)) == list(range(10))
+        (7, True)
+    """
+    stride = max(1, round(count * (5**0.5 - 1) / 2))
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
 
 
 def _find(path: str, needs_train: bool) -> dict[str, list[Path]]:

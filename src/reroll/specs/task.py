@@ -120,6 +120,11 @@ class Tokens(TaskSpec):
     valid_tokens: int | None = option(10_485_760, "held-out tokens to score, from the first; none: all")
     vocab: int | None = option(None, "vocabulary size; none: that in tokens.json next to the shards, or GPT-2's 50257")
     carry: bool = option(False, "read the tokens in order, carrying the state from window to window")
+    shuffle: bool = option(False, "take windows from all over the text, not in its order")
+
+    def check(self) -> None:
+        super().check()
+        exclude((self.carry and self.shuffle, "carry=true and shuffle", "a carried text is read in order"))
 
     @property
     def carries(self) -> bool:
@@ -131,7 +136,7 @@ class Tokens(TaskSpec):
         path = runtime("data.packages:shards_of")(self.path)
         return runtime("data.tokens:TokenBatches")(
             path, self.length, self.batch, seed, carry=self.carry, epochs=self.epochs, valid_tokens=self.valid_tokens,
-            vocab=self.vocab, whole=whole,
+            vocab=self.vocab, whole=whole, shuffle=self.shuffle,
         )  # fmt: skip
 
 
