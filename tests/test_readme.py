@@ -63,6 +63,27 @@ def test_python_blocks_run(page, monkeypatch, tmp_path):
         exec(compile("\n" * line + block, name_of(page), "exec"), namespace)
 
 
+NUMBER = re.compile(r"[-+]?\d+\.?\d*")
+
+
+@pytest.mark.parametrize("line, block", [*blocks(README, "python")])
+def test_a_block_of_the_readme_runs_alone(line, block, monkeypatch, tmp_path, capsys):
+    """It will be copied without those before it; a block of text right after it is what it prints."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    exec(compile("\n" * line + block, "README.md", "exec"), {"__name__": "__main__"})
+    after = README.read_text().partition(block)[2].removeprefix("```\n").partition("\n```python")[0]
+    printed = re.match(r"[^`]*```text\n(.*?)```", after, re.DOTALL)
+    if printed is not None:
+        expected, numbers = (list(map(float, NUMBER.findall(text))) for text in (printed[1], capsys.readouterr().out))
+        assert numbers == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != README and len([*blocks(p, "python")]) > 2], ids=name_of)
+def test_a_page_of_many_blocks_says_that_they_build_on_each_other(page):
+    assert re.search(r"build[s]? on", page.read_text().partition("```python")[0])
+
+
 class Parsed(BaseException):
     """Raised where a command would begin its work."""
 

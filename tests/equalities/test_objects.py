@@ -8,9 +8,10 @@ import reroll
 from reroll import Backprop, CentralDifference, Key
 from reroll.data.batch import Batch
 from reroll.data.task import Task
-from reroll.errors import UsageError
+from reroll.errors import RunError, UsageError
 from reroll.grad.evaluate.snapshot import seeded_generators
 from reroll.train import Session, checkpoint, train
+from reroll.train.evaluate import evaluate
 from reroll.train.load import load
 from reroll.train.mesh import Mesh
 from reroll.train.records import read_config, read_metrics
@@ -116,6 +117,21 @@ def test_a_run_of_objects_is_replayed_with_the_same_objects(tmp_path, average):
         with pytest.raises(UsageError, match=r"test_objects\.Net"):
             call()
     assert read_config(tmp_path).task.kind == "object"
+
+
+@pytest.mark.parametrize("average", [None, 0.9])
+def test_the_weights_of_a_run_of_objects_come_back_into_a_module(tmp_path, average):
+    """What a command line cannot do, in two calls: load, and evaluate."""
+    summary = train(session(average=average), tmp_path / "run")
+    with seeded_generators(8):
+        model = Net().train()
+    assert load(tmp_path / "run", model) is model
+    assert not model.training
+    assert evaluate(model, Largest(), "valid")["loss"] == pytest.approx(summary["valid_loss"], rel=1e-6)
+    with pytest.raises(UsageError, match=r"reroll\.load\(run, model\).*evaluate\(model, task, 'valid'\).*resume=True"):
+        load(tmp_path / "run")
+    with pytest.raises(RunError, match="shape|weights"):
+        load(tmp_path / "run", nn.Linear(2, 3))
 
 
 def test_an_estimator_that_no_config_describes_keeps_no_journal(tmp_path):

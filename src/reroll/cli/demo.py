@@ -20,7 +20,7 @@ from reroll.train.run import new_folder
 if TYPE_CHECKING:
     from reroll.bench.demo import Row
 
-MEASURING = 30.0
+MEASURING = 40.0
 """Seconds after which no further measurement of memory is started."""
 
 

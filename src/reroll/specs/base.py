@@ -78,8 +78,9 @@ class ObjectSpec(Options):
     def build(self, *arguments: Any, **options: Any) -> Any:
         """Raise `UsageError`: it cannot be built from a config."""
         raise UsageError(
-            f"the run was trained with an object of {self.name}, which only you have: pass it in again, by "
-            "Session.of(task, model, estimator, optimizer, …)."
+            f"the run was trained with your own {self.name}, which a command line does not have. In Python: "
+            "reroll.load(run, model) returns your model with the run's weights, reroll.train.evaluate.evaluate(model, "
+            "task, 'valid') scores it, and train(Session.of(task, model, …), run, resume=True) continues."
         )
 
     @classmethod

@@ -50,11 +50,12 @@ def build_model(spec: ModelSpec, sizes: Interface, seed: int) -> Any:
         return spec.build(sizes)
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | Path, model: nn.Module | None = None) -> Any:
     """Return a trained model, on the CPU, in evaluation mode.
 
     Args:
         path: a run folder, the name of one under runs/, or a .safetensors file of `reroll export`.
+        model: for a run of a module of your own (`Session.of`): such a module, whose weights are overwritten.
 
     Returns:
         The module that was trained, such as a `reroll.Recurrent`. Its `tokenizer` turns text into the model's symbols
@@ -64,7 +65,11 @@ def load(path: str | Path) -> Any:
         UsageError: if there is no such run or file.
         RunError: if it is damaged, or from another version. Pickles are never loaded.
     """
-    return open_model(path).model
+    if model is None:
+        return open_model(path).model
+    run = find_run(str(path))
+    checkpoint.put_weights(model, _newest(run, read_config(run))[0], str(run))
+    return model.eval()
 
 
 def open_model(path: str | Path) -> Loaded:
@@ -73,14 +78,19 @@ def open_model(path: str | Path) -> Loaded:
         return _from_file(Path(path))
     run = find_run(str(path))
     config, environment = read_config(run), run / "environment.json"
+    weights, step = _newest(run, config)
+    return _assemble(config, read_json(environment), weights, step, str(run), str(environment))
+
+
+def _newest(run: Path, config: Config) -> tuple[dict[str, Tensor], int]:
+    """Return the weights of a run's newest checkpoint, averaged if the run averages them, and its step."""
     saved = checkpoint.newest(run / "checkpoints")
     if saved is None and checkpoint.all_of(run / "checkpoints"):
         raise RunError(f"{run} has only damaged checkpoints. {recovery_hint(run, config)}")
     if saved is None:
         raise RunError(f"{run} has no checkpoint yet; wait for its first, or resume it.")
     average = saved.state.get("average")
-    weights = saved.weights | (average["tensors"] if average else {})
-    return _assemble(config, read_json(environment), weights, saved.step, str(run), str(environment))
+    return saved.weights | (average["tensors"] if average else {}), saved.step
 
 
 def _from_file(path: Path) -> Loaded:
