@@ -315,7 +315,8 @@ def test_show_says_what_and_why(cli):
     assert re.match(r"# device (cpu|cuda) \((no CUDA|CUDA is available)\), dtype fp32", notes[0])
     assert re.match(r"# noise by \w+: .", notes[1])
     assert re.match(r"# lstm, without a gradient, by \w+: .", notes[2])
-    assert notes[3].startswith("# a checkpoint every 100 steps, and at least every 60 seconds")
+    assert notes[3] == "# 15,485 weights, 192 forward passes a step (96 probes)"
+    assert notes[4].startswith("# a checkpoint every 100 steps, and at least every 60 seconds")
     resolved = toml.overlay(Config(), tomllib.loads(found.out), "show")
     assert resolved.optim.clip == 2.5
 
@@ -562,7 +563,9 @@ def test_an_interrupt_says_what_remains(cli, run, monkeypatch):
     found = cli("train", "--run-dir", "run", "--resume", "--steps", 6)
     assert (found.code, "to resume: reroll train --run-dir run --resume" in found.err) == (1, True)
     shutil.rmtree(run / "checkpoints")
-    assert "run has no checkpoint: delete it, or start it again" in cli("train", "copy", "--run-dir", "run").err
+    assert "No checkpoint was written yet: delete run, or start it again" in cli(*TRAIN, "--run-dir", "run").err
+    (run / "metrics.jsonl").unlink()
+    assert "Nothing was trained: delete run" in cli(*TRAIN, "--run-dir", "run").err
 
 
 def test_a_run_of_a_newer_version_is_named_as_such(cli, run):

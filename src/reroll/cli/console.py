@@ -63,7 +63,7 @@ class Console(Reporter):
             self._update_bar(row, config)
         elif time.monotonic() - self.last_line >= EVERY or row["step"] + 1 == config.run.steps:
             self.last_line = time.monotonic()
-            self.note(f"step {row['step'] + 1}/{config.run.steps}  {self._text(row)}")
+            self.note(f"step {_of(row['step'] + 1, config)}  {self._text(row)}")
 
     def closing(self, summary: dict[str, Any], path: Path) -> str:
         """Return the last lines of a run: how it ended, its scores, what to try next."""
@@ -96,7 +96,7 @@ class Console(Reporter):
             self.job = self.bar.add_task("", total=1.0, step="", left="")
         share, left = self.remaining(row, config)
         self.bar.update(
-            self.job, completed=share, step=f"{row['step'] + 1}/{config.run.steps}", left=left,
+            self.job, completed=share, step=_of(row["step"] + 1, config), left=left,
             description=self._text(row, str(self.losses)),
         )  # fmt: skip
 
@@ -141,6 +141,12 @@ class Console(Reporter):
         if "seconds" in row:
             parts.append(f"{row['seconds']:.3g} s/step")
         return "  ".join(parts)
+
+
+def _of(step: int, config: Config) -> str:
+    """Return a step of all; where only the clock ends a run, of none."""
+    by_clock = config.run.max_seconds is not None and config.run.steps >= 10**6
+    return f"{step}" if by_clock else f"{step}/{config.run.steps}"
 
 
 class Sparkline:

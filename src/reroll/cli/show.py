@@ -14,7 +14,9 @@ from reroll.cli.train import Request, read, resolved
 from reroll.errors import UsageError, visible
 from reroll.recipes import RECIPES
 from reroll.specs.base import leaves
+from reroll.specs.gradient import ProbeOptions
 from reroll.specs.model import LSTM
+from reroll.specs.task import Generated
 from reroll.train import toml
 from reroll.train.config import Config
 from reroll.train.machine import cores, find_device
@@ -49,8 +51,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     with as_flags(request.flags):  # only the estimator itself knows the names of noises and differences
         config.gradient.build(config.gradient.epsilon_at(1.0), config.run)
     print(toml.dumps(config, _origins(request, config)))
-    print(_backends(config))
-    print(_checkpoints(config))
+    print("\n".join(filter(None, (_backends(config), _size(config), _checkpoints(config)))))
     return 0
 
 
@@ -81,6 +82,25 @@ def _origins(request: Request, config: Config) -> dict[str, str]:
         elif name[-4:] != "kind" and origins[name].startswith("recipe") and value == defaults.get(name):
             origins[name] = "default"
     return origins
+
+
+def _size(config: Config) -> str:
+    """Return the number of weights, where the task is known without files, and of forward passes by probes."""
+    import torch
+
+    from reroll.models import Interface
+
+    parts = []
+    if isinstance(config.task, Generated):
+        with torch.device("meta"):  # the shapes, without the memory
+            model = config.model.build(Interface.of(config.task.build(config.run.seed)))
+        parts.append(f"{sum(p.numel() for p in model.parameters()):,} weights")
+    if isinstance(config.gradient, ProbeOptions):
+        from reroll.grad.probes import RULES
+
+        passes = config.gradient.probes * len(RULES[config.gradient.difference].sides)
+        parts.append(f"{passes:,} forward passes a step ({config.gradient.probes:,} probes)")
+    return f"# {', '.join(parts)}" if parts else ""
 
 
 def _checkpoints(config: Config) -> str:

@@ -110,8 +110,11 @@ def _what_remains(path: Path) -> str:
     """Return what is left of a run that was interrupted before it could save and end."""
     if any((path / "checkpoints").glob("step-*")):
         return f"The newest checkpoint remains; to resume: reroll train --run-dir {path} --resume"
-    left = "" if not path.exists() else f" {path} has no checkpoint: delete it, or start it again with --resume."
-    return f"Nothing was trained.{left}"
+    if not path.exists():
+        return "Nothing was trained."
+    metrics = path / "metrics.jsonl"
+    trained = "No checkpoint was written yet" if metrics.exists() and metrics.stat().st_size else "Nothing was trained"
+    return f"{trained}: delete {path}, or start it again with --resume."
 
 
 def resolved(request: Request) -> Config:
