@@ -146,6 +146,14 @@ class Backprop(BackpropOptions, GradientSpec):
     """Automatic differentiation."""
 
     kind: str = option("backprop", "probes: forward passes only (CD-RGE); backprop: automatic differentiation")
+    device_batch: int | Literal["auto"] | None = option(
+        None, "most sequences in memory at once; auto: as many as fit; none: all", flag="device-batch"
+    )
+
+    def check(self) -> None:
+        super().check()
+        both = self.accumulate > 1 and self.device_batch is not None
+        exclude((both, f"accumulate={self.accumulate} and device_batch", "either says how a batch is cut"))
 
     def build(self, epsilon: float, run: Any) -> Any:
         return runtime("grad:Backprop")(self.accumulate, self.truncate, self.checkpoint)

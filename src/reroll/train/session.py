@@ -30,6 +30,7 @@ from reroll.specs.task import ObjectTask
 from reroll.train import checkpoint, journal
 from reroll.train.config import Config, resolve
 from reroll.train.evaluate import Precision
+from reroll.train.fit import largest_part, parts_for
 from reroll.train.load import build_model, read_about
 from reroll.train.machine import Clock, find_device
 from reroll.train.mesh import ALONE, Mesh
@@ -218,6 +219,10 @@ class Session:
             small = weights <= SMALL and not config.model.iterates
             threads = config.run.threads or (1 if small else torch.get_num_threads())
             note = f"{weights:,} weights, gradient by backpropagation, on {threads} thread{'s' * (threads != 1)}."
+            if getattr(config.gradient, "device_batch", None) == "auto":
+                most = self._fitting()
+                config = config.replace(gradient={"device_batch": most})
+                note += f" {most} sequences at once."
         self.planned(self.mesh.share(config.replace(run={"threads": threads})))
         return note
 
@@ -229,7 +234,18 @@ class Session:
             self.estimator = config.gradient.build(1.0, config.run)
         if execute is not None and isinstance(self.estimator, CentralDifference):
             self.estimator = replace(self.estimator, execute=execute)
+        most = getattr(config.gradient, "device_batch", None)
+        if isinstance(most, int) and isinstance(self.estimator, Backprop):
+            parts = parts_for(parts_for(config.task.batch, self.mesh.size), most)
+            self.estimator = replace(self.estimator, accumulate=min(parts, config.task.batch // self.mesh.size))
         self.estimator = self.mesh.estimator(self.estimator)
+
+    def _fitting(self) -> int:
+        """How many sequences a device holds, of the share of one process."""
+        batch: Any = self.batch(0)
+        share = batch.rows(0, parts_for(len(batch), self.mesh.size))
+        most = largest_part(self.estimator, self.model, self.loss_fn, share, self.key())
+        return min(self.mesh.interleave([most]))
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, on the device, with the carried state."""
