@@ -538,6 +538,11 @@ def test_a_time_limit_that_is_used_up_is_refused_before_anything_is_lost(cli, ru
     assert found.code == 2
     assert re.search(r"--max-seconds 1e-06 counts the whole run, which has used \S+ s already", found.error)
     assert contents(run) == before
+    for limit in (("--steps", 3), ("--target-loss", 100)):
+        found = cli("train", "--run-dir", "run", "--resume", *limit)
+        assert found.code == 2
+        assert "would end at its checkpoint of step 3" in found.error
+        assert contents(run) == before
     assert cli("train", "--run-dir", "run", "--resume", "--max-seconds", 1000).code == 0
 
 

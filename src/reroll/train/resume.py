@@ -16,7 +16,8 @@ from reroll.train import checkpoint, journal, toml
 from reroll.train.config import Config
 from reroll.train.load import recovery_hint
 from reroll.train.mesh import ALONE, Mesh
-from reroll.train.records import read_config, read_json
+from reroll.train.observers import ends
+from reroll.train.records import read_config, read_json, read_metrics
 from reroll.train.run import Reader, RunFolder
 from reroll.train.session import Session
 
@@ -119,6 +120,7 @@ def _resume(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Sess
     session.folder = folder
     session.planned(config)
     session.restore(saved)
+    _require_a_step(session, folder)
     note = f"Resuming {path} at step {saved.step}."
     if record is not None and mesh.writes:
         session.journal = journal.Writer.append(record, saved.step)
@@ -152,6 +154,21 @@ def _require_time(config: Config, before: Config, last: dict[str, Any] | None, s
         raise UsageError(
             f"--max-seconds {limit:g} counts the whole run, which has used {seconds:.3g} s already: give more to "
             "continue. Nothing was changed."
+        )
+
+
+def _require_a_step(session: Session, folder: RunFolder) -> None:
+    """Refuse limits that end the run at its checkpoint, if steps after it are recorded: they would be lost."""
+    rows = {row["step"]: row for row in read_metrics(folder.path)}
+    step = session.progress.step
+    if not any(number >= step for number in rows):
+        return
+    ended = ends(session, rows.get(step - 1, {}), [])
+    reason = ended[1] if ended else f"all {step} steps are taken." if session.config.run.steps == step else None
+    if reason is not None:
+        raise UsageError(
+            f"{folder.path} would end at its checkpoint of step {step} ({reason.rstrip('.')}), and lose the steps "
+            "recorded after it: change that limit, or drop it. Nothing was changed."
         )
 
 
