@@ -70,7 +70,9 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "time": lambda row: _time(row["seconds"]),
     "memory": lambda row: _memory(row["peak_bytes"]),
     "to go": lambda row: _time(row["seconds_left"]),
-    "differs": lambda row: visible(" ".join(f"{name}={value}" for name, value in row["differs"].items())),
+    "differs": lambda row: visible(
+        " ".join(f"{name}={'none' if value is None else value}" for name, value in row["differs"].items())
+    ),
 }
 """Columns of the table, and what is in them."""
 LEAST = 20

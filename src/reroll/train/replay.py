@@ -52,8 +52,8 @@ def replay(path: Path, to: int | None = None, session: Session | None = None) ->
         raise UsageError(f"{path} was trained by backprop, whose steps cannot be replayed; its checkpoints: {saved}.")
     if isinstance(config.model, ObjectModel) and session is None:
         raise UsageError(
-            f"{path} was trained from objects ({config.model.name}), which only you have: create its session again, "
-            "and call reroll.train.replay.replay(path, session=session)."
+            f"{path} was trained with your own {config.model.name}: create its session again in Python, and call "
+            "reroll.train.replay.replay(path, session=session)."
         )
     record = journal.read(path / "journal")
     steps = record.steps if to is None else to
