@@ -20,8 +20,8 @@ from reroll.train.config import Config, resolve
 FLAGS = {
     "path", "length", "batch", "tokenizer", "overfit", "cell", "rollout", "hidden", "width", "heads", "layers",
     "gradient", "probes", "epsilon", "noise", "evaluate", "optimizer", "lr", "momentum", "clip", "schedule", "steps",
-    "seed", "device", "dtype", "threads", "max-seconds", "target-loss", "field", "sep", "decimal", "columns", "time",
-    "missing",
+    "seed", "device", "device-batch", "dtype", "threads", "max-seconds", "target-loss", "field", "sep", "decimal",
+    "columns", "time", "missing",
 }  # fmt: skip
 
 

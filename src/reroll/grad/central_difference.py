@@ -13,7 +13,6 @@ References: Spall, "Multivariate stochastic approximation using a simultaneous p
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -22,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reroll.errors import UsageError, did_you_mean
+from reroll.errors import UsageError, did_you_mean, warn
 from reroll.grad.base import Estimate, LossFn, Seeded, padding_rows, trainable
 from reroll.grad.checks import check_epsilon
 from reroll.grad.evaluate.base import ProbeContext, split_result
@@ -172,7 +171,7 @@ class CentralDifference(ProbeOptions):
         if outcome is Outcome.no_difference:
             check_epsilon(parameters, self.epsilon, probes.scales, self.dtype, again=True)
             if current() is None:  # a monitor reports it itself
-                warnings.warn(outcome.value, stacklevel=2)
+                warn(outcome.value)
         return Estimate(coefs.loss, gradient, outcome, stats, branches if self.per_branch_state else after)
 
     def _context(

@@ -10,7 +10,6 @@ optimizer with a closure.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from reroll.errors import EpsilonTooSmall, RunError, UsageError, require_count, require_positive
+from reroll.errors import EpsilonTooSmall, RunError, UsageError, require_count, require_positive, warn
 from reroll.grad.base import Estimate, check_names, check_streams
 from reroll.grad.central_difference import CentralDifference, Evaluate
 from reroll.grad.checks import RAISED, floors
@@ -137,7 +136,7 @@ class CDRGE(SGD):
                 raised = self._epsilons(floors(named, self.dtype))
                 if raised == sizes:  # none is tied
                     raise
-                warnings.warn(RAISED, stacklevel=2)
+                warn(RAISED)
                 return at(raised)
 
         call = closure if self.last is not None or self.model is not None else _warning_of_buffers(closure)
@@ -151,7 +150,7 @@ class CDRGE(SGD):
         if not result.outcome:
             raise RunError(result.outcome.value)
         if result.outcome is Outcome.solver_too_loose:
-            warnings.warn(f"solver_error={result.stats['solver_error']:.2g}. {result.outcome.value}", stacklevel=2)
+            warn(f"solver_error={result.stats['solver_error']:.2g}. {result.outcome.value}")
         for group in self.param_groups:
             group["step"] += 1
         self.last = result
@@ -231,9 +230,8 @@ def _warning_of_buffers(closure: Callable[[], Any]) -> Callable[[], Any]:
             result = closure()
         moved = [f"{kind}.{name}" for (kind, name, _), (now, old) in before.items() if not torch.equal(now, old)]
         if moved:
-            warnings.warn(
+            warn(
                 f"every evaluation changes {moved[0]}, 2 · probes times a step; pass CDRGE(model=…), which undoes it.",
-                stacklevel=2,
             )
         return result
 

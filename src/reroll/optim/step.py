@@ -7,14 +7,13 @@ A gradient that is not finite never reaches the weights; the result says so by i
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from reroll.errors import EpsilonTooSmall
+from reroll.errors import EpsilonTooSmall, warn
 from reroll.grad.base import Estimator, Gradient, LossFn
 from reroll.grad.checks import RAISED
 from reroll.keys import Key
@@ -118,7 +117,7 @@ def step(
     except EpsilonTooSmall as error:
         if settings is None or not tied or epsilon is None or error.least <= epsilon:
             raise
-        warnings.warn(RAISED, stacklevel=2)
+        warn(RAISED)
         settings = replace(settings, epsilon=error.least)
         estimate = at_epsilon(estimator, error.least)(model, loss_fn, batch, key)
     gradient, outcome = estimate.gradient, estimate.outcome

@@ -16,7 +16,6 @@ import contextlib
 import functools
 import itertools
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from reroll.errors import UsageError
+from reroll.errors import UsageError, warn
 from reroll.grad.evaluate.base import Evaluator, ProbeContext
 from reroll.grad.evaluate.batched import Batched
 from reroll.grad.evaluate.in_place import InPlace, Replicas
@@ -152,7 +151,7 @@ class Evaluation:
             )
         self.plan = replace(self.plan, reason=f"{first} cannot: {reason}")
         if reason == UNREACHED:  # a mode that raises is replaced silently
-            warnings.warn(f'evaluate="{first}" would be wrong here: {reason}; "{used}" is used.', stacklevel=4)
+            warn(f'evaluate="{first}" would be wrong here: {reason}; "{used}" is used.')
 
     def _agrees(self, unit: Unit, result: Result) -> bool:
         """Whether the first probe of a unit has the same losses in the reference mode."""
