@@ -54,6 +54,8 @@ FILES = {
     "arrays": write_arrays,
     "fineweb_124m": write_shards,
     "cpu_bytes": write_shards,
+    "cdrge_gpt_bytes": write_shards,
+    "cdrge_lstm_owt": write_shards,
 }
 SHRUNK = {"gpt": {"layers": 2, "heads": 2, "width": 16}}
 
@@ -66,7 +68,7 @@ def shrunk(name, folder):
         folder.mkdir()
         task["path"] = str(FILES[name](folder))
     if config.task.kind == "tokens":
-        task["valid_tokens"] = None
+        task |= {"valid_tokens": None, "vocab": 256}
     steps = STEPS.get(name, 60)
     return config.replace(
         task=task,

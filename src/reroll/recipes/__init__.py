@@ -219,6 +219,28 @@ GENERATED = {
 """What the generated tasks are."""
 
 
+def cdrge_gpt_bytes() -> Config:
+    """The GPT of bytes by CD-RGE: forward passes only, on the same source code."""
+    config = cpu_bytes().replace(recipe="cdrge_gpt_bytes", model={"layers": 2, "heads": 2, "width": 32})
+    return config.replace(
+        task={"length": 64, "batch": 32},
+        gradient={"kind": "probes", "probes": 96, "epsilon": 0.01},
+        optim={"kind": "sgd", "lr": 0.05, "momentum": 0.9, "schedule": {"kind": "linear", "floor": 0.05}},
+        run={"steps": 1000, "eval_every": 250},
+    )
+
+
+def cdrge_lstm_owt() -> Config:
+    """An LSTM by CD-RGE on GPT-2 token shards, its state carried from window to window: --path FOLDER."""
+    return Config(recipe="cdrge_lstm_owt").replace(
+        task={"kind": "tokens", "length": 64, "batch": 64, "carry": True, "valid_tokens": 1 << 20, "vocab": 50_260},
+        model={"kind": "lstm", "hidden": 512, "heads": 8, "embed": 100},
+        gradient={"kind": "probes", "probes": 96, "epsilon": 0.01},
+        optim={"kind": "sgd", "lr": 0.05, "momentum": 0.9, "schedule": {"kind": "linear", "floor": 0.05}},
+        run={"steps": 10_000, "eval_every": 1000},
+    )
+
+
 def _generated(name: str, **task: int) -> Callable[[], Config]:
     def recipe() -> Config:
         return Config(recipe=name).replace(
@@ -249,6 +271,8 @@ RECIPES: dict[str, Callable[..., Config]] = {
         parallel_probes,
         fineweb_124m,
         cpu_bytes,
+        cdrge_gpt_bytes,
+        cdrge_lstm_owt,
     )
 } | {name: _generated(name) for name in GENERATED}
 """Every recipe by name. The tests run over this table: each, shrunk, must improve."""
