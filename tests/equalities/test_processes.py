@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 
 from reroll.cli.launch import launch
 from reroll.data.tokens import write_shard
+from reroll.train.config import resolve
+from reroll.train.mesh import Mesh
 from reroll.train.records import read_metrics
-from tests.runs import write_text
+from reroll.train.session import Session
+from tests.runs import small, write_text
 
 WORKER = """
 import json, sys
@@ -100,6 +103,19 @@ def test_probes_give_the_same_bits_for_any_number_of_processes(tmp_path):
     weights = checkpoint_of(three)
     assert all(weights[name].equal(tensor) for name, tensor in checkpoint_of(one).items())
     assert (one / "journal").read_bytes()[-200:] == (three / "journal").read_bytes()[-200:]
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 20])
+def test_there_is_a_unit_for_every_process(size):
+    """Probes that one process evaluates at once are cut; a chunk that was asked for stays."""
+
+    def planned(chunk, mesh):
+        session = Session.of_config(resolve(small(gradient={"probes": 7, "chunk": chunk})), mesh)
+        session.plan()
+        return session.config.gradient.chunk
+
+    assert planned(None, Mesh(size=size)) == min(planned(None, Mesh()), -(-7 // size))
+    assert planned(2, Mesh(size=size)) == 2
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):

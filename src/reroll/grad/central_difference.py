@@ -30,7 +30,7 @@ from reroll.grad.evaluate.plan import Plan, make_plan
 from reroll.grad.evaluate.verify import Evaluation
 from reroll.grad.evaluate.warm import TOO_LOOSE, WarmStarts, iterates
 from reroll.grad.probes import RULES, Coefficients, coefficients
-from reroll.grad.units import Execute, batch_size, cut, gather, with_state
+from reroll.grad.units import Distribute, batch_size, cut, gather, with_state
 from reroll.kernels.noise_axpy import Noise, noise_of
 from reroll.keys import Key
 from reroll.outcome import Outcome
@@ -88,7 +88,7 @@ class CentralDifference(ProbeOptions):
     dtype: torch.dtype | None = None
     per_branch_state: bool = False
     threads: int | None = None
-    execute: Execute | None = None
+    execute: Distribute | None = None
 
     def __post_init__(self) -> None:
         if self.difference not in RULES:

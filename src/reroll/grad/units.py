@@ -51,8 +51,9 @@ class BranchStates(list[Any]):
 
 
 Execute = Callable[[Any, Sequence[Unit]], list[Result]]
-"""(evaluator, units) → results in the order of the units, by threads of this process (`threads`, the default) or by the
-ranks of a mesh. All that follows is a function of the results, whoever computed them."""
+"""(evaluator, units) → results in the order of the units. All that follows is a function of the results."""
+Distribute = Callable[[Execute, Any, Sequence[Unit]], list[Result]]
+"""(executor of this process, evaluator, units) → the same results, some of which other processes computed."""
 
 
 def threads(workers: int, each: int) -> Execute:

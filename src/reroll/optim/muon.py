@@ -279,11 +279,11 @@ class Muon(torch.optim.Optimizer):
         sizes = [[p.numel() for p in of_rank] for of_rank in matrices]
         work = _working_dtype(parameters[0].dtype, group["dtype"])
         flat = torch.zeros(max(map(sum, sizes)), dtype=work, device=parameters[0].device)
-        mine, done = matrices[dist.get_rank(processes)], {}
+        mine, counts = matrices[rank := dist.get_rank(processes)], sizes[rank]
+        place = dict(zip(mine, flat[: sum(counts)].split(counts)))
         for alike in _of_one_shape(mine):
-            done |= zip(alike, _orthogonalized_alike([ahead[p] for p in alike], group))
-        for part, p in zip(flat.split([*map(Tensor.numel, mine), flat.numel() - sum(map(Tensor.numel, mine))]), mine):
-            part.copy_(done[p].flatten())
+            for p, update in zip(alike, _orthogonalized_alike([ahead[p] for p in alike], group)):
+                place[p].copy_(update.flatten())
         received = [torch.empty_like(flat) for _ in matrices]
         dist.all_gather(received, flat, group=processes)
         for of_rank, counts, updates in zip(matrices, sizes, received):

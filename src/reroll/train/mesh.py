@@ -24,7 +24,7 @@ from torch import Tensor
 from reroll.errors import UsageError
 from reroll.grad.base import Dense, Estimate, Estimator, LossFn
 from reroll.grad.central_difference import CentralDifference
-from reroll.grad.units import Execute, Result, Unit, batch_rows, batch_size, threads
+from reroll.grad.units import Distribute, Execute, Result, Unit, batch_rows, batch_size
 from reroll.keys import Key
 from reroll.optim import Muon, optimizers_of
 from reroll.outcome import Outcome
@@ -51,7 +51,7 @@ class Mesh:
 
     rank: int = 0
     size: int = 1
-    execute: Execute | None = None
+    execute: Distribute | None = None
 
     @property
     def writes(self) -> bool:
@@ -156,9 +156,9 @@ class Processes(Mesh):
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor, src=0)
 
-    def evaluate(self, evaluator: Any, units: Sequence[Unit]) -> list[Result]:
+    def evaluate(self, here: Execute, evaluator: Any, units: Sequence[Unit]) -> list[Result]:
         """Evaluate every `size`-th unit, and return the results of all."""
-        mine = threads(1, torch.get_num_threads())(evaluator, units[self.rank :: self.size])
+        mine = here(evaluator, units[self.rank :: self.size])
         to_cpu = lambda result: Result(result.losses.cpu(), map_state(result.states, Tensor.cpu))
         return self.interleave([to_cpu(result) for result in mine])
 
@@ -167,8 +167,9 @@ class Processes(Mesh):
         assert isinstance(estimate.gradient, Dense)
         parameters = list(estimate.gradient.parameters.values())
         # A parameter that no process reached stays without a gradient, as it would in one process.
-        facts = [float(estimate.loss) * share, *(float(p.grad is not None) for p in parameters)]
-        facts = torch.tensor(facts, dtype=torch.float64)
+        facts = torch.tensor(
+            [float(estimate.loss) * share, *(p.grad is not None for p in parameters)], dtype=torch.float64
+        )
         dist.all_reduce(facts, group=self.control)
         reached = [p for p, count in zip(parameters, facts[1:].tolist()) if count]
         for p in reached:

@@ -208,11 +208,14 @@ class Session:
             if estimator.micro_batch is not None:
                 batch = batch.rows(0, min(estimator.micro_batch, len(batch)))
             plan = estimator.plan(self.model, trainable(self.model), batch)
-            config = config.replace(gradient={"evaluate": plan.evaluate, "chunk": plan.chunk})
+            chunk = plan.chunk
+            if estimator.chunk is None:  # a unit for every process
+                chunk = min(chunk, parts_for(estimator.probes, self.mesh.size))
+            config = config.replace(gradient={"evaluate": plan.evaluate, "chunk": chunk})
             passes = estimator.probes * len(RULES[estimator.difference].sides)
             note = (
                 f"{estimator.probes:,} probes of {weights:,} weights, {passes:,} forward passes a step; evaluated "
-                f"{plan.evaluate}, {plan.chunk} at a time ({plan.reason})."
+                f"{plan.evaluate}, {chunk} at a time ({plan.reason})."
             )
             threads = plan.threads
         else:

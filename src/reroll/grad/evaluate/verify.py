@@ -32,7 +32,7 @@ from reroll.grad.evaluate.in_place import InPlace, Replicas
 from reroll.grad.evaluate.plan import Plan
 from reroll.grad.evaluate.snapshot import Snapshot, cuda_devices
 from reroll.grad.evaluate.tiles import Tiles
-from reroll.grad.units import Execute, Result, Unit, threads
+from reroll.grad.units import Distribute, Result, Unit, threads
 from reroll.passes import passes
 from reroll.rollout.monitor import monitoring
 
@@ -70,14 +70,14 @@ class Evaluation:
     plan: Plan
     restore: str
     explicit: bool
-    execute: Execute | None = None
+    execute: Distribute | None = None
     drift: int | None = None
 
     def run(self, units: list[Unit]) -> list[Result]:
         """Evaluate units as planned."""
         with evaluator(self.plan, self.probes, self.restore) as mode:
-            execute = self.execute or threads(self.plan.workers, self.plan.threads)
-            results = execute(mode, units)
+            here = threads(self.plan.workers, self.plan.threads)
+            results = here(mode, units) if self.execute is None else self.execute(here, mode, units)
         self.drift = mode.drift if isinstance(mode, InPlace) else None
         return results
 
