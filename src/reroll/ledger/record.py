@@ -40,7 +40,9 @@ def judge(track: Track, logs: Sequence[Log], baseline: Sequence[Log] = ()) -> Ju
         baseline: runs of the record to beat, on the same machine; none: times are not compared.
     """
     refusals = [f"{log.path.name}: {why}" for log in (*logs, *baseline) for why in _wrong(track, log)]
-    refusals += _differences(logs) + (_differences(baseline) if baseline else [])
+    refusals += _differences(logs) + _differences(baseline)
+    if baseline and all(_unlike(baseline[0], log) for log in _heads(track)):
+        refusals.append("the baseline has the config of no record of the track")
     if len(baseline) == 1 or (baseline and len(logs) == 1):
         raise UsageError("times are compared by 2 runs or more of each; pass more, or no --baseline.")
     losses = [log.summary["valid_loss"] for log in logs]
@@ -86,7 +88,7 @@ def submit(
         name: of the record, in a word.
         summary: what was changed and why, for its README.
         baseline: run folders of the record to beat, made on the same machine.
-        negative: what did not reach the target, and is worth knowing.
+        negative: what did not reach the target, and is worth knowing, is not refused.
 
     Raises:
         RunError: if a run is unfinished or damaged, or the runs are no record of the track.
@@ -107,9 +109,9 @@ def submit(
         judgement = judge(track, *_logs(temporary))
         if judgement.refusals and not negative:
             raise RunError(f"{runs[0]} is no record of {track.name}: {'; '.join(judgement.refusals)}.")
-        status = "negative" if negative else "record" if _fastest(track, judgement.fields) else "valid"
-        about = {"track": track.name, "name": name, "date": folder.name[:10], "status": status, "summary": summary}
-        record = about | judgement.fields | {"refusals": judgement.refusals}
+        about = {"track": track.name, "name": name, "date": folder.name[:10], "summary": summary}
+        record = about | {"status": _status(track, folder, judgement)} | judgement.fields
+        record["refusals"] = judgement.refusals
         (temporary / "record.json").write_text(_text(record), encoding="utf-8")
         (temporary / "README.md").write_text(readme(track, record), encoding="utf-8")
     return folder
@@ -127,7 +129,8 @@ def verify(track: Track, folder: Path) -> dict[str, Any]:
     judgement = judge(track, *_logs(folder))
     if judgement.refusals and record.get("status") != "negative":
         raise RunError(f"{folder} is no record of {track.name}: {judgement.refusals[0]}.")
-    difference = _difference(record, judgement.fields | {"refusals": judgement.refusals, "track": track.name})
+    computed = {"track": track.name, "status": _status(track, folder, judgement)} | judgement.fields
+    difference = _difference(record, computed | {"refusals": judgement.refusals})
     if difference is not None:
         raise RunError(f"{folder / 'record.json'}: {difference}.")
     for name, text in (("record.json", _text(record)), ("README.md", readme(track, record))):
@@ -185,14 +188,15 @@ def _wrong(track: Track, log: Log) -> list[str]:
 
 def _differences(logs: Sequence[Log]) -> list[str]:
     """What keeps runs from being one record: one seed twice, or another config."""
-    first, seeds = logs[0], [log.config["run.seed"] for log in logs]
-    different = sorted(
-        name for log in logs for name in first.config.keys() | log.config.keys()
-        if name not in PER_RUN and log.config.get(name) != first.config.get(name)
-    )  # fmt: skip
-    return [f"the runs differ in {name}" for name in dict.fromkeys(different)] + (
-        ["two runs have one seed"] if len({*seeds}) < len(seeds) else []
-    )
+    seeds = [log.config["run.seed"] for log in logs]
+    twice = ["two runs have one seed"] if len({*seeds}) < len(seeds) else []
+    return [f"the runs differ in {name}" for log in logs for name in _unlike(logs[0], log)] + twice
+
+
+def _unlike(one: Log, other: Log) -> list[str]:
+    """The fields in which the configs of two runs differ, but those `PER_RUN`."""
+    names = sorted((one.config.keys() | other.config.keys()) - PER_RUN)
+    return [name for name in names if one.config.get(name) != other.config.get(name)]
 
 
 def _logs(folder: Path) -> tuple[list[Log], list[Log]]:
@@ -223,12 +227,22 @@ def _mean(logs: Sequence[Log], name: str) -> float:
     return math.fsum(log.summary[name] for log in logs) / len(logs)
 
 
-def _fastest(track: Track, fields: dict[str, Any]) -> bool:
-    """Whether a record is the first, or beats the one before: timed beside it where that was done."""
-    if "baseline" in fields:
-        return fields["baseline"]["ratio"] < 1 and fields["baseline"]["p"] < track.p
-    before = [read_json(path / "record.json") for path in records_of(track)]
-    return all(fields["seconds"] < old["seconds"] for old in before if old.get("status") == "record")
+def _status(track: Track, folder: Path, judgement: Judgement) -> str:
+    """Which of `STATUSES` a record has. Without a baseline only the first one can be a record: machines differ."""
+    if judgement.refusals:
+        return "negative"
+    if "baseline" in judgement.fields:
+        beaten = judgement.fields["baseline"]
+        return "record" if beaten["ratio"] < 1 and beaten["p"] < track.p else "valid"
+    others = [read_json(path / "record.json") for path in records_of(track) if path.name != folder.name]
+    earlier = [other for other in others if other.get("status") == "record" and other["date"] <= folder.name[:10]]
+    return "valid" if earlier else "record"
+
+
+def _heads(track: Track) -> list[Log]:
+    """The first log of each record."""
+    paths = [path for path in records_of(track) if read_json(path / "record.json").get("status") == "record"]
+    return [read_log(path / "run-0.txt") for path in paths]
 
 
 def _difference(record: Any, computed: Any, path: str = "") -> str | None:
