@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from reroll.data.baselines import constant_losses, period_of
 from reroll.data.batch import Batch
 from reroll.data.series import UNUSABLE, Series, cannot_be_used, missing, moments, read_series
 from reroll.data.tables import Reading
@@ -229,12 +230,7 @@ class Arrays(FileTask):
 
         trained = targets(self._windows["train"])
         scored = targets(Windows(*(part[: self.batches(split) * self.batch_size] for part in self._windows[split])))
-        if not self.categorical:
-            return {"mean of the targets": float(np.square(scored.astype(np.float64) - trained.mean(0)).mean())}
-        counts = np.bincount(trained, minlength=self.outputs) + 1.0  # one more of each: none is impossible
-        accuracy = float((scored == counts.argmax()).mean())
-        losses = -np.log(counts / counts.sum())[scored]
-        return {f"class frequencies (accuracy {accuracy:.3g})": float(losses.mean())}
+        return constant_losses(trained, scored, self.outputs if self.categorical else None)
 
     @np.errstate(over="ignore", invalid="ignore")  # as for baselines; and a signalling NaN
     def _standard(self, place: IntArray) -> tuple[Array, BoolArray]:
@@ -253,23 +249,7 @@ class Arrays(FileTask):
         longest = int((lasts - firsts).argmax())
         first, last = firsts[longest], lasts[longest]
         rows = self._standard(np.arange(max(first, last - SEASON), last))[0].astype(np.float64)
-        count, lags = len(rows), np.arange(1, len(rows) // 3 + 1)
-        if len(lags) < 2:
-            return None
-        # Σ (x_t − x_{t−p})² for all lags p: two sums of squares, less twice the correlation.
-        spectrum = np.fft.rfft(rows, 2 * count, axis=0)
-        correlation = np.fft.irfft(np.abs(spectrum) ** 2, axis=0)[lags].sum(1)
-        squares = np.concatenate([[0.0], np.square(rows).sum(1).cumsum()])
-        errors = (squares[count - lags] + squares[count] - squares[lags] - 2 * correlation) / (count - lags)
-        unlike = np.flatnonzero(errors > errors.mean())
-        if not len(unlike):
-            return None
-        # The first minimum about as deep as the deepest: multiples of a period predict as well as the period.
-        # Noise has a correlation of about 1/√n at every lag; a period must be well beyond that.
-        low = min(errors[unlike[0] :].min() + 0.02 * errors.mean(), (1 - max(5 / count**0.5, 0.2)) * errors.mean())
-        walled = np.pad(errors, 1, constant_values=np.inf)
-        valleys = np.flatnonzero((errors <= low) & (errors <= walled[:-2]) & (errors <= walled[2:]))
-        return next((int(lags[valley]) for valley in valleys if valley > unlike[0]), None)
+        return period_of(rows)
 
     def describe(self) -> str:
         losses = ", ".join(f"{rule} {loss:.4g}" for rule, loss in self.baselines().items())

@@ -79,7 +79,7 @@ class Task(ABC):
     data, or of its definition), `carries` (whether batches continue each other, so that a state can be carried),
     `length` (the longest sequences; 0: any), `most_steps` (batches to train on; None: any number), `finite` (whether
     there is an end to held-out batches), `trains` (whether there is a split "train"), `name` and `seed`, which name its
-    random numbers. It defines `make`, and overrides `batch` if rows are cheaper to make.
+    random numbers. It defines `make`, and overrides `make_rows` if it can read some rows alone.
     """
 
     name: str = ""
@@ -122,17 +122,17 @@ class Task(ABC):
         Raises:
             UsageError: if there is no such batch.
         """
-        self.check_batch(step, split, length)
-        return self.make(step, split, length, unit).part(rows)
-
-    def check_batch(self, step: int, split: str, length: int | None) -> None:
-        """Raise `UsageError` if there is no such batch."""
         self.check_split(split)
         if length is not None and not 1 <= length <= (self.length or length):
             raise UsageError(f"length={length} must lie in [1, {self.length}], the length of the task.")
         if step < 0 or (self.finite and split != "train" and step >= self.batches(split)):
             below = "" if split == "train" else f" and below {self.batches(split)}, the number of batches of {split!r}"
             raise UsageError(f"step={step} must be 0 or more{below}.")
+        return self.make_rows(step, split, length, unit, rows)
+
+    def make_rows(self, step: int, split: str, length: int | None, unit: int | None, rows: range | None) -> Batch:
+        """Return some sequences of a batch; a task that can read them alone does so here."""
+        return self.make(step, split, length, unit).part(rows)
 
     def check_split(self, split: str) -> None:
         """Raise `UsageError` if the task has no such split."""

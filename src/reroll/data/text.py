@@ -58,23 +58,10 @@ class Windows(FileTask):
 
         A held-out part is read in B windows one after the other; when carrying, by B readers of a B-th each.
         """
-        return self._windows(step, split, length, unit, None)
+        return self.make_rows(step, split, length, unit, None)
 
-    def batch(
-        self,
-        step: int,
-        split: str = "train",
-        length: int | None = None,
-        rows: range | None = None,
-        unit: int | None = None,
-    ) -> Batch:
-        """Return the batch of a step, as `Task.batch` says; where nothing is carried only those rows are read."""
-        self.check_batch(step, split, length)
-        if self.carries:
-            return self.make(step, split, length, unit).part(rows)
-        return self._windows(step, split, length, unit, rows)
-
-    def _windows(self, step: int, split: str, length: int | None, unit: int | None, rows: range | None) -> Batch:
+    def make_rows(self, step: int, split: str, length: int | None, unit: int | None, rows: range | None) -> Batch:
+        """Return some windows of a step; where nothing is carried the others are not read."""
         tokens, row = self.tokens[split], np.arange(self.batch_size)
         pairs, steps = len(tokens) - 1, length or self.length
         if self.carries and steps != self.length:
