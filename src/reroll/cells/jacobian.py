@@ -212,7 +212,7 @@ def band(part: Any, columns: Tensor) -> Any:
     for p in part.terms:
         if p.inner is not None:
             # Σ_p L[c, p] β_p W[p, c]: one product for all rows; β is there wherever the weight is
-            entries = product(p.inner.alpha, p.inner.weight[columns] * p.weight.T, None)  # type: ignore[arg-type]
+            entries = product(p.inner.alpha, p.inner.weight[columns] * p.weight.T, None)  # type: ignore[arg-type]: tensors here
             entries = entries if p.alpha is None else p.alpha * entries
             total = entries if total is None else total + entries
             continue

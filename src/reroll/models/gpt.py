@@ -193,12 +193,8 @@ class GPT(nn.Module):
                 raise UsageError(f"{name}={value!r} is unknown.{did_you_mean(str(value), known)}")
         self.vocab = self.outputs = vocab
         self.layers, self.heads, self.width, self.context = layers, heads, width, context
-        self.zero_init, self.embed_norm, self.softcap, self.value_residual = (
-            zero_init,
-            embed_norm,
-            softcap,
-            value_residual,
-        )
+        self.zero_init, self.embed_norm = zero_init, embed_norm
+        self.softcap, self.value_residual = softcap, value_residual
         options = Options(position, qk_norm, activation, embed_shortcut)
         self.embed = nn.Embedding(vocab, width)
         self.positions = nn.Embedding(context, width) if position == "learned" else None

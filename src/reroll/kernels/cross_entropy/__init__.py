@@ -95,7 +95,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     # torch names no argument of its own backward.
-    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]: fewer names
         features, weight, bias, targets = ctx.saved_tensors
         wide = torch.promote_types(weight.dtype, torch.float32)
         wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
