@@ -40,6 +40,7 @@ for dtype, accumulate in cases:
     task = TokenBatches(shards, length=8, batch=8, vocab=37, valid_tokens=100)
     session = Session.of(task, model, Backprop(accumulate=accumulate), optimizer, steps=20, eval_every=10, mesh=mesh)
     train(session, out / f"{dtype}-{accumulate}")
+mesh.leave()
 """
 
 

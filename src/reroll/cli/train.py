@@ -93,6 +93,7 @@ def _train(config: Config, path: Path, resume: bool, source: str | None) -> int:
     with Console(config) as console:
         report = console if mesh.writes else Reporter()
         summary = train(config, path, resume=resume, init=init, report=report, mesh=mesh)
+    mesh.leave()
     if mesh.writes:
         print(console.closing(summary, path))
     return 0 if summary["state"] == "done" else 1

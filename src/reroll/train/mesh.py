@@ -11,9 +11,10 @@ equal, and so do the checkpoints: a run can be resumed by another number of proc
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -81,6 +82,9 @@ class Mesh:
     def equalize(self, model: Any) -> None:
         """Give every process the weights and buffers of process 0."""
 
+    def leave(self) -> None:
+        """Wait for the others, and part from them: the last thing that a program does with its mesh."""
+
 
 ALONE = Mesh()
 """The mesh of a run that nobody shares."""
@@ -97,6 +101,8 @@ class Processes(Mesh):
 
     control: Any = None
     """A group on CPUs, for what is no gradient: a card needn't be waited for."""
+    sharing: list[Muon] = field(default_factory=list)
+    """Optimizers that share their work out."""
 
     @classmethod
     def join(cls, device: str = "auto", environment: Any = os.environ) -> Mesh:
@@ -127,7 +133,10 @@ class Processes(Mesh):
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_card else "gloo", timeout=timedelta(minutes=10))
         control = dist.new_group(backend="gloo") if on_card else dist.group.WORLD
-        return cls(rank, size, control=control)
+        mesh = cls(rank, size, control=control)
+        if not on_card:
+            atexit.register(mesh._destroy)
+        return mesh
 
     def share(self, value: Any) -> Any:
         box = [value]
@@ -150,11 +159,24 @@ class Processes(Mesh):
         for each in optimizers_of(optimizer):
             if isinstance(each, Muon):
                 each.process_group = dist.group.WORLD
+                self.sharing.append(each)
 
     def equalize(self, model: Any) -> None:
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor, src=0)
+
+    def leave(self) -> None:
+        self.barrier()
+        self._destroy()
+
+    def _destroy(self) -> None:
+        """Drop the groups: Gloo's threads would abort a process that ends while something holds one."""
+        for optimizer in self.sharing:
+            optimizer.process_group = None
+        object.__setattr__(self, "control", None)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def evaluate(self, here: Execute, evaluator: Any, units: Sequence[Unit]) -> list[Result]:
         """Evaluate every `size`-th unit, and return the results of all."""
