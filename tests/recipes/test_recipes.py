@@ -53,6 +53,7 @@ FILES = {
     "ptb": write_ptb,
     "arrays": write_arrays,
     "fineweb_124m": write_shards,
+    "fineweb_1b5": write_shards,
     "cpu_bytes": write_shards,
     "cdrge_gpt_bytes": write_shards,
     "cdrge_lstm_owt": write_shards,
@@ -101,9 +102,11 @@ def test_shrunk_it_improves(name, tmp_path):
     assert not rows[-1].get("drift")
 
 
-@pytest.mark.parametrize("record", "1234567")
-def test_every_record_of_the_speedrun_trains(record, tmp_path):
-    config = RECIPES["fineweb_124m"](record)
+@pytest.mark.parametrize(
+    "recipe, argument", [*(("fineweb_124m", record) for record in "1234567"), ("fineweb_1b5", "adamw")]
+)
+def test_every_record_of_the_speedrun_trains(recipe, argument, tmp_path):
+    config = RECIPES[recipe](argument)
     model = SHRUNK["gpt"] | {"vocab": 300}
     (tmp_path / "data").mkdir()
     path = str(write_shards(tmp_path / "data"))
@@ -133,6 +136,15 @@ def test_record_8_is_the_published_one():
     assert sorted(groups) == [
         ("adamw", 1, pytest.approx(0.002)), ("adamw", 1, pytest.approx(0.3)), ("muon", 72, pytest.approx(0.02)),
     ]  # fmt: skip
+
+
+def test_the_scale_up_has_the_weights_of_its_log():
+    """52 · 12 · 1536² in the layers, and 50,304 · 1536 in the embedding, which is the head."""
+    config = resolve(RECIPES["fineweb_1b5"]())
+    assert config.run.steps * config.task.batch * config.task.length == 9_999_482_880
+    with torch.device("meta"):
+        model = config.model.build(Interface(50_257, None, 50_257, "every"))
+    assert sum(p.numel() for p in model.parameters()) == 52 * 12 * 1536**2 + 50_304 * 1536
 
 
 def test_smoke_as_it_is_reaches_its_target(tmp_path):

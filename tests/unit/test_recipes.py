@@ -1,8 +1,10 @@
 """Recipes against the numbers of what they repeat, written out here once more."""
 
+import dataclasses
+
 import pytest
 
-from reroll.recipes import cpu_bytes, fineweb_124m
+from reroll.recipes import cpu_bytes, fineweb_1b5, fineweb_124m
 
 COLUMNS = (
     "kind", "lr", "embedding_lr", "head_lr", "vector_lr", "adjust_lr_fn", "warmup", "warmdown", "steps",
@@ -74,3 +76,22 @@ def test_cpu_bytes_is_record_8_made_small():
             assert getattr(config.optim, name) == getattr(record.optim, name)
     for name in ("position", "activation", "qk_norm", "zero_init", "tied", "embed_norm"):
         assert getattr(config.model, name) == getattr(record.model, name)
+
+
+@pytest.mark.parametrize("rule", ["muon", "adamw"])
+def test_the_scale_up_to_1_5_billion_weights(rule):
+    """Against its logs: rates of matrices and of the tied embedding, schedule, and what it has of record 7."""
+    config, seven = fineweb_1b5(rule), fineweb_124m("7")
+    model, optim, task, run = config.model, config.optim, config.task, config.run
+    assert (model.layers, model.heads, model.width) == (52, 12, 1536)
+    assert model == dataclasses.replace(seven.model, layers=52, heads=12, width=1536)
+    assert (task.batch, task.length, run.steps, run.target_valid) == (480, 1024, 20_344, None)
+    assert (optim.kind, optim.lr, optim.embedding_lr, optim.betas) == (rule, 0.0009, 0.0018, (0.9, 0.95))
+    assert (optim.weight_decay, optim.clip) == (0.0, None)
+    if rule == "muon":
+        assert optim.lr * 0.2 == pytest.approx(0.1 * 0.0018)
+        assert (optim.adjust_lr_fn, optim.momentum) == ("match_rms_adamw", 0.95)
+    rates = [optim.schedule(step, run.steps) for step in (0, 499, 14_532, 14_533, 20_343)]
+    first = 1 if rule == "muon" else 1 / 500
+    assert rates == pytest.approx([first, 1, 1, 5811 / 5812, 1 / 5812])
+    assert task.valid_tokens == {"muon": 10_420_224, "adamw": 10_403_840}[rule]
