@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reroll.data.tokenizers import Byte, Char, Tokenizer, Word, encode_chunks, fit, from_dict, symbol_dtype
+from reroll.data.symbols import encode_chunks, symbol_dtype
+from reroll.data.tokenizers import Byte, Char, Tokenizer, Word, fit, from_dict
 from reroll.errors import UsageError
 
 TEXT = "naïve café — 東京 🜁 it's\r\nthe  end,\tthe end.\n\n  indented 12345\n" * 5
@@ -87,6 +88,7 @@ def test_any_text_comes_back(text):
     assert Byte().decode(Byte().encode(text)) == text
     tokenizer = fit("char", [text], max_vocab=10**6)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+    text = text.replace("<eos>", "eos")  # to a word tokenizer it is the end of a line
     words = fit("word", [text], max_vocab=10**6)
     assert words.decode(words.encode(text)).split() == text.split()
     assert words.encode(text).max(initial=1) < words.size
@@ -167,6 +169,10 @@ def consume(tokenizer, *chunks):
     [
         (lambda: fit("bytes"), "tokenizer='bytes' is unknown. Did you mean \"byte\""),
         (lambda: from_dict({"name": "bpe"}), "bpe.* is not known to this version of reroll"),
+        (lambda: from_dict({"name": "bpe", "merges": ["ab c"]}), "bpe.* is not known to this version of reroll"),
+        (lambda: from_dict({"name": "bpe", "merges": ["a"]}), "bpe.* is not known to this version of reroll"),
+        (lambda: from_dict({"name": "bpe", "merges": [3]}), "bpe.* is not known to this version of reroll"),
+        (lambda: fit("bpe", max_vocab=256), "max_vocab=256 leaves no room .*at least 257"),
         (lambda: fit("byte", max_vocab=300), "max_vocab=300 has no meaning for tokenizer='byte'"),
         (lambda: fit("char", ["a"], max_vocab=0), "max_vocab=0 must be greater than zero"),
         (lambda: fit("word", ["a"], max_vocab=2), "max_vocab=2 leaves no room"),

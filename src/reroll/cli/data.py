@@ -28,8 +28,8 @@ class Data:
         None, "folder to write to (default: for series the cache, where `reroll reproduce elk-fig3` looks; else NAME/)"
     )
     every: int = option(1, "series: keep every k-th step")
-    tokenizer: Literal["byte", "char", "word", "gpt2"] = option("byte", "tokens: byte, char, word or gpt2")
-    max_vocab: int | None = option(None, "tokens: largest vocabulary (default: char 1024, word 10000)")
+    tokenizer: Literal["byte", "char", "word", "bpe", "gpt2"] = option("byte", "tokens: byte, char, word, bpe or gpt2")
+    max_vocab: int | None = option(None, "tokens: largest vocabulary (default: char 1024, word 10000, bpe 8192)")
     shard: int = option(100_000_000, "tokens: tokens per shard", within="[1, 2**31)")
     shards: int = option(25, "fineweb: training shards, of 100 million tokens and 200 MB each")
 

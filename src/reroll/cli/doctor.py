@@ -32,6 +32,7 @@ class Check(NamedTuple):
 
 EXTRAS = {
     "tiktoken": ("data", "GPT-2's tokenizer"),
+    "tokenizers": ("data", "byte pairs of a text"),
     "matplotlib": ("plot", "figures"),
     "scipy": ("records", "p-values of records"),
     "triton": ("gpu", "noise and linear recurrences on a CUDA GPU"),

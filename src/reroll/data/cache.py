@@ -28,7 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reroll.data.corpus import Corpus, is_single, passages
-from reroll.data.tokenizers import DEFAULT_SIZES, Tokenizer, decode_utf8, encode_chunks, fit, from_dict, symbol_dtype
+from reroll.data.symbols import Tokenizer, decode_utf8, encode_chunks, symbol_dtype
+from reroll.data.tokenizers import TOKENIZERS, fit, from_dict
 from reroll.errors import RunError, UsageError
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def _open(place: Path) -> Streams:
 def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: int | None) -> None:
     """Encode a corpus into the files of a cache entry; the description comes last, when they are complete."""
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = fit(tokenizer, training_text(corpus) if tokenizer in DEFAULT_SIZES else (), max_vocab)
+        tokenizer = fit_to(corpus, tokenizer, max_vocab)
     files: dict[str, BinaryIO] = {}
     digests: dict[str, Any] = {}
     try:
@@ -157,11 +158,16 @@ def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, bytes]
             yield passage.split, after
 
 
-def training_text(corpus: Corpus) -> Iterator[str]:
-    """Yield the text that a vocabulary is built from."""
+def fit_to(corpus: Corpus, name: str, max_vocab: int | None) -> Tokenizer:
+    """Return a tokenizer with the vocabulary of the training part of a corpus, if it has one; see `tokenizers.fit`."""
+    any_bytes = name in TOKENIZERS and TOKENIZERS[name].any_bytes
+    return fit(name, _training_text(corpus, any_bytes), max_vocab)
+
+
+def _training_text(corpus: Corpus, any_bytes: bool) -> Iterator[str]:
     for passage in passages(corpus):
         if passage.split == "train":
-            yield from decode_utf8(passage.chunks(), passage.document.where)
+            yield from decode_utf8(passage.chunks(), passage.document.where, any_bytes)
             if passage.separated:
                 yield "\n"
 

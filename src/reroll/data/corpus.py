@@ -193,7 +193,7 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
         )
     file = File(where.name, where)
     if not file.has_lines and not _is_text(where):
-        log.info("%s is not text: its bytes are learned as they are, which tokenizer='byte' alone can do.", name)
+        log.info("%s is not text: its bytes are learned as they are, by tokenizer='byte' or 'bpe' alone.", name)
     if not where.stat().st_size:
         raise UsageError(f"path={name!r} is empty; give a file with text in it.")
     return Corpus(name, (file,), field)

@@ -3,8 +3,8 @@
     encode("notes/", "shards/", tokenizer="byte")         of whatever `corpus.find` reads
     download("shards/", count=25)                         FineWeb as the speedruns use it, in GPT-2's tokens
 
-Every document follows a separator (0 for bytes, GPT-2's 50256, a new line for characters and words), and runs on from
-shard to shard.
+Every document follows a separator (0 for bytes, the last symbol of byte pairs, a new line for characters and words),
+and runs on from shard to shard.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reroll.data.cache import replacing, training_text
+from reroll.data.cache import fit_to, replacing
 from reroll.data.corpus import CHUNK, Corpus, find, passages
 from reroll.data.shards import (
     ABOUT,
@@ -36,7 +36,8 @@ from reroll.data.shards import (
     sha256_of,
     write_shard,
 )  # fmt: skip
-from reroll.data.tokenizers import GPT2, Tokenizer, encode_pieces, fit
+from reroll.data.symbols import Tokenizer, encode_pieces
+from reroll.data.tokenizers import GPT2
 from reroll.errors import RunError, UsageError, require_count
 
 SHARD = 100_000_000
@@ -60,7 +61,7 @@ def encode(
     Args:
         path, max_vocab, field: as for `reroll.data.text.Text`.
         folder: is made; shards of a text of this name in it are replaced.
-        tokenizer: "byte", "char", "word" or "gpt2"; or one that is ready.
+        tokenizer: "byte", "char", "word", "bpe" or "gpt2"; or one that is ready.
         shard: tokens of a shard.
 
     Raises:
@@ -79,7 +80,7 @@ def encode(
     require_count(shard=shard)
     corpus = find(path, field)
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = fit(tokenizer, training_text(corpus), max_vocab)
+        tokenizer = fit_to(corpus, tokenizer, max_vocab)
     if tokenizer.size > 1 << 16:
         raise UsageError(
             f"the tokenizer has {tokenizer.size} symbols; a shard holds 65536. Set max_vocab=65536 or less."

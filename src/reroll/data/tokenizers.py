@@ -1,76 +1,29 @@
-"""Text into symbols and back: bytes, characters, words, or the byte pairs of GPT-2.
+"""Text into symbols and back: bytes, characters, words, byte pairs of the text or those of GPT-2.
 
-    tokenizer = fit("char", texts, max_vocab=100)     texts: pieces of the training part, in order
-    symbols = tokenizer.encode("text")                a numpy array of the smallest unsigned type that holds them
-    text = tokenizer.decode(symbols)
-    tokenizer == from_dict(tokenizer.to_dict())       a run folder keeps the dictionary as JSON
-
-A text need not be in memory as a whole: `encode_chunks` cuts it only where `tokenizer.cut` says that
-encode(a + b) = encode(a) + encode(b), so the symbols do not depend on the size of the chunks.
+tokenizer = fit("char", texts, max_vocab=100)     texts: pieces of the training part, in order
+symbols = tokenizer.encode("text")                a numpy array of the smallest unsigned type that holds them
+text = tokenizer.decode(symbols)
+tokenizer == from_dict(tokenizer.to_dict())       a run folder keeps the dictionary as JSON
 """
 
 from __future__ import annotations
 
-import codecs
-import re
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from reroll.data.bytepairs import GPT2, BytePairs, train
+from reroll.data.symbols import Symbols, Tokenizer, pieces, symbol_dtype
 from reroll.errors import UsageError, did_you_mean, require_positive
 
-Symbols = npt.NDArray[Any]
+__all__ = ["GPT2", "Byte", "BytePairs", "Char", "Tokenizer", "Word", "fit", "from_dict"]
 
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 # Counting keeps at most this many words; the rarest, far from any vocabulary, are dropped.
 COUNTED_WORDS = 1 << 21
-
-
-class Tokenizer(ABC):
-    """A map between text and symbols 0 … size − 1.
-
-    Attributes a subclass sets: `name`, `size`, `separator`, the symbol put after each of several documents (None if
-    the vocabulary has none), and `has_unknown`, True if symbol 0 is everything that is not in the vocabulary.
-    """
-
-    name: str
-    size: int
-    separator: int | None
-    has_unknown: bool = False
-
-    @abstractmethod
-    def encode(self, text: str) -> Symbols:
-        """Return the symbols of a text, as an array of `symbol_dtype(size)`."""
-
-    @abstractmethod
-    def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
-        """Return the text of symbols as UTF-8, cut anywhere: the bytes of parts are parts of the bytes."""
-
-    def cut(self, text: str) -> int:
-        """Return the last position at which the text can be cut without changing its symbols, whatever comes next."""
-        return len(text)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the definition, ready for JSON; `from_dict` reads it."""
-        return {"name": self.name}
-
-    def decode(self, symbols: Sequence[int] | Symbols) -> str:
-        """Return the text of symbols. Invalid UTF-8, which a model may generate, becomes �."""
-        return self.decode_bytes(symbols).decode("utf-8", "replace")
-
-    def unknown(self, text: str) -> list[str]:
-        """Return the parts of a text that have no symbol of their own and become symbol 0, each once, in order."""
-        return []
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tokenizer) and self.to_dict() == other.to_dict()
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.size))
 
 
 class Byte(Tokenizer):
@@ -81,7 +34,7 @@ class Byte(Tokenizer):
         ([195, 169, 33], 'é!�')
     """
 
-    name, size, separator = "byte", 256, ord("\n")
+    name, size, separator, any_bytes = "byte", 256, ord("\n"), True
 
     def encode(self, text: str) -> Symbols:
         return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).copy()
@@ -173,53 +126,11 @@ class Word(Tokenizer):
         return {"name": self.name, "words": self.words[2:]}
 
 
-class GPT2(Tokenizer):
-    """The 50,257 byte pairs of GPT-2, by tiktoken (extra `data`); symbol 50256 ends a document.
-
-    Raises:
-        UsageError: if tiktoken is not installed, or its table neither cached nor available.
-    """
-
-    name, size, separator = "gpt2", 50257, 50256
-
-    def __init__(self) -> None:
-        try:
-            import tiktoken
-
-            self._encoding = tiktoken.get_encoding("gpt2")
-        except ImportError:
-            raise UsageError(
-                "tokenizer='gpt2' needs tiktoken: pip install 'reroll[data]'; or take tokenizer='byte', which needs "
-                "nothing."
-            ) from None
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            raise UsageError(
-                f"tokenizer='gpt2' could not fetch its table ({type(error).__name__}): load it once with a network and "
-                "TIKTOKEN_CACHE_DIR set, then keep that folder; or take tokenizer='byte', which needs no network."
-            ) from None
-
-    def encode(self, text: str) -> Symbols:
-        # encode_ordinary: <|endoftext|> in a text is just these letters.
-        return np.asarray(self._encoding.encode_ordinary(text), dtype=symbol_dtype(self.size))
-
-    def decode_bytes(self, symbols: Sequence[int] | Symbols) -> bytes:
-        return self._encoding.decode_bytes(np.asarray(symbols).tolist())
-
-    def cut(self, text: str) -> int:
-        # GPT-2 first cuts text by a regular expression whose matches have white space only in front, so a border
-        # before a space that follows a letter is always one of theirs. Near the end there nearly always is one.
-        for begin in (max(len(text) - 1000, 0), 0):
-            borders = [match.end() - 1 for match in re.finditer(r"\S[ \n]", text[begin:])]
-            if borders:
-                return begin + borders[-1]
-        return 0
-
-
-TOKENIZERS: dict[str, type[Byte] | type[Char] | type[Word] | type[GPT2]] = {
-    tokenizer.name: tokenizer for tokenizer in (Byte, Char, Word, GPT2)
+TOKENIZERS: dict[str, type[Byte] | type[Char] | type[Word] | type[BytePairs] | type[GPT2]] = {
+    tokenizer.name: tokenizer for tokenizer in (Byte, Char, Word, BytePairs, GPT2)
 }
 """Every tokenizer, by its name on the command line."""
-DEFAULT_SIZES = {"char": 1024, "word": 10_000}
+DEFAULT_SIZES = {"char": 1024, "word": 10_000, "bpe": 8192}
 
 
 def fit(name: str, texts: Iterable[str] = (), max_vocab: int | None = None) -> Tokenizer:
@@ -228,10 +139,10 @@ def fit(name: str, texts: Iterable[str] = (), max_vocab: int | None = None) -> T
     Symbols are in order of frequency, then of code point, so the same text gives the same symbols everywhere.
 
     Args:
-        name: "byte", "char", "word" or "gpt2".
-        texts: the training text, cut anywhere; read by `char` and `word` alone.
-        max_vocab: the largest size of the vocabulary, special symbols included. None: 1024 characters or 10,000 words
-            (which is all of Penn Treebank's).
+        name: "byte", "char", "word", "bpe" or "gpt2".
+        texts: the training text, cut anywhere; read by `char`, `word` and `bpe` alone.
+        max_vocab: the largest size of the vocabulary, special symbols included. None: 1024 characters, 10,000 words
+            (which is all of Penn Treebank's) or 8192 byte pairs.
 
     Raises:
         UsageError: if the name is unknown, or the vocabulary not one that can be chosen.
@@ -244,8 +155,10 @@ def fit(name: str, texts: Iterable[str] = (), max_vocab: int | None = None) -> T
         return GPT2() if name == "gpt2" else Byte()
     require_positive(max_vocab=max_vocab)
     size = DEFAULT_SIZES[name] if max_vocab is None else max_vocab
-    if size < 3:
-        raise UsageError(f"max_vocab={max_vocab} leaves no room beside the special symbols; give at least 3.")
+    if size < (least := 257 if name == "bpe" else 3):
+        raise UsageError(f"max_vocab={max_vocab} leaves no room beside the special symbols; give at least {least}.")
+    if name == "bpe":
+        return train(texts, size)
     if name == "char":
         return Char("".join(_most_frequent(_count_characters(texts), size - 1)))
     words = _count_words(texts)
@@ -267,11 +180,6 @@ def from_dict(saved: dict[str, Any]) -> Tokenizer:
         raise UsageError(f"tokenizer={str(saved)[:60]} is not known to this version of reroll ({error!r}).") from None
 
 
-def symbol_dtype(size: int) -> np.dtype[Any]:
-    """Return the smallest little-endian unsigned type for symbols below `size`: 1, 2 or 4 bytes."""
-    return np.dtype("<u1" if size <= 1 << 8 else "<u2" if size <= 1 << 16 else "<u4")
-
-
 def split_words(text: str) -> list[str]:
     """Return the words of a text, with <eos> for every newline."""
     return text.replace("\n", f" {END_OF_LINE} ").split()
@@ -284,59 +192,6 @@ def last_space(text: str) -> int:
     return len(text) - len(text.rsplit(None, 1)[-1])
 
 
-def decode_utf8(chunks: Iterable[bytes], name: str) -> Iterator[str]:
-    """Yield the text of chunks of bytes that may end within a character; `name` is for errors.
-
-    Raises:
-        UsageError: if they are not UTF-8.
-    """
-    try:
-        for text in codecs.iterdecode(chunks, "utf-8"):
-            if "\0" in text:
-                raise UsageError(
-                    f"path={name} holds NUL bytes, as UTF-16 and binary files do. Convert it to UTF-8 text, or take "
-                    "tokenizer='byte', which learns any file."
-                )
-            yield text
-    except UnicodeDecodeError as error:
-        before = error.object[max(error.start - 20, 0) : error.start].decode("utf-8", "ignore")
-        raise UsageError(
-            f"path={name} is not UTF-8 after {before!r} ({error.reason}). Convert it to UTF-8 text, or take "
-            "tokenizer='byte', which learns any file."
-        ) from None
-
-
-def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[bytes], name: str) -> Iterator[Symbols]:
-    """Yield the symbols of a document that comes in chunks of bytes; together they are those of the whole.
-
-    Memory is that of a few chunks; a word longer than a chunk has to fit as well. `name` is for errors.
-    """
-    yield from (symbols for _, symbols, _ in encode_pieces(tokenizer, chunks, name))
-
-
-def encode_pieces(
-    tokenizer: Tokenizer, chunks: Iterable[bytes], name: str
-) -> Iterator[tuple[str | None, Symbols, int]]:
-    """Yield what `encode_chunks` does with the text of the symbols (None for bytes) and its length in bytes."""
-    if isinstance(tokenizer, Byte):
-        # The bytes as they are, UTF-8 or not.
-        yield from ((None, np.frombuffer(chunk, dtype=np.uint8), len(chunk)) for chunk in chunks)
-        return
-    for text in _pieces(decode_utf8(chunks, name), tokenizer.cut):
-        yield text, tokenizer.encode(text), len(text.encode())
-
-
-def _pieces(texts: Iterable[str], cut: Callable[[str], int]) -> Iterator[str]:
-    """The same text, regrouped to end where it can be cut."""
-    pending = ""
-    for text in texts:
-        pending += text
-        place = cut(pending)
-        yield pending[:place]
-        pending = pending[place:]
-    yield pending
-
-
 def _count_characters(texts: Iterable[str]) -> Counter[str]:
     counts = np.zeros(0x110000, dtype=np.int64)
     for text in texts:
@@ -347,7 +202,7 @@ def _count_characters(texts: Iterable[str]) -> Counter[str]:
 
 def _count_words(texts: Iterable[str]) -> Counter[str]:
     counts = Counter[str]()
-    for piece in _pieces(texts, last_space):
+    for piece in pieces(texts, last_space):
         counts.update(split_words(piece))
         if len(counts) > COUNTED_WORDS:
             counts = Counter(dict(counts.most_common(COUNTED_WORDS // 2)))

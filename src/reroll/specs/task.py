@@ -80,8 +80,8 @@ class Text(FileTask):
     """The next symbol of a text."""
 
     kind: str = option("text", "the task")
-    tokenizer: Literal["byte", "char", "word", "gpt2"] = option("byte", "symbols of a text", flag="tokenizer")
-    max_vocab: int | None = option(None, "maximum vocabulary; none: 1024 for char, 10000 for word")
+    tokenizer: Literal["byte", "char", "word", "bpe", "gpt2"] = option("byte", "symbols of a text", flag="tokenizer")
+    max_vocab: int | None = option(None, "maximum vocabulary; none: 1024 for char, 10000 for word, 8192 for bpe")
     field: str = option("text", "field of JSON lines that has the text; a.b is b inside a", flag="field")
     carry: bool = option(False, "read the text in order, carrying the state from window to window")
 
