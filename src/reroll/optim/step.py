@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from reroll.errors import EpsilonTooSmall, warn
-from reroll.grad.base import Estimator, Gradient, LossFn
+from reroll.grad.base import Dense, Estimator, Gradient, LossFn
 from reroll.grad.checks import RAISED
 from reroll.keys import Key
 from reroll.optim.apply import apply, clip_norm, drop_grads
@@ -63,6 +63,7 @@ class StepResult:
         gradient: as applied, so clipped.
         norm: ‖g‖ before clipping; None if it was not computed.
         settings: the settings of the step, with ε raised if it had to be.
+        where: the first tensor, in the model's order, whose gradient is not finite, if that is how it ended.
     """
 
     loss: Tensor
@@ -72,6 +73,7 @@ class StepResult:
     state: Any
     stats: dict[str, Any]
     settings: StepSettings | None = None
+    where: str = ""
 
 
 def step(
@@ -128,11 +130,20 @@ def step(
         gradient, size = clip_norm(gradient, clip, size)
     result = StepResult(estimate.loss, outcome, gradient, size, estimate.state, estimate.stats, settings)
     if not outcome:
-        drop_grads(optimizer)
-        return result
+        return _refused(result, optimizer)
     if record is not None:
         record(result)
     apply(gradient, optimizer, update)
+    return result
+
+
+def _refused(result: StepResult, optimizer: Any) -> StepResult:
+    """Drop a gradient that must not be applied, after a look at where it is not finite."""
+    if result.outcome is Outcome.gradient_not_finite and isinstance(result.gradient, Dense):
+        stored = result.gradient.parameters.items()
+        bad = (name for name, p in stored if p.grad is not None and not p.grad.isfinite().all())
+        result = replace(result, where=next(bad, ""))
+    drop_grads(optimizer)
     return result
 
 

@@ -16,12 +16,16 @@ import torch
 
 from reroll.errors import EpsilonTooSmall, RunError, UsageError
 from reroll.grad.base import Seeded, trainable
+from reroll.grad.units import batch_size
 from reroll.kernels.threads import torch_threads
+from reroll.keys import Key
 from reroll.optim import StepResult, step
 from reroll.outcome import Outcome
 from reroll.rollout.monitor import monitoring
+from reroll.train import guard
 from reroll.train.config import Config, resolve
 from reroll.train.evaluate import evaluate
+from reroll.train.fit import parts_for
 from reroll.train.journal import Record
 from reroll.train.machine import signals
 from reroll.train.mesh import ALONE, Mesh
@@ -199,9 +203,13 @@ def take_step(session: Session) -> dict[str, Any]:
     except EpsilonTooSmall as error:
         if number == 0:
             raise
-        return _abort(session, f"Since the first step the weights have grown, or ε has shrunk: {error}")
+        return _lost(number, f"Since the first step the weights have grown, or ε has shrunk: {error}")
     if not result.outcome and result.outcome is not Outcome.gradient_not_finite:
-        return _abort(session, result.outcome.value)
+        why = f"{result.outcome.value.removeprefix('The loss is not finite. ')} {_source(session, batch, key)}"
+        reason = f"The loss is not finite at step {number}. {why}"
+        if number == 0:
+            raise RunError(reason)
+        return _lost(number, reason)
     if not result.outcome:
         record(result)
     completed = CompletedStep(number, batch, settings, result, float(result.loss), rollouts)
@@ -213,11 +221,17 @@ def take_step(session: Session) -> dict[str, Any]:
     return row | {"seconds": seconds, "total_seconds": session.progress.seconds}
 
 
-def _abort(session: Session, reason: str) -> dict[str, Any]:
-    """There is no gradient: an error at the first step, the last row of the run at a later one."""
-    if session.progress.step == 0:
-        raise RunError(f"The loss is not finite at step 0. {reason.removeprefix('The loss is not finite. ')}")
-    return {"step": session.progress.step, "loss": math.nan, "reason": reason}
+def _lost(number: int, reason: str) -> dict[str, Any]:
+    """Return the last row of a run, for a step after the first that has no gradient."""
+    return {"step": number, "loss": math.nan, "reason": reason}
+
+
+def _source(session: Session, batch: Any, key: Key) -> str:
+    """Return a sentence on where the loss of a batch that is not finite comes from."""
+    each, rows = getattr(session.estimator, "each", session.estimator), batch_size(batch) or 1
+    parts = parts_for(rows, getattr(each, "micro_batch", None) or rows)
+    parts = max(parts, getattr(each, "accumulate", 1) * session.mesh.size)
+    return guard.describe(session.model, session.loss_fn, batch, key, parts)
 
 
 def validate(session: Session) -> dict[str, float]:

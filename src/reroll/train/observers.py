@@ -89,6 +89,8 @@ def diagnostics(session: Session, step: CompletedStep) -> dict[str, Any]:
         row["gradient_norm"] = result.norm
     if rollouts.calls:
         row |= {"rollout_iterations": rollouts.iterations, "rollout_fell_back": rollouts.fell_back}
+    if result.where:
+        row["not_finite"] = result.where
     if result.outcome is Outcome.no_difference:
         row["no_difference"] = True
     return row | {name: value for name, value in result.stats.items() if name in PROBING}
@@ -116,7 +118,13 @@ class Warnings:
         }
         for outcome in (outcome for outcome, sign in signs.items() if sign and outcome not in self.shown):
             self.shown.add(outcome)
-            self.note(f"step {row['step'] + 1}: {outcome.value} (Shown once.)")
+            where = _where(row) if outcome is Outcome.gradient_not_finite else ""
+            self.note(f"step {row['step'] + 1}: {outcome.value}{where} (Shown once.)")
+
+
+def _where(row: dict[str, Any]) -> str:
+    """Return a sentence on the first tensor whose gradient is not finite, where that is known."""
+    return f" First is the gradient of {row['not_finite']}." if "not_finite" in row else ""
 
 
 def ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, str] | None:
@@ -144,7 +152,8 @@ def _diverged(session: Session, row: dict[str, Any]) -> str | None:
     if not math.isfinite(row["loss"]):
         return str(row.get("reason"))
     if progress.refused_in_a_row >= REFUSED:
-        return f"the gradients of {REFUSED} steps in a row were not finite. {Outcome.gradient_not_finite.value}"
+        why = f"{Outcome.gradient_not_finite.value}{_where(row)}"
+        return f"the gradients of {REFUSED} steps in a row, up to step {row['step'] + 1}, were not finite. {why}"
     if progress.fast > run.diverged * max(progress.first_loss, 1e-12):
         return (
             f"the loss (average {progress.fast:.4g}) is more than {run.diverged:g} times the first "
