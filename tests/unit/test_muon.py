@@ -1,93 +1,34 @@
 """Muon against exact orthogonalisation, torch's own, and its stated results for gradients of every kind."""
 
 import copy
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from reroll import Backprop, Muon, orthogonalize
 from reroll.data.synthetic import Copy
 from reroll.errors import UsageError
 from reroll.optim.groups import MultiOptimizer, build_optimizer
-from reroll.optim.muon import JORDAN, POLAR_EXPRESS
+from reroll.optim.orthogonal import JORDAN, METHODS
 from reroll.optim.step import StepSettings, configure
 from reroll.specs import optim as specs
 from reroll.train import checkpoint
 from reroll.train.session import Session
 
-SHAPES = [(7, 7), (20, 9), (9, 20), (33, 64), (3, 5, 4), (2, 2, 6, 11)]
 
-
-def with_singular_values(shape, low, dtype=torch.float64):
-    """A random matrix whose singular values are spread evenly from `low` to 1 in their logarithm; and its U Vᵀ."""
-    u, s, vh = torch.linalg.svd(torch.randn(shape, dtype=dtype), full_matrices=False)
-    values = torch.logspace(torch.tensor(low).log10().item(), 0, s.shape[-1], dtype=dtype)
-    return u * values @ vh, u @ vh
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("coefficients, low, high", [(JORDAN, 0.68, 1.14), (POLAR_EXPRESS, 0.84, 1.15)])
-def test_singular_values_end_in_the_stated_band(shape, coefficients, low, high):
-    matrix, exact = with_singular_values(shape, 0.05)
-    found = orthogonalize(matrix, coefficients=coefficients)
-    values = torch.linalg.svdvals(found)
-    assert low < values.min()
-    assert values.max() < high
-    # The singular vectors are those of the matrix: Uᵀ O V is diagonal.
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    inside = u.mT @ found @ vh.mT
-    assert (inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-9
-    # Steps of coefficients whose fixed point is 1 go on to U Vᵀ itself.
-    newton_schulz = ((1.875, -1.25, 0.375),)
-    assert (orthogonalize(matrix, 30, coefficients=newton_schulz) - exact).abs().max() < 1e-9
-
-
-@pytest.mark.parametrize("steps", [1, 4, 5, 7])
-@pytest.mark.parametrize("coefficients", [JORDAN, POLAR_EXPRESS, ((2.0, -1.5, 0.5), *JORDAN)])
-def test_a_step_is_the_polynomial_of_the_singular_values(steps, coefficients):
-    matrix = torch.randn(11, 6, dtype=torch.float64)
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    x = s / matrix.norm() / (1.02 if coefficients is POLAR_EXPRESS else 1.0)
-    for step in range(steps):
-        a, b, c = coefficients[min(step, len(coefficients) - 1)]
-        x = a * x + b * x**3 + c * x**5
-    torch.testing.assert_close(orthogonalize(matrix, steps, coefficients=coefficients), u * x @ vh)
-
-
-def test_coefficients_and_defaults_are_those_that_were_published():
-    """Jordan's of the speedrun's record 8; those of five steps of Amsel et al., algorithm 1."""
-    assert JORDAN == ((3.4445, -4.7750, 2.0315),)
-    assert POLAR_EXPRESS == (
-        (8.15655, -22.48329, 15.87877), (4.04293, -2.80892, 0.50002), (3.89167, -2.77248, 0.50606),
-        (3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.42324),
-    )  # fmt: skip
+def test_defaults_are_those_that_were_published():
     (group,) = Muon([nn.Parameter(torch.zeros(2, 2))]).param_groups
     expected = {"lr": 0.02, "weight_decay": 0.0, "momentum": 0.95, "nesterov": True, "ns_coefficients": JORDAN}
-    expected |= {"eps": 1e-7, "ns_steps": 5, "adjust_lr_fn": None, "beta2": None, "cautious": False, "dtype": None}
+    expected |= {"eps": 1e-7, "ns_steps": None, "adjust_lr_fn": None, "beta2": None, "cautious": False}
+    expected |= {"normalize_rows": False, "dtype": None}
     assert {name: value for name, value in group.items() if name != "params"} == expected
     matrix = torch.randn(4, 4, dtype=torch.float64) * 1e-6
     torch.testing.assert_close(orthogonalize(matrix), orthogonalize(matrix, eps=1e-7), rtol=0, atol=0)
     torch.testing.assert_close(orthogonalize(matrix * 1e-4), orthogonalize(matrix * 1e-4, eps=1e-7), rtol=0, atol=0)
     assert not torch.allclose(orthogonalize(matrix * 1e-4), orthogonalize(matrix * 1e-4, eps=1e-8))
-
-
-@pytest.mark.parametrize("low, high", [(0.003, 1.203), (0.01, 1.135)])
-def test_the_band_that_is_stated(low, high):
-    values = torch.linspace(low, 1, 4001, dtype=torch.float64)
-    for _ in range(5):
-        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    assert values.min() > 0.68
-    assert high - 0.01 < values.max() < high
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, list, lambda c: [list(abc) for abc in c], tuple])
-def test_a_copy_of_polar_express_keeps_its_margin(how, tmp_path):
-    matrix = torch.randn(9, 6, dtype=torch.float64)
-    torch.save(how(POLAR_EXPRESS), tmp_path / "c.pt")
-    for coefficients in (how(POLAR_EXPRESS), torch.load(tmp_path / "c.pt")):
-        expected = orthogonalize(matrix, coefficients=POLAR_EXPRESS)
-        assert torch.equal(orthogonalize(matrix, coefficients=coefficients), expected)
 
 
 def test_autocast_changes_nothing():
@@ -99,44 +40,6 @@ def test_autocast_changes_nothing():
         p.grad = matrix
         Muon([p], lr=1.0, momentum=0.0, dtype=torch.float32).step()
     torch.testing.assert_close(p.detach(), -(1.5**0.5) * alone)
-
-
-def test_vmap_goes_over_stacks():
-    matrices = torch.randn(3, 6, 4, dtype=torch.float64)
-    torch.testing.assert_close(torch.vmap(orthogonalize)(matrices), orthogonalize(matrices))
-
-
-def test_it_is_one_graph():
-    """No value decides what is computed, so that torch.compile has nothing to break at."""
-    matrix = torch.randn(6, 4, dtype=torch.float64)
-    compiled = torch.compile(orthogonalize, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(matrix), orthogonalize(matrix))
-
-
-def test_bf16_is_enough():
-    matrix, _ = with_singular_values((64, 200), 0.01, torch.float32)
-    values = torch.linalg.svdvals(orthogonalize(matrix))
-    assert values.min() > 0.6
-    assert values.max() < 1.25
-    exact = orthogonalize(matrix.double())
-    assert (orthogonalize(matrix) - exact).norm() < 0.05 * exact.norm()
-    assert (orthogonalize(matrix, dtype=torch.float32) - exact).norm() < 1e-4 * exact.norm()
-
-
-def test_extreme_matrices_have_the_stated_results():
-    matrix = torch.randn(6, 9)
-    assert torch.equal(orthogonalize(torch.zeros(6, 9)), torch.zeros(6, 9))
-    assert orthogonalize(matrix * 1e-30).abs().max() < 1e-15  # below ε: proportionally less
-    torch.testing.assert_close(orthogonalize(matrix * 2.0**100), orthogonalize(matrix))
-    torch.testing.assert_close(orthogonalize(matrix * 2.0**-15), orthogonalize(matrix))
-    for bad in (torch.nan, torch.inf):
-        one = matrix.clone()
-        one[2, 3] = bad
-        assert orthogonalize(one).isnan().any()
-    assert orthogonalize(torch.zeros(0, 4)).shape == (0, 4)
-    for wrong in (torch.zeros(5), torch.zeros(3, 3, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.complex64)):
-        with pytest.raises(UsageError, match="must be real and have two axes"):
-            orthogonalize(wrong)
 
 
 def pair(shape, dtype=torch.float32):
@@ -179,7 +82,9 @@ def test_a_sum_and_an_average_of_gradients_are_orthogonalised_alike(nesterov):
 
 def test_the_first_step_without_momentum_is_one_of_shampoo():
     """Shampoo without accumulation: (G Gᵀ)^(−¼) G (Gᵀ G)^(−¼) = U Vᵀ."""
-    matrix, exact = with_singular_values((9, 9), 0.2)
+    matrix = torch.randn(9, 9, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(matrix)
+    exact = u @ vh
 
     def power(m, p):
         values, vectors = torch.linalg.eigh(m)
@@ -188,9 +93,10 @@ def test_the_first_step_without_momentum_is_one_of_shampoo():
     shampoo = power(matrix @ matrix.mT, -0.25) @ matrix @ power(matrix.mT @ matrix, -0.25)
     torch.testing.assert_close(shampoo, exact)
     p = nn.Parameter(torch.zeros(9, 9, dtype=torch.float64))
-    p.grad = matrix
-    Muon([p], lr=1.0, momentum=0.0, ns_coefficients=(1.875, -1.25, 0.375), ns_steps=30).step()
-    torch.testing.assert_close(-p.detach(), shampoo)
+    for coefficients in ((1.875, -1.25, 0.375), "polar_express", "svd"):
+        nn.init.zeros_(p).grad = matrix
+        Muon([p], lr=1.0, momentum=0.0, ns_coefficients=coefficients, ns_steps=40).step()
+        torch.testing.assert_close(-p.detach(), shampoo)
 
 
 def test_matrices_of_one_shape_are_updated_together_as_each_alone():
@@ -215,6 +121,41 @@ def test_matrices_of_one_shape_are_updated_together_as_each_alone():
         Muon([one], lr=0.1).step()
         Muon([many], lr=0.1).step()
         torch.testing.assert_close(many[i], one)
+
+
+@pytest.mark.parametrize("normalize_rows", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_the_stated_results(name, normalize_rows):
+    """Of gradients of every size: none, proportionally less, the same, and NaN; alone, and as one of a group."""
+    options = {"ns_coefficients": name, "normalize_rows": normalize_rows}
+    gradient, start = torch.randn(11, 7), torch.randn(11, 7)
+
+    def stepped(factor, **also):
+        p = nn.Parameter(start.clone())
+        p.grad = gradient * factor
+        Muon([p], lr=0.1, momentum=0.0, **options, **also).step()
+        return p.detach()
+
+    expected = start - 0.1 * (11 / 7) ** 0.5 * orthogonalize(gradient, coefficients=name, normalize_rows=normalize_rows)
+    torch.testing.assert_close(stepped(1.0), expected, rtol=0, atol=1e-3)  # bf16 in one of them
+    assert torch.equal(stepped(0.0), start)
+    torch.testing.assert_close(stepped(1e-30), start, rtol=0, atol=1e-7)
+    torch.testing.assert_close(stepped(1e30), stepped(1.0), rtol=0, atol=0.01)
+    assert stepped(torch.nan).isnan().any()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert torch.equal(stepped(1.0, process_group=dist.group.WORLD), stepped(1.0))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_config_names_every_method():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9))
+    assert set(get_args(get_type_hints(specs.Muon)["ns_coefficients"])) == set(METHODS)
+    for name in METHODS:
+        spec = specs.Muon(ns_coefficients=name, ns_steps=3, normalize_rows=True)
+        group = spec.build(model, 0.02).optimizers["muon"].param_groups[0]
+        assert (group["ns_coefficients"], group["ns_steps"], group["normalize_rows"]) == (name, 3, True)
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12), (7, 7)])
@@ -253,7 +194,7 @@ def test_cautious_decay_spares_what_the_update_moves_away_from_zero():
         {"lr": -1}, {"momentum": 1.0}, {"beta2": 1.5}, {"eps": 0}, {"adjust_lr_fn": "x"}, {"ns_steps": 0},
         {"ns_steps": 2.5}, {"ns_steps": "5"}, {"ns_coefficients": ()}, {"ns_coefficients": (1.0, 2.0)},
         {"ns_coefficients": ((1.0, 2.0),)}, {"ns_coefficients": 3.0}, {"ns_coefficients": (("a", 1.0, 2.0),)},
-        {"ns_coefficients": ((1.0, float("nan"), 2.0),)}, {"ns_coefficients": None},
+        {"ns_coefficients": ((1.0, float("nan"), 2.0),)}, {"ns_coefficients": None}, {"ns_coefficients": "jordon"},
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_named(bad):

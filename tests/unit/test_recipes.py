@@ -48,7 +48,7 @@ def test_records_of_the_speedrun(record):
     )  # fmt: skip
     assert optim.schedule.kind == ("cosine" if first else "linear")
     if optim.kind == "muon":
-        assert (optim.momentum, optim.nesterov, optim.ns_steps) == (0.95, True, 5)
+        assert (optim.momentum, optim.nesterov, optim.ns_coefficients, optim.ns_steps) == (0.95, True, "jordan", None)
         assert (optim.momentum_warmup, optim.beta2, optim.cautious) == (0, None, False)
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from reroll.errors import UsageError, did_you_mean, require_positive
 from reroll.grad.base import trainable
 from reroll.models.roles import ROLES, roles
-from reroll.optim.muon import JORDAN, Muon
+from reroll.optim.muon import Muon
+from reroll.optim.orthogonal import JORDAN
 from reroll.optim.sgd import SGD, evaluated
 
 Groups = list[dict[str, Any]]
@@ -38,12 +39,12 @@ def _adamw(groups: Groups, lr: float, *, betas: Betas = (0.9, 0.999), eps: float
 
 def _muon(
     groups: Groups, lr: float, *, momentum: float = 0.9, nesterov: bool = True, ns_coefficients: Any = JORDAN,
-    ns_steps: int = 5, adjust_lr_fn: Any = "match_rms_adamw", beta2: float | None = None, cautious: bool = False,
-    dtype: torch.dtype | None = None,
+    ns_steps: int | None = None, adjust_lr_fn: Any = "match_rms_adamw", beta2: float | None = None,
+    cautious: bool = False, normalize_rows: bool = False, dtype: torch.dtype | None = None,
 ) -> torch.optim.Optimizer:  # fmt: skip
     return Muon(
         groups, lr, momentum=momentum, nesterov=nesterov, ns_coefficients=ns_coefficients, ns_steps=ns_steps,
-        adjust_lr_fn=adjust_lr_fn, beta2=beta2, cautious=cautious, dtype=dtype,
+        adjust_lr_fn=adjust_lr_fn, beta2=beta2, cautious=cautious, normalize_rows=normalize_rows, dtype=dtype,
     )  # fmt: skip
 
 

@@ -8,13 +8,11 @@ It is for matrices that map features to features; embeddings, heads and vectors 
 `reroll.optim.build_optimizer("muon", model, …)` sees to. All matrices of one shape are orthogonalised in one call.
 
 References: K. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024; Bernstein & Newhouse, "Old
-Optimizer, New Norm" (arXiv:2409.20325); Amsel et al., "The Polar Express" (2505.16932); Li et al., "NorMuon"
-(2510.05491).
+Optimizer, New Norm" (arXiv:2409.20325); Li et al., "NorMuon" (2510.05491).
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -23,133 +21,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reroll.errors import UsageError, require_count, require_positive
+from reroll.errors import UsageError, require_positive
+from reroll.optim.orthogonal import JORDAN, Coefficients, check_method, method_of, orthogonalized, working_dtype
 from reroll.optim.sgd import evaluated, in_range, keep_precision
 
-Coefficients = tuple[float, float, float]
-JORDAN: tuple[Coefficients, ...] = ((3.4445, -4.7750, 2.0315),)
-"""a, b and c of x ← a x + b x³ + c x⁵, the same at every step: singular values in [0.01, 1] end in 0.68 … 1.13."""
-POLAR_EXPRESS: tuple[Coefficients, ...] = (
-    (8.15655, -22.48329, 15.87877), (4.04293, -2.80892, 0.50002), (3.89167, -2.77248, 0.50606),
-    (3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.42324),
-)  # fmt: skip
-"""Of Amsel et al., the best for each of five steps; made for inputs of norm 1/1.02."""
 AT_ONCE = {"cpu": 1 << 18}
 """Numbers orthogonalised in one call, by device; elsewhere 2²⁶. A step holds a few times that beside the weights: on a
 CPU it should fit into the cache."""
 
 
-def orthogonalize(
-    matrix: Tensor,
-    steps: int = 5,
-    *,
-    coefficients: Sequence[Coefficients] = JORDAN,
-    eps: float = 1e-7,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Return about V₁ V₂ᵀ of a matrix V₁ Σ V₂ᵀ, by a Newton–Schulz iteration.
-
-        X₀ = G / max(‖G‖, ε);    X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X
-
-    Singular values from about 0.003 ‖G‖ upwards end near 1 (with five steps of the usual coefficients in 0.68 … 1.20;
-    those from 0.01 ‖G‖ upwards in 0.68 … 1.13), smaller ones below. Autocast changes nothing. A matrix of zeros
-    gives zeros; one whose norm is below ε gives proportionally less; one with NaN or infinity gives NaN.
-
-    Args:
-        matrix: [..., m, n].
-        steps: of the iteration; beyond the coefficients the last ones are repeated.
-        coefficients: (a, b, c) of every step: `JORDAN`, `POLAR_EXPRESS` or other ones.
-        eps: see above.
-        dtype: to iterate in; None: bf16, as precision is not what limits it, and float64 for float64.
-
-    Returns:
-        The same shape and dtype.
-
-    Raises:
-        UsageError: if there are fewer than two axes, or the numbers are not real ones.
-
-    Example:
-        >>> u, _, v = torch.linalg.svd(torch.randn(40, 30, dtype=torch.float64), full_matrices=False)
-        >>> G = u @ torch.linspace(0.05, 1, 30, dtype=torch.float64).diag() @ v
-        >>> bool((orthogonalize(G) - u @ v).norm() < 0.3 * (u @ v).norm())
-        True
-    """
-    if matrix.dim() < 2 or not matrix.is_floating_point():
-        raise UsageError(
-            f"matrix of shape {tuple(matrix.shape)} and {matrix.dtype} must be real and have two axes or more."
-        )
-    require_positive(eps=eps)
-    _check_steps(steps, coefficients)
-    return _orthogonalized(matrix, steps, coefficients, eps, dtype).to(matrix.dtype)
-
-
-def _check_steps(steps: Any, coefficients: Any, prefix: str = "") -> None:
-    """Refuse what is no number of steps, or not the coefficients of their polynomials."""
-    require_count(**{f"{prefix}steps": steps})
-    try:
-        fits = len(coefficients) and all(len(abc) == 3 and all(math.isfinite(c) for c in abc) for abc in coefficients)
-    except TypeError:
-        fits = False
-    if not fits:
-        raise UsageError(f"{prefix}coefficients={coefficients!r} must be (a, b, c) of every step, finite numbers.")
-
-
-def _same(one: Sequence[Coefficients], other: Sequence[Coefficients]) -> bool:
-    """Whether two are equal by value, as after saving and loading, where tuples may have become lists."""
-    return [*map(tuple, one)] == [*map(tuple, other)]
-
-
-def _orthogonalized(
-    matrix: Tensor, steps: int, coefficients: Sequence[Coefficients], eps: float, dtype: torch.dtype | None
-) -> Tensor:
-    """`orthogonalize`, in the dtype that it iterates in."""
-    exact, work = torch.promote_types(matrix.dtype, torch.float32), _working_dtype(matrix.dtype, dtype)
-    if matrix.numel() == 0:
-        return matrix.to(work)
-    with torch.autocast(matrix.device.type, enabled=False):  # it would iterate in its own precision
-        return _iterated(matrix.to(exact), steps, coefficients, eps, work)
-
-
-def _iterated(
-    matrix: Tensor, steps: int, coefficients: Sequence[Coefficients], eps: float, work: torch.dtype
-) -> Tensor:
-    exact = matrix.dtype
-    x = matrix.reshape(-1, *matrix.shape[-2:])
-    margin = 1.02 if _same(coefficients, POLAR_EXPRESS) else 1.0
-    x = (x / (margin * _norm(x)).to(exact).clamp(min=eps)).to(work)
-    if len(x) == 1:
-        x = x[0]  # on a CPU, products of several matrices copy what is transposed; those of two do not
-    least, most = sorted(x.shape[-2:])
-    wide = x.shape[-2] == least
-    of = [coefficients[min(step, len(coefficients) - 1)] for step in range(steps)]
-    while of:
-        a, b, c = of.pop(0)
-        gram = x @ x.mT if wide else x.mT @ x
-        factor = _added(gram, gram, gram, beta=b, alpha=c)
-        if of and most >= 2 * least:
-            # Two steps at once are less work for long matrices: with Z = a + b A + c A², the next A is Z A Z.
-            factor.diagonal(dim1=-2, dim2=-1).add_(a)
-            a, b, c = of.pop(0)
-            gram = factor @ gram @ factor
-            second = _added(gram, gram, gram, beta=b, alpha=c)
-            factor = _added(factor, second, factor, beta=a)
-            x = factor @ x if wide else x @ factor
-        else:
-            x = _added(x, factor, x, beta=a) if wide else _added(x, x, factor, beta=a)
-    return x.view(matrix.shape)
-
-
-def _working_dtype(dtype: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    return asked or (torch.float64 if dtype is torch.float64 else torch.bfloat16)
-
-
 def _orthogonalized_alike(matrices: list[Tensor], group: dict[str, Any]) -> Tensor:
     """`orthogonalize` of matrices of one shape, [how many, ..., m, n], with the numbers of a parameter group."""
-    coefficients = group["ns_coefficients"]
-    if isinstance(coefficients[0], float | int):
-        coefficients = (coefficients,)
     together = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
-    return _orthogonalized(together, group["ns_steps"], coefficients, group["eps"], group["dtype"])
+    options = {name: group[name] for name in ("eps", "dtype", "normalize_rows")}
+    return orthogonalized(together, group["ns_coefficients"], group["ns_steps"], **options)
 
 
 def owners(shapes: Sequence[torch.Size], processes: int) -> list[list[int]]:
@@ -166,23 +51,6 @@ def owners(shapes: Sequence[torch.Size], processes: int) -> list[list[int]]:
     return owned
 
 
-def _added(c: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """β c + α a b, of matrices or of stacks of them."""
-    return (torch.addmm if c.dim() == 2 else torch.baddbmm)(c, a, b, beta=beta, alpha=alpha)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """The Frobenius norm of every matrix; in fp64 where the sum of squares may be too much for fp32."""
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    if x.device.type == "mps":
-        return norm
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        with contextlib.suppress(RuntimeError):  # under torch.func.vmap no value can be looked at
-            if norm.isfinite().all():
-                return norm
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for matrices; arguments that torch.optim.Muon has too mean the same.
 
@@ -196,11 +64,13 @@ class Muon(torch.optim.Optimizer):
         weight_decay: λ, decoupled.
         momentum: μ, in [0, 1). A warm-up of it is a schedule: set it from step to step (`reroll.optim.configure`).
         nesterov: orthogonalise G + μ M in place of M.
-        ns_coefficients, ns_steps, eps: of `orthogonalize`; `POLAR_EXPRESS` is the other usual choice.
+        ns_coefficients, ns_steps, eps: of `orthogonalize`: a name in `METHODS` ("jordan", "polar_express", "turbo",
+            "svd"), or numbers.
         adjust_lr_fn: None or "original" for the factor √max(1, m/n), "match_rms_adamw" for 0.2 √max(m, n), with which
             rates and decay of AdamW carry over (Liu et al., arXiv:2502.16982).
         beta2: divide rows (columns, if m < n) of O by a running root mean square, and keep its norm: NorMuon. None: no.
         cautious: decay only the weights that the update moves towards zero (Chen et al., arXiv:2510.12402).
+        normalize_rows: divide each row of G + μ M by its length before that (MuonEq-R), as for `orthogonalize`.
         dtype: of the iteration, as for `orthogonalize`.
         process_group: processes with equal weights and gradients, such as `torch.distributed.group.WORLD`, share the
             matrices out and gather the updates. None: each process does everything. It is an attribute too.
@@ -230,12 +100,13 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         *,
-        ns_coefficients: Coefficients | Sequence[Coefficients] = JORDAN,
+        ns_coefficients: str | Coefficients | Sequence[Coefficients] = JORDAN,
         eps: float = 1e-7,
-        ns_steps: int = 5,
+        ns_steps: int | None = None,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
         beta2: float | None = None,
         cautious: bool = False,
+        normalize_rows: bool = False,
         dtype: torch.dtype | None = None,
         process_group: Any = None,
     ):
@@ -243,7 +114,7 @@ class Muon(torch.optim.Optimizer):
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
-            "beta2": beta2, "cautious": cautious, "dtype": dtype,
+            "beta2": beta2, "cautious": cautious, "normalize_rows": normalize_rows, "dtype": dtype,
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -277,7 +148,7 @@ class Muon(torch.optim.Optimizer):
         owned = owners([p.shape for p in parameters], dist.get_world_size(processes))
         matrices = [[parameters[i] for i in of_rank] for of_rank in owned]
         sizes = [[p.numel() for p in of_rank] for of_rank in matrices]
-        work = _working_dtype(parameters[0].dtype, group["dtype"])
+        work = working_dtype(parameters[0].dtype, group["dtype"], method_of(group["ns_coefficients"]))
         flat = torch.zeros(max(map(sum, sizes)), dtype=work, device=parameters[0].device)
         mine, counts = matrices[rank := dist.get_rank(processes)], sizes[rank]
         place = dict(zip(mine, flat[: sum(counts)].split(counts)))
@@ -345,9 +216,7 @@ def _check(group: dict[str, Any]) -> None:
     if group["beta2"] is not None:
         in_range(group, beta2=1.0)
     require_positive(eps=group["eps"])
-    coefficients = group["ns_coefficients"]
-    single = isinstance(coefficients, Sequence) and len(coefficients) and isinstance(coefficients[0], float | int)
-    _check_steps(group["ns_steps"], (coefficients,) if single else coefficients, "ns_")
+    check_method(group["ns_coefficients"], group["ns_steps"], "ns_")
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         raise UsageError(f'adjust_lr_fn={group["adjust_lr_fn"]!r} must be None, "original" or "match_rms_adamw".')
     for p in group["params"]:

@@ -155,7 +155,11 @@ class Muon(Momentum):
         "match_rms_adamw", "factor of the rate by shape: original, √max(1, m/n), or match_rms_adamw, 0.2 √max(m, n)"
     )
     nesterov: bool = option(True, "orthogonalise gradient plus momentum, rather than the momentum alone")
-    ns_steps: int = option(5, "Newton–Schulz steps")
+    ns_coefficients: Literal["jordan", "polar_express", "turbo", "svd"] = option(
+        "jordan", "how matrices are orthogonalised: coefficients of Newton–Schulz steps, or svd, exactly"
+    )
+    ns_steps: int | None = option(None, "Newton–Schulz steps; none: 5, of turbo 4")
+    normalize_rows: bool = option(False, "divide rows by their length before they are orthogonalised (MuonEq-R)")
     beta2: float | None = option(None, "decay of the rows' second moment (NorMuon); none: plain Muon", within="[0, 1)")
     cautious: bool = option(False, "decay only weights that the update moves towards zero")
 
