@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from reroll import Backprop, Muon, orthogonalize
+from reroll import GPT, Backprop, Muon, orthogonalize
 from reroll.data.synthetic import Copy
 from reroll.errors import UsageError
 from reroll.optim.groups import MultiOptimizer, build_optimizer
-from reroll.optim.orthogonal import JORDAN, METHODS
+from reroll.optim.orthogonal import JORDAN, METHODS, newton_schulz_flops
 from reroll.optim.step import StepSettings, configure
 from reroll.specs import optim as specs
 from reroll.train import checkpoint
@@ -156,6 +156,35 @@ def test_a_config_names_every_method():
         spec = specs.Muon(ns_coefficients=name, ns_steps=3, normalize_rows=True)
         group = spec.build(model, 0.02).optimizers["muon"].param_groups[0]
         assert (group["ns_coefficients"], group["ns_steps"], group["normalize_rows"]) == (name, 3, True)
+
+
+def test_the_state_is_half_of_adams():
+    """M in fp32, of every number; Adam has two of them, and a count. NorMuon adds a number per row."""
+    matrices = [nn.Parameter(torch.randn(shape)) for shape in ((24, 24), (96, 24), (24, 96))]
+
+    def state(optimizer):
+        for p in matrices:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        return sum(t.nbytes for of in optimizer.state.values() for t in of.values())
+
+    numbers = sum(p.numel() for p in matrices)
+    adam = state(torch.optim.AdamW(matrices))
+    assert adam == 4 * (2 * numbers + len(matrices))
+    assert state(Muon(matrices)) == 4 * numbers <= 0.55 * adam
+    assert state(Muon(matrices, beta2=0.95)) == 4 * (numbers + 24 + 96 + 96) <= 0.55 * adam
+
+
+def test_the_share_of_a_step_of_the_speedrun():
+    """Operations of Newton–Schulz ÷ those of forward and backward passes, of 524,288 tokens in sequences of 1,024."""
+    with torch.device("meta"):
+        model = GPT(vocab=50_304)
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks") and p.dim() == 2]
+    weights = sum(p.numel() for p in matrices) + model.head.weight.numel()  # an embedding multiplies nothing
+    passes = 524_288 * (6 * weights + 12 * 12 * 1024 * 768)
+    share = sum(newton_schulz_flops(p.shape) for p in matrices) / passes
+    assert len(matrices) == 72
+    assert share == pytest.approx(0.00315, rel=0.01)  # what docs/methods/muon.md says
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12), (7, 7)])

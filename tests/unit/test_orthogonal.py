@@ -5,10 +5,11 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from reroll import orthogonalize
 from reroll.errors import UsageError
-from reroll.optim.orthogonal import JORDAN, METHODS, POLAR_EXPRESS, TURBO
+from reroll.optim.orthogonal import JORDAN, METHODS, POLAR_EXPRESS, TURBO, newton_schulz_flops
 
 WAYS = [*product(METHODS, [False, True])]
 SHAPES = [(7, 7), (20, 9), (9, 20), (33, 64), (3, 5, 4), (2, 2, 6, 11)]
@@ -211,3 +212,12 @@ def test_what_is_no_matrix_of_real_numbers_is_refused():
             orthogonalize(wrong)
     with pytest.raises(UsageError, match='coefficients="tubro" is not known. Did you mean "turbo"'):
         orthogonalize(torch.zeros(3, 3), coefficients="tubro")
+
+
+@pytest.mark.parametrize("shape, stack", [((13, 9), ()), ((9, 13), ()), ((20, 10), ()), ((8, 31), (3,))])
+@pytest.mark.parametrize("name, steps", [("jordan", 1), ("jordan", 5), ("polar_express", 12), ("turbo", 4)])
+def test_the_operations_of_products_are_counted(shape, stack, name, steps):
+    matrix = torch.randn(*stack, *shape)
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(matrix, steps, coefficients=name)
+    assert newton_schulz_flops((*stack, *shape), steps) == counter.get_total_flops()

@@ -161,6 +161,21 @@ def orthogonalize(
     return found.to(matrix.dtype)
 
 
+def newton_schulz_flops(shape: Sequence[int], steps: int = 5) -> int:
+    """Return the floating-point operations of the products that orthogonalise [..., m, n], two for a multiply-add.
+
+        4 r² R + 2 r³ for a step, r the smaller and R the larger of m and n;  4 r² R + 10 r³ for two of them if R ≥ 2 r
+
+    Example:
+        >>> newton_schulz_flops((768, 768)) == 30 * 768**3, newton_schulz_flops((3072, 768)) == 70 * 768**3
+        (True, True)
+    """
+    small, large = sorted(shape[-2:])
+    pairs = steps // 2 if large >= 2 * small else 0
+    products = steps - pairs  # of X with its transpose, and of X with a factor
+    return math.prod(shape[:-2]) * small**2 * (4 * products * large + (2 * (steps - 2 * pairs) + 10 * pairs) * small)
+
+
 def check_method(coefficients: Any, steps: Any, prefix: str = "") -> None:
     """Refuse what is no number of steps, or neither a method nor the coefficients of polynomials."""
     if steps is not None:
