@@ -147,7 +147,7 @@ def test_json_lines_of_other_programs(tmp_path):
     for bad, message in [
         ('{"data": {"title": "x", "n": {"m": "y"}}}', "line 3.*field='data.text'.*title"),
         ('{"data": "x"}', "line 3.*data.*x.* Give"),
-        ('{"\\u001b[2J": "x"}', r"line 3.*u001b"),
+        ('{"\\u001b[2J": "x"}', r"line 3.*x1b"),
         ("[" * 100_000, "line 3, is not JSON"),
     ]:
         write(tmp_path, b_jsonl='{"data": {"text": "one"}}\r\n\r\n' + bad)
@@ -178,7 +178,7 @@ def test_what_is_no_text_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="pipe"):
         find(tmp_path / "pipe")
-    packed = {"a.csv.gz": b"\x1f\x8b", "a.txt": b"\xfd7zXZ\0", "b.txt": b"BZh\x91", "a.parquet": b"PAR1\0"}
+    packed = {"a.csv.gz": b"\x1f\x8b", "a.txt": b"\xfd7zXZ\0", "b.txt": b"BZh\x91"}
     for name, head in packed.items():
         (tmp_path / name).write_bytes(head)
         with pytest.raises(UsageError, match="compressed.*train arrays"):

@@ -27,6 +27,7 @@ class Data:
     to: Path | None = option(
         None, "folder to write to (default: for series the cache, where `reroll reproduce elk-fig3` looks; else NAME/)"
     )
+    field: str = option("text", "tokens: field of JSON lines, or column of .parquet files, that has the text")
     every: int = option(1, "series: keep every k-th step")
     tokenizer: Literal["byte", "char", "word", "bpe", "gpt2"] = option("byte", "tokens: byte, char, word, bpe or gpt2")
     max_vocab: int | None = option(None, "tokens: largest vocabulary (default: char 1024, word 10000, bpe 8192)")
@@ -61,11 +62,13 @@ def _series(request: Data) -> None:
 
 def _tokens(request: Data) -> None:
     if request.path is None:
-        raise UsageError("--path is missing: pass a text file, a folder, a glob, a .jsonl file, or stdlib.")
+        raise UsageError("--path is missing: pass a text file, a folder, a glob, a .jsonl or .parquet file, or stdlib.")
     from reroll.data.prepare import encode
 
     target = request.to or Path(request.name)
-    about = encode(request.path, target, request.tokenizer, max_vocab=request.max_vocab, shard=request.shard)
+    about = encode(
+        request.path, target, request.tokenizer, max_vocab=request.max_vocab, field=request.field, shard=request.shard
+    )
     for name, file in about["files"].items():
         print(f"{target / name}: {file['tokens']:,} tokens of {file['bytes']:,} bytes, sha256 {file['sha256'][:12]}…")
     print(f"train on it: reroll train cpu-bytes --path {target} --set task.valid_tokens=none")

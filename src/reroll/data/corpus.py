@@ -1,8 +1,9 @@
-"""Where text comes from: a file, a folder, a glob, JSON lines, or the Python that is running; and what is held out.
+"""Where text comes from: files, a folder, JSON lines, Parquet, or the Python that is running; and what is held out.
 
     corpus = find("notes/")              a folder: its text files, hidden and binary ones left out
     corpus = find("logs/**/*.txt")       a glob
     corpus = find("pages.jsonl")         a document a line, in its field "text"
+    corpus = find("pages.parquet")       a document a row, in its column "text"
     corpus = find("ptb/")                a folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt: these are the splits
     corpus = find("stdlib")              prose and sources of Python's standard library: text that is always there
     for passage in passages(corpus): …   (split, document, begin, end)
@@ -14,6 +15,7 @@ the text do not tell the splits apart; of a single document its end. Documents a
 from __future__ import annotations
 
 import codecs
+import functools
 import glob
 import hashlib
 import importlib
@@ -30,6 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from reroll.data import parquet
 from reroll.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ LEFT_OUT = {
     *("tests", "turtledemo", "idle_test"),
 }
 SPLIT_NAME = re.compile(r"(?P<stem>.*?)(?:^|[._-])(?P<split>train|valid|val|validation|test)\.(?P<ending>\w+)$")
-KINDS = "a file, a folder, a glob such as 'texts/*.txt', a .jsonl file, 'stdlib' or 'stdlib:prose'"
+KINDS = "a file, a folder, a glob such as 'texts/*.txt', a .jsonl or .parquet file, 'stdlib' or 'stdlib:prose'"
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,16 @@ class Document:
 
 @dataclass(frozen=True)
 class File:
-    """A document, or with the ending .jsonl one per line; `split` if the name of the file states it."""
+    """A document, or of .jsonl and .parquet files one per line or row; `split` if the name of the file states it."""
 
     name: str
     source: Path | bytes
     split: str | None = None
 
     @property
-    def has_lines(self) -> bool:
-        """Whether every line is a document."""
-        return isinstance(self.source, Path) and self.source.suffix.lower() in (".jsonl", ".ndjson")
+    def holds_many(self) -> bool:
+        """Whether every line or row is a document."""
+        return isinstance(self.source, Path) and self.source.suffix.lower() in (".jsonl", ".ndjson", ".parquet")
 
     @property
     def signature(self) -> list[str | int]:
@@ -101,8 +104,8 @@ class File:
 
     def documents(self, field: str) -> Iterator[Document]:
         """Yield the documents of the file that are not empty."""
-        if self.has_lines:
-            yield from self._lines(field)
+        if self.holds_many:
+            yield from self._many(field)
             return
         with _open(self.source) as file:
             skip = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
@@ -110,21 +113,32 @@ class File:
         if size:
             yield Document(self.name, self.source, size, skip)
 
-    def _lines(self, field: str) -> Iterator[Document]:
+    def _many(self, field: str) -> Iterator[Document]:
+        assert isinstance(self.source, Path)
+        table, empty = parquet.is_table(self.source), 0
+        unit = "row" if table else "line"
+        for number, entry in enumerate(parquet.rows(self.source, field) if table else self._lines(field), 1):
+            if (text := _text_of(entry, field)) is None:
+                shown = ascii(entry)[:80]
+                raise UsageError(
+                    f"path={self.source}, {unit} {number}, has no text in field={field!r}: {shown}. "
+                    f"Give field=… that every {unit} has."
+                )
+            if content := text.encode("utf-8", "replace"):
+                yield Document(f"{self.name}:{number}", content, len(content))
+            empty += not content
+        if empty:
+            _say_once(f"{self.source}: {empty} {unit}s have no text and are skipped.")
+
+    def _lines(self, field: str) -> Iterator[Any]:
         with _open(self.source) as file:
             for number, line in enumerate(file, 1):
-                where = f"path={self.source}, line {number}"
                 try:
-                    text = _text_of(json.loads(line), field) if line.strip() else ""
+                    yield json.loads(line) if line.strip() else {field: None}
                 except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
-                    raise UsageError(f"{where}, is not JSON ({error}); correct or delete the line.") from None
-                if text is None:
-                    shown = ascii(line[:80].decode("utf-8", "replace"))
                     raise UsageError(
-                        f"{where}, has no text in field={field!r}: {shown}. Give field=… that every line has."
-                    )
-                if content := text.encode("utf-8", "replace"):
-                    yield Document(f"{self.name}:{number}", content, len(content))
+                        f"path={self.source}, line {number}, is not JSON ({error}); correct or delete the line."
+                    ) from None
 
 
 @dataclass(frozen=True)
@@ -138,7 +152,7 @@ class Corpus:
     @property
     def signature(self) -> list[object]:
         """A value that changes with any file, and when other files are found."""
-        field = self.field if any(file.has_lines for file in self.files) else ""
+        field = self.field if any(file.holds_many for file in self.files) else ""
         return [field, [file.signature for file in self.files]]
 
     def documents(self) -> Iterator[tuple[File, Document]]:
@@ -166,8 +180,8 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
     """Return the corpus a path names.
 
     Args:
-        path: a file, a folder, a glob, a .jsonl file, "stdlib" or "stdlib:prose" (its prose alone, 0.5 MB).
-        field: the field of a JSON line that holds the text; `a.b` is the field b of a.
+        path: a file, a folder, a glob, a .jsonl or .parquet file, "stdlib" or "stdlib:prose" (its prose alone, 0.5 MB).
+        field: the field of a JSON line, or the column, that holds the text; `a.b` is the field b of a.
 
     Raises:
         UsageError: if there is nothing of the kind, or nothing to read in it.
@@ -184,15 +198,15 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
         return _several(name, _matches(where), field)
     if not where.is_file():
         raise UsageError(f"path={name!r} is a pipe, socket or device; save its text as a file.")
-    with _open(where) as file:
-        compressed = file.read(6).startswith(COMPRESSED)
-    if compressed and not _is_text(where):
+    file = File(where.name, where)
+    with _open(where) as opened:
+        compressed = opened.read(6).startswith(COMPRESSED)
+    if compressed and not file.holds_many and not _is_text(where):
         raise UsageError(
             f"path={name!r} is compressed, not text. Unpack it; a table is read as it is: reroll train arrays --path "
             f"{name}"
         )
-    file = File(where.name, where)
-    if not file.has_lines and not _is_text(where):
+    if not file.holds_many and not _is_text(where):
         log.info("%s is not text: its bytes are learned as they are, by tokenizer='byte' or 'bpe' alone.", name)
     if not where.stat().st_size:
         raise UsageError(f"path={name!r} is empty; give a file with text in it.")
@@ -220,7 +234,7 @@ def passages(corpus: Corpus) -> Iterator[Passage]:
     if corpus.files[0].split:
         files = Counter(file.split for file in corpus.files)
         for file, document in corpus.documents():
-            yield Passage(file.split or "", document, 0, None, file.has_lines or files[file.split] > 1)
+            yield Passage(file.split or "", document, 0, None, file.holds_many or files[file.split] > 1)
         return
     first = [document for _, document in itertools.islice(corpus.documents(), FEW)]
     if not first:
@@ -302,13 +316,14 @@ def _several(name: str, paths: list[Path], field: str, root: Path | None = None)
     if splits := _named_splits(files):
         log.info("%s: the splits are %s.", name, ", ".join(f"{split} = {file.name}" for split, file in splits.items()))
         return Corpus(name, tuple(File(file.name, file, split) for split, file in splits.items()), field)
-    texts = [file for file in files if _is_text(file)]
+    texts = [path for path in files if (parquet.has_column(path, field) if parquet.is_table(path) else _is_text(path))]
     readable = set(texts)
     other = [path.name for path in paths if path not in readable and (path in once or not os.path.isfile(path))]
     if other:
         log.info("%s: %d entries are skipped, being binary or no files, such as %r.", name, len(other), other[0])
     if not any(file.stat().st_size for file in texts):
-        raise UsageError(f"path={name!r} has no text in its {len(paths)} files. Give {KINDS}.")
+        column = f", and no .parquet file has a column {field!r}" * any(map(parquet.is_table, files))
+        raise UsageError(f"path={name!r} has no text in its {len(paths)} files{column}. Give {KINDS}.")
     root = root or Path(os.path.commonpath([file.parent for file in files]))
     return Corpus(name, tuple(File(file.relative_to(root).as_posix(), file) for file in texts), field)
 
@@ -327,6 +342,11 @@ def _named_splits(files: list[Path]) -> dict[str, Path]:
     return {}
 
 
+@functools.cache
+def _say_once(message: str) -> None:
+    log.info(message)
+
+
 def _is_text(path: Path) -> bool:
     """Whether the beginning of a file is UTF-8 without NUL bytes."""
     with _open(path) as file:
@@ -341,9 +361,11 @@ def _is_text(path: Path) -> bool:
 
 def _text_of(entry: Any, field: str) -> str | None:
     """The text of a field, `a.b` inside a; empty if it is null, None if there is no text."""
+    if entry is None:
+        return ""
     first, dot, rest = field.partition(".")
     if isinstance(entry, dict) and field not in entry and dot:
-        return _text_of(entry.get(first), rest)
+        return _text_of(entry.get(first, 0), rest)
     value = entry.get(field, 0) if isinstance(entry, dict) else 0
     return value if isinstance(value, str) else "" if value is None else None
 

@@ -122,7 +122,7 @@ class Text(Windows):
     """Predict the next symbol of a text.
 
     Args:
-        path: a file, a folder, a glob, a .jsonl file, "stdlib" or "stdlib:prose"; see `corpus.find`.
+        path: a file, a folder, a glob, a .jsonl or .parquet file, "stdlib" or "stdlib:prose"; see `corpus.find`.
         tokenizer: "byte", "char", "word", "bpe" or "gpt2"; or a tokenizer, used as it is.
         length: T, steps per window.
         batch: B, windows per batch.
@@ -130,7 +130,7 @@ class Text(Windows):
         carry: batches continue each other, row by row, so that a model's state can be carried on; `Batch.reset` is
             True where a row begins, at the first step and whenever it comes around to the beginning of the text.
         max_vocab: the largest vocabulary of `char` (None: 1024), `word` (None: 10,000) and `bpe` (None: 8192).
-        field: the field of a JSON line that holds the text.
+        field: the field of a JSON line, or the column, that holds the text.
         eval_batches: the most batches of an evaluation; None: all of the held-out part.
         whole: hold out all of the text, to score a model on it. One that is shorter than `length` is one window.
 

@@ -82,12 +82,12 @@ class Text(FileTask):
     kind: str = option("text", "the task")
     tokenizer: Literal["byte", "char", "word", "bpe", "gpt2"] = option("byte", "symbols of a text", flag="tokenizer")
     max_vocab: int | None = option(None, "maximum vocabulary; none: 1024 for char, 10000 for word, 8192 for bpe")
-    field: str = option("text", "field of JSON lines that has the text; a.b is b inside a", flag="field")
+    field: str = option("text", "field of JSON lines or column that has the text; a.b is b inside a", flag="field")
     carry: bool = option(False, "read the text in order, carrying the state from window to window")
 
     def check(self) -> None:
         super().check()
-        if self.path is not None and Path(self.path).suffix.lower() in SERIES:
+        if self.path is not None and Path(self.path).suffix.lower() in {*SERIES} - {".parquet"}:
             raise UsageError(
                 f"path={self.path} contains numbers, not text: reroll train arrays --path {self.path} (to read it as "
                 "text anyway, rename it to .txt)."
