@@ -10,7 +10,7 @@ from reroll.train.config import Config
 from reroll.train.loop import Reporter, train
 from reroll.train.records import read_metrics
 
-TIMING = {"seconds", "total_seconds", "peak_bytes"}
+TIMING = {"seconds", "total_seconds", "peak_bytes", "tokens_per_second"}
 """What differs between two runs that are the same."""
 
 

@@ -76,6 +76,8 @@ class Console(Reporter):
             lines.append(EXACT)
         if self.task is not None and self.task.splits and (losses := without_training(self.task, self.task.splits[0])):
             lines.append(f"held-out loss without training: {losses}")
+        if speed := _speed(summary):
+            lines.append(speed)
         if summary["state"] == "done":
             lines.append(f"run folder {path}; try: reroll eval {path}")
         return visible("\n".join(lines))
@@ -141,6 +143,22 @@ class Console(Reporter):
         if "seconds" in row:
             parts.append(f"{row['seconds']:.3g} s/step")
         return "  ".join(parts)
+
+
+def _speed(summary: dict[str, Any]) -> str:
+    """Return the mean speed of a run, its peak memory, and what else is known: the share of the peak, the cost."""
+    seconds, rate = summary.get("total_seconds") or 0.0, summary.get("tokens_per_second")
+    if not (seconds and rate and "tokens" in summary):
+        return ""
+    mean = summary["tokens"] / seconds
+    parts = [f"{mean:,.0f} tokens/s"]
+    if "mfu" in summary:
+        parts.append(f"MFU {summary['mfu'] * mean / rate:.1%}")
+    if summary.get("peak_bytes"):
+        parts.append(f"{summary['peak_bytes'] / 1e9:.2f} GB")
+    if "dollars" in summary:
+        parts.append(f"${summary['dollars']:.2f}")
+    return f"in {seconds:,.0f} s of training: {', '.join(parts)}"
 
 
 def _of(step: int, config: Config) -> str:

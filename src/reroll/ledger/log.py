@@ -28,7 +28,7 @@ from reroll.train.config import Config
 from reroll.train.records import read_json, read_metrics
 
 PARTS = ("config.toml", "environment.json", "metrics.jsonl", "summary")
-COLUMNS = ("step", "loss", "lr", "seconds", "peak_bytes")
+COLUMNS = ("step", "loss", "lr", "seconds", "peak_bytes", "tokens", "mfu", "dollars")
 """What a log keeps of a row, besides scores of held-out data."""
 
 
@@ -52,12 +52,20 @@ class Log:
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the rows of a run come to: the last held-out loss, seconds of training, the largest memory."""
+    """Return what the rows of a run come to: the last held-out loss, seconds of training, the largest memory.
+
+    And, where the rows have them, tokens per second, MFU and dollars.
+    """
     scores = [row["valid_loss"] for row in rows if "valid_loss" in row]
-    return {
+    seconds, last = math.fsum(row["seconds"] for row in rows), rows[-1] if rows else {}
+    rates = {"tokens_per_second": round(last["tokens"] / seconds, 1)} if "tokens" in last and seconds else {}
+    if "mfu" in last:
+        rates["mfu"] = round(math.fsum(row["mfu"] * row["seconds"] for row in rows) / seconds, 4)
+    rates |= {"dollars": round(last["dollars"], 4)} if "dollars" in last else {}
+    return rates | {
         "steps": len(rows),
         "valid_loss": scores[-1] if rows and "valid_loss" in rows[-1] else None,
-        "seconds": math.fsum(row["seconds"] for row in rows),
+        "seconds": seconds,
         "peak_bytes": max((row.get("peak_bytes") or 0 for row in rows), default=0),
     }
 

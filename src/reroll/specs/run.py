@@ -22,6 +22,9 @@ class RunSpec(Options):
     max_seconds: float | None = option(
         None, "stop after this many seconds of training, over the whole run", flag="max-seconds", within="(0, inf)"
     )
+    price: float | None = option(
+        None, "dollars per hour of the whole machine, for the cost of the run in its log", flag="price"
+    )
     target_loss: float | None = option(
         None, "stop when the training loss is below this", flag="target-loss", within="(-inf, inf)"
     )

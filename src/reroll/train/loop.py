@@ -218,7 +218,9 @@ def take_step(session: Session) -> dict[str, Any]:
         row |= observe(session, completed)
     seconds = session.clock.stop()
     session.progress.seconds += seconds
-    return row | {"seconds": seconds, "total_seconds": session.progress.seconds}
+    total, time = session.progress.seconds, batch.time
+    rates = session.rates.of(len(batch) * time, time, seconds, total)
+    return row | {"seconds": seconds, "total_seconds": total} | rates
 
 
 def _lost(number: int, reason: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from reroll.train.session import Session
 
 FREE = {
     "run.steps", "run.max_seconds", "run.target_loss", "run.target_valid", "run.eval_every", "run.checkpoint_every",
-    "run.keep", "run.log_every", "run.warm_up",
+    "run.keep", "run.log_every", "run.warm_up", "run.price",
 }  # fmt: skip
 """Fields that may change when a run is resumed; any other would make it a different run."""
 DERIVED = {"gradient.chunk", "run.threads"}

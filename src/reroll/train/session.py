@@ -34,6 +34,7 @@ from reroll.train.fit import largest_part, parts_for
 from reroll.train.load import build_model, read_about
 from reroll.train.machine import Clock, find_device
 from reroll.train.mesh import ALONE, Mesh
+from reroll.train.rates import Rates
 from reroll.train.run import RunFolder
 from reroll.trees import map_state
 
@@ -118,6 +119,7 @@ class Session:
         self.precision = Precision(self.device.type, torch.bfloat16 if under_autocast else None)
         self.loss_fn: LossFn = self.precision.under(self.task.loss)
         self.clock = Clock(self.device)
+        self.rates = Rates.of_run(self.model, config, self.device, self.mesh.size)
         self.mesh.share_out(self.optimizer)
 
     @classmethod
