@@ -39,7 +39,7 @@ def test_rows_are_documents(tmp_path, kind, group, caplog):
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             assert documents(tmp_path / "a.parquet") == [text for text in TEXTS if text]
-    assert [r.message for r in caplog.records] == [f"{tmp_path / 'a.parquet'}: 2 rows have no text and are skipped."]
+    assert caplog.messages == [f"{tmp_path / 'a.parquet'}: 2 rows have no text and are skipped."]
     assert [d.name for _, d in find(tmp_path / "a.parquet").documents()] == [f"a.parquet:{i}" for i in (1, 3, 4, 5, 7)]
 
 

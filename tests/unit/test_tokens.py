@@ -1,12 +1,9 @@
 """Token shards: the format, every kind of damage, and batches that no number of readers changes."""
 
-import functools
 import hashlib
-import http.server
 import json
 import pathlib
 import sys
-import threading
 import tracemalloc
 from importlib import metadata
 
@@ -17,7 +14,7 @@ import torch
 from reroll import GPT, Backprop, Key
 from reroll.data import packages
 from reroll.data.corpus import is_held_out
-from reroll.data.prepare import download, encode
+from reroll.data.prepare import encode
 from reroll.data.shards import Shards
 from reroll.data.tokenizers import Byte, Char, Word
 from reroll.data.tokens import ABOUT, HEADER, MAGIC, TokenBatches, read_shard, write_shard
@@ -437,134 +434,6 @@ def test_a_session_needs_enough_tokens_for_its_steps(folder, tmp_path):
     assert not (tmp_path / "run").exists()
     for more in ({"task": {"epochs": 2}}, {"run": {"steps": 31}}):
         assert train(config.replace(**more), tmp_path / f"run {more}")["state"] == "done"
-
-
-class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves files with ranges; ends after `give` bytes of a file, and names `digest`."""
-
-    give, digest, redirects, ranges = 10**9, None, False, True
-
-    def do_GET(self):
-        content = (pathlib.Path(self.directory) / self.path[1:].split("?")[0]).read_bytes()
-        begin = int((self.headers.get("Range") or "bytes=0-").split("=")[1].rstrip("-"))
-        if self.redirects and "?" not in self.requestline:  # to a storage that knows no checksum
-            self.send_response(302)
-            self.send_header("Location", self.path + "?storage")
-        elif begin >= len(content):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(content)}")
-        else:
-            self.send_response(206 if begin and self.ranges else 200)
-            begin = begin if self.ranges else 0
-            self.send_header("Content-Length", str(len(content) - begin))
-        if self.digest and not (self.redirects and "?" in self.requestline):
-            digest = hashlib.sha256(content).hexdigest() if self.digest == "true" else self.digest
-            self.send_header("X-Linked-ETag", f'"{digest}"')
-        self.end_headers()
-        if self.command == "HEAD" or (self.redirects and "?" not in self.requestline) or begin >= len(content):
-            return
-        self.wfile.write(content[begin : begin + self.give])
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(tmp_path):
-    (tmp_path / "served").mkdir()
-    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"):
-        write_shard(tmp_path / "served" / name, RANDOM.integers(0, 50_257, 3000))
-    kind = type("Here", (Server,), {})
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(kind, directory=tmp_path / "served"))
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}/", kind, tmp_path
-    running.shutdown()
-    running.server_close()
-
-
-def test_a_download_goes_on_where_it_ended(server):
-    address, kind, path = server
-    said = []
-    kind.give = 2000
-    with pytest.raises(RunError, match="run the command again"):
-        download(path / "got", 2, said.append, address)
-    assert "3 files" in said[0]
-    assert "licence ODC-By" in said[0]
-    assert (path / "got" / "fineweb_val_000000.bin.part").stat().st_size >= 2000
-    kind.give = 10**9
-    download(path / "got", 2, said.append, address)
-    for file in (path / "served").iterdir():
-        assert (path / "got" / file.name).read_bytes() == file.read_bytes()
-    said.clear()
-    download(path / "got", 2, said.append, address)
-    assert len(said) == 1  # nothing is fetched twice
-
-
-def test_a_download_that_is_damaged_is_thrown_away(server):
-    address, kind, path = server
-    kind.digest = "0" * 64
-    with pytest.raises(RunError, match="came damaged"):
-        download(path / "got", 1, lambda line: None, address)
-    assert not list((path / "got").iterdir())
-    kind.redirects = True  # where the redirect alone knows the checksum
-    with pytest.raises(RunError, match="came damaged"):
-        download(path / "got", 1, lambda line: None, address)
-    kind.redirects, kind.digest = False, None
-    (path / "served" / "fineweb_val_000000.bin").write_bytes(b"<html>" * 500)
-    with pytest.raises(RunError, match="is no token shard"):
-        download(path / "got", 1, lambda line: None, address)
-    assert not list((path / "got").iterdir())
-    with pytest.raises(RunError, match="could not be fetched"):
-        download(path / "got", 1, lambda line: None, address + "nowhere/")
-    with pytest.raises(UsageError, match="shards=0"):
-        download(path / "got", 0, lambda line: None, address)
-    (path / "mine").mkdir()
-    write_shard(path / "mine" / "x_train_000001.bin", [1])
-    with pytest.raises(UsageError, match=r"another text \(x_train_000001.bin\)"):
-        download(path / "mine", 1, lambda line: None, address)
-    (path / "file").touch()
-    with pytest.raises(RunError, match="got cannot be made"):
-        download(path / "file" / "got", 1, lambda line: None, address)
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_part_is_gone_on_with_or_begun_again(server, ranges):
-    address, kind, path = server
-    kind.ranges, name = ranges, "fineweb_val_000000.bin"
-    content = (path / "served" / name).read_bytes()
-    part = path / "got" / f"{name}.part"
-    part.parent.mkdir()
-    for before in (content, content[:3000], content + b"more"):
-        part.write_bytes(before)
-        if len(before) > len(content):
-            with pytest.raises(RunError, match="not a part of it"):
-                download(path / "got", 1, lambda line: None, address)
-        download(path / "got", 1, lambda line: None, address)
-        assert (path / "got" / name).read_bytes() == content
-        assert not part.exists()
-        (path / "got" / name).unlink()
-
-
-@pytest.mark.parametrize("known", ["tokens.json", "the server"])
-def test_files_that_are_there_have_the_checksum_that_is_known(server, known):
-    address, kind, path = server
-    download(path / "got", 1, lambda line: None, address)
-    if known == "the server":
-        kind.digest = "true"
-        (path / "got" / ABOUT).unlink()
-    file = path / "got" / "fineweb_train_000001.bin"
-    whole = file.read_bytes()
-    file.unlink()
-    file.write_bytes(whole[:2000] + b"ab" + whole[2002:])
-    said = []
-    download(path / "got", 1, said.append, address)
-    assert said[1:] == ["fetching fineweb_train_000001.bin"]
-    assert file.read_bytes() == whole
-    kind.digest = None
-    (path / "got" / ABOUT).unlink(missing_ok=True)
-    download(path / "got", 1, said.append, address.replace("127.0.0.1", "127.0.0.2.invalid"))  # without a network
 
 
 def install(tmp_path, monkeypatch, files):

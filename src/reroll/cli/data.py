@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from reroll.cli.flags import parse, positional
 from reroll.errors import UsageError, did_you_mean
@@ -19,7 +19,7 @@ class Data:
     action: str = positional("prepare")
     name: str = positional(
         "eigenworms, or ts for any other labelled series in .ts files; tokens: shards of a text; fineweb: the shards "
-        "of the NanoGPT speedrun, which are downloaded"
+        "of the NanoGPT speedrun, openwebtext: shards of that text, which are downloaded"
     )
     path: str | None = option(
         None, "a .ts file, or a folder with NAME_TRAIN.ts and NAME_TEST.ts; tokens: as for `reroll train text`"
@@ -29,10 +29,14 @@ class Data:
     )
     field: str = option("text", "tokens: field of JSON lines, or column of .parquet files, that has the text")
     every: int = option(1, "series: keep every k-th step")
-    tokenizer: Literal["byte", "char", "word", "bpe", "gpt2"] = option("byte", "tokens: byte, char, word, bpe or gpt2")
-    max_vocab: int | None = option(None, "tokens: largest vocabulary (default: char 1024, word 10000, bpe 8192)")
-    shard: int = option(100_000_000, "tokens: tokens per shard", within="[1, 2**31)")
-    shards: int = option(25, "fineweb: training shards, of 100 million tokens and 200 MB each")
+    tokenizer: Literal["byte", "char", "word", "bpe", "gpt2"] | None = option(
+        None, "byte, char, word, bpe or gpt2 (default: tokens byte, openwebtext gpt2)"
+    )
+    max_vocab: int | None = option(None, "largest vocabulary (default: char 1024, word 10000, bpe 8192)")
+    shard: int = option(100_000_000, "tokens, openwebtext: tokens per shard", within="[1, 2**31)")
+    shards: int = option(
+        25, "fineweb: training shards, of 100 million tokens and 200 MB each; openwebtext: files to train on, of 303 MB"
+    )
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -67,11 +71,16 @@ def _tokens(request: Data) -> None:
 
     target = request.to or Path(request.name)
     about = encode(
-        request.path, target, request.tokenizer, max_vocab=request.max_vocab, field=request.field, shard=request.shard
-    )
+        request.path, target, request.tokenizer or "byte", max_vocab=request.max_vocab, field=request.field,
+        shard=request.shard,
+    )  # fmt: skip
+    _print_shards(target, about)
+    print(f"train on it: reroll train cpu-bytes --path {target} --set task.valid_tokens=none")
+
+
+def _print_shards(target: Path, about: dict[str, Any]) -> None:
     for name, file in about["files"].items():
         print(f"{target / name}: {file['tokens']:,} tokens of {file['bytes']:,} bytes, sha256 {file['sha256'][:12]}…")
-    print(f"train on it: reroll train cpu-bytes --path {target} --set task.valid_tokens=none")
 
 
 def _fineweb(request: Data) -> None:
@@ -80,5 +89,16 @@ def _fineweb(request: Data) -> None:
     download(request.to or Path(request.name), request.shards)
 
 
-PREPARE = {"eigenworms": _series, "ts": _series, "tokens": _tokens, "fineweb": _fineweb}
+def _openwebtext(request: Data) -> None:
+    from reroll.data.prepare import openwebtext
+
+    target = request.to or Path(request.name)
+    about = openwebtext(
+        target, request.shards, request.tokenizer or "gpt2", max_vocab=request.max_vocab, shard=request.shard
+    )
+    _print_shards(target, about)
+    print(f"train on it: reroll train cdrge-lstm-owt --path {target}")
+
+
+PREPARE = {"eigenworms": _series, "ts": _series, "tokens": _tokens, "fineweb": _fineweb, "openwebtext": _openwebtext}
 """What can be prepared."""

@@ -26,31 +26,46 @@ def has_column(path: Path, field: str) -> bool:
     return not {field, field.partition(".")[0]}.isdisjoint(_open(path).schema_arrow.names)
 
 
+def require_column(path: Path, field: str) -> None:
+    """Raise `UsageError` if pyarrow is not installed, the file damaged, or there is no such column."""
+    if not has_column(path, field):
+        names = _open(path).schema_arrow.names
+        shown = ", ".join(names[:8]) + ", …" * (len(names) > 8)
+        raise UsageError(f"path={path} has no column {field!r}; its columns are {shown}. Give one of them as field=….")
+
+
 def rows(path: Path, field: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file, of each nothing but a column.
 
     Raises:
-        UsageError: if pyarrow is not installed, the file damaged, or there is no such column.
+        UsageError: as `require_column`, and if a row cannot be read.
     """
-    file = _open(path)
-    if not has_column(path, field):
-        names = file.schema_arrow.names
-        shown = ", ".join(names[:8]) + ", …" * (len(names) > 8)
-        raise UsageError(f"path={path} has no column {field!r}; its columns are {shown}. Give one of them as field=….")
+    require_column(path, field)
     try:
-        for batch in file.iter_batches(AT_ONCE, columns=[field], use_threads=False):
+        for batch in _open(path).iter_batches(AT_ONCE, columns=[field], use_threads=False):
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
 
 
-def _open(path: Path) -> Any:
+def library(what: str) -> Any:
+    """Return the library that reads them.
+
+    Raises:
+        UsageError: that says `what` needs it, if it is not installed.
+    """
     try:
-        from pyarrow.parquet import ParquetFile
+        import pyarrow.parquet
+
+        return pyarrow.parquet
     except ImportError:
-        raise UsageError(f"path={path} needs pyarrow: pip install 'reroll[data]'; or save it as .jsonl.") from None
+        raise UsageError(f"{what} needs pyarrow: pip install 'reroll[data]'.") from None
+
+
+def _open(path: Path) -> Any:
+    reader = library(f"path={path}").ParquetFile
     try:
-        return ParquetFile(path, buffer_size=READ, pre_buffer=False)  # else groups of rows are read whole
+        return reader(path, buffer_size=READ, pre_buffer=False)  # else groups of rows are read whole
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
 

@@ -2,6 +2,7 @@
 
     encode("notes/", "shards/", tokenizer="byte")         of whatever `corpus.find` reads
     download("shards/", count=25)                         FineWeb as the speedruns use it, in GPT-2's tokens
+    openwebtext("shards/", count=25)                      OpenWebText, by any tokenizer
 
 Every document follows a separator (0 for bytes, the last symbol of byte pairs, a new line for characters and words),
 and runs on from shard to shard.
@@ -10,22 +11,20 @@ and runs on from shard to shard.
 from __future__ import annotations
 
 import bisect
-import contextlib
-import hashlib
 import json
 import os
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from reroll.data import parquet
 from reroll.data.cache import fit_to, replacing
-from reroll.data.corpus import CHUNK, Corpus, find, passages
+from reroll.data.corpus import CHUNK, Corpus, File, find, passages
+from reroll.data.fetch import fetch
 from reroll.data.shards import (
     ABOUT,
     GPT2_DOCUMENT,
@@ -33,7 +32,6 @@ from reroll.data.shards import (
     About,
     described,
     read_shard,
-    sha256_of,
     write_shard,
 )  # fmt: skip
 from reroll.data.symbols import Tokenizer, encode_pieces
@@ -44,6 +42,8 @@ SHARD = 100_000_000
 """Tokens of a shard, as the speedruns cut them."""
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 FINEWEB_SHARDS, FINEWEB_LICENCE = 103, "ODC-By 1.0 (HuggingFaceFW/fineweb, sample-10BT)"
+OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/79d93d786212f7344586290adb811d4ae6a1762c/plain_text/"
+OPENWEBTEXT_FILES, OPENWEBTEXT_LICENCE = 80, "CC0 1.0 for the collection; the texts belong to their authors"
 
 
 def encode(
@@ -78,14 +78,21 @@ def encode(
         [('a_train_000001.bin', 500), ('a_train_000002.bin', 359), ('a_val_000000.bin', 93)]
     """
     require_count(shard=shard)
-    corpus = find(path, field)
+    stem = re.sub(r"[^\w.-]+", "-", Path(path).stem).strip("-") or "text"
+    return _encode(find(path, field), Path(folder), stem, tokenizer, max_vocab, shard)
+
+
+def _encode(
+    corpus: Corpus, target: Path, stem: str, tokenizer: str | Tokenizer, max_vocab: int | None, shard: int
+) -> dict[str, Any]:
+    """Write the shards of a corpus, called by a stem."""
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = fit_to(corpus, tokenizer, max_vocab)
     if tokenizer.size > 1 << 16:
         raise UsageError(
             f"the tokenizer has {tokenizer.size} symbols; a shard holds 65536. Set max_vocab=65536 or less."
         )
-    target, stem, files = Path(folder), re.sub(r"[^\w.-]+", "-", Path(path).stem).strip("-") or "text", {}
+    files = {}
     _make_room(target, stem)
     for split, label, first in (("train", "train", 1), ("valid", "val", 0)):
         for number, (tokens, size) in enumerate(_shards(_symbols(corpus, tokenizer, split), tokenizer, shard), first):
@@ -208,92 +215,52 @@ def download(
     _shards_in(target, "fineweb")
     files = dict(About.beside(target / names[0]).files)
     for name in names:
-        path = target / name
-        try:
-            if path.exists() and _is_whole(path, files.get(name), source + name):
-                continue
-            say(f"fetching {name}")
-            _fetch(source + name, path)
-        except OSError as error:  # of urllib too
-            raise RunError(f"{source + name} could not be fetched ({error}); run the command again to go on.") from None
-        files[name] = described(path)
+        known = files.get(name, {}).get("sha256", "")
+        if not fetch(source + name, target / name, read_shard, say, known):
+            continue
+        files[name] = described(target / name)
         about = {"tokenizer": {"name": GPT2.name}, "vocab": GPT2.size, "document": GPT2_DOCUMENT, "files": files}
         _write_about(target, about)
 
 
-def _is_whole(path: Path, known: Mapping[str, Any] | None, url: str) -> bool:
-    """Whether a file is the shard that it should be: by tokens.json, else by what the server says."""
-    try:
-        read_shard(path)
-    except UsageError:
-        return False
-    expected = (known or {}).get("sha256", "")
-    if not expected:
-        with contextlib.suppress(OSError):  # without a network it is what it is
-            answer, expected = _open(urllib.request.Request(url, method="HEAD"))
-            answer.close()
-    return not expected or sha256_of(path) == expected
+def openwebtext(
+    folder: str | os.PathLike[str],
+    count: int,
+    tokenizer: str | Tokenizer = "gpt2",
+    *,
+    max_vocab: int | None = None,
+    shard: int = SHARD,
+    say: Callable[[str], None] = print,
+    source: str = OPENWEBTEXT,
+) -> dict[str, Any]:
+    """Fetch Parquet files of OpenWebText, as `download` does, and write their shards, as `encode` does.
 
+    The first file, about 100,000 documents, is held out, so with any number of others the validation is the same. The
+    files stay, in the folder parquet/, for other tokenizers.
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, and keeps the checksum that one names: the storage it leads to does not know it."""
+    Args:
+        folder, tokenizer, max_vocab, shard: as for `encode`.
+        count: files to train on, of 303 MB.
 
-    checksum = ""
+    Raises:
+        UsageError: as `encode`, and if there are not so many files.
+        RunError: as `download`.
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        self.checksum = self.checksum or _checksum(headers)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _checksum(headers: Any) -> str:
-    """The SHA-256 in the headers of an answer; empty if there is none."""
-    tag = (headers.get("X-Linked-ETag") or "").strip('"')
-    return tag if re.fullmatch("[0-9a-f]{64}", tag) else ""
-
-
-def _open(request: urllib.request.Request) -> tuple[Any, str]:
-    """The answer to a request, and the SHA-256 that it or a redirect to it names."""
-    redirects = _Redirects()
-    try:
-        answer = urllib.request.build_opener(redirects).open(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise
-        answer = error  # the part that is asked for begins at the end
-    return answer, redirects.checksum or _checksum(answer.headers)
-
-
-def _fetch(url: str, target: Path) -> None:
-    part = target.with_name(target.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    answer, expected = _open(urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {}))
-    left = 0
-    with answer:
-        if answer.status == 416:
-            if (answer.headers.get("Content-Range") or "").rpartition("/")[2] != str(have):
-                part.unlink()  # longer than the file
-                raise ConnectionError("what was fetched before is not a part of it")
-        else:
-            with part.open("ab") as file:
-                if have and answer.status != 206:  # a server that begins again
-                    file.truncate(0)
-                left = int(answer.headers.get("Content-Length") or 0)
-                while block := answer.read(CHUNK):
-                    left -= file.write(block)
-    if left > 0:
-        raise ConnectionError(f"the connection ended {left} bytes early")
-    try:
-        with part.open("rb") as file:
-            got = hashlib.file_digest(file, "sha256").hexdigest() if expected else ""
-        if got != expected:
-            raise RunError(
-                f"{target.name} came damaged (SHA-256 {got[:12]}…, not {expected[:12]}…); run the command again."
-            )
-        read_shard(part)
-    except UsageError:
-        part.unlink()
-        raise RunError(f"{url} is no token shard; what came is thrown away.") from None
-    except RunError:
-        part.unlink()
-        raise
-    os.replace(part, target)
+    Source: Gokaslan and Cohen, "OpenWebText Corpus" (2019).
+    """
+    if not 1 <= count < OPENWEBTEXT_FILES:
+        raise UsageError(f"shards={count} must be 1 to {OPENWEBTEXT_FILES - 1}.")
+    require_count(shard=shard)
+    say(f"{count + 1} files of 303 MB from {source}, licence {OPENWEBTEXT_LICENCE}.")
+    parquet.library("openwebtext")
+    if tokenizer == GPT2.name:
+        tokenizer = GPT2()  # if it is not there, that is said before the files come
+    target, files = Path(folder), []
+    _shards_in(target, "openwebtext")
+    rows = target / "parquet"
+    _shards_in(rows, "openwebtext")
+    for number in range(count + 1):
+        name = f"train-{number:05d}-of-{OPENWEBTEXT_FILES:05d}.parquet"
+        fetch(source + name, rows / name, lambda path: parquet.require_column(path, "text"), say)
+        files.append(File(name, rows / name, "train" if number else "valid"))
+    return _encode(Corpus(source, tuple(files)), target, "openwebtext", tokenizer, max_vocab, shard)
