@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from reroll.data.prepare import encode
 from reroll.data.tokens import write_shard
 from reroll.models import Interface
 from reroll.recipes import RECIPES
@@ -48,6 +49,11 @@ def write_shards(folder):
     return folder
 
 
+def prepare_stdlib(folder):
+    encode("stdlib:prose", folder)
+    return folder
+
+
 FILES = {
     "text": write_text,
     "ptb": write_ptb,
@@ -56,7 +62,7 @@ FILES = {
     "fineweb_1b5": write_shards,
     "cpu_bytes": write_shards,
     "cdrge_gpt_bytes": write_shards,
-    "cdrge_lstm_owt": write_shards,
+    "cdrge_lstm_owt": prepare_stdlib,
 }
 SHRUNK = {"gpt": {"layers": 2, "heads": 2, "width": 16}}
 
