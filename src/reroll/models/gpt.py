@@ -238,6 +238,14 @@ class GPT(nn.Module):
         features, cache = self._run(inputs, state)
         return self._logits(features) if head else features, cache
 
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compile every block in place, by the arguments of `torch.compile`: one graph for all, and no other names.
+
+        Unlike `torch.compile(model)` this reaches `features` too, by which a loss avoids storing all logits.
+        """
+        for block in self._blocks:
+            block.compile(*arguments, **options)
+
     def flops_per_token(self, length: int) -> float:
         """Return the FLOPs of a token's forward and backward pass in sequences of some length: 6 N + 12 L T D.
 

@@ -76,6 +76,8 @@ def _check_together(config: Config) -> None:
          'gradient from probes; this one is already in .grad. Use update="write".'),
         (evaluate == "in_place" and config.run.dtype == "bf16", "evaluate=in_place cannot change the dtype of the "
          "weights; with dtype=bf16 use evaluate=tiles."),
+        (config.run.compile == "on" and (gradient.seeded or model.kind != "gpt"),
+         "compile=on is for model=gpt by gradient=backprop; use compile=auto or off (in Python: model.compile())."),
     ]  # fmt: skip
     for broken, message in rules:
         if broken:

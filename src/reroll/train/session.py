@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -38,6 +39,8 @@ from reroll.train.rates import Rates
 from reroll.train.run import RunFolder
 from reroll.trees import map_state
 
+COMPILE: dict[str, Any] = {}
+"""Options of `torch.compile`."""
 FAST, SLOW = 0.9, 0.99
 """Decays of the two averages of the loss."""
 
@@ -228,7 +231,11 @@ class Session:
                 most = self._fitting()
                 config = config.replace(gradient={"device_batch": most})
                 note += f" {most} sequences at once."
-        self.planned(self.mesh.share(config.replace(run={"threads": threads})))
+        compile = config.run.compile
+        if compile == "auto":
+            compile = "on" if self._compiles_well() else "off"
+        note += " Its blocks are compiled in the first steps." * (compile == "on")
+        self.planned(self.mesh.share(config.replace(run={"threads": threads, "compile": compile})))
         return note
 
     def planned(self, config: Config) -> None:
@@ -244,6 +251,14 @@ class Session:
             parts = parts_for(parts_for(config.task.batch, self.mesh.size), most)
             self.estimator = replace(self.estimator, accumulate=min(parts, config.task.batch // self.mesh.size))
         self.estimator = self.mesh.estimator(self.estimator)
+        if config.run.compile == "on":  # after the largest batch is found: other sizes would be compiled as well
+            self.model.compile(**COMPILE)
+
+    def _compiles_well(self) -> bool:
+        """Whether compiling is known to be worth its time, and possible."""
+        config, on_card = self.config, self.device.type == "cuda"
+        dense_gpt = config.model.kind == "gpt" and config.gradient.kind == "backprop"
+        return on_card and dense_gpt and importlib.util.find_spec("triton") is not None
 
     def _fitting(self) -> int:
         """How many sequences a device holds, of the share of one process."""
