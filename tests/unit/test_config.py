@@ -21,7 +21,7 @@ FLAGS = {
     "path", "length", "batch", "tokenizer", "overfit", "cell", "rollout", "hidden", "width", "heads", "layers",
     "gradient", "probes", "epsilon", "noise", "evaluate", "optimizer", "lr", "momentum", "clip", "schedule", "steps",
     "seed", "device", "device-batch", "dtype", "threads", "max-seconds", "target-loss", "field", "sep", "decimal",
-    "columns", "time", "missing",
+    "columns", "time", "missing", "price",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ class RunSpec(Options):
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "the device; auto: cuda, else cpu", flag="device")
     dtype: Literal["fp32", "bf16"] = option("fp32", "precision of the forward passes; weights stay fp32", flag="dtype")
     compile: Literal["auto", "on", "off"] = option(
-        "auto", "torch.compile of the model; auto: of gpt by backprop on CUDA", flag="compile"
+        "auto", "torch.compile of the model; auto: of gpt by backprop on CUDA"
     )
     threads: int | None = option(
         None, "torch's threads per unit of work; none: automatic", flag="threads", within="[1, 1024]"
