@@ -76,7 +76,18 @@ def damaged(content, how):
             "longer": content + b"ab"}.get(how, bytes(header))  # fmt: skip
 
 
-DAMAGE = ["magic", "version", "count", "negative", "odd", "header only", "short", "empty", "longer"]
+NO_SHARD = "is no token shard: it does not begin with the number 20240520"
+DAMAGE = {
+    "magic": NO_SHARD,
+    "version": "is a token shard of version 2; this is version 1",
+    "count": "has 2578 bytes; its header says 778 tokens, which take 2580",
+    "negative": "has 2578 bytes; its header says -5 tokens",
+    "odd": "has 2577 bytes; its header says 777 tokens, which take 2578. Get it again",
+    "header only": "has 1024 bytes; its header says 777 tokens",
+    "short": NO_SHARD,
+    "empty": NO_SHARD,
+    "longer": "has 2580 bytes; its header says 777 tokens",
+}
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -84,8 +95,9 @@ def test_a_damaged_shard_is_named(folder, how):
     path = folder[0] / "x_train_000002.bin"
     path.write_bytes(damaged(path.read_bytes(), how))
     for read in (lambda: read_shard(path), lambda: batches(folder[0])):
-        with pytest.raises(UsageError, match="x_train_000002.bin"):
+        with pytest.raises(UsageError, match=f"^{path} {DAMAGE[how]}") as caught:
             read()
+        assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="none.bin cannot be read"):
         read_shard(folder[0] / "none.bin")
 
@@ -223,6 +235,26 @@ def test_tokens_beyond_the_vocabulary_and_files_that_shrink_are_named(folder):
     task.batch(0)
     with pytest.raises(RunError, match="x_train_000002.bin has become shorter"):
         task.batch(12)
+
+
+def test_a_held_out_file_that_shrinks_is_named_before_its_bytes_are_counted(tmp_path):
+    write_texts(tmp_path / "texts")
+    encode(tmp_path / "texts", tmp_path / "shards")
+    task = TokenBatches(tmp_path / "shards", length=8, batch=1, valid_tokens=40)
+    file = tmp_path / "shards" / "texts_val_000000.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(RunError, match="texts_val_000000.bin has become shorter"):
+        _ = task.valid_bytes
+
+
+def test_a_shard_holds_65536_symbols(tmp_path):
+    words = [f"w{i}" for i in range(65_535)]
+    (tmp_path / "a.txt").write_text(f"{words[-2]} {words[0]}\n" * 9)
+    with pytest.raises(UsageError, match="a.txt has a vocabulary of 65537 symbols.*max_vocab=65536 or less"):
+        encode(tmp_path / "a.txt", tmp_path / "shards", Word(words))
+    assert not (tmp_path / "shards").exists()
+    encode(tmp_path / "a.txt", tmp_path / "shards", Word(words[:-1]))
+    assert read_shard(tmp_path / "shards" / "a_train_000001.bin")[1:4].tolist() == [65_535, 2, 1]
 
 
 def test_missing_shards_and_too_few_tokens_are_refused(folder, tmp_path):

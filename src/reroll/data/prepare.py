@@ -90,7 +90,8 @@ def _encode(
         tokenizer = fit_to(corpus, tokenizer, max_vocab)
     if tokenizer.size > 1 << 16:
         raise UsageError(
-            f"the tokenizer has {tokenizer.size} symbols; a shard holds 65536. Set max_vocab=65536 or less."
+            f"path={corpus.path} has a vocabulary of {tokenizer.size} symbols; a shard holds 65536. Set "
+            "max_vocab=65536 or less."
         )
     files = {}
     _make_room(target, stem)

@@ -111,7 +111,7 @@ class Shards:
         shard = np.searchsorted(self.ends, places, "right")
         for index in np.unique(shard):
             here = shard == index
-            result[here] = self._part(index, places[here] - (self.ends[index] - len(self.arrays[index])))
+            result[here] = self.part(index, places[here] - (self.ends[index] - len(self.arrays[index])))
         return result
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
@@ -123,11 +123,16 @@ class Shards:
         for index, after in enumerate(self.ends):
             first = int(after) - len(self.arrays[index])
             if begin < after and first < end:
-                part = self._part(index, slice(max(begin - first, 0), end - first))
+                part = self.part(index, slice(max(begin - first, 0), end - first))
                 result[max(first - begin, 0) :][: len(part)] = part
         return result
 
-    def _part(self, index: int, places: Any) -> npt.NDArray[np.uint16]:
+    def part(self, index: int, places: Any) -> npt.NDArray[np.uint16]:
+        """Return some tokens of a shard.
+
+        Raises:
+            RunError: if its file has become shorter, or one of them is beyond the vocabulary.
+        """
         path, array = self.paths[index], self.arrays[index]
         if path.stat().st_size < HEADER + 2 * len(array):  # to read on would end the process
             raise RunError(f"{path} has become shorter since it was opened. Get it again, and resume.")
@@ -190,16 +195,16 @@ class About:
     def bytes_of(self, shards: Shards) -> int | None:
         """Return the bytes of text of the tokens after the first one of some shards, up to their limit, if known."""
         total, left = 0, shards.limit
-        for path, array in zip(shards.paths, shards.arrays):
+        for index, (path, array) in enumerate(zip(shards.paths, shards.arrays)):
             size = self.files.get(path.name, {}).get("bytes")
             if left < len(array):  # the end of the limit lies inside this one
-                size = self._bytes(array[:left])
+                size = self._bytes(shards.part(index, slice(left)))
             if size is None:
                 return None
             total, left = total + size, left - min(left, len(array))
             if not left:
                 break
-        first = shards.arrays[0][:1]
+        first = shards.part(0, slice(1))
         begins = self.tokenizer is not None and self.tokenizer.has_unknown and first[0] == self.tokenizer.separator
         size = 0 if begins else self._bytes(first)
         return None if size is None else total - size
