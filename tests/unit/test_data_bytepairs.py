@@ -178,6 +178,9 @@ def test_shards_of_byte_pairs(texts):
             assert about["files"][name]["bytes"] == len(tokenizer.decode_bytes(part[part != 279]))
     task = TokenBatches(shards, length=8, batch=1, valid_tokens=None)
     assert task.valid_bytes == sum(len(document) for document in documents)
+    part = tokenizer.decode_bytes(tokens[1:41][tokens[1:41] != 279])
+    assert TokenBatches(shards, length=8, batch=1, valid_tokens=40).valid_bytes == len(part)
+    assert b"".join(documents).startswith(part)
 
 
 def test_a_run_of_byte_pairs_is_sampled_and_scored(texts, cli, tmp_path, monkeypatch):

@@ -217,6 +217,14 @@ def test_openwebtext_that_is_damaged_is_thrown_away(server, rows, monkeypatch):
     assert not (path / "other").exists()
 
 
+def test_files_of_another_split_are_not_read(server, rows, monkeypatch):
+    address, _, path = server
+    read, whole = [], prepare.parquet.rows
+    monkeypatch.setattr(prepare.parquet, "rows", lambda file, field: read.append(file.name[:11]) or whole(file, field))
+    openwebtext(path / "got", 2, "byte", say=lambda line: None, source=address)
+    assert read == ["train-00001", "train-00002", "train-00000"]
+
+
 def test_openwebtext_from_the_command_line(server, rows, cli, monkeypatch):
     address, _, path = server
     monkeypatch.setattr(prepare.openwebtext, "__kwdefaults__", prepare.openwebtext.__kwdefaults__ | {"source": address})

@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ Part = tuple[str | None, npt.NDArray[Any], int]
 def _symbols(corpus: Corpus, tokenizer: Tokenizer, split: str) -> Iterator[Part]:
     """The pieces of a split; what is put before a document is one of no bytes."""
     before = _marks(tokenizer)[0]
-    for passage in passages(corpus):
+    files = tuple(file for file in corpus.files if file.split in (None, split))  # else gigabytes are read for nothing
+    for passage in passages(replace(corpus, files=files)) if files else ():
         if passage.split == split:
             if before is not None:
                 yield None, np.array([before]), 0
