@@ -30,6 +30,7 @@ from reroll.train.config import Config
 from reroll.train.load import build_model, export, open_model
 from reroll.train.records import read_config, read_metrics
 from tests.cli import TINY, TRAIN, contents, weights_of
+from tests.runs import write_text
 
 # What is printed without any work
 
@@ -594,6 +595,17 @@ def test_losses_have_units_and_stand_beside_what_needs_no_training(cli, tmp_path
     assert re.search(r"^held-out loss \S+ nats  bits ", found.out, re.MULTILINE)
     assert re.search(r"without training: class frequencies \(accuracy \S+\) \S+$", found.out, re.MULTILINE)
     assert "reroll forecast values" in cli("sample", "values").error
+
+
+def test_a_text_stands_beside_counting_and_gzip(cli, tmp_path):
+    from reroll.data.text import Text
+
+    found = cli("train", "text", "--path", write_text(tmp_path / "a.txt"), *TINY[2:], "--length", 9, "--run-dir", "run")
+    reached = Text(str(tmp_path / "a.txt"), length=9).baselines()
+    rules = "  ".join(f"{rule} {getattr(reached, rule):.4g}" for rule in ("unigram", "bigram", "gzip"))
+    line = f"bits per symbol without training: {rules}"
+    assert f"\nheld-out {line}\n" in found.out
+    assert line in cli("eval", "run").out
 
 
 def test_a_resumed_run_takes_no_step_back(cli, run):

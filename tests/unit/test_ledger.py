@@ -20,6 +20,7 @@ from tests.runs import write_text
 TRACK = """
 title = "a track of the tests"
 opened = "2026-11-27"
+command = "reroll train text"
 target = 3.0
 fingerprint = "{fingerprint}"
 free = ["the model"]
@@ -68,9 +69,9 @@ def test_p_is_that_of_a_one_sided_t_test():
     from scipy import stats
 
     losses = np.random.default_rng(1).normal(3.2, 0.05, 7)
-    track = Track(Path("x"), "", "", 3.25, "")
+    track = Track(Path("x"), "", "", "", 3.25)
     assert track.p_value(losses) == pytest.approx(stats.ttest_1samp(losses, 3.25, alternative="less").pvalue, rel=1e-9)
-    shipped = Track(Path("x"), "", "", 3.25, "", sigma=0.05, sigma_runs=20)
+    shipped = Track(Path("x"), "", "", "", 3.25, sigma=0.05, sigma_runs=20)
     t = (3.25 - 3.2) / 0.05
     assert shipped.p_value([3.2]) == pytest.approx(stats.t.cdf(-t, 19), rel=1e-9)
     assert track.p_value([3.0, 3.0]) == 0
@@ -126,6 +127,7 @@ def test_one_edited_digit_fails(here, file, capsys):
         ({"fingerprint": "f" * 64}, "abc", "the fingerprint .*, the track's ffffffffffff"),
         ({"fixed": {"model.hidden": 9}}, "abc", "run-0.txt: model.hidden=8, but the track fixes 9"),
         ({"cores": 1000}, "abc", "but the track is for 1000 cores"),
+        ({"gpus": 8}, "abc", "but the track is for 8 GPUs"),
         ({}, "aa", "two runs have one seed"),
         ({}, ("a", "slow"), "the runs differ in run.steps"),
     ],
@@ -202,7 +204,7 @@ def test_a_log_is_a_config_to_train_again(here, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("title = 1", "lacks fingerprint, opened, target"),
+        ("title = 1", "lacks command, opened, target"),
         (TRACK.replace("target", "targte"), 'targte is not a field of a track. Did you mean "target"'),
         ("x = [", "is not TOML"),
         ("sigma = 0.0\n" + TRACK, "sigma=0.0 must be positive"),
@@ -229,3 +231,14 @@ def test_mistakes_at_the_command_line(here, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_a_track_of_gpus_and_of_data_without_a_fingerprint(here, tmp_path):
+    about = read_json(here / "a" / "environment.json")
+    for run in runs(here):
+        changed = about | {"hardware": "AMD EPYC, 112 cores, 8 × NVIDIA H100 80GB HBM3", "fingerprint": run.name}
+        (run / "environment.json").write_text(json.dumps(changed))
+    track = tiny(here, gpus=8, fingerprint=None)
+    assert verify(track, submit(track, runs(here), name="first", summary="x"))["status"] == "record"
+    with pytest.raises(RunError, match="but the track is for 1 GPU"):
+        submit(tiny(here, gpus=1, fingerprint=None), runs(here), name="second", summary="x")

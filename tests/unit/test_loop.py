@@ -468,9 +468,15 @@ def test_threads_and_handlers_of_signals_come_back(tmp_path):
 
 
 def test_a_second_interrupt_is_let_through(tmp_path):
+    said = []
+
     class Impatient(Interrupt):
+        def note(self, line):
+            said.append(line)
+
         def step(self, row, config):
             signal.raise_signal(signal.SIGINT)
+            assert said[-1].startswith("Ctrl-C: the run is saved and ends after this step.")
             signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)

@@ -505,6 +505,13 @@ def test_the_text_of_packages(tmp_path, monkeypatch):
         }  # fmt: skip
     task = TokenBatches(path, length=8, batch=1, valid_tokens=None)
     assert (task.vocab, task.document, task.valid_bytes) == (256, 0, sum(len(source[name]) for name in held_out))
+    monkeypatch.setitem(packages.PACKAGES, "few", packages.Packages({"texts": "1.0"}, packages.digest(source), 10))
+    few = pathlib.Path(packages.shards_of("few"))
+    assert read_shard(few / "bytes_val_000000.bin").tolist() == read_shard(path / "bytes_val_000000.bin").tolist()
+    tokens = read_shard(few / "bytes_train_000001.bin").astype(np.uint8).tobytes()
+    kept = tokens[1:].split(b"\0")
+    assert sum(map(len, kept)) == sum(len(source[name]) for name in source.keys() - held_out) // 10
+    assert sum(any(source[name] == text for name in source) for text in kept) >= len(kept) - 1  # all but the last whole
     monkeypatch.setitem(packages.PACKAGES, "texts", packages.Packages({"texts": "1.1"}, "0" * 64))
     with pytest.raises(UsageError, match="pip install texts==1.1"):
         packages.shards_of("texts")

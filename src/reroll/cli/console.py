@@ -74,8 +74,8 @@ class Console(Reporter):
             lines.append(f"held-out {in_words(scores, self._unit(scores))}")
         if "exact" in scores:
             lines.append(EXACT)
-        if self.task is not None and self.task.splits and (losses := without_training(self.task, self.task.splits[0])):
-            lines.append(f"held-out loss without training: {losses}")
+        if self.task is not None and self.task.splits and (rules := without_training(self.task, self.task.splits[0])):
+            lines.append(f"held-out {rules}")
         if speed := _speed(summary):
             lines.append(speed)
         if summary["state"] == "done":

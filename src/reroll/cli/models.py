@@ -142,8 +142,8 @@ def task_of(loaded: Any, request: Any) -> Any:
 def _notes(loaded: Any, task: Any, split: str, request: Eval) -> list[str]:
     """Return notes on how much was scored, the baselines, and what the model cannot know of the data."""
     notes, validated = [], getattr(loaded.config.task, "eval_batches", 0)
-    if losses := without_training(task, split):
-        notes.append(f"loss without training: {losses}")
+    if rules := without_training(task, split):
+        notes.append(rules)
     if request.path is None and 0 < validated < task.batches(split):
         notes.append(f"This scores all {task.batches(split)} batches; during training, only the first {validated}.")
     if loaded.tokenizer is not None and loaded.tokenizer.has_unknown:

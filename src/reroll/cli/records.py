@@ -61,12 +61,13 @@ def _list(arguments: Sequence[str]) -> int:
 def _show(arguments: Sequence[str]) -> int:
     request = parse(Show, arguments, "reroll records show")
     track = find_track(request.track, request.root)
-    print(f"{track.name}: {track.title}\nopened {track.opened}, data {track.fingerprint[:12]}")
+    data = "" if track.fingerprint is None else f", data {track.fingerprint[:12]}"
+    print(f"{track.name}: {track.title}\nopened {track.opened}{data}")
     spread = "" if track.sigma is None else f", spread over seeds {track.sigma:g} ({track.sigma_runs} runs)"
     print(f"target: mean held-out loss ≤ {track.target:g}, one-sided t-test p < {track.p:g}{spread}")
     for name, value in track.fixed.items():
         print(f"fixed: {name} = {value}")
-    for title, lines in (("free", track.free), ("invalid", track.invalid)):
+    for title, lines in (("free", track.free), ("invalid", track.invalid), ("history", track.history)):
         for line in lines:
             print(f"{title}: {line}")
     rows = _rows(track)
@@ -77,7 +78,7 @@ def _show(arguments: Sequence[str]) -> int:
             f"loss {record['loss']:.4f}  p = {record['p']:.1g}  {record['name']}: {visible(record['summary'])}"
         )
     if not rows:
-        print(f"no record yet; train one: reroll train {track.name}, and reroll records submit {track.name} RUN …")
+        print(f"no record yet; train one: {track.command}, and reroll records submit {track.name} RUN …")
     return 0
 
 

@@ -34,7 +34,14 @@ def in_words(scores: Mapping[str, float], unit: str, digits: int = 4) -> str:
 
 
 def without_training(task: Any, split: str) -> str:
-    """Return the losses of rules without training, on one line; empty for a task that has none."""
+    """Return what rules without training reach, on one line; empty for a task that has none."""
+    from reroll.data.text import Baselines
+
     rules = getattr(task, "baselines", None)
-    losses = rules(split) if rules is not None and getattr(task, "predicts", None) is not None else {}
-    return "  ".join(f"{rule} {loss:.4g}" for rule, loss in losses.items())
+    if rules is None:
+        return ""
+    reached = rules(split)
+    what = "loss"
+    if isinstance(reached, Baselines):
+        what, reached = "bits per symbol", {name: getattr(reached, name) for name in ("unigram", "bigram", "gzip")}
+    return f"{what} without training: " + "  ".join(f"{rule} {loss:.4g}" for rule, loss in reached.items())

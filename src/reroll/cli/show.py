@@ -115,7 +115,7 @@ def _backends(config: Config) -> str:
     """Return which device, dtype and kernels the run would use, and why."""
     import torch
 
-    from reroll.kernels.lstm_scan import _candidates
+    from reroll.kernels import lstm_scan
 
     device = find_device(config.run.device)
     why = "as requested" if config.run.device != "auto" else "CUDA is available" if device.type == "cuda" else "no CUDA"
@@ -131,6 +131,6 @@ def _backends(config: Config) -> str:
         number = torch.empty((), device=device if device.type != "mps" else "cpu")
         inputs, _, hh = (number.expand(shape) for shape in shapes)  # the shapes, without the memory
         with torch.no_grad():
-            kernel = next(c for c in _candidates((inputs, hh, hh)) if c.applies)
+            kernel = next(c for c in lstm_scan.candidates((inputs, hh, hh)) if c.applies)
         lines.append(f"# lstm, without a gradient, by {kernel.name}: {kernel.reason}")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -27,19 +27,22 @@ from reroll.errors import UsageError
 
 @dataclass(frozen=True)
 class Packages:
-    """The versions of packages, and the SHA-256 of their source files in the order of their names."""
+    """The versions of packages, and the SHA-256 of their source files in the order of their names.
+
+    Of the files to train on only `percent` of the bytes are taken, in the order of the hashes of their names.
+    """
 
     versions: Mapping[str, str]
     sha256: str
+    percent: int = 100
 
 
 OF_A_WHEEL = re.compile(r"numpy/(distutils/.*|__config__\.py)|(numpy|pandas)/__init__\.py")
 """Files that depend on the version of Python, on the compiler, or on how Windows finds libraries."""
-PACKAGES = {
-    "cpu-bytes": Packages(
-        {"numpy": "2.4.6", "pandas": "3.1.1"}, "a42a11834b335aae836d85daa904518eb0447c1138f5bfdda4312b769907ddb1"
-    ),
-}
+_BYTES = Packages(
+    {"numpy": "2.4.6", "pandas": "3.1.1"}, "a42a11834b335aae836d85daa904518eb0447c1138f5bfdda4312b769907ddb1"
+)
+PACKAGES = {"cpu-bytes": _BYTES, "cpu-bytes-small": replace(_BYTES, percent=1)}
 """Every text of packages, by the name that stands for a path."""
 
 
@@ -61,8 +64,10 @@ def shards_of(path: str) -> str:
         raise UsageError(f"{path} is the text of other files than those installed here: pip install {wanted}")
     folder.mkdir(parents=True, exist_ok=True)
     files_about = {}
-    for label, number in (("train", 1), ("val", 0)):
-        texts = [b"\0" + text for key, text in sorted(files.items()) if is_held_out(key) == (label == "val")]
+    trained = {key: text for key, text in files.items() if not is_held_out(key)}
+    held_out = {key: text for key, text in files.items() if is_held_out(key)}
+    for label, number, some in (("train", 1, _part(trained, packages.percent)), ("val", 0, held_out)):
+        texts = [b"\0" + text for _, text in sorted(some.items())]
         file = folder / f"bytes_{label}_{number:06d}.bin"
         write_shard(file, np.frombuffer(b"".join(texts), np.uint8))
         files_about[file.name] = described(file, sum(map(len, texts)) - len(texts))
@@ -83,6 +88,17 @@ def source_files(package: str) -> dict[str, bytes]:
         for file in files
         if file.suffix == ".py" and file.parts[0] == package and not OF_A_WHEEL.fullmatch(str(file))
     }
+
+
+def _part(files: Mapping[str, bytes], percent: int) -> Mapping[str, bytes]:
+    """The first files, in the order of the hashes of their names, of which the last is cut."""
+    left, part = percent * sum(map(len, files.values())) // 100, {}
+    for key in sorted(files, key=lambda key: hashlib.sha256(key.encode()).digest()):
+        part[key] = files[key][:left]
+        left -= len(part[key])
+        if not left:
+            return part
+    return files
 
 
 def digest(files: Mapping[str, bytes]) -> str:

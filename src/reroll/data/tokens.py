@@ -106,6 +106,7 @@ class TokenBatches(Windows):
         self.tokens: dict[str, Any] = {split: Shards(paths, self.vocab) for split, paths in files.items()}
         sums = {split: [about.check(path) for path in paths] for split, paths in files.items()}
         self.fingerprint = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+        self.shards = {file.name: digest for split, paths in files.items() for file, digest in zip(paths, sums[split])}
         self.trains = "train" in self.tokens
         self._limit_validation(valid_tokens)
         self._about = about
@@ -178,6 +179,10 @@ class TokenBatches(Windows):
         if self.valid_bytes and split == "valid" and score.scored == len(self.tokens["valid"]) - 1:
             means["bits_per_byte"] = score.loss / math.log(2) / self.valid_bytes
         return means
+
+    def metadata(self) -> dict[str, Any]:
+        """Return also the SHA-256 of every shard."""
+        return super().metadata() | {"shards": self.shards}
 
     def describe(self) -> str:
         """Return how many tokens there are, in a line."""

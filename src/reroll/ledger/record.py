@@ -170,16 +170,17 @@ def _text(record: dict[str, Any]) -> str:
 def _wrong(track: Track, log: Log) -> list[str]:
     """What in a log is against the rules of a track."""
     about, wrong = log.environment, []
-    if about.get("fingerprint") != track.fingerprint:
+    if track.fingerprint is not None and about.get("fingerprint") != track.fingerprint:
         wrong.append(
             f"its data have the fingerprint {str(about.get('fingerprint'))[:12]}, the track's {track.fingerprint[:12]}"
         )
     for name, value in track.fixed.items():
         if log.config.get(name) != value:
             wrong.append(f"{name}={log.config.get(name)!r}, but the track fixes {value!r}")
-    cores = re.search(r"(\d+) cores?$", str(about.get("hardware")))
-    if track.cores is not None and (cores is None or int(cores[1]) != track.cores):
-        wrong.append(f"it ran on {about.get('hardware')}, but the track is for {track.cores} cores")
+    for wanted, what, pattern in ((track.cores, "core", r", (\d+) cores"), (track.gpus, "GPU", r", (\d+) × ")):
+        number = re.search(pattern, str(about.get("hardware")))
+        if wanted is not None and (number is None or int(number[1]) != wanted):
+            wrong.append(f"it ran on {about.get('hardware')}, but the track is for {wanted} {what}{'s' * (wanted > 1)}")
     commit = about.get("commit")
     if not commit or str(commit).endswith("+"):
         wrong.append(f"its source is {commit or 'of no commit'}: commit your changes, and run it again")

@@ -22,29 +22,35 @@ class Track:
         path: the folder of the track.
         title: one line.
         opened: the date, since which nothing here has changed.
+        command: what trains a run of its newest record.
         target: the largest mean of the held-out losses, after the last step.
-        fingerprint: SHA-256 of the data, as a run records it.
+        fingerprint: SHA-256 of the data, as a run records it; None: not compared, as of data made from the seed.
         cores: of the processor; None: any.
+        gpus: how many the run had, of one kind; None: any number.
         p: the significance level.
         sigma: standard deviation of the loss over seeds; None: that of the submitted runs.
         sigma_runs: number of runs that `sigma` is from.
         fixed: values of the config, by dotted name, that every run must have.
         free: what may differ, in words.
         invalid: what makes a run invalid though no program sees it, in words.
+        history: what was reached elsewhere, a line each.
     """
 
     path: Path
     title: str
     opened: str
+    command: str
     target: float
-    fingerprint: str
+    fingerprint: str | None = None
     cores: int | None = None
+    gpus: int | None = None
     p: float = 0.01
     sigma: float | None = None
     sigma_runs: int = 0
     fixed: Mapping[str, Any] = field(default_factory=dict)
     free: Sequence[str] = ()
     invalid: Sequence[str] = ()
+    history: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -117,7 +123,7 @@ def _read(path: Path) -> Track:
     try:
         track = Track(path.parent, **table)
     except TypeError:
-        missing = sorted({"title", "opened", "target", "fingerprint"} - table.keys())
+        missing = sorted({"title", "opened", "command", "target"} - table.keys())
         raise UsageError(f"{path} lacks {', '.join(missing)}.") from None
     if track.sigma is not None and (track.sigma <= 0 or track.sigma_runs < 2):
         raise UsageError(f"{path}: sigma={track.sigma} must be positive, of sigma_runs=2 runs or more.")

@@ -115,7 +115,7 @@ class Tokens(TaskSpec):
     """The next token of shards."""
 
     kind: str = option("tokens", "the task")
-    path: str | None = option(None, "folder or glob of token shards; or cpu-bytes", flag="path")
+    path: str | None = option(None, "folder or glob of token shards; or cpu-bytes, or cpu-bytes-small", flag="path")
     epochs: int = option(1, "maximum passes over the tokens")
     valid_tokens: int | None = option(10_485_760, "held-out tokens to score, from the first; none: all")
     vocab: int | None = option(None, "vocabulary size; none: that in tokens.json next to the shards, or GPT-2's 50257")

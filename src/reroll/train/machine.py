@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,8 @@ def hardware() -> str:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    return ", ".join([processor, f"{os.cpu_count()} cores", *gpu])
+    gpus = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return ", ".join([processor, f"{os.cpu_count()} cores", *(f"{count} × {name}" for name, count in gpus.items())])
 
 
 def commit() -> str | None:
@@ -123,14 +124,15 @@ class Clock:
 
 
 @contextmanager
-def signals() -> Iterator[list[str]]:
-    """Collect SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C interrupts as usual."""
+def signals(say: Callable[[str], None]) -> Iterator[list[str]]:
+    """Collect SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C interrupts as usual, which is said."""
     received: list[str] = []
 
     def note(number: int, frame: Any) -> None:
         received.append(signal.Signals(number).name)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            say("Ctrl-C: the run is saved and ends after this step. Press it again to end at once, without saving.")
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

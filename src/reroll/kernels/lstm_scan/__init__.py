@@ -65,7 +65,7 @@ def lstm_scan(
     if has_torch_function(arguments):
         return handle_torch_function(lstm_scan, arguments, *arguments)
     _check(*arguments)
-    choice = dispatch.choose("lstm_scan", _candidates(arguments))
+    choice = dispatch.choose("lstm_scan", candidates(arguments))
     return importlib.import_module(f"reroll.kernels.lstm_scan.{choice.name}").scan(*arguments)
 
 
@@ -85,7 +85,8 @@ def _check(inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, h
         raise UsageError(f"lstm_scan: weight_hh has {width} columns, which do not divide the {hidden} features of h.")
 
 
-def _candidates(arguments: tuple[Tensor, ...]) -> tuple[dispatch.Candidate, ...]:
+def candidates(arguments: tuple[Tensor, ...]) -> tuple[dispatch.Candidate, ...]:
+    """Return the implementations for some arguments, the best first, with reasons."""
     inputs, _, weight_hh, *_ = arguments
     batch, time, _ = inputs.shape
     width = weight_hh.shape[1]
