@@ -153,3 +153,49 @@ def test_one_that_dies_ends_the_others(tmp_path, capfd):
     assert launch([sys.executable, "-c", script], 3) == 1
     assert capfd.readouterr().err == "error: process 1 was ended by SIGKILL.\n"
     assert time.monotonic() - began < 30
+
+
+CDRGE = """
+import json, sys
+import torch, torch.distributed as dist
+import reroll
+
+dist.init_process_group("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+x, y = torch.randn(12, 3).double(), torch.randn(12, 1).double()
+case = sys.argv[2]
+if case == "weights" and rank:
+    torch.nn.init.zeros_(model[0].weight)
+wrapped = torch.nn.parallel.DistributedDataParallel(model) if case == "ddp" else model
+seed = rank if case == "seed" else 7
+optimizer = reroll.CDRGE(model.named_parameters(), lr=0.02, probes=6, momentum=0.9, seed=seed)
+part = slice(12 * rank // size, 12 * (rank + 1) // size)
+try:
+    losses = [optimizer.step(lambda: (wrapped(x[part]) - y[part]).square().mean()).item() for _ in range(4)]
+    found = {"losses": losses, "weights": torch.cat([p.flatten() for p in model.parameters()]).tolist()}
+except reroll.errors.UsageError as error:
+    found = {"error": str(error)}
+with open(f"{sys.argv[1]}/{case}-{size}-{rank}", "w") as file:
+    json.dump(found, file)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_cdrge_gathers_its_losses_in_processes(tmp_path):
+    """Each with a third of the data: the weights of one process with all of it, and equal bits in all."""
+    (tmp_path / "worker.py").write_text(CDRGE)
+    command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path)]
+    for case, size in (("plain", 1), ("plain", 3), ("ddp", 2), ("weights", 2), ("seed", 2)):
+        assert launch([*command, case], size) == 0
+    found = {p.name: json.loads(p.read_text()) for p in tmp_path.glob("*-*-*")}
+    one = found["plain-1-0"]
+    for others in (["plain-3-0", "plain-3-1", "plain-3-2"], ["ddp-2-0", "ddp-2-1"]):
+        assert all(found[other] == found[others[0]] for other in others)
+        assert np.allclose(found[others[0]]["weights"], one["weights"], rtol=0, atol=1e-9)
+        assert np.allclose(found[others[0]]["losses"], one["losses"], rtol=1e-12)
+    for case, what in (("weights", "weights"), ("seed", "arguments of CDRGE")):
+        for rank in range(2):
+            assert f"process 1 begins with other {what} than process 0" in found[f"{case}-2-{rank}"]["error"]

@@ -9,11 +9,13 @@ optimizer with a closure.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -21,6 +23,7 @@ from reroll.errors import EpsilonTooSmall, RunError, UsageError, require_count, 
 from reroll.grad.base import Estimate, check_names, check_streams
 from reroll.grad.central_difference import CentralDifference, Evaluate
 from reroll.grad.checks import RAISED, floors
+from reroll.grad.units import Execute, Result, Unit
 from reroll.keys import Key
 from reroll.models.roles import canonical_name
 from reroll.optim.sgd import SGD
@@ -41,6 +44,10 @@ class CDRGE(SGD):
     time. Both signs of a probe, and all probes of a step, get the same random numbers from torch's generators, whose
     state is restored afterwards. Buffers that the forward pass changes (batch statistics) see all these passes, unless
     `model` is passed.
+
+    In the processes of `torch.distributed` (DistributedDataParallel, accelerate, torchrun), each closure sees its own
+    part of the data: the loss of a branch is its mean over processes, 2N numbers that are gathered once a step, and the
+    weights stay equal. They, and the arguments here, must be equal at the start.
 
     Args:
         params: parameters, parameter groups, or `model.named_parameters()`. With names, the noise of a tensor follows
@@ -140,6 +147,8 @@ class CDRGE(SGD):
                 return at(raised)
 
         call = closure if self.last is not None or self.model is not None else _warning_of_buffers(closure)
+        if self.last is None and _processes() > 1:
+            self._check_equal()
         key = self.key.at(self.param_groups[0]["step"])
         try:
             result = step(self.model, lambda *_: call(), estimate, self, None, None, key, update="fused")
@@ -187,7 +196,22 @@ class CDRGE(SGD):
             # The closure evaluates this module, not a copy that an estimator could make.
             narrow = self.dtype is not None or any(p.dtype.itemsize < 4 for p in self.model.parameters())
             evaluate = "tiles" if narrow else "in_place"
-        return CentralDifference(self.probes, epsilon, self.noise, evaluate, dtype=self.dtype)
+        execute = _averaged if _processes() > 1 else None
+        return CentralDifference(self.probes, epsilon, self.noise, evaluate, dtype=self.dtype, execute=execute)
+
+    def _check_equal(self) -> None:
+        """Refuse processes that begin with other weights or settings than the first one."""
+        state = hashlib.sha256()
+        for p in self._named().values():
+            state.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        groups = [{n: v for n, v in group.items() if n != "params"} for group in self.param_groups]
+        settings = repr((self._names(), self.key, *(getattr(self, name) for name in _SAVED), groups))
+        everyone = _of_all({"weights": state.hexdigest(), "arguments of CDRGE": settings})
+        for rank, facts in enumerate(everyone):
+            for what in (name for name in facts if facts[name] != everyone[0][name]):
+                raise UsageError(
+                    f"process {rank} begins with other {what} than process 0; give every process the same."
+                )
 
     def _epsilons(self, least: Mapping[str, float] | None = None) -> dict[str, float]:
         """ε of every tensor: its group's, or the rate's, but at least what all weights of the group can resolve."""
@@ -211,6 +235,25 @@ class CDRGE(SGD):
         group = self.param_groups[g]
         names = group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
         return [canonical_name(name) for name in names]
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _of_all(value: Any) -> list[Any]:
+    """The values of all processes."""
+    everyone: list[Any] = [None] * _processes()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _averaged(here: Execute, evaluator: Any, units: Sequence[Unit]) -> list[Result]:
+    """Evaluate all units on the data of this process; return the means of their losses over processes."""
+    results = here(evaluator, units)
+    everyone = _of_all([result.losses.double().cpu() for result in results])
+    means = [torch.stack(losses).mean(0) for losses in zip(*everyone)]  # of the same numbers everywhere: equal bits
+    return [result._replace(losses=mean.to(result.losses)) for result, mean in zip(results, means)]
 
 
 def _warning_of_buffers(closure: Callable[[], Any]) -> Callable[[], Any]:
