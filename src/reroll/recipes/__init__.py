@@ -219,7 +219,7 @@ def cpu_bytes() -> Config:
     """A GPT of bytes by Muon on source code that pip has installed: minutes on two cores, no download."""
     return Config(recipe="cpu_bytes").replace(
         task={
-            "kind": "tokens", "path": "cpu-bytes", "length": 256, "batch": 16, "valid_tokens": 1 << 19, "shuffle": True,
+            "kind": "tokens", "path": "cpu-bytes", "length": 256, "batch": 16, "valid_tokens": 1 << 17, "shuffle": True,
         },
         model={"kind": "gpt", "layers": 4, "heads": 2, "width": 128},
         gradient="backprop",
