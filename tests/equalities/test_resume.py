@@ -316,6 +316,7 @@ def test_what_is_free_is_taken(tmp_path):
     values = {
         "steps": 4, "max_seconds": 50.0, "target_loss": 1e-3, "target_valid": 1e-3, "eval_every": 1,
         "checkpoint_every": 5, "keep": 4, "log_every": 2, "warm_up": 1,
+        "price": 2.5,
     }  # fmt: skip
     assert {f"run.{name}" for name in values} == FREE
     saved = resolve(small(run={"target_loss": 0.5}))

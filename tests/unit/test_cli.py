@@ -777,4 +777,4 @@ def test_shards_of_a_text_are_made_and_trained_on(cli, tmp_path):
     assert run.code == 0
     assert "to train" in run.out
     assert len(cli("sample", "run", "--prompt", "to", "--length", 5).out) >= 7
-    assert "reroll data prepare fineweb" in cli("train", "fineweb-124m", "--run-dir", "other").error
+    assert "reroll data prepare fineweb" in cli("train", "fineweb-124m", "--device", "cpu", "--run-dir", "other").error

@@ -82,6 +82,12 @@ def mistakes(folder):
         (("train", "smoke", "--momentum", "1.5"), 2, ["momentum=1.5"]),
         (("train", "smoke", "--seed", "-1"), 2, ["seed=-1", "[0, 2**64)"]),
         (("train", "smoke", "--device", "mps" if torch.cuda.is_available() else "cuda"), 2, ["use --device cpu"]),
+        *(
+            (("train", name), 2, [f"{name.replace('-', '_')} takes a GPU", "reroll train cpu_bytes", "--device cpu"])
+            for name in ("fineweb-124m", "fineweb_1b5")
+            if not torch.cuda.is_available()
+        ),
+        (("train", "fineweb-124m", "--device", "cpu"), 2, ["reroll data prepare fineweb"]),
         (("train", "smoke", "--config", "nope.toml"), 2, ["does not exist", "reroll show copy > nope.toml"]),
         (("train", "smoke", "--config", "nothing"), 2, ["nothing", "cannot be read"]),
         (("train", "smoke", "--config", "old.toml"), 2, ["old.toml", "format=0", "another version"]),

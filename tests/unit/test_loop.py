@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console as Terminal
 
+from reroll.cli import main
 from reroll.cli.console import Console, Sparkline
 from reroll.data.batch import START
 from reroll.data.synthetic import Copy
@@ -373,6 +374,27 @@ def test_gradients_that_are_not_finite_five_times_in_a_row_are_divergence(tmp_pa
 
 
 # ---- what is scored, when, and in what
+
+
+@pytest.mark.parametrize("name", ["target_loss", "target_valid"])
+def test_a_target_that_is_not_reached_is_said(tmp_path, name):
+    """It is done, and its record and exit code say that it missed; more steps can be asked for."""
+    for target, reached in ((1e-9, False), (100.0, True), (None, None)):
+        folder = tmp_path / str(target)
+        summary = train(small(run={name: target}), folder)
+        status = read_json(folder / "status.json")
+        assert summary["state"] == status["state"] == "done"
+        assert summary.get("target_reached") is status.get("target_reached") is reached
+        assert ("The target was not reached." in status["reason"]) == (reached is False)
+        assert main(["train", "--run-dir", str(folder), "--resume"]) == (reached is False)
+    longer = train(small(run={name: 1e-9, "steps": 10}), tmp_path / "1e-09", resume=True)
+    assert (longer["step"], longer["target_reached"]) == (10, False)
+
+
+def test_a_target_that_is_reached_as_the_time_ends_counts(tmp_path):
+    """The last weights are scored, though time ended the run."""
+    summary = train(small(run={"target_valid": 100.0, "max_seconds": 1e-9, "eval_every": 5}), tmp_path)
+    assert (summary["step"], summary["target_reached"]) == (1, True)
 
 
 def test_a_target_on_the_held_out_loss_ends_it_where_it_is_scored(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from reroll.cli.flags import Parser, add_config, as_flags, flag_fields, tables_of
 from reroll.cli.launch import launch, launched
 from reroll.errors import UsageError, did_you_mean
-from reroll.recipes import RECIPES, by
+from reroll.recipes import INSTEAD, RECIPES, by
 from reroll.specs.base import leaves
 from reroll.specs.task import SERIES
 from reroll.train import toml
@@ -59,6 +59,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         raise UsageError(f"--init {source} starts a new run and --resume continues one; drop one of them.")
     if getattr(config.task, "path", "") is None:
         raise UsageError(_needs_path(config))
+    _require_gpu(config)
     processes = request.flags.get("nproc", 1)
     if processes < 1:
         raise UsageError(f"--nproc {processes} must be 1 or more.")
@@ -96,7 +97,7 @@ def _train(config: Config, path: Path, resume: bool, source: str | None) -> int:
     mesh.leave()
     if mesh.writes:
         print(console.closing(summary, path))
-    return 0 if summary["state"] == "done" else 1
+    return 0 if summary["state"] == "done" and summary.get("target_reached", True) else 1
 
 
 def _needs_path(config: Config) -> str:
@@ -105,6 +106,18 @@ def _needs_path(config: Config) -> str:
     _, _, files = ((recipe and recipe.__doc__) or "").strip().partition("\n")[0].partition("--path ")
     which = f" {files.rstrip('.')}" if files else ", the file or folder to train on"
     return f"{config.recipe if recipe else f'task {config.task.kind}'} needs --path{which}."
+
+
+def _require_gpu(config: Config) -> None:
+    """Refuse a recipe that would take months here, unless the device is asked for."""
+    if config.recipe in INSTEAD and config.run.device == "auto":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"{config.recipe} takes a GPU, and there is none here that torch can use. Instead: reroll train "
+                f"{INSTEAD[config.recipe]}, the same method in minutes on a CPU; --device cpu trains it here anyway."
+            )
 
 
 def _what_remains(path: Path) -> str:

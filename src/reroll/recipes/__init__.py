@@ -301,3 +301,6 @@ RECIPES: dict[str, Callable[..., Config]] = {
     )
 } | {name: _generated(name) for name in GENERATED}
 """Every recipe by name. The tests run over this table: each, shrunk, must improve."""
+
+INSTEAD = {"fineweb_124m": "cpu_bytes", "fineweb_1b5": "cpu_bytes"}
+"""Recipes that take a GPU → what to train without one."""

@@ -29,7 +29,7 @@ from reroll.train.fit import parts_for
 from reroll.train.journal import Record
 from reroll.train.machine import signals
 from reroll.train.mesh import ALONE, Mesh
-from reroll.train.observers import OBSERVERS, CompletedStep, Warnings, ends, how_to_continue, slow_start
+from reroll.train.observers import OBSERVERS, CompletedStep, Warnings, ends, how_to_continue, slow_start, target_reached
 from reroll.train.records import read_config, read_json
 from reroll.train.resume import merge_resumed, open_session, start_record
 from reroll.train.search import search_lr, trial
@@ -67,12 +67,12 @@ def train(
         what: a config, which is resolved here, or a session of objects (`Session.of`), made again as it was to resume.
         path: the run folder, new or (with `resume`) one to go on with.
         resume: go on from the newest checkpoint; on a finished run nothing is done.
-        init: weights to begin with.
-        report: who is told.
+        init, report: weights to begin with; who is told.
         mesh: the processes that train it together, each with this call; a session has its own.
 
     Returns:
-        The last row of the metrics, with `state`: "done", "stopped" (it can be resumed) or "diverged"; and `reason`.
+        The last row of the metrics, with `state`: "done", "stopped" (it can be resumed) or "diverged"; `reason`; and
+        `target_reached`, if it is done and had one.
 
     Raises:
         UsageError: if something asked for cannot be done.
@@ -175,6 +175,9 @@ def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str
             session.save()
             saved = time.monotonic()
     state, reason = ended or ("done", f"all {config.run.steps} steps are taken.")
+    reached = target_reached(config.run, row) if state == "done" else None
+    reason += " The target was not reached." * (reached is False)
+    row |= {} if reached is None else {"target_reached": reached}
     summary = row | {"state": state, "reason": reason, "step": progress.step, "steps": config.run.steps}
     session.folder.write_status(state, **{k: v for k, v in summary.items() if k != "state"})
     session.folder.log(f"{state}: {reason}")

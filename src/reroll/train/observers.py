@@ -13,6 +13,7 @@ from reroll.optim import StepResult, StepSettings
 from reroll.outcome import Outcome
 from reroll.rollout.monitor import Monitor
 from reroll.specs.base import OBJECT
+from reroll.specs.run import RunSpec
 from reroll.train.config import Config
 from reroll.train.machine import peak_bytes
 from reroll.train.session import Session
@@ -145,6 +146,13 @@ def ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, s
         how = "train(session, path, resume=True)" if session.of_objects else how
         return "stopped", f"{stop[0]} after {progress.step} steps. To resume: {how}"
     return None
+
+
+def target_reached(run: RunSpec, row: dict[str, Any]) -> bool | None:
+    """Return whether the last row of a run is below a target of it; None if it has none."""
+    targets = {"loss": run.target_loss, "valid_loss": run.target_valid}
+    pairs = [(row.get(name, math.inf), target) for name, target in targets.items() if target is not None]
+    return any(value < target for value, target in pairs) if pairs else None
 
 
 def _diverged(session: Session, row: dict[str, Any]) -> str | None:
