@@ -556,6 +556,18 @@ def test_a_gpt_that_is_interrupted_goes_on_as_if_it_had_not_been(folder, tmp_pat
     assert differences(left(tmp_path / "straight"), left(tmp_path / "run")) == []
 
 
+def test_a_run_warms_up_on_data_that_end(folder, tmp_path):
+    """On their last batches, though they are fewer than its steps; it leaves no trace."""
+    config = Config(recipe="t").replace(
+        task={"kind": "tokens", "path": str(folder[0]), "length": 8, "batch": 12, "valid_tokens": 333, "vocab": 300},
+        model={"kind": "gpt", "layers": 1, "heads": 1, "width": 8}, gradient="backprop",
+        optim={"kind": "adamw", "lr": 0.01}, run={"steps": 2, "threads": 1},
+    )  # fmt: skip
+    train(config, tmp_path / "plain")
+    train(config.replace(run={"warm_up": batches(folder[0]).most_steps + 2}), tmp_path / "warm")
+    assert left(tmp_path / "plain")["weights"] == left(tmp_path / "warm")["weights"]
+
+
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(folder):
     task, model = batches(folder[0]), GPT(300, layers=2, heads=2, width=16, zero_init=False).double()
     gradients = []

@@ -75,14 +75,15 @@ def midpoints(losses: dict[float, float]) -> list[float]:
 
 def trial(session: Session, lr: float, steps: int) -> float:
     """Take a few steps at a rate and restore weights and optimizer; return the mean loss of the second half."""
-    config, losses = session.config, []
+    config, most, losses = session.config, getattr(session.task, "most_steps", None), []
     before = {name: tensor.clone() for name, tensor in checkpoint.weights_of(session.model).items()}
     state = copy.deepcopy(session.optimizer.state_dict())
     key, settings = Key(config.run.seed).at("lr search"), session.settings(lr)
     try:
         for number in range(steps):
-            # Far from the first batches, which the run itself will use.
-            batch = session.batch(0 if config.task.overfit else 10**9 + number)
+            # Far from the first batches, which the run itself will use; of data with an end, the last ones.
+            far = 10**9 + number if most is None else (most - 1 - number) % most
+            batch = session.batch(0 if config.task.overfit else far)
             try:
                 with monitoring():  # fallbacks during the search are not reported
                     result = step(
