@@ -15,7 +15,7 @@ from reroll.specs.base import option
 
 DETAILS = 15
 """Characters before the text in a line of a claim's details."""
-BENCHES = ("zeroth", "estimator", "rollouts", "grid")
+BENCHES = ("zeroth", "estimator", "rollouts", "grid", "throughput")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Bench:
 
     name: str = positional(
         "zeroth (speed and memory of CD-RGE), estimator (accuracy of its gradient), rollouts (sequential and parallel "
-        "in time) or grid (rollouts on the grid of the DEER paper)"
+        "in time), grid (rollouts on the grid of the DEER paper) or throughput (a run's speed beside a plain loop's)"
     )
     json: Path | None = option(None, "write the result to this file")
     rounds: int | None = option(
