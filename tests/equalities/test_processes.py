@@ -61,10 +61,10 @@ def losses(folder: Path) -> np.ndarray:
 
 
 def test_losses_do_not_depend_on_processes_or_accumulation(tmp_path, shards):
-    """4 × 2 rows, 2 × 4, 1 × 8, in 1, 2 or 4 parts; attention, Muon, AdamW, validation."""
+    """4 × 2 rows, 3 of 2 or 3, 2 × 4, 1 × 8, in 1, 2 or 4 parts; attention, Muon, AdamW, validation."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    cases = {1: [1, 2, 4], 2: [1, 4], 4: [1]}
+    cases = {1: [1, 2, 4], 2: [1, 4], 3: [1], 4: [1]}
     results = {}
     for processes, parts in cases.items():
         of = [[dtype, accumulate] for dtype in ("float64", "float32") for accumulate in parts]

@@ -119,6 +119,27 @@ def test_a_run_names_step_and_tensor(tmp_path, method, at):
     assert reason.endswith(first)
 
 
+@pytest.mark.parametrize("method", [{"kind": "backprop", "accumulate": 3}, {"kind": "probes", "micro_batch": 1}])
+def test_it_takes_no_more_memory_than_the_step(tmp_path, method):
+    """The batch of three is looked at in the pieces that the step cut it into."""
+    session, _ = open_session(resolve(small(gradient=method)), tmp_path / "run")
+    session.plan()
+    loss_fn, sizes = session.loss_fn, []
+
+    def bad(model, batch):
+        sizes.append(len(batch))
+        return loss_fn(model, batch) * (math.nan if lost else 1.0)
+
+    lost = session.loss_fn = bad
+    with pytest.raises(RunError, match="the loss, though every module's output is finite"):
+        loop.take_step(session)
+    assert set(sizes) == {1}
+    lost = None
+    sizes.clear()
+    assert "the loss is finite" in loop._source(session, session.batch(0), Key(0))
+    assert sizes == [1, 1, 1]
+
+
 def test_a_refused_gradient_is_named_in_its_row_and_in_the_end(tmp_path, monkeypatch):
     rows, notes, backprop = [], [], reroll.Backprop.__call__
 
