@@ -61,6 +61,7 @@ FILES = {
     "fineweb_124m": write_shards,
     "fineweb_1b5": write_shards,
     "cpu_bytes": write_shards,
+    "cpu_bytes_small": write_shards,
     "cdrge_gpt_bytes": write_shards,
     "cdrge_lstm_owt": prepare_stdlib,
 }

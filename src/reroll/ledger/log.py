@@ -111,6 +111,8 @@ def read_log(path: Path) -> Log:
     for name, value in expected.items():
         if summary.get(name) != value:
             raise RunError(f"{path} has been changed: its rows give {name}={value}, its last line {summary.get(name)}.")
+    if last != json.dumps(summary) + "\n":  # a 17th digit may be another and the number the same
+        raise RunError(f"{path} has been changed: its last line is not as it was written.")
     if [row["step"] for row in rows] != list(range(config["run.steps"])):
         raise RunError(f"{path} has {len(rows)} rows, not each of the {config['run.steps']} steps once.")
     if summary["valid_loss"] is None:

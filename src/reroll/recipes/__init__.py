@@ -216,7 +216,7 @@ def fineweb_1b5(rule: Rule = "muon") -> Config:
 
 
 def cpu_bytes() -> Config:
-    """A GPT of bytes by Muon on source code that pip has installed: minutes on two cores, no download."""
+    """A GPT of bytes by Muon on source code that pip has installed: a minute on two cores, no download."""
     return Config(recipe="cpu_bytes").replace(
         task={
             "kind": "tokens", "path": "cpu-bytes", "length": 256, "batch": 16, "valid_tokens": 1 << 17, "shuffle": True,
@@ -224,11 +224,21 @@ def cpu_bytes() -> Config:
         model={"kind": "gpt", "layers": 4, "heads": 2, "width": 128},
         gradient="backprop",
         optim={
-            "kind": "muon", "lr": 0.02, "embedding_lr": 0.3, "head_lr": 0.01, "momentum": 0.95, "betas": (0.9, 0.95),
-            "adjust_lr_fn": "original", "schedule": {"kind": "linear", "warmdown": 240},
+            "kind": "muon", "lr": 0.04, "embedding_lr": 0.3, "head_lr": 0.01, "momentum": 0.95, "betas": (0.9, 0.95),
+            "adjust_lr_fn": "original", "schedule": {"kind": "linear", "warmdown": 36},
         },
-        run={"steps": 800, "eval_every": 100},
+        run={"steps": 120, "eval_every": 60},
     )  # fmt: skip
+
+
+def cpu_bytes_small() -> Config:
+    """The recipe cpu_bytes on one per cent of its text, seen several times: how much can be learned from little?"""
+    return cpu_bytes().replace(
+        recipe="cpu_bytes_small",
+        task={"path": "cpu-bytes-small", "epochs": 4},
+        optim={"weight_decay": 0.1, "schedule": {"warmdown": 90}},
+        run={"steps": 280},
+    )
 
 
 GENERATED = {
@@ -249,9 +259,14 @@ def cdrge_gpt_bytes() -> Config:
     return config.replace(
         task={"length": 64, "batch": 32},
         gradient={"kind": "probes", "probes": 96, "epsilon": 0.01},
-        optim={"kind": "sgd", "lr": 0.05, "momentum": 0.9, "schedule": {"kind": "linear", "floor": 0.05}},
+        optim={
+            "kind": "sgd",
+            "lr": 0.05,
+            "momentum": 0.9,
+            "schedule": {"kind": "linear", "floor": 0.05, "warmdown": None},
+        },
         run={"steps": 1000, "eval_every": 250},
-    )
+    )  # fmt: skip
 
 
 def cdrge_lstm_owt() -> Config:
@@ -280,6 +295,12 @@ def _generated(name: str, **task: int) -> Callable[[], Config]:
     return recipe
 
 
+def cpu_copy() -> Config:
+    """An LSTM by backpropagation learns to repeat four of eight symbols: seconds, and a track for any gradient."""
+    copy = _generated("copy", length=4, symbols=8)()
+    return by(copy, "backprop").replace(recipe="cpu_copy", optim={"lr": 0.01}, run={"steps": 150})
+
+
 RECIPES: dict[str, Callable[..., Config]] = {
     recipe.__name__: recipe
     for recipe in (
@@ -296,6 +317,8 @@ RECIPES: dict[str, Callable[..., Config]] = {
         fineweb_124m,
         fineweb_1b5,
         cpu_bytes,
+        cpu_bytes_small,
+        cpu_copy,
         cdrge_gpt_bytes,
         cdrge_lstm_owt,
     )
