@@ -18,19 +18,19 @@ from typing import Any
 from reroll.recipes import cpu_bytes
 from reroll.train.config import Config
 
-STEPS, SEEDS = 110, 5
+STEPS, SEEDS = 150, 5
 GPT2 = {
     "position": "learned", "qk_norm": False, "activation": "gelu", "zero_init": False, "tied": True,
     "embed_norm": False,
 }  # fmt: skip
 ADAMW = {
-    "kind": "adamw", "lr": 0.0006, "betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0,
-    "schedule": {"kind": "cosine", "warmup": 11},
+    "kind": "adamw", "lr": 0.0006, "embedding_lr": None, "head_lr": None, "vector_lr": None, "betas": (0.9, 0.95),
+    "weight_decay": 0.1, "clip": 1.0, "schedule": {"kind": "cosine", "warmup": 15},
 }  # fmt: skip
-TUNED = {"lr": 0.0014, "weight_decay": 0.0, "clip": None, "schedule": {"kind": "linear", "warmup": 4, "warmdown": 33}}
+TUNED = {"lr": 0.001, "weight_decay": 0.0, "clip": None, "schedule": {"kind": "linear", "warmup": 10, "warmdown": 45}}
 MUON = {
-    "kind": "muon", "lr": 0.02, "embedding_lr": 0.0014, "head_lr": 0.0014, "vector_lr": 0.0014, "momentum": 0.95,
-    "betas": (0.9, 0.95), "adjust_lr_fn": "original", "schedule": {"kind": "linear", "warmdown": 33},
+    "kind": "muon", "lr": 0.04, "embedding_lr": 0.001, "head_lr": 0.001, "vector_lr": 0.001, "momentum": 0.95,
+    "betas": (0.9, 0.95), "adjust_lr_fn": "original", "schedule": {"kind": "linear", "warmdown": 45},
 }  # fmt: skip
 ADDED: dict[str, dict[str, Any]] = {
     "GPT-2 by AdamW": {"model": GPT2, "optim": ADAMW},
@@ -41,7 +41,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "untied head, norm of the embedding": {
         "model": {"tied": False, "embed_norm": True}, "optim": {"embedding_lr": 0.3, "head_lr": 0.01},
     },
-    "momentum warm-up": {"optim": {"momentum_warmup": 40}},
+    "momentum warm-up": {"optim": {"momentum_warmup": 50}},
 }  # fmt: skip
 """What every row changes in the row before; the first one, in the recipe."""
 INSTEAD: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ INSTEAD: dict[str, dict[str, Any]] = {
     "Turbo-Muon, 4 steps": {"optim": {"ns_coefficients": "turbo"}},
     "rows normalised (MuonEq-R)": {"optim": {"normalize_rows": True}},
     "NorMuon": {"optim": {"beta2": 0.95}},
-    "AdamW, its rate tuned": {"optim": {**ADAMW, **TUNED, "lr": 0.004}},
+    "AdamW, its rate tuned": {"optim": {**ADAMW, **TUNED, "lr": 0.004, "embedding_lr": 0.3, "head_lr": 0.01}},
     "LSTM": {"model": {"kind": "lstm", "hidden": 384, "embed": 128, "rollout": "auto"}},
     "GRU": {"model": {"kind": "gru", "hidden": 384, "embed": 128, "rollout": "auto"}},
 }

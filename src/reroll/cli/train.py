@@ -220,5 +220,6 @@ def _names(tables: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _description(command: str, name: str | None, about: str) -> str:
     doc = (_recipe(name).__doc__ or "").strip().splitlines()[:1] if name else []
-    example = f"example: reroll {command} {name or 'copy'} --steps 300 --probes 128"
+    probes = " --probes 128" * _recipe(name or "copy")().gradient.seeded
+    example = f"example: reroll {command} {name or 'copy'} --steps 300{probes}"
     return "\n\n".join([about, *doc, example, "Every command takes --debug, which shows the traceback of an error."])

@@ -225,9 +225,9 @@ def cpu_bytes() -> Config:
         gradient="backprop",
         optim={
             "kind": "muon", "lr": 0.04, "embedding_lr": 0.3, "head_lr": 0.01, "momentum": 0.95, "betas": (0.9, 0.95),
-            "adjust_lr_fn": "original", "schedule": {"kind": "linear", "warmdown": 36},
+            "adjust_lr_fn": "original", "schedule": {"kind": "linear", "warmdown": 45},
         },
-        run={"steps": 120, "eval_every": 60},
+        run={"steps": 150, "eval_every": 75},
     )  # fmt: skip
 
 
