@@ -58,6 +58,16 @@ def visible(text: str) -> str:
     return text.translate(symbols | dict.fromkeys(range(0x80, 0xA0), "�"))
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    Example:
+        >>> plural(1, "step"), plural(2000, "step")
+        ('1 step', '2,000 steps')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean "x"?` for the closest known word, or the list of all of them when none is close.
 

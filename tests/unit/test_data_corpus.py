@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import sys
 import tracemalloc
 from collections import Counter
@@ -16,7 +17,7 @@ import pytest
 
 from reroll.data import cache, corpus
 from reroll.data.cache import cache_folder, load
-from reroll.data.corpus import Document, find, is_single, passages
+from reroll.data.corpus import Document, find, passages
 from reroll.data.tokenizers import fit
 from reroll.errors import RunError, UsageError
 
@@ -60,7 +61,7 @@ def test_a_single_text_is_held_out_at_its_end(tmp_path):
     assert found["train"][0] + found["valid"][0] == text
     assert found["valid"][0].startswith("line ")
     assert 0.08 * len(text) < len(found["valid"][0]) <= 0.1 * len(text)
-    assert is_single(find(tmp_path / "a.txt"))
+    assert load(find(tmp_path / "a.txt")).single
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_json_lines_of_other_programs(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["", "/**", "/**/*.txt", "/*/*.txt", "/**.txt"])
-def test_links_are_not_followed_twice(tmp_path, path, caplog):
+def test_links_are_not_followed_twice(tmp_path, path):
     root = write(tmp_path / "g", a__1_txt="1", a__2_txt="2", b__c__3_txt="3", b__4_txt="4", _hidden__5_txt="5")
     for place in (root, root / "a", root / "b"):
         (place / "self").symlink_to(root)
@@ -166,12 +167,12 @@ def test_links_are_not_followed_twice(tmp_path, path, caplog):
         (place / "broken.txt").symlink_to(root / "nothing")
     os.mkfifo(root / "a" / "pipe.txt")
     expected = {"/*/*.txt": ["a/1", "a/2", "b/4"], "/**.txt": ["other"]}.get(path, ["a/1", "a/2", "b/4", "b/c/3"])
-    with caplog.at_level(logging.INFO):
-        found = [document.source for _, document in find(f"{root}{path}").documents()]
+    corpus = find(f"{root}{path}")
+    found = [document.source for _, document in corpus.documents()]
     assert sorted(os.path.realpath(file) for file in found) == sorted(
         os.path.realpath(root / f"{name}.txt") for name in expected
     )
-    assert "are skipped, being binary or no files, such as" in caplog.text
+    assert re.fullmatch("skipped, being binary or no files: [1-9], such as '.*'", corpus.note)
 
 
 def test_what_is_no_text_file_is_refused(tmp_path):
@@ -194,6 +195,19 @@ def test_a_byte_order_mark_is_no_symbol(tmp_path, tokenizer):
         plain, marked = (load(find(tmp_path / kind / path), tokenizer) for kind in ("plain", "marked"))
         assert plain.tokenizer == marked.tokenizer
         assert plain.fingerprint == marked.fingerprint
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char"])
+@pytest.mark.parametrize("encoding, mark", [("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")])
+def test_utf_16_after_its_mark_is_text(tmp_path, tokenizer, encoding, mark):
+    text = "eins zwei dréi 𝄞\n" * 700
+    write(tmp_path, plain__a_txt=text, wide__a_txt=mark + text.encode(encoding))
+    for path in ("a.txt", ""):
+        plain, wide = (load(find(tmp_path / kind / path), tokenizer) for kind in ("plain", "wide"))
+        assert (plain.fingerprint, plain.size, plain.documents) == (wide.fingerprint, wide.size, 1)
+    write(tmp_path, cut_txt=mark + text.encode(encoding)[:-1])
+    with pytest.raises(UsageError, match=r"cut.txt cannot be read as UTF-16 .*Save it as UTF-8"):
+        list(passages(find(tmp_path / "cut.txt")))
 
 
 def test_the_standard_library_is_text_that_is_always_there():
@@ -232,7 +246,7 @@ def test_a_stripped_python_says_so(monkeypatch, tmp_path):
         ("list.jsonl", "path=list.jsonl, line 1, has no text in field='text'"),
         (
             "other.jsonl",
-            "path=other.jsonl, line 2, has no text in field='text'.*body.*Give",
+            r"path=other.jsonl, line 2, has no text in field='text': \{'body'.{70,72}…. Give",
         ),
         ("blank.jsonl", "path='blank.jsonl' has no text: every document in it is empty"),
     ],
@@ -240,7 +254,11 @@ def test_a_stripped_python_says_so(monkeypatch, tmp_path):
 def test_errors(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, empty_txt="", hollow__a_txt="", binary__a_bin=b"\0", bad_jsonl='{"text": "a"}\n\n{"text"\n')
-    write(tmp_path, other_jsonl='{"text": "a"}\n{"body": "b", "title": "c", "n": 1}\n', latin_jsonl=b'{"text": "\xe9"}')
+    write(
+        tmp_path,
+        other_jsonl='{"text": "a"}\n{"body": "b", "title": "%s"}\n' % ("c" * 99),
+        latin_jsonl=b'{"text": "\xe9"}',
+    )
     write(tmp_path, list_jsonl='["a"]', blank_jsonl='\n{"text": ""}\n')
     (tmp_path / "bare").mkdir()
     with pytest.raises(UsageError, match=message) as caught:

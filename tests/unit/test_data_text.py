@@ -189,6 +189,32 @@ def by_counting(tokens):
     return unigram, bigram
 
 
+def test_what_was_read_is_said_in_a_line(path, tmp_path):
+    task, size = Text(path, "char", length=16), len(path.read_bytes())
+    total, held_out = sum(map(len, task.tokens.values())), len(task.tokens["valid"])
+    assert total == len(path.read_bytes().decode()) < size
+    share = f"{held_out:,} ({100 * held_out / total:.3g} %) held out"
+    known = f"vocabulary of {task.vocab} (tokenizer char)"
+    assert task.describe() == f"{path}: {size:,} bytes of text in 1 document; {total:,} symbols, {share}; {known}."
+    assert f"{total:,} symbols, all of it scored; " in Text(path, "char", length=16, whole=True).describe()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, content in {"a.txt": b"one ", "b.txt": b"two ", "c.bin": b"\0"}.items():
+        (folder / name).write_bytes(100 * content)
+    said = Text(folder, length=16).describe()
+    assert ": 800 bytes of text in 2 documents; 802 symbols, 401 (50 %) held out; vocabulary of 256 " in said
+    assert said.endswith("; skipped, being binary or no files: 1, such as 'c.bin'.")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    assert (
+        Text(tmp_path / "latin.txt", length=16)
+        .describe()
+        .endswith("; not UTF-8 text: its bytes are learned as they are.")
+    )
+    (tmp_path / "latin.txt").write_bytes(b"\xe9 " * 100)
+    with pytest.raises(UsageError, match=r"latin.txt is not UTF-8 from its beginning \("):
+        Text(tmp_path / "latin.txt", "char", length=16)
+
+
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "word"])
 def test_baselines_are_counts(path, tokenizer):
     task = Text(path, tokenizer, length=16)

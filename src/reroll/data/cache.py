@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +28,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from reroll.data.corpus import Corpus, is_single, passages
+from reroll.data.corpus import Corpus, passages
 from reroll.data.symbols import Tokenizer, decode_utf8, encode_chunks, symbol_dtype
 from reroll.data.tokenizers import TOKENIZERS, fit, from_dict
 from reroll.errors import RunError, UsageError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files; a change rebuilds them
+FORMAT = 3  # of the files; a change rebuilds them
 
 _temporary: Path | None = None  # created once per process, if the cache folder cannot be written
 
@@ -47,12 +48,16 @@ class Streams:
         tokenizer: turns them back into text.
         tokens: the symbols by split, memory-mapped.
         fingerprint: SHA-256 of the symbols of all splits.
+        documents: how many there are.
+        size: bytes of text in all of them.
         single: True if "valid" is the end of the document that "train" begins.
     """
 
     tokenizer: Tokenizer
     tokens: dict[str, npt.NDArray[Any]]
     fingerprint: str
+    documents: int
+    size: int
     single: bool
 
 
@@ -113,7 +118,7 @@ def _open(place: Path) -> Streams:
         if path.stat().st_size != count * dtype.itemsize:
             raise ValueError(f"{path} should hold {count} symbols")
         tokens[split] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
-    return Streams(tokenizer, tokens, saved["fingerprint"], saved["single"])
+    return Streams(tokenizer, tokens, *(saved[name] for name in ("fingerprint", "documents", "size", "single")))
 
 
 def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: int | None) -> None:
@@ -122,9 +127,10 @@ def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: i
         tokenizer = fit_to(corpus, tokenizer, max_vocab)
     files: dict[str, BinaryIO] = {}
     digests: dict[str, Any] = {}
+    totals = Counter[str](documents=0, size=0)
     try:
         with contextlib.ExitStack() as undo:
-            for split, symbols in _encoded(corpus, tokenizer):
+            for split, symbols in _encoded(corpus, tokenizer, totals):
                 if split not in files:
                     files[split] = undo.enter_context(replacing(place.with_suffix(f".{split}")))
                     digests[split] = hashlib.sha256()
@@ -136,7 +142,8 @@ def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: i
             "path": corpus.path,
             "tokenizer": tokenizer.to_dict(),
             "counts": counts,
-            "single": is_single(corpus),
+            "single": totals["documents"] == 1 and not corpus.files[0].split,
+            **totals,
             "fingerprint": hashlib.sha256(every.encode()).hexdigest(),
         }
         with replacing(place.with_suffix(".json")) as file:
@@ -147,11 +154,13 @@ def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: i
         raise RunError(f"{place.parent} has no room for the symbols of {corpus.path}: set REROLL_CACHE.") from None
 
 
-def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, bytes]]:
-    """The symbols of all passages in order, as bytes, with their splits."""
+def _encoded(corpus: Corpus, tokenizer: Tokenizer, totals: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    """The symbols of all passages in order, as bytes, with their splits; documents and their bytes are counted."""
     dtype = symbol_dtype(tokenizer.size)
     after = b"" if tokenizer.separator is None else np.array([tokenizer.separator], dtype).tobytes()
     for passage in passages(corpus):
+        if not passage.begin:  # the end of a single document is a passage of its own
+            totals.update(documents=1, size=passage.document.size)
         for symbols in encode_chunks(tokenizer, passage.chunks(), passage.document.where):
             yield passage.split, symbols.astype(dtype, copy=False).tobytes()
         if passage.separated:

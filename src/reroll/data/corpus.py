@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20  # bytes read at a time
 FEW = 100  # with fewer documents than this, a tenth of the text is held out, not of the documents
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"PAR1")
 """How gzip, zip, bzip2, xz, zstd and Parquet files begin."""
 
@@ -108,9 +109,13 @@ class File:
             yield from self._many(field)
             return
         with _open(self.source) as file:
-            skip = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
+            head = file.read(3)
+            skip = len(codecs.BOM_UTF8) * (head == codecs.BOM_UTF8)
             size = file.seek(0, os.SEEK_END) - skip
-        if size:
+        if head.startswith(UTF16) and isinstance(self.source, Path) and _is_text(self.source):
+            content = _from_utf16(self.source)
+            yield Document(self.name, content, len(content))
+        elif size:
             yield Document(self.name, self.source, size, skip)
 
     def _many(self, field: str) -> Iterator[Document]:
@@ -119,7 +124,8 @@ class File:
         unit = "row" if table else "line"
         for number, entry in enumerate(parquet.rows(self.source, field) if table else self._lines(field), 1):
             if (text := _text_of(entry, field)) is None:
-                shown = ascii(entry)[:80]
+                shown = ascii(entry)
+                shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
                 raise UsageError(
                     f"path={self.source}, {unit} {number}, has no text in field={field!r}: {shown}. "
                     f"Give field=… that every {unit} has."
@@ -143,11 +149,12 @@ class File:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of a path in a fixed order, and the field that holds the text of a JSON line."""
+    """The files of a path in a fixed order, the field that holds the text of a JSON line, what is worth saying."""
 
     path: str
     files: tuple[File, ...]
     field: str = "text"
+    note: str = ""
 
     @property
     def signature(self) -> list[object]:
@@ -206,11 +213,10 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
             f"path={name!r} is compressed, not text. Unpack it; a table is read as it is: reroll train arrays --path "
             f"{name}"
         )
-    if not file.holds_many and not _is_text(where):
-        log.info("%s is not text: its bytes are learned as they are, by tokenizer='byte' or 'bpe' alone.", name)
     if not where.stat().st_size:
         raise UsageError(f"path={name!r} is empty; give a file with text in it.")
-    return Corpus(name, (file,), field)
+    note = "" if file.holds_many or _is_text(where) else "not UTF-8 text: its bytes are learned as they are"
+    return Corpus(name, (file,), field, note)
 
 
 def whole_held_out(corpus: Corpus) -> Corpus:
@@ -218,11 +224,6 @@ def whole_held_out(corpus: Corpus) -> Corpus:
     if corpus.files[0].split:
         return corpus
     return replace(corpus, files=tuple(replace(file, split="valid") for file in corpus.files))
-
-
-def is_single(corpus: Corpus) -> bool:
-    """Return whether a corpus is one document, whose end is held out."""
-    return not corpus.files[0].split and len(list(itertools.islice(corpus.documents(), 2))) == 1
 
 
 def passages(corpus: Corpus) -> Iterator[Passage]:
@@ -314,18 +315,17 @@ def _several(name: str, paths: list[Path], field: str, root: Path | None = None)
     once = set(real.values())
     files = [path for path in paths if path in once]
     if splits := _named_splits(files):
-        log.info("%s: the splits are %s.", name, ", ".join(f"{split} = {file.name}" for split, file in splits.items()))
-        return Corpus(name, tuple(File(file.name, file, split) for split, file in splits.items()), field)
+        note = ", ".join(f"{split} is {file.name}" for split, file in splits.items())
+        return Corpus(name, tuple(File(file.name, file, split) for split, file in splits.items()), field, note)
     texts = [path for path in files if (parquet.has_column(path, field) if parquet.is_table(path) else _is_text(path))]
     readable = set(texts)
     other = [path.name for path in paths if path not in readable and (path in once or not os.path.isfile(path))]
-    if other:
-        log.info("%s: %d entries are skipped, being binary or no files, such as %r.", name, len(other), other[0])
+    note = f"skipped, being binary or no files: {len(other)}, such as {other[0]!r}" if other else ""
     if not any(file.stat().st_size for file in texts):
         column = f", and no .parquet file has a column {field!r}" * any(map(parquet.is_table, files))
         raise UsageError(f"path={name!r} has no text in its {len(paths)} files{column}. Give {KINDS}.")
     root = root or Path(os.path.commonpath([file.parent for file in files]))
-    return Corpus(name, tuple(File(file.relative_to(root).as_posix(), file) for file in texts), field)
+    return Corpus(name, tuple(File(file.relative_to(root).as_posix(), file) for file in texts), field, note)
 
 
 def _named_splits(files: list[Path]) -> dict[str, Path]:
@@ -347,16 +347,24 @@ def _say_once(message: str) -> None:
     log.info(message)
 
 
+def _from_utf16(path: Path) -> bytes:
+    """The text of a file in UTF-16, as UTF-8; it is read whole."""
+    try:
+        return path.read_bytes().decode("utf-16").encode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"path={path} cannot be read as UTF-16 ({error}). Save it as UTF-8.") from None
+
+
 def _is_text(path: Path) -> bool:
-    """Whether the beginning of a file is UTF-8 without NUL bytes."""
+    """Whether the beginning of a file is UTF-8, or UTF-16 after its mark, without NUL characters."""
     with _open(path) as file:
         head = file.read(8192)
     try:
         # A character may be cut off by the end of the head, but not by the end of the file.
-        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < 8192)
+        decoder = codecs.getincrementaldecoder("utf-16" if head.startswith(UTF16) else "utf-8")()
+        return "\0" not in decoder.decode(head, final=len(head) < 8192)
     except UnicodeDecodeError:
         return False
-    return b"\0" not in head
 
 
 def _text_of(entry: Any, field: str) -> str | None:

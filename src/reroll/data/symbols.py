@@ -90,8 +90,9 @@ def decode_utf8(chunks: Iterable[bytes], name: str, any_bytes: bool = False) -> 
             yield text
     except UnicodeDecodeError as error:
         before = error.object[max(error.start - 20, 0) : error.start].decode("utf-8", "ignore")
+        where = f"after {before!r}" if before else "from its beginning"
         raise UsageError(
-            f"path={name} is not UTF-8 after {before!r} ({error.reason}). Convert it to UTF-8 text, or take "
+            f"path={name} is not UTF-8 {where} ({error.reason}). Convert it to UTF-8 text, or take "
             "tokenizer='byte' or 'bpe', which learn any file."
         ) from None
 

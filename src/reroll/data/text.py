@@ -28,7 +28,7 @@ from reroll.data.cache import Streams, load
 from reroll.data.corpus import find, whole_held_out
 from reroll.data.task import FileTask
 from reroll.data.tokenizers import Tokenizer
-from reroll.errors import UsageError, require_positive
+from reroll.errors import UsageError, plural, require_positive
 from reroll.kernels.philox import random_integers
 from reroll.keys import Key
 
@@ -177,12 +177,28 @@ class Text(Windows):
         self.tokens = _splits(streams, self.path, length, whole)
         self.splits = tuple(split for split in self.tokens if split != "train")
         self.trains = "train" in self.tokens
+        self._description = self._described(streams, corpus.note)
         if carry and not whole and len(self.tokens["train"]) <= batch:
             raise UsageError(f"batch={batch} has more rows than {self.path} has symbols; lower it, or give more text.")
 
     def begins(self, step: int, unit: int | None, steps: int) -> IntArray:
         """Return positions drawn with the key of the step."""
         return random_places(self.key("train", step, unit), self.batch_size, len(self.tokens["train"]) - steps)
+
+    def describe(self) -> str:
+        """Return in one line what was read: its size, documents and vocabulary, and the share that is held out."""
+        return self._description
+
+    def _described(self, streams: Streams, note: str) -> str:
+        counts = {split: len(symbols) for split, symbols in self.tokens.items()}
+        total, documents = sum(counts.values()), streams.documents
+        share = f"{counts['valid']:,} ({100 * counts['valid'] / total:.3g} %) held out"
+        parts = [
+            f"{self.path}: {streams.size:,} bytes of text in {plural(documents, 'document')}",
+            f"{total:,} symbols, {share if self.trains else 'all of it scored'}",
+            f"vocabulary of {self.vocab:,} (tokenizer {streams.tokenizer.name})", note,
+        ]  # fmt: skip
+        return "; ".join(filter(None, parts)) + "."
 
     def baselines(self, split: str = "valid") -> Baselines:
         """Return the bits per symbol that counting and gzip need for a split; see `baselines`."""
