@@ -21,10 +21,14 @@ import reroll
 from reroll.cli import COMMANDS
 from reroll.cli.runs import DISPENSABLE
 from reroll.data.arrays import Arrays
+from reroll.data.text import Text
 from reroll.data.tokenizers import from_dict
 from reroll.errors import UsageError
 from reroll.models import Interface
 from reroll.recipes import RECIPES
+from reroll.specs.model import ObjectModel
+from reroll.specs.optim import ObjectOptimizer
+from reroll.specs.task import ObjectTask
 from reroll.train import checkpoint, toml
 from reroll.train.config import Config
 from reroll.train.load import build_model, export, open_model
@@ -264,10 +268,12 @@ def test_series_are_scored_whole_and_in_the_units_of_the_run(cli, tmp_path):
     write("wide.csv", "t,h,p", np.ones((300, 3)))
     flags = (*TINY[2:], "--length", 8)
     trained = cli("train", "arrays", "--path", "my.csv", *flags, "--run-dir", "run")
-    assert (
-        "my.csv: 1 series × 300 steps × 2 features (t, h); predicts the next row, 8 % held out. Held-out loss without"
-        in trained.out
+    # 299 pairs in 38 windows of 8, of which the last three, the last of them with three pairs, are held out.
+    line = (
+        "my.csv: 1 series × 300 steps × 2 features (t, h); predicts the next row, 19 rows (6.35 %) held out. Held-out"
     )
+    assert f"{line} loss without" in trained.out
+    assert "\nmean over 19 rows\n" in cli("eval", "run").out
     found = cli("eval", "run", "--path", "moved.csv")
     assert found.out.startswith("moved.csv (all of it), after 4 steps: loss ")
     # In its own units it would be like the training part; in those of the run it is a hundred away.
@@ -455,8 +461,9 @@ def test_runs_never_wraps_a_name(cli, run, tmp_path, monkeypatch):
     for width in (120, 80, 70, 60, 20):
         monkeypatch.setenv("COLUMNS", str(width))
         header, line = cli("runs", ".").out.splitlines()
-        missing = [column for column in DISPENSABLE if column not in header]
-        assert missing == list(DISPENSABLE[: len(missing)])
+        order = sorted(DISPENSABLE, key=lambda name: name != "to go")  # it is empty: nothing is running
+        missing = [column for column in order if column not in header]
+        assert missing == order[: len(missing)]
         assert line.split()[:3] == [name.name, "done", "4/4"]
         assert width == 20 or len(line) <= width
         left_out.append(len(missing))
@@ -476,12 +483,58 @@ def test_what_differs_is_shown_whole(cli, run, monkeypatch):
     assert [line.split().count(pair) for pair in differs] == [1] * 5
     assert not any(line.endswith(" ") for line in (header, *lines))
     assert {"memory", "best", "to"} <= set(header.split())
-    for width in (70, 100):
+    for width in (80, 100):
         monkeypatch.setenv("COLUMNS", str(width))
         out = cli("runs", ".").out
         assert "…" not in out
+        assert "held-out" in out
         assert all(out.split().count(pair) == 1 for pair in differs)
         assert max(map(len, out.splitlines())) <= width
+
+
+def test_unrelated_runs_fit_a_terminal(cli, tmp_path, monkeypatch):
+    """What they differ in is cut after three lines, the rarest first; losses have units, and objects their classes."""
+    own = Config(
+        recipe="object", task=ObjectTask(name="me.Mine"), model=ObjectModel(name="me.Net"),
+        gradient=RECIPES["text"]().gradient, optim=ObjectOptimizer(name="torch.optim.adamw.AdamW"),
+    )  # fmt: skip
+    names = ["copy", "smoke", "text", "arrays", "parallel", "cpu_bytes", "cdrge_gpt_bytes", "cdrge_lstm_owt"]
+    for name, config in {"own": own, **{name: RECIPES[name]() for name in names}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(toml.dumps(config))
+        (tmp_path / name / "status.json").write_text('{"state": "done"}')
+        row = {"step": 0, "loss": 2.0, "valid_loss": 1.25}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    rows = {row["name"]: row for row in json.loads(cli("runs", ".", "--json").out)}
+    assert (rows["own"]["unit"], rows["arrays"]["unit"], rows["text"]["unit"]) == ("", "mse", "nats")
+    differs = rows["own"]["differs"]
+    assert [differs[flag] for flag in ("recipe", "cell", "optimizer")] == ["Mine", "Net", "AdamW"]
+    values = [row["differs"] for row in rows.values()]
+    for differs in values:
+        shares = [sum(flag in other and other[flag] == differs[flag] for other in values) for flag in differs]
+        assert shares == sorted(shares)
+        assert all(any(other.get(flag, value) != value for other in values) for flag, value in differs.items())
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        header, *lines = cli("runs", ".").out.splitlines()
+        assert "held-out" in header
+        assert max(map(len, [header, *lines])) <= width
+        assert len(lines) <= 3 * len(rows)
+        assert sum("1.25" in line for line in lines) == len(rows)
+        assert any(line.rstrip().endswith("…") for line in lines)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_what_a_run_says_is_wrapped_at_words(cli, tmp_path, monkeypatch, width):
+    write_text(tmp_path / "a text with a name.txt")
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = ("train", "text", "--path", "a text with a name.txt", *TINY[2:], "--length", 9)
+    trained, scored = cli(*text, "--run-dir", "run").out, cli("eval", "run").out
+    monkeypatch.delenv("COLUMNS")
+    plain, about = cli("eval", "run").out, Text("a text with a name.txt", length=9).describe()
+    assert max(map(len, (trained + scored).splitlines())) <= width < min(len(about), max(map(len, plain.splitlines())))
+    assert about in " ".join(trained.split())
+    assert scored.split() == plain.split()
 
 
 @pytest.mark.parametrize("width", [70, 80])
@@ -590,16 +643,18 @@ def test_losses_have_units_and_stand_beside_what_needs_no_training(cli, tmp_path
     assert re.search(r"^held-out loss \S+ \(mean squared error, of standardised values\)$", found.out, re.MULTILINE)
     assert re.search(r"^held-out loss without training: mean of the targets \S+$", found.out, re.MULTILINE)
     assert "mean over 4 series" in cli("eval", "values").out
+    assert "predicts 1 target value for every series, 4 series (10 %) held out" in found.out
+    assert re.search(r"^in \d+ s of training: [\d,]+ rows/s, ", found.out, re.MULTILINE)
     found = cli("train", "arrays", "--path", "classes.npz", *flags, "--run-dir", "classes")
     assert re.search(r"^step 1/4  loss \S+ nats  ", found.out, re.MULTILINE)
     assert re.search(r"^held-out loss \S+ nats  bits ", found.out, re.MULTILINE)
+    # One class a series has no symbols of which all could be right.
+    assert "exact" not in found.out + cli("eval", "classes").out
     assert re.search(r"without training: class frequencies \(accuracy \S+\) \S+$", found.out, re.MULTILINE)
     assert "reroll forecast values" in cli("sample", "values").error
 
 
 def test_a_text_stands_beside_counting_and_gzip(cli, tmp_path):
-    from reroll.data.text import Text
-
     found = cli("train", "text", "--path", write_text(tmp_path / "a.txt"), *TINY[2:], "--length", 9, "--run-dir", "run")
     reached = Text(str(tmp_path / "a.txt"), length=9).baselines()
     rules = "  ".join(f"{rule} {getattr(reached, rule):.4g}" for rule in ("unigram", "bigram", "gzip"))

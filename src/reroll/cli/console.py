@@ -11,6 +11,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from reroll.cli.lines import wrapped
 from reroll.cli.scores import EXACT, SQUARED, in_words, loss_unit, without_training
 from reroll.errors import visible
 from reroll.specs.task import Generated
@@ -18,6 +19,8 @@ from reroll.train.config import Config
 from reroll.train.loop import Reporter
 from reroll.train.session import Session
 
+WIDE = 100
+"""Characters of a line that has room for a longer bar."""
 EVERY = 10.0
 """Seconds between lines without a terminal."""
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -51,7 +54,7 @@ class Console(Reporter):
 
     def note(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
-        (self.bar.console if self.bar is not None else self.terminal).print(visible(line), markup=False)
+        (self.bar.console if self.bar is not None else self.terminal).print(wrapped(visible(line)), markup=False)
 
     def step(self, row: dict[str, Any], config: Config) -> None:
         """Show a step."""
@@ -76,7 +79,8 @@ class Console(Reporter):
             lines.append(EXACT)
         if self.task is not None and self.task.splits and (rules := without_training(self.task, self.task.splits[0])):
             lines.append(f"held-out {rules}")
-        if speed := _speed(summary):
+        real = self.config.task.kind == "arrays" if self.task is None else getattr(self.task, "inputs", None)
+        if speed := _speed(summary, "rows" if real else "tokens"):
             lines.append(speed)
         if summary["state"] == "done":
             lines.append(f"run folder {path}; try: reroll eval {path}")
@@ -89,18 +93,17 @@ class Console(Reporter):
         return "nats" if "bits" in scores else SQUARED if self.config.task.kind == "arrays" else ""
 
     def _update_bar(self, row: dict[str, Any], config: Config) -> None:
+        bar = 12 if self.terminal.width >= WIDE else 6
         if self.bar is None:
-            # A narrow terminal cuts the text, which comes last, and never the step, the bar or the remaining time.
+            # A terminal too narrow for a word of the text cuts that, and never the step, the bar or the time left.
             text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-            columns = (TextColumn("{task.fields[step]}"), BarColumn(12), TextColumn("{task.fields[left]}"), text)
+            columns = (TextColumn("{task.fields[step]}"), BarColumn(bar), TextColumn("{task.fields[left]}"), text)
             self.bar = Progress(*columns, console=self.terminal, expand=True)
             self.bar.start()
             self.job = self.bar.add_task("", total=1.0, step="", left="")
-        share, left = self.remaining(row, config)
-        self.bar.update(
-            self.job, completed=share, step=_of(row["step"] + 1, config), left=left,
-            description=self._text(row, str(self.losses)),
-        )  # fmt: skip
+        step, (share, left) = _of(row["step"] + 1, config), self.remaining(row, config)
+        text = self._text(row, str(self.losses), self.terminal.width - len(step) - bar - len(left) - 3)
+        self.bar.update(self.job, completed=share, step=step, left=left, description=text)
 
     def remaining(self, row: dict[str, Any], config: Config) -> tuple[float, str]:
         """Return the share of the run that is done, and the time left, by its steps or its seconds."""
@@ -118,8 +121,8 @@ class Console(Reporter):
         hours, seconds = divmod(round(left), 3600)
         return share, f"{hours}:{seconds // 60:02d}:{seconds % 60:02d} left"
 
-    def _text(self, row: dict[str, Any], losses: str = "") -> str:
-        """Return the average loss of the last ten steps or so, the last held-out score, and the rest by importance."""
+    def _text(self, row: dict[str, Any], losses: str = "", room: float = math.inf) -> str:
+        """Return the average loss of the last ten steps or so, the last held-out score, and what else has room."""
         loss, valid, task = row.get("loss_fast", row["loss"]), self.valid, self.config.task
         symbols = isinstance(task, Generated) or getattr(self.task, "categorical", "valid_bits" in valid)
         if task.kind == "text":
@@ -138,20 +141,23 @@ class Console(Reporter):
             parts.append(f"{row['rollout_iterations']} iterations")
             if row.get("rollout_fell_back"):
                 parts.append(f"{row['rollout_fell_back']} sequences fell back to the loop")
-        if losses:
-            parts.append(losses)
         if "seconds" in row:
             parts.append(f"{row['seconds']:.3g} s/step")
-        return "  ".join(parts)
+        if losses:
+            parts.append(losses)
+        text = parts[0]
+        for part in parts[1:]:
+            text += f"  {part}" if len(text) + 2 + len(part) <= room else ""
+        return text
 
 
-def _speed(summary: dict[str, Any]) -> str:
+def _speed(summary: dict[str, Any], unit: str) -> str:
     """Return the mean speed of a run, its peak memory, and what else is known: the share of the peak, the cost."""
     seconds, rate = summary.get("total_seconds") or 0.0, summary.get("tokens_per_second")
     if not (seconds and rate and "tokens" in summary):
         return ""
     mean = summary["tokens"] / seconds
-    parts = [f"{mean:,.0f} tokens/s"]
+    parts = [f"{mean:,.0f} {unit}/s"]
     if "mfu" in summary:
         parts.append(f"MFU {summary['mfu'] * mean / rate:.1%}")
     if summary.get("peak_bytes"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reroll.cli.flags import parse
-from reroll.cli.lines import hanging
+from reroll.cli.lines import wrapped
 from reroll.errors import require_positive
 from reroll.recipes import RECIPES
 from reroll.specs.base import option
@@ -39,8 +39,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
     clock = {"seed": request.seed, "max_seconds": request.seconds, "eval_every": 10**6}
     config = resolve(RECIPES["demo"]().replace(run=clock))
     path = request.run_dir or new_folder("demo")
-    print("Text: the prose of Python's own documentation. Model: a character LSTM. No download.", flush=True)
-    print(f"First by CD-RGE, without a backward pass, for about {request.seconds:g} seconds:", flush=True)
+    about = "Text: the prose of Python's own documentation. Model: a character LSTM. No download."
+    first = f"First by CD-RGE, without a backward pass, for about {request.seconds:g} seconds:"
+    print(wrapped(f"{about}\n{first}"), flush=True)
     from reroll.bench.demo import steps_in
 
     task = config.task.build(request.seed)
@@ -51,7 +52,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if probes["state"] != "done":
         return 1
     used = max(probes["total_seconds"], 1e-9)
-    print(f"\nThe same model and data by backpropagation, for the same {_time(used)}:")
+    print(wrapped(f"\nThe same model and data by backpropagation, for the same {_time(used)}:"))
     backprop = RECIPES["demo_backprop"]().replace(run=clock | {"steps": 10**6, "max_seconds": used})
     other = _train(backprop, path.with_name(f"{path.name}-backprop"))
     if other["state"] != "done":
@@ -87,10 +88,10 @@ def _result(config: Config, task: Any, probes: dict[str, Any], backprop: dict[st
     return "\n".join(
         [
             columns(table),
-            "bits per character, lower is better; * peak memory of a step over that of inference",
+            wrapped("bits per character, lower is better; * peak memory of a step over that of inference"),
             *_missing(memory, config.task.length),
             "",
-            *(hanging("", line) for line in _verdict(rows[3], rows[-1], rows[0].bits, memory)),
+            *map(wrapped, _verdict(rows[3], rows[-1], rows[0].bits, memory)),
             "",
             "a sample of what the CD-RGE run learned:",
             textwrap.indent(textwrap.fill(" ".join(sample(path).split()), 76), "    "),

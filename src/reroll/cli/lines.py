@@ -18,6 +18,11 @@ def line_width() -> int:
     return shutil.get_terminal_size().columns
 
 
+def wrapped(text: str) -> str:
+    """Return a text with each of its lines wrapped at words."""
+    return "\n".join(hanging("", line) for line in text.split("\n"))
+
+
 def hanging(head: str, text: str) -> str:
     """Return `head` and `text` on one line, or wrapped with what follows aligned with the beginning of the text."""
     width, indent = max(line_width(), len(head) + 16), " " * len(head)

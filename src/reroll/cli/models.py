@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reroll.cli.flags import as_flags, parse, positional
+from reroll.cli.lines import wrapped
 from reroll.cli.scores import EXACT, in_words, loss_unit, outputs_of, without_training
-from reroll.errors import RunError, UsageError, visible
+from reroll.errors import RunError, UsageError, plural, visible
 from reroll.specs.base import option
 
 if TYPE_CHECKING:
@@ -86,12 +87,12 @@ def _eval(request: Eval) -> int:
         scores = evaluate(loaded.model, task, split, progress=_progress, sums=sums.append)
     part = split if "train" in getattr(task, "tokens", {}) else "all of it"  # files named after splits stay split
     what = split if request.path is None else f"{request.path} ({part})"
-    print(f"{what}, after {loaded.step} steps: {in_words(scores, loss_unit(task), digits=6)}")
-    print(f"mean over {int(sums[0].scored):,} {outputs_of(task)}" + (f"; {EXACT}" if "exact" in scores else ""))
-    for note in _notes(loaded, task, split, request):
-        print(note)
+    lines = [f"{what}, after {plural(loaded.step, 'step')}: {in_words(scores, loss_unit(task), digits=6)}"]
+    lines.append(f"mean over {int(sums[0].scored):,} {outputs_of(task)}" + (f"; {EXACT}" if "exact" in scores else ""))
+    lines += _notes(loaded, task, split, request)
     if rollouts.fell_back:
-        print(f"{rollouts.fell_back} evaluations of a sequence: {Outcome.fell_back.value}")
+        lines.append(f"{rollouts.fell_back} evaluations of a sequence: {Outcome.fell_back.value}")
+    print(wrapped("\n".join(lines)))
     if not math.isfinite(scores["loss"]):
         raise RunError(
             "The loss is not finite: the model has diverged, or the data are far from what it was trained on."
@@ -219,7 +220,7 @@ def _replay(request: Replay) -> int:
     if request.out is not None:
         refuse_unwritable(request.out)
     model, steps = replay(path, request.to)
-    print(visible(f"replayed {steps} steps of {path}"))
+    print(visible(f"replayed {plural(steps, 'step')} of {path}"))
     if request.out is not None:
         _, tokenizer, units = read_about(read_json(path / "environment.json"), str(path / "environment.json"))
         loaded = Loaded(model, read_config(path), tokenizer, steps, units)

@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import signal
+import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any
 from reroll.cli.flags import flag_fields, parse, positional
 from reroll.cli.lines import ENDLESS, line_width
 from reroll.errors import RunError, UsageError, visible
-from reroll.specs.base import leaves, option
+from reroll.specs.base import OBJECT, leaves, option
+from reroll.specs.task import TASKS
 from reroll.train.records import ROOT, Tally, find, find_run, holder, read_config, read_json
 
 
@@ -44,7 +47,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         raise UsageError(f"folder {request.folder} does not exist; pass the folder that your runs are in.")
     if request.follow and not request.json:
         return _follow(request.folder)
-    rows = add_differences(find(request.folder))
+    rows = with_configs(find(request.folder))
     if request.json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -67,6 +70,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "loss": lambda row: _number(row["loss"]),
     "best": lambda row: _number(row["best"]),
     "held-out": lambda row: _number(row["valid_loss"]),
+    "unit": lambda row: row["unit"],
     "time": lambda row: _time(row["seconds"]),
     "memory": lambda row: _memory(row["peak_bytes"]),
     "to go": lambda row: _time(row["seconds_left"]),
@@ -75,25 +79,46 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
 }
 """Columns of the table, and what is in them."""
-LEAST = 20
-"""Characters that the column `differs` is given on a narrow line."""
-DISPENSABLE = ("memory", "best", "time", "to go", "held-out", "loss")
-"""Columns that are dropped where a line is too narrow for all, in this order."""
+LEAST, MOST_LINES = 20, 3
+"""Characters that the column `differs` is given on a narrow line, and lines of a run there."""
+DISPENSABLE = ("memory", "best", "to go", "time", "unit", "loss", "held-out")
+"""Columns that are dropped where a line is too narrow for all, in this order; first of all those that are empty."""
 COLOURS = {"running": "green", "done": "default", "dead": "red", "diverged": "red", "failed": "red"}
 
 
-def add_differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to every run its values of the flags of `reroll train` in which the runs differ; return the rows."""
+def with_configs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to every run the unit of its losses, and of the flags of `reroll train` those in which it differs.
+
+    Of runs that have the flag: kinds tell apart those that do not. What the fewest share comes first.
+    """
     configs: list[dict[str, Any]] = [{} for _ in rows]
     for row, values in zip(rows, configs):
         with contextlib.suppress(UsageError):  # a config that cannot be read shows no differences
-            values.update(leaves(read_config(Path(row["path"]))))
+            values.update(_named(leaves(read_config(Path(row["path"])))))
+        row["unit"] = _unit(values.get("task.kind", ""), row.pop("bits"), row["valid_loss"] is not None)
+    counts = Counter((name, repr(value)) for values in configs for name, value in values.items())
+    having = Counter(name for values in configs for name in values)
     flags = {"recipe": "recipe"} | {flag: dotted for flag, (dotted, *_) in flag_fields().items() if flag != "threads"}
     flags = {flag: flags[flag] for flag in ("cell", "gradient", "optimizer", "lr", *flags)}
     for row, values in zip(rows, configs):
-        differing = {f: d for f, d in flags.items() if d in values and any(c.get(d) != values[d] for c in configs)}
-        row["differs"] = {flag: values[dotted] for flag, dotted in differing.items()}
+        shared = {f: counts[d, repr(values[d])] for f, d in flags.items() if d in values}
+        differing = [flag for flag in shared if shared[flag] < having[flags[flag]]]
+        row["differs"] = {flag: values[flags[flag]] for flag in sorted(differing, key=shared.__getitem__)}
     return rows
+
+
+def _named(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config, with the class of an object in place of the word "object"."""
+    names = {name: values.get(f"{name.removesuffix('kind')}name", "") for name in values if name.endswith(".kind")}
+    names["recipe"] = values.get("task.name", "")
+    return values | {name: own.rpartition(".")[2] for name, own in names.items() if values.get(name) == OBJECT}
+
+
+def _unit(task: str, bits: bool, scored: bool) -> str:
+    """What the losses of a run are measured in: nats, squared errors (mse), or what is not known."""
+    if task == "arrays":
+        return "nats" if bits else "mse" if scored else ""
+    return "nats" if task in TASKS else ""  # not the class of a task of one's own
 
 
 def fitting(rows: list[dict[str, Any]], width: int) -> tuple[list[str], int]:
@@ -102,10 +127,10 @@ def fitting(rows: list[dict[str, Any]], width: int) -> tuple[list[str], int]:
 
     widths = {name: max(map(cell_len, [name, *map(content, rows)])) for name, content in COLUMNS.items()}
     if any(row["differs"] for row in rows):
-        widths["differs"] = min(widths["differs"], max(width // 3, LEAST))
+        widths["differs"] = min(widths["differs"], max(width // 4, LEAST))
     else:
         del widths["differs"]
-    for name in DISPENSABLE:
+    for name in sorted(DISPENSABLE, key=lambda name: any(map(COLUMNS[name], rows))):
         if sum(widths.values()) + len(widths) - 1 > width:
             del widths[name]
     return list(widths), sum(widths.values()) + len(widths) - 1
@@ -120,15 +145,20 @@ def table(rows: list[dict[str, Any]], width: int) -> Any:
         return "no runs here yet; start one: reroll train"
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     names, whole = fitting(rows, width)
+    limit = max(width // 4, LEAST) + max(width - whole, 0)  # what differs is wrapped, in what the others leave
     for name in names:
         justify, wraps = "left" if name in ("run", "state", "differs") else "right", name == "differs"
-        # What differs is wrapped, in what the others leave.
-        limit = max(width // 3, LEAST) + max(width - whole, 0) if wraps else None
-        shown.add_column(name, justify=justify, no_wrap=not wraps, max_width=limit, overflow="fold")
+        shown.add_column(name, justify=justify, no_wrap=not wraps, max_width=limit if wraps else None, overflow="fold")
     for row in rows:
         # As Text: in a plain string, brackets in a folder's name would be taken for markup.
         colours = {"state": COLOURS.get(row["state"], "yellow")}
-        shown.add_row(*(Text(COLUMNS[name](row), colours.get(name, "")) for name in names))
+        cells = {name: COLUMNS[name](row) for name in names}
+        if "differs" in cells:
+            lines = textwrap.wrap(
+                cells["differs"], limit, max_lines=MOST_LINES, placeholder=" …", break_on_hyphens=False
+            )
+            cells["differs"] = "\n".join(lines)
+        shown.add_row(*(Text(text, colours.get(name, "")) for name, text in cells.items()))
     return shown
 
 
@@ -148,7 +178,7 @@ def _follow(folder: Path) -> int:
         console = _console()
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(table(add_differences(find(folder, tallies)), console.width), refresh=True)
+                live.update(table(with_configs(find(folder, tallies)), console.width), refresh=True)
                 time.sleep(2)
     return 0
 

@@ -6,18 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 SQUARED = "(mean squared error, of standardised values)"
-EXACT = "exact: the share of sequences in which every symbol is right"
+EXACT = "exact: the share of sequences in which every scored output is right"
 
 
 def loss_unit(task: Any) -> str:
-    """Return what a task's loss is measured in; empty for a loss of one's own."""
-    from reroll.data.task import Task
+    """Return what a task's loss is measured in, to follow a number; empty for a loss of one's own."""
+    from reroll.data.task import loss_unit as of
 
-    if not isinstance(task, Task) or type(task).loss is not Task.loss or type(task).score is not Task.score:
-        return ""
-    if task.categorical:
-        return "nats"
-    return SQUARED if hasattr(task, "std") else "(mean squared error)"
+    unit = of(task)
+    return unit if unit in ("", "nats") else SQUARED if hasattr(task, "std") else f"({unit})"
 
 
 def outputs_of(task: Any) -> str:

@@ -96,7 +96,7 @@ def _train(config: Config, path: Path, resume: bool, source: str | None) -> int:
         summary = train(config, path, resume=resume, init=init, report=report, mesh=mesh)
     mesh.leave()
     if mesh.writes:
-        print(console.closing(summary, path))
+        console.note(console.closing(summary, path))
     return 0 if summary["state"] == "done" and summary.get("target_reached", True) else 1
 
 

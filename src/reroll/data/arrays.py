@@ -33,7 +33,7 @@ from reroll.data.batch import Batch
 from reroll.data.series import UNUSABLE, Series, cannot_be_used, missing, moments, read_series
 from reroll.data.tables import Reading
 from reroll.data.task import FileTask, Readout
-from reroll.errors import UsageError, did_you_mean, require_positive
+from reroll.errors import UsageError, did_you_mean, plural, require_positive
 from reroll.kernels.philox import random_integers
 from reroll.keys import Key
 
@@ -259,9 +259,15 @@ class Arrays(FileTask):
         """A line on the data: series, steps and features; what is predicted, held out, left out and filled in."""
         least, most = int(data.lengths.min()), int(data.lengths.max())
         steps = f"{most:,}" if least == most else f"{least:,} to {most:,}"
-        held_out = len(self._windows["valid"].begin) / sum(len(windows.begin) for windows in self._windows.values())
+        sequences, later = self.predicts == "sequence", int(self.predicts == "next")
+        counts = {
+            split: len(begin) if sequences else int(np.minimum(end - begin - later, self.length).sum())
+            for split, (_, begin, end) in self._windows.items()
+        }
+        held_out = f"{counts['valid']:,} series" if sequences else plural(counts["valid"], "row")
         shape = f"{len(data.lengths):,} series × {steps} steps × {self.inputs} feature{'s' * (self.inputs != 1)}"
-        share = "all of it scored" if self._whole else f"{100 * held_out:.0f} % held out"
+        percent = 100 * counts["valid"] / sum(counts.values())
+        share = "all of it scored" if self._whole else f"{held_out} ({percent:.3g} %) held out"
         what = f"one of {self.outputs} classes{_names(self.labels)}"
         what = what if self.categorical else f"{self.outputs} target value{'s' * (self.outputs != 1)}"
         goal = {"next": "the next row", "every": f"{what} for every step", "sequence": f"{what} for every series"}

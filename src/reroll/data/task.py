@@ -166,7 +166,10 @@ class Task(ABC):
 
     def summary(self, score: Score, split: str) -> dict[str, float]:
         """Return the means of a score over the batches of a split, by name."""
-        return score.summary(self.categorical)
+        means = score.summary(self.categorical)
+        if self.readout != "every":  # one class per sequence: to be exact is to be accurate
+            means.pop("exact", None)
+        return means
 
     def describe(self) -> str:
         """Return one line on the data that was read; empty if there is none."""
@@ -209,6 +212,18 @@ class FileTask(Task):
         if split == "train":
             return super().batches(split)
         return min(self.count(split), self.eval_batches or self.count(split))
+
+
+def loss_unit(task: Any) -> str:
+    """Return what the loss of a task is measured in: "nats", "mean squared error"; empty for a loss of its own."""
+    if not isinstance(task, Task) or type(task).loss is not Task.loss or type(task).score is not Task.score:
+        return ""
+    return "nats" if task.categorical else "mean squared error"
+
+
+def with_nats(task: Any, loss: str) -> str:
+    """Return a loss, as text, with its unit if that is nats; the others have no short name."""
+    return f"{loss} nats" if loss_unit(task) == "nats" else loss
 
 
 def sequence_losses(model: Any, batch: Batch) -> Tensor | Losses:

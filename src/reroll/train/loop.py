@@ -174,7 +174,8 @@ def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str
         if progress.step % checkpoint_every == 0 or last or ended is not None or overdue:
             session.save()
             saved = time.monotonic()
-    state, reason = ended or ("done", f"all {config.run.steps} steps are taken.")
+    every = f"all {config.run.steps} steps are" if config.run.steps > 1 else "the one step is"
+    state, reason = ended or ("done", f"{every} taken.")
     reached = target_reached(config.run, row) if state == "done" else None
     reason += " The target was not reached." * (reached is False)
     row |= {} if reached is None else {"target_reached": reached}

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from reroll.data.task import with_nats
+from reroll.errors import plural
 from reroll.grad.base import trainable
 from reroll.grad.evaluate.warm import TOO_LOOSE
 from reroll.optim import StepResult, StepSettings
@@ -132,19 +134,22 @@ def ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, s
     """Return (state, reason) if the run ends with this row, else None."""
     run, progress, loss = session.config.run, session.progress, row.get("loss")
     if isinstance(loss, float):
+        after = f"after {plural(progress.step, 'step')}."
         diverged = _diverged(session, row)
         if diverged is not None:
             return "diverged", diverged
         if run.target_loss is not None and loss < run.target_loss:
-            return "done", f"the loss is below the target {run.target_loss:g} after {progress.step} steps."
+            target = with_nats(session.task, f"{run.target_loss:g}")
+            return "done", f"the loss is below the target {target} {after}"
         if run.target_valid is not None and row.get("valid_loss", math.inf) < run.target_valid:
-            return "done", f"the held-out loss is below the target {run.target_valid:g} after {progress.step} steps."
+            target = with_nats(session.task, f"{run.target_valid:g}")
+            return "done", f"the held-out loss is below the target {target} {after}"
         if run.max_seconds is not None and progress.seconds >= run.max_seconds:
-            return "done", f"the time limit of {run.max_seconds:g} seconds was reached after {progress.step} steps."
+            return "done", f"the time limit of {run.max_seconds:g} seconds was reached {after}"
     if stop and progress.step < run.steps:
         how = f"reroll train --run-dir {session.folder.path} --resume"
         how = "train(session, path, resume=True)" if session.of_objects else how
-        return "stopped", f"{stop[0]} after {progress.step} steps. To resume: {how}"
+        return "stopped", f"{stop[0]} after {plural(progress.step, 'step')}. To resume: {how}"
     return None
 
 
@@ -163,9 +168,10 @@ def _diverged(session: Session, row: dict[str, Any]) -> str | None:
         why = f"{Outcome.gradient_not_finite.value}{_where(row)}"
         return f"the gradients of {REFUSED} steps in a row, up to step {row['step'] + 1}, were not finite. {why}"
     if progress.fast > run.diverged * max(progress.first_loss, 1e-12):
+        average, first = (with_nats(session.task, f"{loss:.4g}") for loss in (progress.fast, progress.first_loss))
         return (
-            f"the loss (average {progress.fast:.4g}) is more than {run.diverged:g} times the first "
-            f"({progress.first_loss:.4g}). Lower {session.config.gradient.knobs}, or raise run.diverged."
+            f"the loss (average {average}) is more than {run.diverged:g} times the first ({first}). "
+            f"Lower {session.config.gradient.knobs}, or raise run.diverged."
         )
     return None
 

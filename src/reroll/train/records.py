@@ -126,7 +126,7 @@ class Tally:
     def _clear(self, file: int) -> None:
         self.file, self.offset, self.damaged = file, 0, 0
         self.last: dict[str, Any] = {}
-        self.loss, self.best, self.valid = None, None, None
+        self.loss, self.best, self.valid, self.bits = None, None, None, False
         self.recent: deque[float] = deque(maxlen=20)  # seconds of steps
 
     def read(self) -> None:
@@ -155,7 +155,7 @@ class Tally:
         if loss is not None:
             self.loss, self.best = loss, loss if self.best is None else min(self.best, loss)
         if valid is not None:
-            self.valid = valid
+            self.valid, self.bits = valid, "valid_bits" in row
         if seconds is not None:
             self.recent.append(seconds)
 
@@ -174,6 +174,7 @@ class Tally:
             "name": name, "path": str(self.path), "state": state, "step": step, "steps": steps, "loss": self.loss,
             "best": self.best, "valid_loss": self.valid, "seconds": number(self.last, "total_seconds"),
             "peak_bytes": number(self.last, "peak_bytes"), "seconds_left": left, "damaged_rows": self.damaged,
+            "bits": self.bits,
         }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from reroll.errors import RunError, UsageError
+from reroll.errors import RunError, UsageError, plural
 from reroll.grad.base import Seeded, padding_rows, trainable
 from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.kernels.noise_axpy import noise_of
@@ -60,7 +60,7 @@ def replay(path: Path, to: int | None = None, session: Session | None = None) ->
     if record.damage and (to is None or to > record.steps):
         raise RunError(record.damage)
     if not 0 <= steps <= record.steps:
-        raise UsageError(f"--to {to}: the journal of {path} has {record.steps} steps.")
+        raise UsageError(f"--to {to}: the journal of {path} has {plural(record.steps, 'step')}.")
     if record.torn:
         log.warning("%s: the last record is incomplete (%d bytes), and ignored.", record.path, record.torn)
     try:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from reroll.data.task import with_nats
 from reroll.errors import EpsilonTooSmall, RunError
 from reroll.keys import Key
 from reroll.optim import step
@@ -33,7 +34,7 @@ def search_lr(session: Session, note: Callable[[str], None], stop: Sequence[str]
     for round in range(1 + ROUNDS):
         for lr in midpoints(losses) if round else grid(optim.search_low, optim.search_high):
             losses[lr] = trial(session, lr, optim.search_steps)
-            note(f"Trying lr {lr:.3g}: loss {losses[lr]:.4f}")
+            note(f"Trying lr {lr:.3g}: loss {with_nats(session.task, f'{losses[lr]:.4f}')}")
             if session.mesh.share(bool(stop)):
                 return None
     best = min(losses, key=lambda lr: losses[lr])

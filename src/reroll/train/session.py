@@ -217,10 +217,11 @@ class Session:
             if estimator.chunk is None:  # a unit for every process
                 chunk = min(chunk, parts_for(estimator.probes, self.mesh.size))
             config = config.replace(gradient={"evaluate": plan.evaluate, "chunk": chunk})
-            passes = estimator.probes * len(RULES[estimator.difference].sides)
+            sides = len(RULES[estimator.difference].sides)
+            at_once = f"{chunk * sides:,} of them" if plan.evaluate == "batched" else f"{chunk:,}"
             note = (
-                f"{estimator.probes:,} probes of {weights:,} weights, {passes:,} forward passes a step; evaluated "
-                f"{plan.evaluate}, {chunk} at a time ({plan.reason})."
+                f"{estimator.probes:,} probes of {weights:,} weights, {estimator.probes * sides:,} forward passes a "
+                f"step; evaluated {plan.evaluate}, {at_once} at a time ({plan.reason})."
             )
             threads = plan.threads
         else:

@@ -109,7 +109,7 @@ def _choose(model: nn.Module | None, weights: int, low: bool, why_in_place: str 
     if model is None:
         return "in_place", "the model has code of its own, which may use its weights in any way"
     if weights <= SMALL and not any(map(_cannot_be_mapped, model.modules())):
-        return "batched", "the model is small: many perturbed copies of it fit into the cache"
+        return "batched", "the model is small: perturbed copies of it fit into the cache"
     return "tiles", "the model is large: its weights stay untouched, and tiles of them are perturbed as they are used"
 
 
