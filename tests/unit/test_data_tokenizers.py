@@ -176,7 +176,7 @@ def consume(tokenizer, *chunks):
         (lambda: fit("byte", max_vocab=300), "max_vocab=300 has no meaning for tokenizer='byte'"),
         (lambda: fit("char", ["a"], max_vocab=0), "max_vocab=0 must be greater than zero"),
         (lambda: fit("word", ["a"], max_vocab=2), "max_vocab=2 leaves no room"),
-        (lambda: consume(Char("a"), b"aa\xc3", b"a"), "path=f.txt is not UTF-8 after .*tokenizer='byte'"),
+        (lambda: consume(Char("a"), b"aa\xc3", b"a"), "path=f.txt is not UTF-8 after 'aa'.*tokenizer='byte'"),
         (lambda: consume(Char("a"), b"aa\xff"), "path=f.txt is not UTF-8 after 'aa'"),
         (lambda: consume(Char("a"), b"aa\xc3"), "path=f.txt is not UTF-8"),
     ],

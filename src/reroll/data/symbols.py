@@ -80,6 +80,7 @@ def decode_utf8(chunks: Iterable[bytes], name: str, any_bytes: bool = False) -> 
     if any_bytes:
         yield from codecs.iterdecode(chunks, "utf-8", "surrogateescape")
         return
+    last = ""
     try:
         for text in codecs.iterdecode(chunks, "utf-8"):
             if "\0" in text:
@@ -88,8 +89,9 @@ def decode_utf8(chunks: Iterable[bytes], name: str, any_bytes: bool = False) -> 
                     "tokenizer='byte' or 'bpe', which learn any file."
                 )
             yield text
+            last = text[-20:]
     except UnicodeDecodeError as error:
-        before = error.object[max(error.start - 20, 0) : error.start].decode("utf-8", "ignore")
+        before = (last + error.object[max(error.start - 20, 0) : error.start].decode("utf-8", "ignore"))[-20:]
         where = f"after {before!r}" if before else "from its beginning"
         raise UsageError(
             f"path={name} is not UTF-8 {where} ({error.reason}). Convert it to UTF-8 text, or take "
