@@ -162,40 +162,55 @@ import reroll
 
 dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
-x, y = torch.randn(12, 3).double(), torch.randn(12, 1).double()
-case = sys.argv[2]
-if case == "weights" and rank:
-    torch.nn.init.zeros_(model[0].weight)
-wrapped = torch.nn.parallel.DistributedDataParallel(model) if case == "ddp" else model
-seed = rank if case == "seed" else 7
-optimizer = reroll.CDRGE(model.named_parameters(), lr=0.02, probes=6, momentum=0.9, seed=seed)
-part = slice(12 * rank // size, 12 * (rank + 1) // size)
-try:
-    losses = [optimizer.step(lambda: (wrapped(x[part]) - y[part]).square().mean()).item() for _ in range(4)]
-    found = {"losses": losses, "weights": torch.cat([p.flatten() for p in model.parameters()]).tolist()}
-except reroll.errors.UsageError as error:
-    found = {"error": str(error)}
-with open(f"{sys.argv[1]}/{case}-{size}-{rank}", "w") as file:
-    json.dump(found, file)
+
+
+def run(case):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    x, y = torch.randn(12, 3), torch.randn(12, 1)
+    options = {"seed": rank if case in ("seed", "alone") else 7}
+    if case in ("plain", "ddp"):
+        model, x, y = model.double(), x.double(), y.double()
+    elif case in ("tiles", "batched", "bf16"):
+        options |= {"model": model, "evaluate": "auto" if case == "bf16" else case}
+        options |= {"dtype": torch.bfloat16} if case == "bf16" else {}
+    elif case == "alone":
+        options["process_group"] = None
+    if case in ("weights", "alone") and rank:
+        torch.nn.init.zeros_(model[0].weight)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if case == "ddp" else model
+    optimizer = reroll.CDRGE(model.named_parameters(), lr=0.02, probes=6, momentum=0.9, **options)
+    part = slice(12 * rank // size, 12 * (rank + 1) // size)
+    try:
+        losses = [optimizer.step(lambda: (wrapped(x[part]) - y[part]).square().mean()).item() for _ in range(4)]
+    except reroll.errors.UsageError as error:
+        return {"error": str(error)}
+    return {"losses": losses, "weights": torch.cat([p.flatten() for p in model.parameters()]).tolist()}
+
+
+results = {case: run(case) for case in sys.argv[2].split()}
+with open(f"{sys.argv[1]}/{size}-{rank}", "w") as file:
+    json.dump(results, file)
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
 def test_cdrge_gathers_its_losses_in_processes(tmp_path):
-    """Each with a third of the data: the weights of one process with all of it, and equal bits in all."""
+    """Each with its part of the data: the weights of one process with all of it, and equal bits in all."""
     (tmp_path / "worker.py").write_text(CDRGE)
     command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path)]
-    for case, size in (("plain", 1), ("plain", 3), ("ddp", 2), ("weights", 2), ("seed", 2)):
-        assert launch([*command, case], size) == 0
-    found = {p.name: json.loads(p.read_text()) for p in tmp_path.glob("*-*-*")}
-    one = found["plain-1-0"]
-    for others in (["plain-3-0", "plain-3-1", "plain-3-2"], ["ddp-2-0", "ddp-2-1"]):
-        assert all(found[other] == found[others[0]] for other in others)
-        assert np.allclose(found[others[0]]["weights"], one["weights"], rtol=0, atol=1e-9)
-        assert np.allclose(found[others[0]]["losses"], one["losses"], rtol=1e-12)
+    ways = {"plain": 1e-9, "ddp": 1e-9, "tiles": 1e-5, "batched": 1e-5, "bf16": 1e-2}
+    for size, cases in ((1, ways), (2, (*ways, "weights", "seed", "alone")), (3, ("plain",))):
+        assert launch([*command, " ".join(cases)], size) == 0
+    results = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("?-?")}
+    for way, bound in ways.items():
+        assert results["2-0"][way] == results["2-1"][way]
+        for name, got in results["2-0"][way].items():
+            assert np.allclose(got, results["1-0"][way][name], rtol=0, atol=bound)
+    assert results["3-0"] == results["3-1"] == results["3-2"]
+    assert np.allclose(results["3-0"]["plain"]["weights"], results["1-0"]["plain"]["weights"], rtol=0, atol=1e-9)
+    assert results["2-0"]["alone"]["weights"] != results["2-1"]["alone"]["weights"]
     for case, what in (("weights", "weights"), ("seed", "arguments of CDRGE")):
-        for rank in range(2):
-            assert f"process 1 begins with other {what} than process 0" in found[f"{case}-2-{rank}"]["error"]
+        for rank in ("2-0", "2-1"):
+            assert f"process 1 begins with other {what} than process 0" in results[rank][case]["error"]

@@ -13,7 +13,7 @@ References: Spall, "Multivariate stochastic approximation using a simultaneous p
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal
@@ -125,6 +125,7 @@ class CentralDifference(ProbeOptions):
         *,
         model: nn.Module | None = None,
         scales: Mapping[str, float] | None = None,
+        combine: Callable[[Tensor], Tensor] | None = None,
     ) -> Estimate:
         """Estimate the gradient with respect to these tensors; what `__call__` does for those of a module.
 
@@ -132,6 +133,7 @@ class CentralDifference(ProbeOptions):
             parameters: the tensors by name; the names fix the noise.
             model: the module, if there is one: it decides how probes can be evaluated.
             scales: a factor on ε per tensor.
+            combine: maps the losses of all branches, [sides, N], to those to use: their means over processes.
         """
         if not isinstance(key, Key):
             raise UsageError(f"key={key!r} must be a Key, such as reroll.Key(seed).at(step).")
@@ -157,6 +159,7 @@ class CentralDifference(ProbeOptions):
                 results = evaluation.run_verified(units, loss_fn)
                 error = warm.error(units, results, evaluation.run) if warm is not None and seen.calls else None
             losses, branches = gather(units, results, self.probes)
+            losses = losses if combine is None else combine(losses)
             clean, after, passes = None, None, 0
             if rule.clean or carried:
                 clean, after, passes = self._clean(evaluation, batch)

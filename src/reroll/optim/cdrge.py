@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from reroll.errors import EpsilonTooSmall, RunError, UsageError, require_count, 
 from reroll.grad.base import Estimate, check_names, check_streams
 from reroll.grad.central_difference import CentralDifference, Evaluate
 from reroll.grad.checks import RAISED, floors
-from reroll.grad.units import Execute, Result, Unit
 from reroll.keys import Key
 from reroll.models.roles import canonical_name
 from reroll.optim.sgd import SGD
@@ -47,7 +46,8 @@ class CDRGE(SGD):
 
     In the processes of `torch.distributed` (DistributedDataParallel, accelerate, torchrun), each closure sees its own
     part of the data: the loss of a branch is its mean over processes, 2N numbers that are gathered once a step, and the
-    weights stay equal. They, and the arguments here, must be equal at the start.
+    weights stay equal. They, and the arguments here, must be equal at the start, and every process must take every
+    step.
 
     Args:
         params: parameters, parameter groups, or `model.named_parameters()`. With names, the noise of a tensor follows
@@ -62,6 +62,8 @@ class CDRGE(SGD):
         momentum: μ of v ← μ v + ĝ, θ ← θ − η v; v takes the memory of the weights, in at least fp32.
         weight_decay: λ, decoupled.
         noise, dtype: as for `CentralDifference`.
+        process_group: the processes that train together. "auto": all, where `torch.distributed` is initialised; None:
+            this one trains alone. It is an attribute too.
         evaluate: "auto" overwrites the weights and restores them bit for bit, or takes "tiles" below fp32, which leaves
             them untouched.
 
@@ -76,6 +78,8 @@ class CDRGE(SGD):
         >>> losses[-1] < 0.1 * losses[0], model.weight.grad
         (True, None)
     """
+
+    process_group: Any = "auto"
 
     def __init__(
         self,
@@ -92,7 +96,9 @@ class CDRGE(SGD):
         noise: str = "rademacher",
         evaluate: Evaluate = "auto",
         dtype: torch.dtype | None = None,
+        process_group: Any = "auto",
     ):
+        self.process_group = process_group
         if isinstance(params, torch.nn.Module):
             raise UsageError(f"params is a {type(params).__name__}; pass its weights: model.named_parameters().")
         require_count(probes=probes)
@@ -134,7 +140,9 @@ class CDRGE(SGD):
             def at(sizes: dict[str, float]) -> Estimate:
                 epsilon = sizes[next(iter(named))]
                 scales = {name: sizes[name] / epsilon for name in named if sizes[name] != epsilon}
-                return self._estimator(epsilon).estimate(named, loss_fn, batch, key, model=model, scales=scales)
+                return self._estimator(epsilon).estimate(
+                    named, loss_fn, batch, key, model=model, scales=scales, combine=combine
+                )
 
             sizes = self._epsilons()
             try:
@@ -146,9 +154,11 @@ class CDRGE(SGD):
                 warn(RAISED)
                 return at(raised)
 
+        group = self._group()
+        combine = None if group is None else lambda losses: _averaged(losses, group)
         call = closure if self.last is not None or self.model is not None else _warning_of_buffers(closure)
-        if self.last is None and _processes() > 1:
-            self._check_equal()
+        if group is not None and self.last is None:
+            self._check_equal(group)
         key = self.key.at(self.param_groups[0]["step"])
         try:
             result = step(self.model, lambda *_: call(), estimate, self, None, None, key, update="fused")
@@ -188,7 +198,8 @@ class CDRGE(SGD):
     def __getstate__(self) -> dict[str, Any]:
         # torch pickles and copies its own three attributes only.
         mine = {name: getattr(self, name) for name in (*_SAVED, "evaluate", "key", "model")}
-        return {**super().__getstate__(), **mine, "last": None}
+        alone = {"process_group": None} if self.process_group is None else {}  # a group cannot be copied
+        return {**super().__getstate__(), **mine, **alone, "last": None}
 
     def _estimator(self, epsilon: float) -> CentralDifference:
         evaluate = self.evaluate
@@ -196,21 +207,27 @@ class CDRGE(SGD):
             # The closure evaluates this module, not a copy that an estimator could make.
             narrow = self.dtype is not None or any(p.dtype.itemsize < 4 for p in self.model.parameters())
             evaluate = "tiles" if narrow else "in_place"
-        execute = _averaged if _processes() > 1 else None
-        return CentralDifference(self.probes, epsilon, self.noise, evaluate, dtype=self.dtype, execute=execute)
+        return CentralDifference(self.probes, epsilon, self.noise, evaluate, dtype=self.dtype)
 
-    def _check_equal(self) -> None:
+    def _group(self) -> Any:
+        """The processes that this one averages its losses with; None: it is alone."""
+        if self.process_group == "auto":
+            return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return self.process_group
+
+    def _check_equal(self, group: Any) -> None:
         """Refuse processes that begin with other weights or settings than the first one."""
         state = hashlib.sha256()
         for p in self._named().values():
             state.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        groups = [{n: v for n, v in group.items() if n != "params"} for group in self.param_groups]
-        settings = repr((self._names(), self.key, *(getattr(self, name) for name in _SAVED), groups))
-        everyone = _of_all({"weights": state.hexdigest(), "arguments of CDRGE": settings})
+        own = [{n: v for n, v in group.items() if n != "params"} for group in self.param_groups]
+        settings = repr((self._names(), self.key, *(getattr(self, name) for name in _SAVED), own))
+        everyone = _of_all({"weights": state.hexdigest(), "arguments of CDRGE": settings}, group)
         for rank, facts in enumerate(everyone):
             for what in (name for name in facts if facts[name] != everyone[0][name]):
                 raise UsageError(
-                    f"process {rank} begins with other {what} than process 0; give every process the same."
+                    f"process {rank} begins with other {what} than process 0; give every process the same, "
+                    "or pass CDRGE(process_group=None) to train each alone."
                 )
 
     def _epsilons(self, least: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -237,23 +254,16 @@ class CDRGE(SGD):
         return [canonical_name(name) for name in names]
 
 
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _of_all(value: Any) -> list[Any]:
+def _of_all(value: Any, group: Any) -> list[Any]:
     """The values of all processes."""
-    everyone: list[Any] = [None] * _processes()
-    dist.all_gather_object(everyone, value)
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group=group)
     return everyone
 
 
-def _averaged(here: Execute, evaluator: Any, units: Sequence[Unit]) -> list[Result]:
-    """Evaluate all units on the data of this process; return the means of their losses over processes."""
-    results = here(evaluator, units)
-    everyone = _of_all([result.losses.double().cpu() for result in results])
-    means = [torch.stack(losses).mean(0) for losses in zip(*everyone)]  # of the same numbers everywhere: equal bits
-    return [result._replace(losses=mean.to(result.losses)) for result, mean in zip(results, means)]
+def _averaged(losses: Tensor, group: Any) -> Tensor:
+    """The mean of losses over processes: of the same numbers in the same order everywhere, so of equal bits."""
+    return torch.stack(_of_all(losses.double().cpu(), group)).mean(0).to(losses)
 
 
 def _warning_of_buffers(closure: Callable[[], Any]) -> Callable[[], Any]:

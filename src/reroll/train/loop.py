@@ -92,7 +92,7 @@ def train(
     report.start(session)
     for line in filter(None, (note, session.task.describe())):
         say(line)
-    with signals(report.note) as stop, monitoring():
+    with signals(says=mesh.writes) as stop, monitoring():
         try:
             session.folder.write_status("running", step=session.progress.step, steps=session.config.run.steps)
             if not session.progress.step:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +124,7 @@ class Clock:
 
 
 @contextmanager
-def signals(say: Callable[[str], None]) -> Iterator[list[str]]:
+def signals(says: bool = True) -> Iterator[list[str]]:
     """Collect SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C interrupts as usual, which is said."""
     received: list[str] = []
 
@@ -132,7 +132,10 @@ def signals(say: Callable[[str], None]) -> Iterator[list[str]]:
         received.append(signal.Signals(number).name)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            say("Ctrl-C: the run is saved and ends after this step. Press it again to end at once, without saving.")
+            if says:
+                # Not by print: a signal may come in the middle of one, and Ctrl-C also ends what output is piped into.
+                with contextlib.suppress(OSError):
+                    os.write(2, b"\nCtrl-C: ending after the step at hand. Again: ending at once, without saving.\n")
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
