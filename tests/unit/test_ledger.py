@@ -157,6 +157,8 @@ def test_runs_that_cannot_be_submitted(here):
 
 def test_a_second_record_is_timed_beside_the_first(here):
     """Without that it is valid, as machines differ; with it, Welch's test says whether it is faster."""
+    from scipy import stats
+
     slow = submit(tiny(here), runs(here, ("slow", "slow2")), name="slow", summary="x")
     assert verify(tiny(here), slow)["status"] == "record"
     folder = submit(tiny(here), runs(here), name="again", summary="x")
@@ -166,6 +168,13 @@ def test_a_second_record_is_timed_beside_the_first(here):
     record = verify(tiny(here), folder)
     beaten = record["baseline"]
     assert beaten["ratio"] == record["seconds"] / beaten["seconds"]
+    # Welch and Satterthwaite by hand, for the logarithms.
+    logs = [np.log([run["seconds"] for run in some["runs"]]) for some in (record, beaten)]
+    parts = [values.var(ddof=1) / len(values) for values in logs]
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, logs))
+    width = stats.t.ppf(0.975, freedom) * sum(parts) ** 0.5
+    middle = logs[0].mean() - logs[1].mean()
+    assert beaten["interval"] == pytest.approx([math.exp(middle - width), math.exp(middle + width)], rel=0.01)
     assert record["status"] == ("record" if beaten["ratio"] < 1 and beaten["p"] < 0.01 else "valid")
     text = (folder / "record.json").read_text()
     other = "valid" if record["status"] == "record" else "record"

@@ -58,16 +58,7 @@ def judge(track: Track, logs: Sequence[Log], baseline: Sequence[Log] = ()) -> Ju
         "peak_bytes": max(log.summary["peak_bytes"] for log in logs),
     }  # fmt: skip
     if baseline:
-        ours, theirs = ([log.summary["seconds"] for log in some] for some in (logs, baseline))
-        welch = float(statistics().ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue)
-        seconds = _mean(baseline, "seconds")
-        runs = [_row(log) for log in baseline]
-        fields["baseline"] = {
-            "runs": runs,
-            "seconds": seconds,
-            "ratio": fields["seconds"] / seconds,
-            "p": _rounded(welch),
-        }
+        fields["baseline"] = {"runs": [_row(log) for log in baseline], **_compared(logs, baseline)}
     return Judgement(fields, refusals)
 
 
@@ -155,10 +146,10 @@ def readme(track: Track, record: dict[str, Any]) -> str:
         lines += [f"| {run['log']} | {run['seed']} | {run['loss']:.4f} | {run['seconds']:.1f} | {memory:.0f} |"]
     lines += ["", f"Mean loss {record['loss']:.4f}, p = {record['p']:.2g}; mean time {record['seconds']:.1f} s."]
     if baseline:
-        text = (
-            f"The record before, timed on the same machine: {baseline['seconds']:.1f} s; ratio {baseline['ratio']:.3f}"
-        )
-        lines += [f"{text} (Welch's t-test, p = {baseline['p']:.2g})."]
+        low, high = baseline["interval"]
+        text = f"The record before, timed on the same machine: {baseline['seconds']:.1f} s"
+        ratio = f"ratio {baseline['ratio']:.3f} (95 % interval {low:g} … {high:g})"
+        lines += [f"{text}; {ratio}; Welch's t-test, p = {baseline['p']:.2g}."]
     lines += [f"Not met: {why}." for why in record["refusals"]]
     return "\n".join(lines) + "\n"
 
@@ -219,8 +210,23 @@ def _row(log: Log) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _compared(logs: Sequence[Log], baseline: Sequence[Log]) -> dict[str, Any]:
+    """Mean seconds of a baseline, the ratio of the means and its 95 % interval, and p, by Welch's test.
+
+    The interval is that of the difference of the logarithms.
+    """
+    ours, theirs = ([log.summary["seconds"] for log in some] for some in (logs, baseline))
+    test, seconds = statistics().ttest_ind, _mean(baseline, "seconds")
+    of_logs = test(*([math.log(second) for second in some] for some in (ours, theirs)), equal_var=False)
+    return {
+        "seconds": seconds, "ratio": _mean(logs, "seconds") / seconds,
+        "interval": [_rounded(math.exp(end)) for end in of_logs.confidence_interval(0.95)],
+        "p": _rounded(float(test(ours, theirs, equal_var=False, alternative="less").pvalue)),
+    }  # fmt: skip
+
+
 def _rounded(p: float) -> float:
-    """A p-value to three digits: the others depend on SciPy's version."""
+    """What SciPy computes to three digits: the others depend on its version."""
     return float(f"{p:.3g}")
 
 
