@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from reroll.data.arrays import Arrays
+from reroll.data.batch import Batch
 from reroll.data.synthetic import SYNTHETIC
 from reroll.data.text import Text
 from reroll.errors import UsageError
@@ -49,6 +50,23 @@ def test_rows_are_rows_of_the_batch(task_of, kind):
     for rows in (range(0), range(2, 9), range(0, 4, 2), range(3, 1)):
         with pytest.raises(UsageError, match="rows="):
             task.batch(0, rows=rows)
+
+
+def test_shapes_that_could_broadcast_to_a_wrong_loss_are_refused():
+    ids, real = torch.randint(0, 5, (8, 12)), torch.randn(8, 12, 3)
+    for inputs, targets, shape in [
+        (ids, ids, (8, 12)), (real, ids[:, 0], (8,)), (real, real, (8, 12)), (ids, real[:, 0], (8,))
+    ]:  # fmt: skip
+        whole = Batch(inputs, targets, torch.ones(shape, dtype=torch.bool), present=torch.ones(8, 12) > 0)
+        assert whole.scored == np.prod(shape)
+        for wrong in {(1,), (8,), (8, 1), (1, 8), (8, 12), (8, 3), (12,), ()} - {shape}:
+            with pytest.raises(UsageError, match=r"mask has shape .* belongs one of \[8"):
+                Batch(inputs, targets, torch.ones(wrong, dtype=torch.bool))
+        with pytest.raises(UsageError, match="targets has shape"):
+            Batch(inputs, targets[:5], whole.mask)
+        for name in ("present", "reset"):
+            with pytest.raises(UsageError, match=f"{name} has shape"):
+                Batch(inputs, targets, whole.mask, **{name: torch.ones(8) > 0})
 
 
 class Fixed(torch.nn.Module):

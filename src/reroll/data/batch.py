@@ -30,6 +30,9 @@ class Batch:
         state: the model's state before the first step, and the request to return the one after the last; `START` for
             the first of several windows. None: the initial state, and none is returned.
         reset: True at the steps before which the state is reset (a new document begins), [B, T].
+
+    Raises:
+        UsageError: if targets, mask, present or reset have another shape; a wrong one could broadcast to a wrong loss.
     """
 
     inputs: Tensor
@@ -41,6 +44,16 @@ class Batch:
     reset: Tensor | None = None
 
     def __post_init__(self) -> None:
+        size, real = self.inputs.shape[:2], self.targets.is_floating_point()
+        outputs = size[:1] + self.targets.shape[1:]
+        places = outputs[:-1] if real else outputs
+        for name, shape in (("targets", outputs), ("mask", places), ("present", size), ("reset", size)):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != shape:
+                raise UsageError(
+                    f"{name} has shape {list(tensor.shape)}; to inputs of shape {list(self.inputs.shape)} and targets "
+                    f"of shape {list(self.targets.shape)} belongs one of {list(shape)}."
+                )
         if not self.scored:
             object.__setattr__(self, "scored", float(self.mask.sum()))
 
