@@ -17,6 +17,7 @@ from reroll.cli.console import Console, Sparkline
 from reroll.data.batch import START
 from reroll.data.synthetic import Copy
 from reroll.errors import RunError, UsageError
+from reroll.grad import Backprop
 from reroll.models import Interface
 from reroll.outcome import Outcome
 from reroll.specs.optim import SCHEDULES
@@ -248,10 +249,21 @@ def test_a_loss_that_is_not_finite_at_the_start_names_what_to_change(tmp_path, m
     with pytest.raises(RunError, match=r"The loss is not finite at step 0\. .*Lower (epsilon|lr)") as error:
         train(small(gradient=method), tmp_path)
     assert str(error.value).count("The loss is not finite") == 1
-    status = read_json(tmp_path / "status.json")
-    assert (status["state"], status["step"], status["reason"]) == ("failed", 0, str(error.value))
-    assert rows_of(tmp_path) == []
-    assert checkpoint.all_of(tmp_path / "checkpoints") == []
+    assert not tmp_path.exists()  # nothing was trained: the folder is free for the next attempt
+
+
+def test_a_module_that_fails_at_once_leaves_the_folder_to_its_successor(tmp_path):
+    """No weights of the first attempt are left, which would be taken for those of the second."""
+
+    def session(width):
+        task, layers = Copy(length=3, batch=2), (torch.nn.Embedding(11, 8), torch.nn.Linear(width, 11))
+        model = torch.nn.Sequential(*layers)
+        return Session.of(task, model, Backprop(), torch.optim.SGD(model.parameters(), lr=0.1), steps=2)
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train(session(7), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train(session(8), tmp_path / "run")["state"] == "done"
 
 
 @pytest.mark.parametrize("method", GRADIENTS)

@@ -102,11 +102,12 @@ def train(
                 _prepare(session, say, stop)
                 return _run(session, report, stop, say)
         except Exception as error:
-            if isinstance(error, UsageError) and session.progress.step == 0:
-                session.folder.discard()  # nothing was started, so nothing is left
+            step, steps = session.progress.step, session.config.run.steps
+            if step == 0 and (isinstance(error, UsageError) or not resume):
+                session.folder.discard()  # nothing was trained, so nothing is left
             else:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                session.folder.write_status("failed", step=session.progress.step, reason=reason)
+                session.folder.write_status("failed", step=step, steps=steps, reason=reason)
             raise
         finally:
             session.folder.close()
@@ -115,14 +116,16 @@ def train(
 
 
 def _finished(config: Config, path: Path, report: Reporter) -> dict[str, Any] | None:
-    """The status of a run that has ended, unless it is asked to go on for longer than it was."""
+    """The status of a run that has ended, unless it is asked to go on for longer, and could take another step."""
     status = read_json(path / "status.json")
     if status.get("state") not in ("done", "diverged"):
         return None
     saved = read_config(path)
-    if merge_resumed(saved, config) != saved:
-        return None
     status = {"step": saved.run.steps, "reason": "it had ended before."} | status
+    asked = merge_resumed(saved, config)
+    over = status["state"] == "diverged" or asked.run.steps == status["step"] or target_reached(asked.run, status)
+    if asked != saved and not over:
+        return None
     report.note(f"{path} is finished ({status['state']} at step {status['step']}); nothing to do.")
     if status["state"] == "done":
         report.note(how_to_continue(config, float(status.get("total_seconds") or 0.0)))
