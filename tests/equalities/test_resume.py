@@ -367,6 +367,11 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert "--steps above 9" in report.notes[1]
     assert report.rows == []
     assert contents(path) == before
+    for limits in ({"max_seconds": 900.0}, {"target_loss": 100.0, "steps": 20}, {"keep": 3}):
+        report = Interrupt()
+        assert train(small(run=limits), path, resume=True, report=report)["step"] == 9
+        assert report.notes[0] == f"{path} is finished (done at step 9); nothing to do."
+        assert contents(path) == before
 
 
 def test_a_finished_run_goes_on_with_more_steps(tmp_path):
@@ -413,7 +418,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     for resume, message in [
         (True, "has no run in it .no config.toml.; choose another"),
-        (False, "Add --resume to continue"),
+        (False, "is not empty. Choose another"),
     ]:
         with pytest.raises(UsageError, match=message):
             train(small(), tmp_path, resume=resume)

@@ -590,7 +590,7 @@ def test_a_time_limit_that_is_used_up_is_refused_before_anything_is_lost(cli, ru
     before = contents(run)
     found = cli("train", "--run-dir", "run", "--resume", "--max-seconds", 1e-6)
     assert found.code == 2
-    assert re.search(r"--max-seconds 1e-06 counts the whole run, which has used \S+ s already", found.error)
+    assert re.search(r"--max-seconds=1e-06 counts the whole run, which has used \S+ s already", found.error)
     assert contents(run) == before
     for limit in (("--steps", 3), ("--target-loss", 100)):
         found = cli("train", "--run-dir", "run", "--resume", *limit)
@@ -667,7 +667,7 @@ def test_a_resumed_run_takes_no_step_back(cli, run):
     before = contents(run)
     found = cli("train", "--run-dir", "run", "--resume", "--steps", 2)
     assert found.code == 2
-    assert "--steps 2: run has already taken 4 steps" in found.error
+    assert "--steps=2: run has already taken 4 steps" in found.error
     assert contents(run) == before
 
 

@@ -292,6 +292,6 @@ def test_a_diverged_run_ends_with_1(cli, tmp_path):
     found = cli(*TRAIN, "--run-dir", "run", "--steps", 300, "--lr", 30, "--set", "run.eval_every=300")
     assert found.code == 1
     assert "diverged: the loss" in found.out
-    assert "Lower lr or epsilon, or raise" in found.out
+    assert "Lower --lr or --epsilon, or raise --set run.diverged=…" in found.out
     found = cli(*BACKPROP, "--run-dir", "other", "--steps", 300, "--lr", 300, "--set", "run.eval_every=300")
-    assert "Lower lr, or raise run.diverged" in found.out
+    assert "Lower --lr, or raise --set run.diverged=…" in found.out

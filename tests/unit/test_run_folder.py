@@ -34,7 +34,7 @@ def test_a_run_is_found_by_its_path_and_by_its_name(tmp_path, monkeypatch):
     assert find_run(str(tmp_path / "runs" / "there")) == tmp_path / "runs" / "there"
     Path("runs/empty").mkdir()
     for name in ("nowhere", "empty", "runs"):
-        with pytest.raises(UsageError, match=f"RUN='{name}' is not a run: neither {name} nor runs/{name} has a config"):
+        with pytest.raises(UsageError, match=f"'{name}' is not a run: neither {name} nor runs/{name} has a config"):
             find_run(name)
 
 
@@ -48,7 +48,7 @@ def test_a_used_folder_is_refused_and_an_empty_one_is_not(tmp_path):
     RunFolder(tmp_path / "absent").refuse_used()
     RunFolder(tmp_path).refuse_used()
     (tmp_path / ".hidden").touch()
-    with pytest.raises(UsageError, match="is not empty. Add --resume"):
+    with pytest.raises(UsageError, match="is not empty. Choose another"):
         RunFolder(tmp_path).refuse_used()
     with pytest.raises(UsageError, match="hidden is a file"):
         RunFolder(tmp_path / ".hidden").refuse_used()
@@ -71,9 +71,7 @@ def test_a_run_that_was_killed_at_once_can_be_begun_again(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        RunError, match="--run-dir .*/file/run cannot be written .Not a directory.; choose another folder"
-    ):
+    with pytest.raises(RunError, match="path=.*/file/run cannot be written .Not a directory.; choose another folder"):
         RunFolder(tmp_path / "file" / "run").make()
 
 

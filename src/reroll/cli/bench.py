@@ -52,7 +52,7 @@ def _bench(arguments: Sequence[str]) -> int:
     if request.name not in BENCHES:
         raise UsageError(f'bench "{request.name}" is unknown.{did_you_mean(request.name, BENCHES)}')
     if request.rounds is not None and request.rounds < 1:
-        raise UsageError(f"rounds={request.rounds} must be greater than zero.")
+        raise UsageError(f"--rounds={request.rounds} must be greater than zero.")
     _refuse_unwritable(request.json)
     rounds = {} if request.rounds is None else {"rounds": request.rounds}
     importlib.import_module(f"reroll.bench.{request.name}").run(**rounds, path=request.json)

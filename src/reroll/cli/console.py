@@ -11,6 +11,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from reroll.cli.flags import in_flags
 from reroll.cli.lines import wrapped
 from reroll.cli.scores import EXACT, SQUARED, in_words, loss_unit, without_training
 from reroll.errors import visible
@@ -70,7 +71,7 @@ class Console(Reporter):
 
     def closing(self, summary: dict[str, Any], path: Path) -> str:
         """Return the last lines of a run: how it ended, its scores, what to try next."""
-        lines = [f"{summary['state']}: {summary['reason']}"]
+        lines = [f"{summary['state']}: {in_flags(summary['reason'])}"]
         valid = {n.removeprefix("valid_"): v for n, v in summary.items() if n.startswith("valid_")}
         scores = {name: value for name, value in valid.items() if isinstance(value, float)}
         if scores:

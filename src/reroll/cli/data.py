@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from reroll.cli.flags import parse, positional
+from reroll.cli.flags import as_flags, parse, positional
 from reroll.errors import UsageError, did_you_mean
 from reroll.specs.base import option
 
@@ -45,7 +45,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
         raise UsageError(f'action "{request.action}" is unknown.{did_you_mean(request.action, ["prepare"])}')
     if request.name not in PREPARE:
         raise UsageError(f'archive "{request.name}" is unknown.{did_you_mean(request.name, PREPARE)}')
-    PREPARE[request.name](request)
+    with as_flags(request):
+        PREPARE[request.name](request)
     return 0
 
 

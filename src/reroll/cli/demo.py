@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reroll.cli.flags import parse
+from reroll.cli.flags import as_flags, parse, run_folder
 from reroll.cli.lines import wrapped
 from reroll.errors import require_positive
 from reroll.recipes import RECIPES
@@ -35,7 +35,8 @@ class Demo:
 
 def run(command: str, arguments: Sequence[str]) -> int:
     request = parse(Demo, arguments, "reroll demo")
-    require_positive(seconds=request.seconds)
+    with as_flags(request):
+        require_positive(seconds=request.seconds)
     clock = {"seed": request.seed, "max_seconds": request.seconds, "eval_every": 10**6}
     config = resolve(RECIPES["demo"]().replace(run=clock))
     path = request.run_dir or new_folder("demo")
@@ -48,7 +49,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     steps = steps_in(request.seconds, config.model, task, config.task.batch, config.task.length)
     schedule = {"kind": "linear", "warmdown": max(1, 3 * steps // 10), "floor": 0.05}
     config = config.replace(run={"steps": steps}, optim={"schedule": schedule})
-    probes = _train(config, path)
+    with as_flags(request, run_folder(path)):
+        probes = _train(config, path)
     if probes["state"] != "done":
         return 1
     used = max(probes["total_seconds"], 1e-9)

@@ -9,18 +9,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
+import re
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from reroll.errors import UsageError
+from reroll.errors import RerollError, UsageError
 from reroll.specs.base import OBJECT, convert, hints, leaves
 from reroll.train.config import Config
 from reroll.train.toml import parse_value, put
 
 T = TypeVar("T")
+NAMED = re.compile(
+    r"""(?<!\w)(?:'[^']*'|"[^"]*")|(?<!--set )(?<![\w./-])([a-z]+\.[a-z_.]*[a-z]|lr\b|epsilon\b|[a-z]\w*(?==))"""
+)
+"""What is quoted; or a name: of a field with its section, of what is never a word, or before a value."""
 
 
 def positional(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -69,32 +75,83 @@ def _value(text: Any, kind: Any) -> Any:
     return text if {bool, str, Path} & {*kinds} or get_origin(kind) is Literal else parse_value(text)
 
 
-def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
+def _unknown(words: Sequence[str], known: Sequence[str], typed: Sequence[str]) -> str:
     """Return the error for unknown arguments; what follows an unknown flag is taken for its value."""
     flags = [word.partition("=")[0] for word in words if word.startswith("--")] or words
-    close = [match for flag in flags for match in difflib.get_close_matches(flag, known, n=1)]
+    close = [match for flag in flags for match in _meant(flag, known, typed)]
     remedy = f"Did you mean {', '.join(close)}?" if close else "Drop it, or see --help for the options."
     return f"{', '.join(flags)} {'are' if len(flags) > 1 else 'is'} unknown. {remedy}"
 
 
+def _meant(flag: str, known: Sequence[str], typed: Sequence[str]) -> list[str]:
+    """Return what an unknown flag may stand for: the config field of that name, a flag, or fields with it in theirs."""
+    name, after = flag.lstrip("-").replace("-", "_"), iter(typed)
+    word = next(word for word in after if word.partition("=")[0] == flag)
+    value = word.partition("=")[2] or next(after, "VALUE")
+    fields = {dotted: dotted.rpartition(".")[2] for dotted in _names()} if "--set" in known else {}
+    exact = [f"--set {dotted}={value}" for dotted, field in fields.items() if field == name]
+    parts = [f"--set {dotted}={value}" for dotted, field in fields.items() if name in field.split("_")]
+    return exact or difflib.get_close_matches(flag, known, n=1, cutoff=0.7) or parts
+
+
 @contextmanager
-def as_flags(passed: Collection[str]) -> Iterator[None]:
-    """Name the flag instead of the field in an error, if that flag is among those passed.
+def as_flags(passed: Any, also: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Name flags instead of fields and arguments in an error; see `in_flags`.
 
     Example:
         >>> with as_flags({"batch"}):
-        ...     raise UsageError("batch=-3 must lie in [1, 10].")
+        ...     raise UsageError("batch=-3 must lie in [1, 10]. Give batch=10 or less, or length=5.")
         Traceback (most recent call last):
-        reroll.errors.UsageError: --batch=-3 must lie in [1, 10].
+        reroll.errors.UsageError: --batch=-3 must lie in [1, 10]. Give --batch=10 or less, or --length=5.
     """
     try:
         yield
-    except UsageError as error:
-        name, _, rest = str(error).partition("=")
-        flag = {dotted: flag for flag, (dotted, *_) in flag_fields().items()}.get(name, name.replace("_", "-"))
-        if flag.replace("-", "_") not in passed:
-            raise
-        raise UsageError(f"--{flag}={rest}") from None
+    except RerollError as error:
+        error.args = (in_flags(str(error), passed, also),)
+        raise
+
+
+def run_folder(path: Path) -> dict[str, str]:
+    """Return how errors about the folder of a run are said: of `train`, it is the argument `path`."""
+    return {f"path={path} ": f"--run-dir {path} ", "resume=True": "--resume"}
+
+
+def in_flags(text: str, passed: Any = (), also: Mapping[str, str] | None = None) -> str:
+    """Return a message with flags instead of fields and arguments.
+
+    What the message is about may be from a file: it keeps its name unless its flag was passed. What the remedy asks for
+    (after the first sentence or semicolon) can be passed by a flag, or by --set.
+
+    Args:
+        text: the message; what it quotes stays as it is.
+        passed: names of the flags passed for a config; or a command's dataclass, of which all fields are flags.
+        also: other words → what replaces them.
+
+    Example:
+        >>> in_flags("the loss grew. Lower lr, or raise run.diverged.")
+        'the loss grew. Lower --lr, or raise --set run.diverged=….'
+    """
+    flags: dict[str, str] = {}
+    if dataclasses.is_dataclass(passed):
+        passed = {f.name for f in dataclasses.fields(passed) if "positional" not in f.metadata}
+    else:
+        for flag, (dotted, *_) in flag_fields().items():
+            flags |= dict.fromkeys((dotted, flag.replace("-", "_")), f"--{flag}")
+    here = {name: f"--{name.replace('_', '-')}" for name in passed}
+    flags |= here
+    for words, flag in (also or {}).items():
+        text = text.replace(words, flag)
+    remedy = re.search("[.;] |$", text)
+    start = remedy.start() if remedy else 0
+
+    def rename(match: re.Match[str]) -> str:
+        name = match[1]
+        by_set = f"--set {name}" + "=…" * (match.end() == len(text) or text[match.end()] != "=")
+        flag = flags.get(name) or (by_set if name in _names() and "." in name else "")
+        from_file = match.start() < start and (flag not in here.values() or ".toml: " in text[: match.start()])
+        return match[0] if not flag or from_file else flag
+
+    return NAMED.sub(rename, text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,31 +179,43 @@ class Parser(argparse.ArgumentParser):
         """
         values, unknown = self.parse_known_args(list(arguments))
         if unknown:
-            raise UsageError(f"{self.prog}: {_unknown(unknown, self.flags)}")
+            raise UsageError(f"{self.prog}: {_unknown(unknown, self.flags, arguments)}")
         return vars(values)
 
     def error(self, message: str) -> Any:
         raise UsageError(f"{self.prog}: {message.removeprefix('argument ')}.")
 
 
+def config_fields() -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Yield every config field, whichever kind has it: (dotted name, type, field); of a nested spec, its kind."""
+
+    def collect(kinds: Mapping[str, type], prefix: str) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+        for kind in dict.fromkeys(kinds.values()):
+            for f in dataclasses.fields(kind):
+                if nested := f.metadata["kinds"]:
+                    names = [name for name in nested if name not in ("", OBJECT)]
+                    if names:
+                        yield f"{prefix}{f.name}.kind", Literal[*names], f
+                    yield from collect(nested, f"{prefix}{f.name}.")
+                else:
+                    yield prefix + f.name, hints(kind)[f.name], f
+
+    return collect({"": Config}, "")
+
+
 def flag_fields() -> dict[str, tuple[str, Any, dataclasses.Field[Any]]]:
     """Return every config field with a flag, whichever kind has it: flag → (dotted name, type, field)."""
     flags: dict[str, tuple[str, Any, dataclasses.Field[Any]]] = {}
-
-    def collect(kinds: Mapping[str, type], prefix: str) -> None:
-        for kind in dict.fromkeys(kinds.values()):
-            for f in dataclasses.fields(kind):
-                nested, flag = f.metadata["kinds"], f.metadata["flag"]
-                if flag and nested:
-                    kinds_of = Literal[*(name for name in nested if name != OBJECT)]
-                    flags.setdefault(flag, (f"{prefix}{f.name}.kind", kinds_of, f))
-                elif flag:
-                    flags.setdefault(flag, (prefix + f.name, hints(kind)[f.name], f))
-                if nested:
-                    collect(nested, f"{prefix}{f.name}.")
-
-    collect({"": Config}, "")
+    for dotted, kind, f in config_fields():
+        if flag := f.metadata["flag"]:
+            flags.setdefault(flag, (dotted, kind, f))
     return flags
+
+
+@functools.cache
+def _names() -> dict[str, None]:
+    """Every field with its section; a dictionary keeps their order."""
+    return dict.fromkeys(dotted for dotted, *_ in config_fields())
 
 
 def add_config(parser: Parser, config: Config) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reroll.cli.flags import parse, positional
+from reroll.cli.flags import as_flags, parse, positional
 from reroll.cli.models import MODEL, task_of
 from reroll.errors import RunError, UsageError, require_count
 from reroll.specs.base import option
@@ -28,7 +28,11 @@ class Forecast:
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    request = parse(Forecast, arguments, "reroll forecast")
+    with as_flags(request := parse(Forecast, arguments, "reroll forecast")):
+        return _forecast(request)
+
+
+def _forecast(request: Forecast) -> int:
     import torch
 
     from reroll.models.generate import forecast

@@ -68,7 +68,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
         "eval": (Eval, _eval), "sample": (Sample, _sample), "export": (Export, _export), "replay": (Replay, _replay)
     }  # fmt: skip
     kind, function = commands[command]
-    return function(parse(kind, arguments, f"reroll {command}"))
+    with as_flags(request := parse(kind, arguments, f"reroll {command}")):
+        return function(request)
 
 
 def _eval(request: Eval) -> int:
@@ -122,8 +123,7 @@ def task_of(loaded: Any, request: Any) -> Any:
     if not isinstance(spec, FileTask):
         raise UsageError(f"--path {request.path}: {request.model} was trained on generated sequences; drop --path.")
     spec = replace(spec, path=request.path)
-    with as_flags({"path"}):
-        task = spec.build(loaded.config.run.seed, loaded.tokenizer, units=loaded.units, whole=True)
+    task = spec.build(loaded.config.run.seed, loaded.tokenizer, units=loaded.units, whole=True)
     data, model = Interface.of(task), Interface.of(loaded.model)
     if data.inputs != model.inputs:
         raise UsageError(

@@ -10,7 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, get_args
 
-from reroll.cli.flags import Parser, add_config, as_flags, flag_fields, tables_of
+from reroll.cli.flags import Parser, add_config, as_flags, flag_fields, run_folder, tables_of
 from reroll.cli.launch import launch, launched
 from reroll.errors import UsageError, did_you_mean
 from reroll.recipes import INSTEAD, RECIPES, by
@@ -57,6 +57,12 @@ def run(command: str, arguments: Sequence[str]) -> int:
         raise UsageError("--resume needs the run to continue: --run-dir runs/NAME (`reroll runs` lists them).")
     if resume and source is not None:
         raise UsageError(f"--init {source} starts a new run and --resume continues one; drop one of them.")
+    named = arguments[:1] and not arguments[0].startswith("-")
+    if resume and not (named or "config" in request.flags or (path / "config.toml").is_file()):
+        raise UsageError(
+            f"--run-dir {path} has no run to resume (no config.toml; see `reroll runs`). To start one there, name its "
+            f"recipe: reroll train RECIPE --run-dir {path}"
+        )
     if getattr(config.task, "path", "") is None:
         raise UsageError(_needs_path(config))
     _require_gpu(config)
@@ -67,7 +73,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         return launch([sys.executable, "-m", "reroll", command, *arguments], processes)
     path = path or new_folder(config.recipe)
     try:
-        with as_flags(request.flags):
+        with as_flags(request.flags, run_folder(path)):
             return _train(config, path, bool(resume), source)
     except KeyboardInterrupt:
         if launched():  # one of several processes, of which another may know the folder

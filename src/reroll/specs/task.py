@@ -71,7 +71,7 @@ class FileTask(TaskSpec):
     def required_path(self) -> str:
         """Return the path; raise `UsageError` if there is none."""
         if self.path is None:
-            raise UsageError(f"task {self.kind} needs --path.")
+            raise UsageError(f"task {self.kind} has no files. Give path=….")
         return self.path
 
 
@@ -132,7 +132,7 @@ class Tokens(TaskSpec):
 
     def build(self, seed: int, tokenizer: Any = None, *, units: Any = None, whole: bool = False) -> Any:
         if self.path is None:
-            raise UsageError(f"task {self.kind} needs --path.")
+            raise UsageError(f"task {self.kind} has no files. Give path=….")
         path = runtime("data.packages:shards_of")(self.path)
         return runtime("data.tokens:TokenBatches")(
             path, self.length, self.batch, seed, carry=self.carry, epochs=self.epochs, valid_tokens=self.valid_tokens,

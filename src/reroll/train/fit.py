@@ -39,7 +39,7 @@ def largest_part(estimator: Any, model: Any, loss_fn: Any, batch: Any, key: Any)
             if not _is_out_of_memory(error):
                 raise
             if rows == 1:
-                raise RunError("one sequence is too much for the memory; lower --length or the model's size.") from None
+                raise RunError("one sequence is too much for the memory; lower length=… or the model's size.") from None
             rows = -(-rows // 2)
         finally:
             for p in model.parameters():

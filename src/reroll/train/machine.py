@@ -79,7 +79,7 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if available["cuda"] else "cpu"
     if not available[name]:
-        others = " or ".join(f"--device {device}" for device, is_there in available.items() if is_there)
+        others = " or ".join(f"device={device}" for device, is_there in available.items() if is_there)
         raise UsageError(f"device={name}: there is no {name.upper()} device here that torch can use; use {others}.")
     return torch.device(name)
 

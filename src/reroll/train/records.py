@@ -41,7 +41,10 @@ def find_run(name: str) -> Path:
     path = look_for(name)
     if path is None:
         places = f"{name} has no" if ROOT / name == Path(name) else f"neither {name} nor {ROOT / name} has a"
-        raise UsageError(f"RUN={name!r} is not a run: {places} config.toml. See `reroll runs`.")
+        raise UsageError(
+            f"{name!r} is not a run: {places} config.toml. Give a run folder, the name of a run under {ROOT}/ (see "
+            "`reroll runs`), or a file of `reroll export`."
+        )
     return path
 
 

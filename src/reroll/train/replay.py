@@ -60,7 +60,7 @@ def replay(path: Path, to: int | None = None, session: Session | None = None) ->
     if record.damage and (to is None or to > record.steps):
         raise RunError(record.damage)
     if not 0 <= steps <= record.steps:
-        raise UsageError(f"--to {to}: the journal of {path} has {plural(record.steps, 'step')}.")
+        raise UsageError(f"to={to}: the journal of {path} has {plural(record.steps, 'step')}.")
     if record.torn:
         log.warning("%s: the last record is incomplete (%d bytes), and ignored.", record.path, record.torn)
     try:

@@ -104,7 +104,7 @@ def _resume(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Sess
         raise _unresumable(path, "none of its checkpoints is intact", recovery_hint(path, config))
     if config.run.steps < saved.step:
         raise UsageError(
-            f"--steps {config.run.steps}: {path} has already taken {saved.step} steps, which are not undone. "
+            f"steps={config.run.steps}: {path} has already taken {saved.step} steps, which are not undone. "
             "Ask for more to continue."
         )
     _require_time(config, read_config(path), folder.last_row(), saved)
@@ -152,7 +152,7 @@ def _require_time(config: Config, before: Config, last: dict[str, Any] | None, s
     seconds = max((float(value) for value in used if isinstance(value, int | float)), default=0.0)
     if seconds >= limit:
         raise UsageError(
-            f"--max-seconds {limit:g} counts the whole run, which has used {seconds:.3g} s already: give more to "
+            f"max_seconds={limit:g} counts the whole run, which has used {seconds:.3g} s already: give more to "
             "continue. Nothing was changed."
         )
 
@@ -235,7 +235,7 @@ def _begin(session: Session, folder: RunFolder, init: dict[str, torch.Tensor] | 
     if folder.init.exists():
         init = checkpoint.load_file(folder.init)
     if init is not None:
-        checkpoint.put_weights(session.model, init, "--init")
+        checkpoint.put_weights(session.model, init, "init=…")
     restarted = folder.locked
     folder.make()  # only now that task, model and weights exist
     folder.lock()

@@ -78,19 +78,19 @@ class RunFolder:
         if not self.path.exists():
             return
         if not self.path.is_dir():
-            raise UsageError(f"--run-dir {self.path} is a file; choose a folder.")
+            raise UsageError(f"path={self.path} is a file; choose a folder.")
         content = list(self.path.iterdir())
         if resume and self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             early = {self.checkpoints, self.init, self.path / "log.txt", self.path / LOCK, *self.path.glob(".*.tmp")}
             content = [path for path in content if path not in early]
         if content and resume:
             raise UsageError(
-                f"--run-dir {self.path} is not empty and has no run in it (no config.toml); choose another folder."
+                f"path={self.path} is not empty and has no run in it (no config.toml); choose another folder."
             )
         if content:
-            raise UsageError(
-                f"--run-dir {self.path} is not empty. Add --resume to continue its run, or choose another folder."
-            )
+            there = (self.path / "config.toml").is_file()
+            remedy = "Pass resume=True to continue its run, or choose" if there else "Choose"
+            raise UsageError(f"path={self.path} is not empty. {remedy} another folder.")
 
     def lock(self) -> None:
         """Lock the folder for this process, until `close` or its end: two processes would mix their records.
@@ -111,7 +111,7 @@ class RunFolder:
             file.close()
             who = holder(self.path) or "of another user"
             raise UsageError(
-                f"--run-dir {self.path} is being trained by process {who}. Wait for it, or stop it: "
+                f"path={self.path} is being trained by process {who}. Wait for it, or stop it: "
                 f"reroll runs stop {self.path}"
             )
         file.truncate(0)
@@ -130,9 +130,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             (self.path / "log.txt").touch()
         except OSError as error:
-            raise RunError(
-                f"--run-dir {self.path} cannot be written ({error.strerror}); choose another folder."
-            ) from None
+            raise RunError(f"path={self.path} cannot be written ({error.strerror}); choose another folder.") from None
 
     def clear_temporary(self) -> None:
         """Delete the files that were being written when the run was killed."""

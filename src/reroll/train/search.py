@@ -41,7 +41,7 @@ def search_lr(session: Session, note: Callable[[str], None], stop: Sequence[str]
     if not math.isfinite(losses[best]):
         raise RunError(
             f"lr=auto: every rate from {optim.search_low:g} to {optim.search_high:g} gave a non-finite loss, or an ε "
-            "too small for the precision. Lower optim.search_low, set --epsilon, or check the data."
+            "too small for the precision. Lower optim.search_low, set epsilon, or check the data."
         )
     note(f"Using lr {best:.3g}, the best of {len(losses)}.")
     for edge, name, beyond in ((min(losses), "search_low", "below"), (max(losses), "search_high", "above")):
