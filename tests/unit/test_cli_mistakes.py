@@ -21,6 +21,11 @@ def mistakes(folder):
     np.save(folder / "short.npy", np.zeros((1, 2), dtype=np.float32))
     np.save(folder / "words.npy", np.array(["a", "b"]))
     np.savez(folder / "no_inputs.npz", z=np.zeros(3))
+    inputs = np.zeros((6, 5, 2))
+    np.savez(folder / "shape.npz", inputs=inputs, targets=np.zeros(3))
+    np.savez(folder / "mask.npz", inputs=inputs, mask=np.ones((6, 4)))
+    (folder / "cut.npz").write_bytes((folder / "mask.npz").read_bytes()[:-30])
+    (folder / "ragged.csv").write_text("a,b\n" + "1,2\n" * 29 + "1,2,3\n")
     (folder / "cut.npy").write_bytes((folder / "short.npy").read_bytes()[:-3])
     (folder / "junk.npy").write_text("these are words")
     (folder / "empty.csv").write_text("")
@@ -98,9 +103,9 @@ def mistakes(folder):
         (("train", "smoke", "--config", "typo.toml"), 2, ["typo.toml", "optim.lrr", 'mean "lr"']),
         (("train", "smoke", "--config", "bad.toml"), 2, ["bad.toml", "TOML"]),
         (("train", "smoke", "--config", "binary.toml"), 2, ["binary.toml", "cannot be read"]),
-        (("train", "text"), 2, ["text needs --path FILE, FOLDER, GLOB or JSONL."]),
+        (("train", "text"), 2, ["text needs --path FILE, FOLDER, GLOB, JSONL or PARQUET."]),
         (("train", "ptb"), 2, ["ptb needs --path FOLDER with ptb.train.txt and ptb.valid.txt."]),
-        (("train", "arrays"), 2, ["arrays needs --path FILE"]),
+        (("train", "arrays"), 2, ["arrays needs --path FILE.csv, .tsv, .parquet, .npy or .npz."]),
         ((*text, "nope.txt"), 2, ["path='nope.txt'", "does not exist"]),
         ((*text, "no*.txt"), 2, ["path='no*.txt'", "matches no file"]),
         ((*text, ""), 2, ["path=''", "Give"]),
@@ -112,19 +117,23 @@ def mistakes(folder):
         ((*text, "lines.jsonl"), 2, ["lines.jsonl, line 2", "field='text'", "body", "Give --field=…"]),
         ((*text, "broken.jsonl"), 2, ["broken.jsonl, line 2", "not JSON"]),
         ((*text, "a\nb"), 2, ["path='a\\nb'"]),
-        ((*arrays, "nope.npy"), 2, ["nope.npy", "does not exist"]),
+        ((*arrays, "nope.npy"), 2, ["nope.npy", "does not exist", "Give a table or array: .csv, "]),
         ((*arrays, "short.txt"), 2, ["short.txt", "no rows"]),
         ((*arrays, "short.npy"), 2, ["short.npy", "too short"]),
         ((*arrays, "words.npy"), 2, ["words.npy", "real numbers"]),
         ((*arrays, "cut.npy"), 2, ["cut.npy", "complete"]),
+        ((*arrays, "cut.npz"), 2, ["cut.npz is no whole .npz archive", "numpy.savez"]),
+        ((*arrays, "shape.npz"), 2, ["targets of shape (3,)", "expected (6,) or (6, O), or (6, 5) or (6, 5, O)"]),
+        ((*arrays, "mask.npz"), 2, ["mask of shape (6, 4)", "expected (6,) or (6, 5)."]),
+        ((*arrays, "ragged.csv"), 2, ["ragged.csv, line 31 has 3 cells, not 2; correct or delete it"]),
         ((*arrays, "no_inputs.npz"), 2, ["no_inputs.npz", "`inputs`"]),
         ((*arrays, "empty.csv"), 2, ["empty.csv", "is empty"]),
         ((*arrays, "header.csv"), 2, ["header.csv", "no rows"]),
         ((*arrays, "words.csv"), 2, ["words.csv, row 2", "a='x'"]),
-        (("data", "prepare", "ts", "--path", "nothing/no"), 2, ["--path=nothing/no is no .ts file"]),
+        (("data", "prepare", "ts", "--path", "nothing/no"), 2, ["--path=nothing/no is no .ts file", "Give one, or a"]),
         (("eval", "nope"), 2, ["'nope' is not a run", "reroll runs"]),
         (("eval", ""), 2, ["'' is not a run"]),
-        (("eval", folder), 2, [f"{folder} has no config.toml. See"]),
+        (("eval", folder), 2, [f"{folder} has no config.toml. Give a run folder"]),
         (("eval",), 2, ["is missing. Pass a run folder, the name of a run under runs/"]),
         (("sample", "nope"), 2, ["'nope' is not a run"]),
         (("export", "nope"), 2, ["'nope' is not a run"]),

@@ -435,7 +435,7 @@ INFINITE = np.where(np.arange(200).reshape(20, 5, 2) == 57, np.inf, 0)
         (npy(np.zeros(1)), r"too short: 1 series of 1 steps at most give 0 windows"),
         (npy(np.zeros(10), length=9), "give 1 windows of length=9; two are needed"),
         (truncated, "a.npy cannot be read"),
-        (not_a_zip, "a.npz cannot be read"),
+        (not_a_zip, "a.npz is no whole .npz archive"),
         (npz(data=X), r"has the arrays data; it needs `inputs` \(or `x`\)"),
         (npz(x=np.zeros(5), y=np.zeros(5)), r"inputs have shape \(5,\); expected"),
         (npz(x=np.zeros((2, 2, 2, 2))), r"shape \(2, 2, 2, 2\); expected"),

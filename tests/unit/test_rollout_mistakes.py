@@ -119,6 +119,8 @@ MISTAKES = {
     "a state for one": (lambda: Sequential()(Shared(), LONG), r"init_state\(\(2,\)\) returns \[1, 4\]; .*leading axes"),
     "a state that grows": (lambda: Sequential()(GROWS, LONG), r"returns a state \[2, 4\] for a state \[2, 1\]"),
     "a state that grows, auto": (lambda: auto()(GROWS, LONG[:, :20]), "must keep the type and the shape"),
+    "shapes, auto": (lambda: auto()(cell_from(lambda u, s: s + u, 5), LONG), r"input \[2, 4\] and a state \[2, 5\]: "),
+    "shapes of a loop": (lambda: Sequential()(cell_from(lambda u, s: s @ u.T, 5), X), r"\[2, 3\] and a state \[2, 5\]"),
     "a step that fails": (lambda: quasi_deer()(cell_from(lambda u, s: s.chunk(2, -1)[2], 3), X), "fails on 8 rows"),
     "a preset not called, tried": (lambda: verify_agreement(quasi_deer, GRU(3, 5), X), r"reroll.quasi_deer\(\)"),
     "an exponent of noise": (lambda: lyapunov(NOISY, X), "different results"),

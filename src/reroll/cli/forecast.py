@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reroll.cli.flags import as_flags, parse, positional
-from reroll.cli.models import MODEL, task_of
+from reroll.cli.models import MODEL, far_from_training, task_of
 from reroll.errors import RunError, UsageError, require_count
 from reroll.specs.base import option
 
@@ -42,10 +42,13 @@ def _forecast(request: Forecast) -> int:
     loaded = open_model(request.model)
     task = task_of(loaded, request)
     if getattr(task, "predicts", "") != "next":
-        instead = f" To continue a text: reroll sample {request.model}" if loaded.model.vocab is not None else ""
+        series = "For that, train on series without targets: reroll train arrays --path FILE.csv"
+        instead = series if loaded.model.vocab is None else f"To continue a text: reroll sample {request.model}"
         raise UsageError(
-            f"{request.model} does not predict the next row of a series, so it cannot continue one.{instead}"
+            f"{request.model} does not predict the next row of a series, so it cannot continue one. {instead}"
         )
+    if request.path is not None and (far := far_from_training(task)):
+        print(far, file=sys.stderr)
     rows: list[list[Any]] = []
     # Digits down to a millionth of a column's standard deviation, whatever its mean.
     places = [min(max(6 - math.floor(math.log10(std)), 0), 17) for std in task.std[: task.inputs]]

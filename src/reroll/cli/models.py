@@ -155,9 +155,35 @@ def _notes(loaded: Any, task: Any, split: str, request: Eval) -> list[str]:
         if count:
             share = f"{count:,} of {len(tokens):,} symbols ({100 * count / len(tokens):.2f} %)"
             notes.append(f"{share} were not in the vocabulary of the training data; they all count as one symbol.")
+    if request.path is not None and (far := far_from_training(task)):
+        notes.append(far)
     if request.path is not None and task.inputs is not None and loaded.units is None:
         notes.append("The run does not record its mean and scale: the file was standardised by its own.")
     return notes
+
+
+def far_from_training(task: Any) -> str:
+    """Return a warning if most of the last 50 values of a column are unlike those trained on; empty if none are.
+
+    At most 1 % of any data are 10 standard deviations from their mean (Chebyshev).
+    """
+    if task.inputs is None or not hasattr(task, "history"):
+        return ""
+    import numpy as np
+
+    shares = (abs(np.concatenate(task.history(50))) > 10).mean(0)
+    names = list(task.features) or [f"value{i}" for i in range(task.inputs)]
+    which = [
+        f"{name} ({mean:.4g} ± {std:.2g})"
+        for name, mean, std, share in zip(names, task.mean, task.std, shares)
+        if share > 0.5
+    ]
+    if not which:
+        return ""
+    return (
+        f"Most values of {', '.join(which[:3])}{', …' * (len(which) > 3)} lie over 10 standard deviations from "
+        "the mean in training: the model has seen none like them. Are columns and units the same?"
+    )
 
 
 def _sample(request: Sample) -> int:

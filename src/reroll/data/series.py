@@ -7,6 +7,8 @@ value. Pickles are never loaded.
 from __future__ import annotations
 
 import os
+import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,11 +62,11 @@ def read_series(path: str | os.PathLike[str], reading: Reading | None = None) ->
         UsageError: if the file is missing, of another kind, or its shapes do not fit together.
     """
     where, reading = Path(os.path.expanduser(path)), reading or Reading()
+    known = ".csv, .tsv, .txt (also .gz), .parquet, .npy, .npz"
     if not is_table(where) and where.suffix.lower() not in (".npy", ".npz"):
-        known = ".csv, .tsv, .txt (also .gz), .parquet, .npy, .npz"
         raise UsageError(f"path={where} ends in {where.suffix or 'nothing'!r}; known are {known}.")
     if not where.is_file():
-        raise UsageError(f"path={where} does not exist, or is no file.")
+        raise UsageError(f"path={where} does not exist, or is no file. Give a table or array: {known}.")
     try:
         if is_table(where):
             values, features, lengths, note = read_table(where, reading)
@@ -82,6 +84,14 @@ def read_series(path: str | os.PathLike[str], reading: Reading | None = None) ->
             raise UsageError(
                 f"path={where} is no file of numbers (and pickles, which can run any code, are never loaded): save "
                 "arrays of numbers by numpy.save or numpy.savez, padded to one length, with `lengths`."
+            ) from None
+        if ragged := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error)):
+            cells, row, more = ragged.groups()
+            raise UsageError(f"path={where}, line {row} has {more} cells, not {cells}; correct or delete it.") from None
+        if isinstance(error, zipfile.BadZipFile):
+            raise UsageError(
+                f"path={where} is no whole .npz archive: cut short, or of another format. Copy it again, or save its "
+                "arrays by numpy.savez."
             ) from None
         reason = printable(" ".join(str(error).split()) or type(error).__name__)
         raise UsageError(f"path={where} cannot be read ({reason}); is it complete, and yours to read?") from None
@@ -162,7 +172,14 @@ def _read_npz(path: Path, archive: Any) -> Series:
         shape = _numbers(path, name, array).shape
         many = {"mask": ((count,), (count, steps)), "targets": (shape,) if 0 < len(shape) < 4 else ()}
         if shape[:1] != (count,) or shape not in many.get(name, ((count,),)):
-            raise UsageError(f"path={path}: {name} of shape {array.shape} do not fit inputs of {inputs.shape}.")
+            fitting = {
+                "mask": f"({count},) or ({count}, {steps})",
+                "targets": f"({count},) or ({count}, O), or ({count}, {steps}) or ({count}, {steps}, O)",
+            }  # fmt: skip
+            raise UsageError(
+                f"path={path}: {name} of shape {array.shape} do not fit inputs of {inputs.shape}; expected "
+                f"{fitting.get(name, f'({count},)')}."
+            )
     series = _one_or_many(path, inputs[:, :, None] if inputs.ndim == 2 else inputs)
     lengths, mask, held_out = beside["lengths"], beside["mask"], beside["held_out"]
     lengths = series.lengths if lengths is None else lengths

@@ -34,7 +34,7 @@ def read_ts(path: str | os.PathLike[str]) -> tuple[list[npt.NDArray[np.float32]]
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"path={path} is no .ts file and no folder that holds some.")
+        raise UsageError(f"path={path} is no .ts file. Give one, or a folder with NAME_TRAIN.ts and NAME_TEST.ts.")
     header: dict[str, list[str]] = {}
     try:
         with path.open(encoding="utf-8") as file:
@@ -46,7 +46,7 @@ def read_ts(path: str | os.PathLike[str]) -> tuple[list[npt.NDArray[np.float32]]
                     raise UsageError(f"{where}: data before `@data`; is this a .ts file?")
                 header[word[1:].lower()] = values
                 if "true" in map(str.lower, header.get("timestamps", [])):
-                    raise UsageError(f"path={path} has time stamps; only series of equal steps can be read.")
+                    raise UsageError(f"path={path} has time stamps; resample to equal steps, and save without.")
             flag, *labels = header.get("classlabel") or ["false"]
             if "data" in header and (flag.lower() != "true" or not labels):
                 raise UsageError(f"path={path} has no classes; its header needs a line such as `@classLabel true a b`.")

@@ -77,7 +77,7 @@ def memorise(size: Size = "small") -> Config:
 
 
 def text() -> Config:
-    """A byte LSTM by CD-RGE on your own text: --path FILE, FOLDER, GLOB or JSONL."""
+    """A byte LSTM by CD-RGE on your own text: --path FILE, FOLDER, GLOB, JSONL or PARQUET."""
     task = {"path": None, "tokenizer": "byte", "max_vocab": None, "length": 64}
     return demo().replace(recipe="text", task=task, run={"steps": 1000})
 
@@ -92,7 +92,7 @@ def ptb() -> Config:
 
 
 def arrays() -> Config:
-    """A GRU by CD-RGE on your own series: --path FILE.npy, .npz or .csv."""
+    """A GRU by CD-RGE on your own series: --path FILE.csv, .tsv, .parquet, .npy or .npz."""
     return Config(recipe="arrays").replace(
         task={"kind": "arrays", "length": 64, "batch": 32},
         model={"kind": "gru", "hidden": 32},

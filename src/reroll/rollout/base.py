@@ -183,6 +183,20 @@ def explaining_dtypes(cell: Cell, inputs: Tensor, state: State | None = None) ->
         raise
 
 
+@contextmanager
+def explaining_shapes(cell: Cell, inputs: Tensor, state: State) -> Iterator[None]:
+    """Turn an error about sizes inside the block into one that names the shapes that a step was called with."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("must match", "cannot be multiplied", "size mismatch")):
+            raise
+        raise UsageError(
+            f"{type(cell).__name__}.step fails on an input {[len(inputs), inputs.shape[-1]]} and a state "
+            f"{_shapes(state)}: {error}. Make both fit what it computes."
+        ) from error
+
+
 def require_one_dtype(cell: Cell, inputs: Tensor, state: State | None) -> None:
     """Raise if inputs or state have another dtype than the weights."""
     expected = weights_dtype(cell, inputs)

@@ -26,6 +26,7 @@ from reroll.rollout.base import (
     check_reset,
     exact,
     explaining_dtypes,
+    explaining_shapes,
     require_same_shapes,
     start,
     uncompiled,
@@ -139,7 +140,7 @@ def _compiled(cell: Cell, inputs: Tensor, state: State | None, reset: Tensor | N
 def _steps(cell: Cell, inputs: Tensor, state: State, reset: Tensor | None, projected: bool) -> Any:
     """Yield the state after every step of inputs, which may be projected already."""
     fresh = start(cell, inputs.new_empty(len(inputs), 0, cell.input_size), None) if reset is not None else None
-    with explaining_dtypes(cell, inputs, state):
+    with explaining_dtypes(cell, inputs, state), explaining_shapes(cell, inputs, state):
         for t, u in enumerate((inputs if projected else cell.project(inputs)).unbind(1)):
             if reset is not None:
                 state = where_reset(reset[:, t], fresh, state)
