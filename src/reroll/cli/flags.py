@@ -86,7 +86,7 @@ def _unknown(words: Sequence[str], known: Sequence[str], typed: Sequence[str]) -
 def _meant(flag: str, known: Sequence[str], typed: Sequence[str]) -> list[str]:
     """Return what an unknown flag may stand for: the config field of that name, a flag, or fields with it in theirs."""
     name, after = flag.lstrip("-").replace("-", "_"), iter(typed)
-    word = next(word for word in after if word.partition("=")[0] == flag)
+    word = next((word for word in after if word.partition("=")[0] == flag), flag)
     value = word.partition("=")[2] or next(after, "VALUE")
     fields = {dotted: dotted.rpartition(".")[2] for dotted in _names()} if "--set" in known else {}
     exact = [f"--set {dotted}={value}" for dotted, field in fields.items() if field == name]
