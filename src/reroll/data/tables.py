@@ -91,7 +91,8 @@ def read_table(path: Path, reading: Reading) -> tuple[Any, tuple[str, ...], Any,
         names = [printable(name) for name in frame.columns]
         frame.columns = [name if names.count(name) == 1 else f"{name}.{place}" for place, name in enumerate(names)]
         if frame.empty:
-            raise UsageError(f"path={path} has {'a header and no rows' if names else 'nothing in it'}.")
+            fault = "a header and no rows" if names else "nothing in it"
+            raise UsageError(f"path={path} has {fault}; give a table, a row for every step.")
         chosen = [_column(path, frame, "columns", c) for c in reading.columns.split(",")] if reading.columns else None
         several = (name for name in ("series", "id") if name in frame and frame[name].duplicated().any())
         group = next((name for name in several if name not in (chosen or ())), None)
