@@ -58,7 +58,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if resume and source is not None:
         raise UsageError(f"--init {source} starts a new run and --resume continues one; drop one of them.")
     named = arguments[:1] and not arguments[0].startswith("-")
-    if resume and not (named or "config" in request.flags or (path / "config.toml").is_file()):
+    started = path is not None and (path / "config.toml").is_file()
+    if resume and not (named or started or "config" in request.flags):
         raise UsageError(
             f"--run-dir {path} has no run to resume (no config.toml; see `reroll runs`). To start one there, name its "
             f"recipe: reroll train RECIPE --run-dir {path}"
