@@ -256,8 +256,8 @@ def test_a_module_that_fails_at_once_leaves_the_folder_to_its_successor(tmp_path
     """No weights of the first attempt are left, which would be taken for those of the second."""
 
     def session(width):
-        task, layers = Copy(length=3, batch=2), (torch.nn.Embedding(11, 8), torch.nn.Linear(width, 11))
-        model = torch.nn.Sequential(*layers)
+        task = Copy(length=3, batch=2)
+        model = torch.nn.Sequential(torch.nn.Embedding(task.vocab, 8), torch.nn.Linear(width, task.outputs))
         return Session.of(task, model, Backprop(), torch.optim.SGD(model.parameters(), lr=0.1), steps=2)
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

@@ -102,12 +102,13 @@ def train(
                 _prepare(session, say, stop)
                 return _run(session, report, stop, say)
         except Exception as error:
-            step, steps = session.progress.step, session.config.run.steps
-            if step == 0 and (isinstance(error, UsageError) or not resume):
+            if session.progress.step == 0 and (isinstance(error, UsageError) or not resume):
                 session.folder.discard()  # nothing was trained, so nothing is left
             else:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                session.folder.write_status("failed", step=step, steps=steps, reason=reason)
+                session.folder.write_status(
+                    "failed", step=session.progress.step, steps=session.config.run.steps, reason=reason
+                )
             raise
         finally:
             session.folder.close()
