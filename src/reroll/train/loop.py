@@ -102,18 +102,22 @@ def train(
                 _prepare(session, say, stop)
                 return _run(session, report, stop, say)
         except Exception as error:
-            if session.progress.step == 0 and (isinstance(error, UsageError) or not resume):
-                session.folder.discard()  # nothing was trained, so nothing is left
-            else:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                session.folder.write_status(
-                    "failed", step=session.progress.step, steps=session.config.run.steps, reason=reason
-                )
+            _failed(session, error, fresh=not resume)
             raise
         finally:
             session.folder.close()
             if session.journal is not None:
                 session.journal.close()
+
+
+def _failed(session: Session, error: Exception, fresh: bool) -> None:
+    """Leave the state and reason of a run that failed; nothing of one where nothing was trained."""
+    step, steps = session.progress.step, session.config.run.steps
+    if step == 0 and (isinstance(error, UsageError) or fresh):
+        session.folder.discard()
+        return
+    reason = " ".join(str(error).split()) or type(error).__name__
+    session.folder.write_status("failed", step=step, steps=steps, reason=reason)
 
 
 def _finished(config: Config, path: Path, report: Reporter) -> dict[str, Any] | None:
