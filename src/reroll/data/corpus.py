@@ -361,7 +361,8 @@ def _is_text(path: Path) -> bool:
         head = file.read(8192)
     try:
         # A character may be cut off by the end of the head, but not by the end of the file.
-        decoder = codecs.getincrementaldecoder("utf-16" if head.startswith(UTF16) else "utf-8")()
+        wide = head.startswith(UTF16) and len(head) > 2  # a mark alone is no text
+        decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8")()
         return "\0" not in decoder.decode(head, final=len(head) < 8192)
     except UnicodeDecodeError:
         return False
