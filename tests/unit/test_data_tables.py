@@ -139,7 +139,7 @@ def test_several_series_need_not_be_together(tmp_path, sep):
         (b"these are words", {}, "a header and no rows"),
         (b"a,b\nx,y\nz,w\n", {}, "no column of numbers; its columns are a, b"),
         (b"a,b\n1,2\n3,x\n4,5\n", {}, "row 2: b='x' is no number.*missing='x'"),
-        (b"a,b\n1,2\n3,4,5\n", {}, "Expected 2 fields in line 3, saw 3"),
+        (b"a,b\n1,2\n3,4,5\n", {}, "line 3 has 3 cells, not 2; correct or delete it"),
         (b'a,b\n1,"2\n3,4\n', {}, "cannot be read"),
         (b"\x89PNG\r\n\x00\x1a\n" + bytes(range(1, 200)) * 9, {}, "NUL bytes"),
         (b"x" * (1 << 17), {}, "a header and no rows"),
