@@ -155,6 +155,22 @@ def test_runs_that_cannot_be_submitted(here):
         submit(tiny(here), runs(here), name="a b", summary="x")
 
 
+@pytest.mark.parametrize(
+    "change", [{"seconds": None}, {"seconds": "1"}, {"tokens": None}, {"peak_bytes": "x"}, {"valid_loss": "y"}]
+)
+def test_damaged_rows_are_one_line(here, change, capsys):
+    """Of the last row of a run; a record of it is refused without a traceback."""
+    lines = (here / "a" / "metrics.jsonl").read_text().splitlines()
+    (here / "a" / "metrics.jsonl").write_text(
+        "\n".join([*lines[:-1], json.dumps(json.loads(lines[-1]) | change)]) + "\n"
+    )
+    words = ("records", "submit", "tiny", str(here / "a"), str(here / "b"), "--name", "x", "--summary", "x")
+    assert main([*words, "--root", str(here / "records")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--debug" not in error
+
+
 def test_a_second_record_is_timed_beside_the_first(here):
     """Without that it is valid, as machines differ; with it, Welch's test says whether it is faster."""
     from scipy import stats

@@ -18,6 +18,8 @@ from reroll.errors import visible
 from reroll.specs.task import Generated
 from reroll.train.config import Config
 from reroll.train.loop import Reporter
+from reroll.train.rates import mean_mfu
+from reroll.train.records import read_metrics
 from reroll.train.session import Session
 
 WIDE = 100
@@ -81,7 +83,7 @@ class Console(Reporter):
         if self.task is not None and self.task.splits and (rules := without_training(self.task, self.task.splits[0])):
             lines.append(f"held-out {rules}")
         real = self.config.task.kind == "arrays" if self.task is None else getattr(self.task, "inputs", None)
-        if speed := _speed(summary, "rows" if real else "tokens"):
+        if speed := _speed(summary, path, "rows" if real else "tokens"):
             lines.append(speed)
         if summary["state"] == "done":
             lines.append(f"run folder {path}; try: reroll eval {path}")
@@ -152,15 +154,14 @@ class Console(Reporter):
         return text
 
 
-def _speed(summary: dict[str, Any], unit: str) -> str:
+def _speed(summary: dict[str, Any], path: Path, unit: str) -> str:
     """Return the mean speed of a run, its peak memory, and what else is known: the share of the peak, the cost."""
-    seconds, rate = summary.get("total_seconds") or 0.0, summary.get("tokens_per_second")
-    if not (seconds and rate and "tokens" in summary):
+    seconds = summary.get("total_seconds") or 0.0
+    if not (seconds and "tokens" in summary):
         return ""
-    mean = summary["tokens"] / seconds
-    parts = [f"{mean:,.0f} {unit}/s"]
-    if "mfu" in summary:
-        parts.append(f"MFU {summary['mfu'] * mean / rate:.1%}")
+    parts = [f"{summary['tokens'] / seconds:,.0f} {unit}/s"]
+    if "mfu" in summary and (mfu := mean_mfu(read_metrics(path))) is not None:
+        parts.append(f"MFU {mfu:.1%}")
     if summary.get("peak_bytes"):
         parts.append(f"{summary['peak_bytes'] / 1e9:.2f} GB")
     if "dollars" in summary:

@@ -25,7 +25,8 @@ from reroll.errors import RunError, UsageError
 from reroll.specs.base import leaves
 from reroll.train import toml
 from reroll.train.config import Config
-from reroll.train.records import read_json, read_metrics
+from reroll.train.rates import mean_mfu
+from reroll.train.records import number, read_json, read_metrics
 
 PARTS = ("config.toml", "environment.json", "metrics.jsonl", "summary")
 COLUMNS = ("step", "loss", "lr", "seconds", "peak_bytes", "tokens", "mfu", "dollars")
@@ -59,8 +60,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     scores = [row["valid_loss"] for row in rows if "valid_loss" in row]
     seconds, last = math.fsum(row["seconds"] for row in rows), rows[-1] if rows else {}
     rates = {"tokens_per_second": round(last["tokens"] / seconds, 1)} if "tokens" in last and seconds else {}
-    if "mfu" in last:
-        rates["mfu"] = round(math.fsum(row["mfu"] * row["seconds"] for row in rows) / seconds, 4)
+    if (mfu := mean_mfu(rows)) is not None:
+        rates["mfu"] = round(mfu, 4)
     rates |= {"dollars": round(last["dollars"], 4)} if "dollars" in last else {}
     return rates | {
         "steps": len(rows),
@@ -87,7 +88,10 @@ def write_log(run: Path, to: Path) -> None:
     config = (run / "config.toml").read_text(encoding="utf-8").strip()
     parts = (config, json.dumps(environment), "\n".join(map(json.dumps, rows)))
     text = "".join(f"=== {name}\n{part}\n" for name, part in zip(PARTS, parts)) + "=== summary\n"
-    summary = summarize(rows) | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+    try:
+        summary = summarize(rows) | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{run / 'metrics.jsonl'} is damaged: {type(error).__name__} {error}") from None
     to.write_text(text + json.dumps(summary) + "\n", encoding="utf-8")
     read_log(to)  # what could not be verified is not written
 
@@ -106,16 +110,16 @@ def read_log(path: Path) -> Log:
         rows = [json.loads(line) for line in metrics.splitlines()]
         summary, about = json.loads(last), json.loads(environment)
         expected = summarize(rows) | {"sha256": hashlib.sha256(f"{head}=== summary\n".encode()).hexdigest()}
-    except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
+    except (ArithmeticError, AttributeError, KeyError, OSError, TypeError, UsageError, ValueError) as error:
         raise RunError(f"{path} is no log of a run: {type(error).__name__} {error}") from None
     for name, value in expected.items():
         if summary.get(name) != value:
             raise RunError(f"{path} has been changed: its rows give {name}={value}, its last line {summary.get(name)}.")
     if last != json.dumps(summary) + "\n":  # a 17th digit may be another and the number the same
         raise RunError(f"{path} has been changed: its last line is not as it was written.")
-    if [row["step"] for row in rows] != list(range(config["run.steps"])):
+    if [row.get("step") for row in rows] != list(range(config["run.steps"])):
         raise RunError(f"{path} has {len(rows)} rows, not each of the {config['run.steps']} steps once.")
-    if summary["valid_loss"] is None:
+    if number(summary, "valid_loss") is None:
         raise RunError(f"{path} has no held-out loss after its last step.")
     return Log(path, config, about, rows, summary)
 

@@ -230,9 +230,9 @@ def take_step(session: Session) -> dict[str, Any]:
         row |= observe(session, completed)
     seconds = session.clock.stop()
     session.progress.seconds += seconds
-    total, time = session.progress.seconds, batch.time
-    rates = session.rates.of(len(batch) * time, time, seconds, total)
-    return row | {"seconds": seconds, "total_seconds": total} | rates
+    rates = session.rates.of(len(batch) * batch.time, batch.time, seconds, session.progress.dollars)
+    session.progress.dollars = rates.get("dollars", session.progress.dollars)
+    return row | {"seconds": seconds, "total_seconds": session.progress.seconds} | rates
 
 
 def _lost(number: int, reason: str) -> dict[str, Any]:

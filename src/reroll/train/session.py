@@ -53,7 +53,7 @@ class Progress:
         step: steps taken.
         tokens: input positions of the batches so far, counted once however many probes see them.
         forward_passes: evaluations of the loss of a batch.
-        seconds: of training, without evaluations.
+        seconds: of training, without evaluations; `dollars`: of those that had a price.
         first_loss, fast, slow, best: the first loss, its two averages, and the smallest.
         valid: the last score on held-out data.
         refused: steps skipped because their gradient was not finite; `refused_in_a_row`: the latest of them.
@@ -65,6 +65,7 @@ class Progress:
     tokens: int = 0
     forward_passes: int = 0
     seconds: float = 0.0
+    dollars: float = 0.0
     first_loss: float = math.nan
     fast: float = math.nan
     slow: float = math.nan
