@@ -62,7 +62,7 @@ def test_a_seed_with_nan_fails(at, shards, monkeypatch, capsys):
     assert seeds.main() == 1
     assert "2 seeds × 4 steps" in (said := capsys.readouterr().out)
     assert "1 not finite" in said
-    assert ("seed 1: a weight" if at == 4 else f"seed 1: The loss is not finite at step {at}.") in said
+    assert ("seed 1: a weight" if at == 4 else f"seed 1: The loss is not finite at step {at + 1}.") in said
 
 
 def test_every_method_is_timed_and_compared_with_the_exact_result(monkeypatch, capsys):

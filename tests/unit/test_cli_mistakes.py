@@ -207,12 +207,12 @@ def test_backprop_keeps_no_journal(cli, tmp_path):
     assert "step-00000004" in found.error
 
 
-def test_a_loss_that_is_not_finite_at_step_0(cli, tmp_path):
+def test_a_loss_that_is_not_finite_at_the_first_step(cli, tmp_path):
     np.save("sine.npy", np.sin(np.arange(120)).reshape(4, 15, 2))
     # Squares of what weights of 1e18 give are more than single precision holds.
     flags = ("--epsilon", "1e18", "--hidden", 64, "--length", 14)
     found = cli("train", "arrays", "--path", "sine.npy", *TINY[2:], "--run-dir", "run", *flags)
     assert found.code == 1
-    assert "not finite at step 0" in found.error
+    assert "not finite at step 1" in found.error
     assert "Lower --epsilon" in found.error
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from torch import nn
 import reroll
 from reroll import Key, cells
 from reroll.data.batch import Batch
+from reroll.data.synthetic import Copy
 from reroll.data.task import sequence_losses
 from reroll.errors import RunError
 from reroll.optim import step
@@ -16,6 +17,7 @@ from reroll.train import guard, loop
 from reroll.train.config import resolve
 from reroll.train.loop import train
 from reroll.train.resume import open_session
+from reroll.train.session import Session
 from tests.runs import small
 
 
@@ -67,11 +69,79 @@ def test_an_output_is_named_where_all_weights_are_finite():
 
 
 def test_what_is_finite_is_not_blamed():
-    assert "finite, and so are they" in guard.describe(gpt(), sequence_losses, symbols(), Key(0))
+    assert "and their loss are finite" in guard.describe(gpt(), sequence_losses, symbols(), Key(0))
     said = guard.first_output(gpt(), lambda m, b: sequence_losses(m, b) * math.nan, symbols(), Key(0))
     assert said == "the loss, though every module's output is finite"
     inputs = torch.tensor([[1.0, math.nan]])
     assert guard.first_output(nn.Linear(2, 1), lambda m, x: m(x).mean(), inputs, Key(0)) == "the inputs of the batch"
+
+
+class Masked(nn.Module):
+    """Attention weights of six scores behind a causal mask: a buffer, and an output, that are −∞ on purpose."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scores, self.mask, self.out = nn.Linear(6, 6), nn.Identity(), nn.Linear(6, 1)
+        self.register_buffer("causal", torch.full((6, 6), -torch.inf).triu(1))
+        self.scale = scale
+
+    def forward(self, x):
+        return self.out(self.mask(self.scores(x) + self.causal).softmax(-1)) * self.scale
+
+
+def test_what_is_infinite_on_purpose_is_not_blamed():
+    model, x = Masked(), torch.randn(6, 6)
+    loss_fn = lambda model, x: model(x).mean()
+    assert "and their loss are finite" in guard.describe(model, loss_fn, x, Key(0))
+    with torch.no_grad():
+        model.out.weight[0, 2] = math.nan
+    said = guard.describe(model, loss_fn, x, Key(0))
+    assert said == "First tensor that is not finite: the weight out.weight; then the output of out."
+    assert guard.first_output(Masked(math.nan), loss_fn, x, Key(0)) == "the output of the model"
+    model = Masked()
+    model.causal[2, 1] = math.nan
+    assert guard.first_weight(model) == "the buffer causal"
+    # −1e30² overflows, and nothing else follows, all the way to the loss.
+    big = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Identity())
+    for p, value in zip(big.parameters(), (1e30, 1e30, -1e30, -1e30)):
+        nn.init.constant_(p, value)
+    assert guard.first_output(big, loss_fn, torch.ones(2, 1), Key(0)) == "the output of 1"
+
+
+class Mapped(nn.Module):
+    """Its inner module is called where no value can be looked at."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.inner, self.scale = nn.Linear(1, vocab), nn.Parameter(torch.ones(()))
+
+    def forward(self, ids):
+        return torch.vmap(self.inner)(ids[..., None].float()) * self.scale
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_search_that_fails_leaves_the_reason(tmp_path, at):
+    copy = Copy(length=3, batch=4)
+    model = Mapped(copy.vocab)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = Session.of(copy, model, reroll.Backprop(), sgd, steps=5)
+
+    class Poison(loop.Reporter):
+        def step(self, row, config):
+            if row["step"] + 1 == at:
+                nn.init.constant_(model.scale, math.nan)
+
+    if at == 0:
+        nn.init.constant_(model.scale, math.nan)
+        with pytest.raises(RunError) as error:
+            train(session, tmp_path / "run")
+        reason = str(error.value)
+    else:
+        summary = train(session, tmp_path / "run", report=Poison())
+        assert summary["state"] == "diverged"
+        reason = summary["reason"]
+    assert reason.startswith(f"The loss is not finite at step {at + 1}. Lower lr")
+    assert "the weight scale. Where it arises could not be looked for (RuntimeError: " in reason
 
 
 def test_looking_changes_nothing():
@@ -107,7 +177,7 @@ def test_a_run_names_step_and_tensor(tmp_path, method, at):
         loop.take_step(session)
     with torch.no_grad():
         session.model.head.bias.fill_(math.nan)
-    said = f"The loss is not finite at step {at}. "
+    said = f"The loss is not finite at step {at + 1}. "
     first = "First tensor that is not finite: the weight head.bias; then the output of head."
     if at == 0:
         with pytest.raises(RunError) as error:
@@ -136,7 +206,7 @@ def test_it_takes_no_more_memory_than_the_step(tmp_path, method):
     assert set(sizes) == {1}
     lost = None
     sizes.clear()
-    assert "the loss is finite" in loop._source(session, session.batch(0), Key(0))
+    assert "their loss are finite" in loop._source(session, session.batch(0), Key(0))
     assert sizes == [1, 1, 1]
 
 
@@ -158,9 +228,10 @@ def test_a_refused_gradient_is_named_in_its_row_and_in_the_end(tmp_path, monkeyp
     monkeypatch.setattr(reroll.Backprop, "__call__", bad)
     summary = train(small(gradient="backprop"), tmp_path / "run", report=Keep())
     assert [row["not_finite"] for row in rows] == ["head.weight"] * 5
-    assert any(line.startswith("step 1: ") and "First is the gradient of head.weight." in line for line in notes)
+    named = "The first such gradient is that of head.weight."
+    assert any(line.startswith("step 1: ") and named in line for line in notes)
     assert "up to step 5" in summary["reason"]
-    assert summary["reason"].endswith("First is the gradient of head.weight.")
+    assert summary["reason"].endswith(named)
 
 
 def test_nothing_is_looked_for_in_a_healthy_run(tmp_path, monkeypatch):

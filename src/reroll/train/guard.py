@@ -6,6 +6,7 @@ first_output(model, loss_fn, batch, key)     the output of blocks.1.up
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -22,9 +23,8 @@ from reroll.keys import Key
 from reroll.models.roles import canonical_name
 from reroll.trees import map_state
 
-
-class _Found(Exception):
-    """A tensor is not finite; what it is."""
+MASKED, WORSE = 1, 2
+"""Of numbers that are not finite: −∞ alone; NaN or +∞ among them."""
 
 
 def describe(model: nn.Module, loss_fn: LossFn, batch: Any, key: Key, parts: int = 1) -> str:
@@ -41,17 +41,26 @@ def describe(model: nn.Module, loss_fn: LossFn, batch: Any, key: Key, parts: int
         >>> describe(model, lambda model, x: model(x).mean(), torch.ones(3, 2), Key(0))
         'First tensor that is not finite: the weight 1.bias; then the output of 1.'
     """
-    weight, output = first_weight(model), first_output(model, loss_fn, batch, key, parts)
-    if weight or output:
-        return f"First tensor that is not finite: {'; then '.join(filter(None, (weight, output)))}."
-    return "Of the weights themselves the loss is finite, and so are they."
+    first, failed = [], ""
+    try:
+        first.append(first_weight(model))
+        first.append(first_output(model, loss_fn, batch, key, parts))
+    except Exception as error:  # the loss that is not finite remains the reason why the run ends
+        why = " ".join(str(error).split())[:200]
+        failed = f"Where it arises could not be looked for ({type(error).__name__}: {why})."
+    if any(first):
+        return f"First tensor that is not finite: {'; then '.join(filter(None, first))}. {failed}".rstrip()
+    return failed or "The unperturbed weights and their loss are finite."
 
 
 def first_weight(model: nn.Module) -> str:
-    """Return the first parameter or buffer that is not finite, in the model's order; empty if there is none."""
+    """Return the first parameter or buffer that is not finite, in the model's order; empty if there is none.
+
+    What is not trained may be infinite on purpose, as a causal mask is: there, only NaN counts.
+    """
     named = (("weight", model.named_parameters()), ("buffer", model.named_buffers()))
-    found = (f"the {what} {canonical_name(name)}" for what, each in named for name, t in each if not _finite([t]))
-    return next(found, "")
+    bad = ((what, name) for what, each in named for name, t in each if (_worst([t]) if t.requires_grad else _nan(t)))
+    return next((f"the {what} {canonical_name(name)}" for what, name in bad), "")
 
 
 @torch.no_grad()
@@ -59,23 +68,24 @@ def first_output(model: nn.Module, loss_fn: LossFn, batch: Any, key: Key, parts:
     """Return the first output of a module that is not finite, in the order of evaluation; empty if the loss is finite.
 
     The batch is evaluated once more, without a gradient or `torch.compile`, and what that changes is restored. Where
-    something not finite arises between modules, that is said of the input of the next.
+    something not finite arises between modules, that is said of the input of the next. −∞ may be on purpose, as that of
+    masked logits is: a tensor with it, and nothing worse, is named only if no other follows.
     """
-    if not _finite([first_tensor(batch)]):
+    if _worst([first_tensor(batch)]):
         return "the inputs of the batch"
     if isinstance(states := getattr(batch, "state", None), BranchStates):
         batch = replace(batch, state=START if states[0] is None else states[0])
     size, devices = batch_size(batch) or 1, cuda_devices(dict(model.named_parameters()))
     before = Snapshot(model, devices)
-    hooks = [module.register_forward_hook(_look(name)) for name, module in model.named_modules()]
+    seen: dict[int, str] = {}
+    hooks = [module.register_forward_hook(_look(name, seen)) for name, module in model.named_modules()]
     try:
         with seeded_generators(seed_of(key), devices), torch.compiler.set_stance("force_eager"):
             for part in range(min(parts, size)):
                 rows = batch_rows(batch, size * part // parts, size * (part + 1) // parts) if parts > 1 else batch
-                if not _finite([read_loss(loss_fn(model, rows))[0]]):
-                    return "the loss, though every module's output is finite"
-    except _Found as found:
-        return str(found)
+                seen.clear()
+                if _worst([read_loss(loss_fn(model, rows))[0]]):
+                    return seen.get(WORSE) or seen.get(MASKED) or "the loss, though every module's output is finite"
     finally:
         for hook in hooks:
             hook.remove()
@@ -83,13 +93,12 @@ def first_output(model: nn.Module, loss_fn: LossFn, batch: Any, key: Key, parts:
     return ""
 
 
-def _look(name: str) -> Any:
+def _look(name: str, seen: dict[int, str]) -> Any:
     name = canonical_name(name) if name else "the model"
 
     def look(module: nn.Module, inputs: Any, output: Any) -> None:
         for what, values in (("input", inputs), ("output", output)):
-            if not _finite(_tensors(values)):
-                raise _Found(f"the {what} of {name}")
+            seen.setdefault(_worst(_tensors(values)), f"the {what} of {name}")
 
     return look
 
@@ -100,5 +109,11 @@ def _tensors(values: Any) -> list[Tensor]:
     return tensors
 
 
-def _finite(tensors: Iterable[Tensor | None]) -> bool:
-    return all(t is None or bool(t.isfinite().all()) for t in tensors)
+def _worst(tensors: Iterable[Tensor | None]) -> int:
+    """Return 0 if all numbers are finite, else `MASKED` or `WORSE`."""
+    bad = [t for t in tensors if t is not None and not bool(t.isfinite().all())]
+    return WORSE if any(bool((~t.isfinite() & (t != -math.inf)).any()) for t in bad) else MASKED if bad else 0
+
+
+def _nan(tensor: Tensor) -> bool:
+    return bool(tensor.isnan().any())

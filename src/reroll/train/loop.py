@@ -218,7 +218,7 @@ def take_step(session: Session) -> dict[str, Any]:
         return _lost(number, f"Since the first step the weights have grown, or ε has shrunk: {error}")
     if not result.outcome and result.outcome is not Outcome.gradient_not_finite:
         why = f"{result.outcome.value.removeprefix('The loss is not finite. ')} {_source(session, batch, key)}"
-        reason = f"The loss is not finite at step {number}. {why}"
+        reason = f"The loss is not finite at step {number + 1}. {why}"
         if number == 0:
             raise RunError(reason)
         return _lost(number, reason)

@@ -127,7 +127,7 @@ class Warnings:
 
 def _where(row: dict[str, Any]) -> str:
     """Return a sentence on the first tensor whose gradient is not finite, where that is known."""
-    return f" First is the gradient of {row['not_finite']}." if "not_finite" in row else ""
+    return f" The first such gradient is that of {row['not_finite']}." if "not_finite" in row else ""
 
 
 def ends(session: Session, row: dict[str, Any], stop: list[str]) -> tuple[str, str] | None:
