@@ -1,5 +1,7 @@
 """A GPT whose blocks are compiled: the same numbers and names, one graph for all blocks, and resumed as it was."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn import functional
@@ -16,7 +18,7 @@ from reroll.train.loop import train
 from reroll.train.records import read_config, read_metrics
 from reroll.train.resume import open_session
 from reroll.train.session import Session
-from tests.runs import interrupted, left, small
+from tests.runs import Abandoned, Interrupt, left, small
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch, when it reads one to trace
 
@@ -62,10 +64,12 @@ def test_it_is_the_same_run(tmp_path, graphs):
 @pytest.mark.parametrize("how", ["signal", "abandoned"])
 def test_it_is_resumed_compiled(tmp_path, graphs, how):
     train(gpt("on"), tmp_path / "straight")
+    with contextlib.suppress(Abandoned):
+        train(gpt("on"), tmp_path / "run", report=Interrupt(4, how))
     graphs.clear()
     torch.compiler.reset()
-    interrupted(gpt("on"), tmp_path / "run", (4, how))
-    assert graphs
+    train(gpt("on"), tmp_path / "run", resume=True)
+    assert len(graphs) == 2
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     assert left(tmp_path / "run")["weights"] == left(tmp_path / "straight")["weights"]
     with pytest.raises(UsageError, match=r"run.compile='off', but the run to resume has 'on'"):
