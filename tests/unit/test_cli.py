@@ -19,19 +19,21 @@ from safetensors.torch import load_file
 
 import reroll
 from reroll.cli import COMMANDS
+from reroll.cli.console import Console
 from reroll.cli.runs import DISPENSABLE
 from reroll.data.arrays import Arrays
 from reroll.data.text import Text
 from reroll.data.tokenizers import from_dict
 from reroll.errors import UsageError
 from reroll.models import Interface
-from reroll.recipes import RECIPES
+from reroll.recipes import INSTEAD, RECIPES
 from reroll.specs.model import ObjectModel
 from reroll.specs.optim import ObjectOptimizer
 from reroll.specs.task import ObjectTask
 from reroll.train import checkpoint, toml
 from reroll.train.config import Config
 from reroll.train.load import build_model, export, open_model
+from reroll.train.mesh import Mesh, Processes
 from reroll.train.records import read_config, read_metrics
 from tests.cli import TINY, TRAIN, contents, weights_of
 from tests.runs import write_text
@@ -838,3 +840,28 @@ def test_shards_of_a_text_are_made_and_trained_on(cli, tmp_path):
     assert "to train" in run.out
     assert len(cli("sample", "run", "--prompt", "to", "--length", 5).out) >= 7
     assert "reroll data prepare fineweb" in cli("train", "fineweb-124m", "--device", "cpu", "--run-dir", "other").error
+
+
+def test_a_run_of_a_gpu_is_resumed_without_one(cli, run, monkeypatch):
+    """What began on a GPU may go on, and a finished one is said to be; a new one is refused."""
+    monkeypatch.setitem(INSTEAD, "copy", "cpu_bytes")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "is finished" in cli("train", "--run-dir", "run", "--resume").out
+    for folder in ("--run-dir", "new", "--resume"), ("--run-dir", "new"):
+        found = cli(*TRAIN, *folder)
+        assert found.code == 2
+        assert "copy needs a GPU" in found.error
+
+
+def test_the_last_lines_are_printed_before_the_other_processes_leave(cli, monkeypatch):
+    """They end with 1 after a missed target, and the process that has the terminal is ended soon after."""
+    said = []
+
+    class Beside(Mesh):
+        def leave(self):
+            said.append("left")
+
+    monkeypatch.setattr(Processes, "join", lambda device: Beside())
+    monkeypatch.setattr(Console, "closing", lambda self, summary, path: said.append("closing") or "")
+    assert cli(*TRAIN, "--run-dir", "run", "--target-loss", 1e-9).code == 1
+    assert said == ["closing", "left"]

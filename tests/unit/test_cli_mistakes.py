@@ -92,7 +92,7 @@ def mistakes(folder):
         (("train", "smoke", "--seed", "-1"), 2, ["seed=-1", "[0, 2**64)"]),
         (("train", "smoke", "--device", "mps" if torch.cuda.is_available() else "cuda"), 2, ["use --device=cpu"]),
         *(
-            (("train", name), 2, [f"{name.replace('-', '_')} takes a GPU", "reroll train cpu_bytes", "--device cpu"])
+            (("train", name), 2, [f"{name.replace('-', '_')} needs a GPU", "reroll train cpu_bytes", "--device cpu"])
             for name in ("fineweb-124m", "fineweb_1b5")
             if not torch.cuda.is_available()
         ),

@@ -66,7 +66,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
         )
     if getattr(config.task, "path", "") is None:
         raise UsageError(_needs_path(config))
-    _require_gpu(config)
+    if not (resume and path and (path / "config.toml").is_file()):
+        _require_gpu(config)
     processes = request.flags.get("nproc", 1)
     if processes < 1:
         raise UsageError(f"--nproc {processes} must be 1 or more.")
@@ -101,9 +102,9 @@ def _train(config: Config, path: Path, resume: bool, source: str | None) -> int:
     with Console(config) as console:
         report = console if mesh.writes else Reporter()
         summary = train(config, path, resume=resume, init=init, report=report, mesh=mesh)
-    mesh.leave()
     if mesh.writes:
         console.note(console.closing(summary, path))
+    mesh.leave()  # after the last line: the others end with 1 as well, and then this one is soon ended
     return 0 if summary["state"] == "done" and summary.get("target_reached", True) else 1
 
 
@@ -122,7 +123,7 @@ def _require_gpu(config: Config) -> None:
 
         if not torch.cuda.is_available():
             raise UsageError(
-                f"{config.recipe} takes a GPU, and there is none here that torch can use. Instead: reroll train "
+                f"{config.recipe} needs a GPU, and there is none here that torch can use. Instead: reroll train "
                 f"{INSTEAD[config.recipe]}, the same method in minutes on a CPU; --device cpu trains it here anyway."
             )
 
