@@ -82,14 +82,14 @@ def test_a_download_goes_on_where_it_ended(server):
     assert len(said) == 1  # nothing is fetched twice
 
 
-def test_a_download_that_is_damaged_is_thrown_away(server):
+def test_a_download_that_is_damaged_is_discarded(server):
     address, kind, path = server
     kind.digest = "0" * 64
-    with pytest.raises(RunError, match="came damaged"):
+    with pytest.raises(RunError, match="fineweb_val_000000.bin arrived damaged"):
         download(path / "got", 1, lambda line: None, address)
     assert not list((path / "got").iterdir())
     kind.redirects = True  # where the redirect alone knows the checksum
-    with pytest.raises(RunError, match="came damaged"):
+    with pytest.raises(RunError, match="fineweb_val_000000.bin arrived damaged"):
         download(path / "got", 1, lambda line: None, address)
     kind.redirects, kind.digest = False, None
     (path / "served" / "fineweb_val_000000.bin").write_bytes(b"<html>" * 500)
@@ -147,6 +147,18 @@ def test_files_that_are_there_have_the_checksum_that_is_known(server, known):
     download(path / "got", 1, said.append, address.replace("127.0.0.1", "127.0.0.2.invalid"))  # without a network
 
 
+def test_files_that_are_there_are_described(server):
+    """A folder with whole shards and no tokens.json gets one, though nothing is fetched."""
+    address, _, path = server
+    download(path / "got", 2, lambda line: None, address)
+    about = (path / "got" / ABOUT).read_text()
+    (path / "got" / ABOUT).unlink()
+    said = []
+    download(path / "got", 2, said.append, address)
+    assert len(said) == 1
+    assert (path / "got" / ABOUT).read_text() == about
+
+
 @pytest.fixture
 def rows(server, monkeypatch):
     """Three of four Parquet files, with documents that say where they are from."""
@@ -184,7 +196,7 @@ def test_openwebtext_becomes_shards(server, rows):
     assert TokenBatches(path / "got", length=8, batch=2, valid_tokens=None).document == 0
 
 
-def test_openwebtext_that_is_damaged_is_thrown_away(server, rows, monkeypatch):
+def test_openwebtext_that_is_damaged_is_discarded(server, rows, monkeypatch):
     address, kind, path = server
     served, got = (
         path / "served" / "train-00001-of-00004.parquet",
@@ -193,10 +205,12 @@ def test_openwebtext_that_is_damaged_is_thrown_away(server, rows, monkeypatch):
     fetched = functools.partial(openwebtext, path / "got", 1, "byte", say=lambda line: None, source=address)
     content = served.read_bytes()
     served.write_bytes(content[:-9])
-    with pytest.raises(RunError, match="train-00001-of-00004.parquet is thrown away: .*cannot be read as Parquet"):
+    with pytest.raises(
+        RunError, match="The download of .*train-00001-of-00004.parquet is discarded: .*cannot be read as Parquet"
+    ):
         fetched()
     kind.digest = "0" * 64
-    with pytest.raises(RunError, match="train-00000-of-00004.parquet came damaged|train-00001"):
+    with pytest.raises(RunError, match="train-00000-of-00004.parquet arrived damaged"):
         fetched()
     kind.digest = "true"
     assert not got.exists()

@@ -1,4 +1,4 @@
-"""Files from the network: what is whole is left alone, what was cut off goes on, and what is damaged is not kept."""
+"""Files from the network: what is whole is left alone, interrupted downloads are resumed, damaged ones discarded."""
 
 from __future__ import annotations
 
@@ -105,10 +105,11 @@ def _fetch(url: str, target: Path, check: Check) -> None:
             got = hashlib.file_digest(file, "sha256").hexdigest() if expected else ""
         if got != expected:
             raise RunError(
-                f"{target.name} came damaged (SHA-256 {got[:12]}…, not {expected[:12]}…); run the command again."
+                f"{target.name} arrived damaged (SHA-256 {got[:12]}…, not {expected[:12]}…); run the command again."
             )
         check(part)
     except (UsageError, RunError) as error:
         part.unlink()
-        raise RunError(f"{url} is thrown away: {error}" if isinstance(error, UsageError) else str(error)) from None
+        discarded = f"The download of {url} is discarded: " if isinstance(error, UsageError) else ""
+        raise RunError(f"{discarded}{error}") from None
     os.replace(part, target)

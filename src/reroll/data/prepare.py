@@ -219,7 +219,7 @@ def download(
     files = dict(About.beside(target / names[0]).files)
     for name in names:
         known = files.get(name, {}).get("sha256", "")
-        if not fetch(source + name, target / name, read_shard, say, known):
+        if not fetch(source + name, target / name, read_shard, say, known) and name in files:
             continue
         files[name] = described(target / name)
         about = {"tokenizer": {"name": GPT2.name}, "vocab": GPT2.size, "document": GPT2_DOCUMENT, "files": files}
