@@ -104,8 +104,8 @@ def test_steps_of_a_run_are_timed_beside_the_same_steps_by_themselves(small, mon
         runs.append((summary, sorted(p.name for p in path.iterdir()), len(list((path / "checkpoints").iterdir()))))
         return summary
 
-    real = zeroth.train
-    monkeypatch.setattr(zeroth, "train", train)
+    real = harness.train
+    monkeypatch.setattr(harness, "train", train)
     with count_forward_passes() as passes:
         result = zeroth._trained(1)
     ((summary, files, checkpoints),) = runs

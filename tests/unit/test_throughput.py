@@ -33,12 +33,12 @@ def test_the_bare_loop_does_the_work_of_a_step(tmp_path):
 def test_pairs_are_divided_and_written(tmp_path, monkeypatch, capsys):
     timers = []
 
-    class Keep(throughput._Alternate):
-        def __init__(self, bare):
-            super().__init__(bare)
+    class Keep(throughput.Alternate):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             timers.append(self)
 
-    monkeypatch.setattr(throughput, "_Alternate", Keep)
+    monkeypatch.setattr(throughput, "Alternate", Keep)
     monkeypatch.setattr(throughput, "cpu_bytes", lambda: tiny(cpu_bytes()))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = throughput.run(1, tmp_path / "throughput.json")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reroll.train.loop import Reporter, train
 from reroll.train.machine import commit, hardware
 
 Seconds = Mapping[str, list[float]]
@@ -73,6 +74,33 @@ def without_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+class Alternate(Reporter):
+    """Times a call after every step of a run, so that other load on the machine affects both.
+
+    Args:
+        names: of the run and of the call, in `seconds`.
+        wall: a step lasts from the end of one call to the next, all that the loop does included; else `seconds` of its
+            row.
+    """
+
+    def __init__(self, names: tuple[str, str], call: Callable[[], Any], wall: bool = False):
+        self.names, self.call, self.wall, self.began = names, call, wall, 0.0
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def step(self, row: dict[str, Any], config: Any) -> None:
+        """Time the step that was taken, and the call."""
+        now, (run, alone) = time.perf_counter(), self.names
+        self.seconds[run].append(now - self.began if self.wall else row["seconds"])
+        self.seconds[alone].append(mean_seconds(self.call, 1))
+        self.began = time.perf_counter()
+
+    def train(self, what: Any, folder: Path, counted: slice) -> dict[str, list[float]]:
+        """Train in a folder, and return the seconds of the steps that count."""
+        with without_collections():
+            train(what, folder, report=self)
+        return {name: times[counted] for name, times in self.seconds.items()}
 
 
 def ratio(seconds: Seconds, above: str, below: str) -> float:

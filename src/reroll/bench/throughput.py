@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from reroll.bench.harness import mean_seconds, medians, publish, ratio, spread, without_collections
+from reroll.bench.harness import Alternate, medians, publish, ratio, spread
 from reroll.data.tokens import write_shard
 from reroll.kernels.threads import torch_threads
 from reroll.models import Interface
 from reroll.recipes import cpu_bytes, fineweb_124m
 from reroll.train.config import Config
 from reroll.train.load import build_model
-from reroll.train.loop import Reporter, train
+from reroll.train.loop import train
 from reroll.train.records import read_config, read_metrics
 
 PAIRS = 8
@@ -73,24 +72,11 @@ def _bare(config: Config) -> tuple[Any, Callable[[], None]]:
     return model, step
 
 
-class _Alternate(Reporter):
-    """Times a bare step after every step of a run, so that other load on the machine affects both."""
-
-    def __init__(self, bare: Callable[[], None]):
-        self.bare, self.seconds, self.began = bare, {"run": [], "bare": []}, 0.0
-
-    def step(self, row: dict[str, Any], config: Any) -> None:
-        self.seconds["run"].append(time.perf_counter() - self.began)
-        self.seconds["bare"].append(mean_seconds(self.bare, 1))
-        self.began = time.perf_counter()
-
-
 def _loop(rounds: int, config: Config) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="reroll-bench-") as folder, without_collections():
+    with tempfile.TemporaryDirectory(prefix="reroll-bench-") as folder:
         config = _on_random_tokens(config, Path(folder), WARM + PAIRS * rounds + 1, 256)
-        timer = _Alternate(_bare(config)[1])
-        train(config, Path(folder, "run"), report=timer)
-    seconds = {name: times[WARM:-1] for name, times in timer.seconds.items()}  # the last one validates
+        timer = Alternate(("run", "bare"), _bare(config)[1], wall=True)
+        seconds = timer.train(config, Path(folder, "run"), slice(WARM, -1))  # the last one validates
     tokens = config.task.batch * config.task.length
     return {
         "ratio": ratio(seconds, "bare", "run"), "range": spread(seconds, "bare", "run"), "pairs": len(seconds["run"]),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reroll.bench.cases import Case
-from reroll.bench.harness import Prepared, in_turn, mean_seconds, medians, publish, ratio, spread, without_collections
+from reroll.bench.harness import Alternate, Prepared, in_turn, medians, publish, ratio, spread
 from reroll.cells import LSTM
 from reroll.data.batch import Batch
 from reroll.data.task import Task
@@ -31,7 +31,6 @@ from reroll.kernels.threads import torch_threads
 from reroll.keys import Key
 from reroll.models import Recurrent
 from reroll.optim import SGD
-from reroll.train.loop import Reporter, train
 from reroll.train.measure import measure
 from reroll.train.session import Session
 
@@ -94,30 +93,18 @@ PAIRS = 24
 """Steps of a run that are timed alternately with bare ones."""
 
 
-class _Alternate(Reporter):
-    """Times a bare step after every step of a run, so that other load on the machine affects both."""
-
-    def __init__(self, step: Callable[[], Any]):
-        self.call, self.seconds = step, {"train": [], "step": []}
-
-    def step(self, row: dict[str, Any], config: Any) -> None:
-        self.seconds["step"].append(mean_seconds(self.call, 1))
-        self.seconds["train"].append(row["seconds"])
-
-
 def _trained(rounds: int) -> dict[str, Any]:
     """Measure the loop as `reroll train` runs it, with journal, metrics and checkpoints; first steps warm up."""
     case = _dense_case()
     optimizer = SGD(case.model.parameters(), lr=1e-12)
-    timer = _Alternate(case.call(FULL, optimizer))
     # The time of a step varies by a third on a shared machine: ten pairs cannot tell 1.02 from 1.04. Every tenth step
     # includes the costly diagnostics.
     steps = max(rounds, PAIRS) + 1
     session = Session.of(_Repeated(case), case.model, FULL, optimizer, steps=steps, checkpoint_every=2)
     session.config = session.config.replace(optim={"update": "fused"})  # as recipes with plain SGD are
-    with tempfile.TemporaryDirectory(prefix="reroll-bench-") as folder, without_collections():
-        train(session, Path(folder, "run"), report=timer)
-    seconds = {name: times[1:] for name, times in timer.seconds.items()}
+    timer = Alternate(("train", "step"), case.call(FULL, optimizer))
+    with tempfile.TemporaryDirectory(prefix="reroll-bench-") as folder:
+        seconds = timer.train(session, Path(folder, "run"), slice(1, None))
     return {
         "train": ratio(seconds, "train", "step"), "train_range": spread(seconds, "train", "step"),
         "train_of_sums": sum(seconds["train"]) / sum(seconds["step"]), "seconds": medians(seconds),
