@@ -1,6 +1,7 @@
 """`orthogonalize` against the definitions of its methods, exact singular vectors, and its stated results."""
 
 import copy
+import functools
 from itertools import product
 
 import pytest
@@ -126,12 +127,18 @@ def test_coefficients_are_those_that_were_published():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("low, high", [(0.003, 1.203), (0.01, 1.135)])
-def test_the_band_that_is_stated(low, high):
-    values = torch.linspace(low, 1, 4001, dtype=torch.float64)
-    for _ in range(5):
-        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    assert values.min() > 0.68
+@pytest.mark.parametrize(
+    "name, start, low, high",
+    [("jordan", 0.003, 0.68, 1.203), ("jordan", 0.01, 0.68, 1.135), ("polar_express", 0.001, 0.84, 1.15),
+     ("turbo", 0.01, 0.97, 1.15)],
+)  # fmt: skip
+def test_the_band_that_is_stated(name, start, low, high):
+    """Of the polynomials, over all singular values from where it is said to begin; no wider than it has to be."""
+    values = torch.logspace(torch.tensor(start).log10().item(), 0, 8001, dtype=torch.float64)
+    for step in range(METHODS[name].steps):
+        a, b, c = METHODS[name].coefficients[min(step, len(METHODS[name].coefficients) - 1)]
+        values = a * values + b * values**3 + c * values**5
+    assert low < values.min() < low + 0.01
     assert high - 0.01 < values.max() < high
 
 
@@ -151,9 +158,12 @@ def test_names_stand_for_numbers_that_can_be_saved(how, tmp_path):
     assert torch.equal(orthogonalize(matrix, coefficients=JORDAN[0]), orthogonalize(matrix))
 
 
-def test_vmap_goes_over_stacks():
-    matrices = torch.randn(3, 6, 4, dtype=torch.float64)
-    torch.testing.assert_close(torch.vmap(orthogonalize)(matrices), orthogonalize(matrices))
+@pytest.mark.parametrize("shape", [(6, 4), (9, 4), (4, 9)])  # two steps are one where a side is twice the other
+@pytest.mark.parametrize("name", METHODS)
+def test_vmap_goes_over_stacks(shape, name):
+    matrices = torch.randn(3, *shape, dtype=torch.float64)
+    one = functools.partial(orthogonalize, coefficients=name)
+    torch.testing.assert_close(torch.vmap(one)(matrices), one(matrices))
 
 
 def test_it_is_one_graph():
