@@ -43,7 +43,11 @@ def world(tmp_path_factory):
         )  # fmt: skip
         train(config, folder / name)
         about = read_json(folder / name / "environment.json")
-        (folder / name / "environment.json").write_text(json.dumps(about | {"commit": "0123456789ab"}))
+        about |= {
+            "commit": "0123456789ab",
+            "command": ["/home/me/bin/reroll", "train", "--run-dir", f"/home/me/{name}"],
+        }
+        (folder / name / "environment.json").write_text(json.dumps(about))
     track = folder / "records" / "tiny"
     track.mkdir(parents=True)
     (track / "track.toml").write_text(TRACK.format(fingerprint=about["fingerprint"]))
@@ -82,6 +86,9 @@ def test_p_is_that_of_a_one_sided_t_test():
 def test_a_record_is_written_verified_and_shown(here, capsys):
     folder = submit(tiny(here), runs(here), name="first", summary="AdamW.")
     record = verify(tiny(here), folder)
+    log = (folder / "run-0.txt").read_text()
+    assert '"command": ["reroll", "train", "--run-dir", "a"]' in log
+    assert "/home/me" not in log
     losses = [read_json(run / "status.json")["valid_loss"] for run in runs(here)]
     seconds = [read_json(run / "status.json")["total_seconds"] for run in runs(here)]
     assert record["status"] == "record"
@@ -199,6 +206,17 @@ def test_a_second_record_is_timed_beside_the_first(here):
         verify(tiny(here), folder)
 
 
+def test_the_first_record_of_a_day_stays_one_when_it_is_beaten(here):
+    for number, run in enumerate(runs(here, ("slow", "slow2"))):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        slowed = [row | {"seconds": 10.0 + number} for row in rows]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in slowed))
+    first = submit(tiny(here), runs(here, ("slow", "slow2")), name="slow", summary="x")
+    second = submit(tiny(here, p=0.1), runs(here), name="fast", summary="x", baseline=runs(here, ("slow", "slow2")))
+    assert verify(tiny(here, p=0.1), second)["status"] == "record"
+    assert verify(tiny(here), first)["status"] == "record"
+
+
 def test_a_baseline_is_that_of_a_record_and_enough_of_it(here):
     submit(tiny(here), runs(here), name="first", summary="x")
     with pytest.raises(UsageError, match="2 runs or more of each"):
@@ -267,3 +285,13 @@ def test_a_track_of_gpus_and_of_data_without_a_fingerprint(here, tmp_path):
     assert verify(track, submit(track, runs(here), name="first", summary="x"))["status"] == "record"
     with pytest.raises(RunError, match="but the track is for 1 GPU"):
         submit(tiny(here, gpus=1, fingerprint=None), runs(here), name="second", summary="x")
+
+
+def test_the_spread_of_every_open_track_is_that_of_runs_in_it():
+    root = Path(__file__).parents[2] / "records"
+    opened = tracks(root)
+    assert {"cpu-bytes", "cpu-copy", "fineweb-124m", "fineweb-124m-1gpu"} <= opened.keys()
+    for track in (track for track in opened.values() if track.sigma is not None):
+        shipped = [read_json(folder / "record.json")["runs"] for folder in track.path.glob("*/")]
+        runs = next(runs for runs in shipped if len(runs) == track.sigma_runs >= 20)
+        assert track.sigma == pytest.approx(np.std([run["loss"] for run in runs], ddof=1), rel=0.01)

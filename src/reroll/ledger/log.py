@@ -85,6 +85,9 @@ def write_log(run: Path, to: Path) -> None:
         for row in read_metrics(run)
     ]
     environment = read_json(run / "environment.json")
+    # A log is public: of the paths of whoever ran it, it has the last part.
+    command = [Path(word).name if Path(word).is_absolute() else word for word in environment.get("command", ())]
+    environment |= {"command": command}
     config = (run / "config.toml").read_text(encoding="utf-8").strip()
     parts = (config, json.dumps(environment), "\n".join(map(json.dumps, rows)))
     text = "".join(f"=== {name}\n{part}\n" for name, part in zip(PARTS, parts)) + "=== summary\n"

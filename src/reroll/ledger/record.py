@@ -242,7 +242,11 @@ def _status(track: Track, folder: Path, judgement: Judgement) -> str:
         beaten = judgement.fields["baseline"]
         return "record" if beaten["ratio"] < 1 and beaten["p"] < track.p else "valid"
     others = [read_json(path / "record.json") for path in records_of(track) if path.name != folder.name]
-    earlier = [other for other in others if other.get("status") == "record" and other["date"] <= folder.name[:10]]
+    # Of the same day, one that beat a baseline came after the record that is its baseline.
+    earlier = [
+        other for other in others if other.get("status") == "record"
+        and (other["date"] < folder.name[:10] or (other["date"] == folder.name[:10] and "baseline" not in other))
+    ]  # fmt: skip
     return "valid" if earlier else "record"
 
 
