@@ -66,7 +66,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         )
     if getattr(config.task, "path", "") is None:
         raise UsageError(_needs_path(config))
-    if not (resume and path and (path / "config.toml").is_file()):
+    if not (resume and started):
         _require_gpu(config)
     processes = request.flags.get("nproc", 1)
     if processes < 1:
