@@ -43,6 +43,11 @@ def _global_generator_is_seeded():
 
 
 @pytest.fixture(autouse=True)
+def _output_has_no_width(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # xdist sets it
+
+
+@pytest.fixture(autouse=True)
 def _threads_are_restored():
     threads = torch.get_num_threads()
     yield

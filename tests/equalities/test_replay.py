@@ -251,7 +251,7 @@ def test_the_checksum_is_alone_on_the_last_line(tmp_path, capsys):
 def test_steps_the_journal_has_not_are_refused(tmp_path, capsys):
     recorded(tmp_path, small())
     for to in (-1, STEPS + 1):
-        with pytest.raises(UsageError, match=f"--to {to}: the journal of .* has {STEPS} steps"):
+        with pytest.raises(UsageError, match=f"to={to}: the journal of .* has {STEPS} steps"):
             replay(tmp_path, to)
     assert main(["replay", str(tmp_path), "--to", str(STEPS + 1)]) == 2
     assert "Traceback" not in capsys.readouterr().err

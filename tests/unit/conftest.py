@@ -42,7 +42,6 @@ def run(tiny, tmp_path):
 def cli(capsys, tmp_path, monkeypatch):
     """Call the command line, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)  # xdist sets it
     torch.set_num_threads(1)
 
     def call(*arguments):

@@ -539,6 +539,17 @@ def test_what_a_run_says_is_wrapped_at_words(cli, tmp_path, monkeypatch, width):
     assert scored.split() == plain.split()
 
 
+def test_a_command_to_copy_is_not_wrapped(monkeypatch):
+    from reroll.cli.lines import wrapped
+
+    monkeypatch.setenv("COLUMNS", "40")
+    command = "reroll train --run-dir runs/a-folder-with-a-name --resume"
+    lines = wrapped(f"stopped: SIGTERM after 3 steps. Everything is saved. To resume: {command}").splitlines()
+    assert lines[-1].strip() == command
+    assert max(map(len, lines[:-1])) <= 40
+    assert wrapped("To try: reroll demo") == "To try: reroll demo"
+
+
 @pytest.mark.parametrize("width", [70, 80])
 @pytest.mark.parametrize(
     "command", [("recipes",), ("doctor",), ("reproduce", "--list"), ("reproduce", "elk-fig5", "--list")]

@@ -117,6 +117,7 @@ def test_a_gpt_of_ones_own_is_compiled_by_its_method(tmp_path, graphs):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own compiler says so of itself
 def test_compiled_code_has_the_gradients_of_the_plain_one():
     """By the default backend of torch, with the C++ compiler that is here."""
     ids = torch.randint(19, (3, 8))

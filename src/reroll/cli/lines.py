@@ -19,8 +19,15 @@ def line_width() -> int:
 
 
 def wrapped(text: str) -> str:
-    """Return a text with each of its lines wrapped at words."""
-    return "\n".join(hanging("", line) for line in text.split("\n"))
+    """Return a text with its lines wrapped at words; a command at the end of one stays whole, to be copied."""
+    return "\n".join(map(_line, text.split("\n")))
+
+
+def _line(text: str) -> str:
+    before, colon, command = text.rpartition(": reroll ")
+    if colon and len(text) > line_width():
+        return f"{hanging('', before)}:\n  reroll {command}"
+    return hanging("", text)
 
 
 def hanging(head: str, text: str) -> str:

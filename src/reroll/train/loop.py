@@ -128,7 +128,10 @@ def _finished(config: Config, path: Path, report: Reporter) -> dict[str, Any] | 
     saved = read_config(path)
     status = {"step": saved.run.steps, "reason": "it had ended before."} | status
     asked = merge_resumed(saved, config)
-    over = status["state"] == "diverged" or asked.run.steps == status["step"] or target_reached(asked.run, status)
+    if status["state"] == "diverged":  # what made the loss so may be mended outside, or the limit of it raised
+        over = (asked.run.steps, asked.run.diverged) == (saved.run.steps, saved.run.diverged)
+    else:
+        over = asked.run.steps == status["step"] or bool(target_reached(asked.run, status))
     if asked != saved and not over:
         return None
     report.note(f"{path} is finished ({status['state']} at step {status['step']}); nothing to do.")
