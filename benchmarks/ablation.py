@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from reroll.data.cache import replacing
 from reroll.recipes import cpu_bytes
 from reroll.train.config import Config
 
@@ -125,7 +126,8 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(request.workers, maxtasksperchild=1) as pool:
         for _, run in pool.imap_unordered(measure, jobs, chunksize=1):
             done["runs"].append(run)
-            request.json.write_text(json.dumps(done, indent=1) + "\n")
+            with replacing(request.json) as file:
+                file.write(f"{json.dumps(done, indent=1)}\n".encode())
             print(f"{run['row']}, seed {run['seed']}: {run['loss']:.4f} in {run['seconds']:.0f} s", flush=True)
     print(table(done["runs"]))
     if request.figure is not None:

@@ -134,7 +134,7 @@ def test_one_edited_digit_fails(here, file, capsys):
         ({"fingerprint": "f" * 64}, "abc", "the fingerprint .*, the track's ffffffffffff"),
         ({"fixed": {"model.hidden": 9}}, "abc", "run-0.txt: model.hidden=8, but the track fixes 9"),
         ({"cores": 1000}, "abc", "but the track is for 1000 cores"),
-        ({"gpus": 8}, "abc", "but the track is for 8 GPUs"),
+        ({"gpus": 8}, "abc", r"it ran in 1 process\(es\) on cpu, .*; the track is for 8 GPU\(s\) of one kind"),
         ({}, "aa", "two runs have one seed"),
         ({}, ("a", "slow"), "the runs differ in run.steps"),
     ],
@@ -280,11 +280,16 @@ def test_a_track_of_gpus_and_of_data_without_a_fingerprint(here, tmp_path):
     about = read_json(here / "a" / "environment.json")
     for run in runs(here):
         changed = about | {"hardware": "AMD EPYC, 112 cores, 8 × NVIDIA H100 80GB HBM3", "fingerprint": run.name}
+        changed |= {"processes": 8, "device": "cuda:0"}
         (run / "environment.json").write_text(json.dumps(changed))
     track = tiny(here, gpus=8, fingerprint=None)
     assert verify(track, submit(track, runs(here), name="first", summary="x"))["status"] == "record"
-    with pytest.raises(RunError, match="but the track is for 1 GPU"):
+    with pytest.raises(RunError, match=r"the track is for 1 GPU\(s\)"):
         submit(tiny(here, gpus=1, fingerprint=None), runs(here), name="second", summary="x")
+    for other in ({"processes": 1}, {"device": "cpu"}, {"hardware": "AMD EPYC, 112 cores, 7 × A, 1 × B"}):
+        (here / "a" / "environment.json").write_text(json.dumps(changed | other))
+        with pytest.raises(RunError, match="run-0.txt: it ran in .* of one kind"):
+            submit(track, runs(here), name="third", summary="x")
 
 
 def test_the_spread_of_every_open_track_is_that_of_runs_in_it():

@@ -168,10 +168,14 @@ def _wrong(track: Track, log: Log) -> list[str]:
     for name, value in track.fixed.items():
         if log.config.get(name) != value:
             wrong.append(f"{name}={log.config.get(name)!r}, but the track fixes {value!r}")
-    for wanted, what, pattern in ((track.cores, "core", r", (\d+) cores"), (track.gpus, "GPU", r", (\d+) × ")):
-        number = re.search(pattern, str(about.get("hardware")))
-        if wanted is not None and (number is None or int(number[1]) != wanted):
-            wrong.append(f"it ran on {about.get('hardware')}, but the track is for {wanted} {what}{'s' * (wanted > 1)}")
+    hardware, used = str(about.get("hardware")), about.get("processes", 1)
+    cores = re.search(r", (\d+) cores", hardware)
+    if track.cores is not None and (cores is None or int(cores[1]) != track.cores):
+        wrong.append(f"it ran on {hardware}, but the track is for {track.cores} cores")
+    on_cards = str(about.get("device")).startswith("cuda") and hardware.count(" × ") == 1  # of one kind
+    if track.gpus is not None and not (on_cards and used == track.gpus):
+        how = f"in {used} process(es) on {about.get('device')}, {hardware}"
+        wrong.append(f"it ran {how}; the track is for {track.gpus} GPU(s) of one kind, a process each")
     commit = about.get("commit")
     if not commit or str(commit).endswith("+"):
         wrong.append(f"its source is {commit or 'of no commit'}: commit your changes, and run it again")

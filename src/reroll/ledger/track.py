@@ -26,7 +26,7 @@ class Track:
         target: the largest mean of the held-out losses, after the last step.
         fingerprint: SHA-256 of the data, as a run records it; None: not compared, as of data made from the seed.
         cores: of the processor; None: any.
-        gpus: how many the run had, of one kind; None: any number.
+        gpus: how many trained the run, of one kind, a process each; None: any number.
         p: the significance level.
         sigma: standard deviation of the loss over seeds; None: that of the submitted runs.
         sigma_runs: number of runs that `sigma` is from.
