@@ -30,8 +30,8 @@ ADAMW = {
 }  # fmt: skip
 TUNED = {"lr": 0.001, "weight_decay": 0.0, "clip": None, "schedule": {"kind": "linear", "warmup": 10, "warmdown": 45}}
 MUON = {
-    "kind": "muon", "lr": 0.04, "embedding_lr": 0.001, "head_lr": 0.001, "vector_lr": 0.001, "momentum": 0.95,
-    "betas": (0.9, 0.95), "adjust_lr_fn": "original", "schedule": {"kind": "linear", "warmdown": 45},
+    "kind": "muon", "lr": 0.04, "embedding_lr": 0.001, "head_lr": 0.001, "momentum": 0.95,
+    "betas": (0.9, 0.95), "adjust_lr_fn": "original", "schedule": {"kind": "linear", "warmup": 0, "warmdown": 45},
 }  # fmt: skip
 ADDED: dict[str, dict[str, Any]] = {
     "GPT-2 by AdamW": {"model": GPT2, "optim": ADAMW},

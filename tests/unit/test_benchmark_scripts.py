@@ -1,5 +1,6 @@
 """The scripts of benchmarks/ that are about Muon, with few seeds and small matrices."""
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -10,6 +11,9 @@ import pytest
 from torch import nn
 
 from reroll.data.tokens import write_shard
+from reroll.recipes import cpu_bytes
+from reroll.train import toml
+from reroll.train.config import resolve
 from reroll.train.loop import train
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
@@ -75,3 +79,20 @@ def test_every_method_is_timed_and_compared_with_the_exact_result(monkeypatch, c
     assert found["jordan"][1:4] == [1.0, 1.0, 1.0]
     assert found["svd"][-2:] == [0.0, 0.0]
     assert all(0 < n < 1 for name, numbers in found.items() for n in numbers[-2:] if name != "svd")
+
+
+def test_rows_of_the_ablation_have_rates_of_their_own(tmp_path):
+    """A tied embedding is the head, and must not get the rate of one that is normalised; the baseline's file agrees."""
+    ablation = script("ablation")
+    rows = {name: resolve(config) for name, config in ablation.configs().items()}
+    first, *_, last = (rows[name] for name in ablation.ADDED)
+    for config in rows.values():
+        if getattr(config.model, "tied", False):
+            assert config.optim.embedding_lr in (None, 0.001)
+    assert (first.model.position, first.optim.kind, first.optim.embedding_lr) == ("learned", "adamw", None)
+    assert (last.model, last.optim.kind) == (resolve(cpu_bytes()).model, "muon")
+    assert dataclasses.replace(last.optim, momentum_warmup=0) == resolve(cpu_bytes()).optim
+    file = toml.overlay(cpu_bytes(), toml.load(SCRIPTS / "adamw_gpt2.toml"), "")
+    assert (file.model, file.optim.embedding_lr, file.optim.head_lr) == (first.model, None, None)
+    runs = [{"row": name, "seed": seed, "loss": 1.0 + seed, "seconds": 2.0} for name in rows for seed in range(3)]
+    assert all(f"| {name} | 2.000 ± 1.000 | 2 |" in ablation.table(runs) for name in rows)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from reroll.data.arrays import Arrays, cut
+from reroll.data.arrays import Arrays
 from reroll.data.series import Series, missing, moments
+from reroll.data.windows import cut
 from reroll.errors import UsageError
 
 RANDOM = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from reroll.data.tokens import ABOUT, read_shard
 from reroll.errors import UsageError
 
 pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs the extra `data`")
-from pyarrow import parquet  # noqa: E402
+parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the extra `data`")
 
 
 def write(path, group=3, page=1024, **columns):

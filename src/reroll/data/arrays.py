@@ -22,7 +22,7 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,9 @@ from reroll.data.batch import Batch
 from reroll.data.series import UNUSABLE, Series, cannot_be_used, missing, moments, read_series
 from reroll.data.tables import Reading
 from reroll.data.task import FileTask, Readout
+from reroll.data.windows import Windows, cut, hold_out
 from reroll.errors import UsageError, did_you_mean, plural, require_positive
 from reroll.kernels.philox import random_integers
-from reroll.keys import Key
 
 Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
@@ -47,14 +47,6 @@ DEFAULT_LENGTH = 128  # of the windows of one long series
 SHOWN = 8  # names of features that a description lists
 SEASON = 1 << 15  # rows that are searched for a period
 MOST_CLASSES = 1 << 20
-
-
-class Windows(NamedTuple):
-    """Ranges of the steps of all series together: the series [W], the first step [W], and the end of the series [W]."""
-
-    series: IntArray
-    begin: IntArray
-    end: IntArray
 
 
 class Arrays(FileTask):
@@ -345,35 +337,7 @@ class Arrays(FileTask):
                 f"path={self.path} is too short: {len(lengths)} series of {int(lengths.max())} steps at most give "
                 f"{count} windows of length={self.length}; two are needed, one of them held out."
             )
-        if len(series) == 1:
-            held_out = np.arange(count) >= count - max(count // 10, 1)
-            training = np.arange(int(lengths.sum())) < windows.begin[held_out][0]
-        else:
-            # By the index alone: it does not depend on the seed or on the order of the classes.
-            draws = random_integers(Key(0).at("data").at("arrays").at("held out"), len(lengths), 2**31)
-            order = series[np.argsort(draws[series], kind="stable")]
-            chosen = np.isin(np.arange(len(lengths)), order[: max(len(series) // 10, 1)])
-            chosen = chosen if data.held_out is None else data.held_out
-            held_out, training = chosen[windows.series], np.repeat(~chosen, lengths)
-        parts = {"train": ~held_out, "valid": held_out}
-        return {split: Windows(*(part[which] for part in windows)) for split, which in parts.items()}, training
-
-
-def cut(lengths: IntArray, length: int, shift: int) -> Windows:
-    """Return windows of `length` steps that cover all series; the last window of a series may be shorter.
-
-    With shift=1 the target of a step is the next step, so that the last step starts no window.
-
-    Example:
-        >>> windows = cut(np.array([5, 1, 3]), length=2, shift=1)
-        >>> windows.series.tolist(), windows.begin.tolist(), windows.end.tolist()
-        ([0, 0, 2], [0, 2, 6], [5, 5, 9])
-    """
-    ends = np.cumsum(lengths)
-    counts = -(-np.maximum(lengths - shift, 0) // length)
-    series = np.repeat(np.arange(len(lengths)), counts)
-    within = np.arange(len(series)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return Windows(series, (ends - lengths)[series] + within * length, ends[series])
+        return hold_out(windows, lengths, data.held_out)
 
 
 def _in_order(path: str, data: Series, names: tuple[str, ...]) -> Series:

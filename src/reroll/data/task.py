@@ -47,8 +47,9 @@ class Score(NamedTuple):
     exact: float = 0.0
     sequences: float = 0.0
 
-    # Elementwise, where tuples would be concatenated.
-    def __add__(self, other: tuple[float, ...]) -> Score:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __add__(  # pyright: ignore[reportIncompatibleMethodOverride]: elementwise, where tuples would be concatenated
+        self, other: tuple[float, ...]
+    ) -> Score:
         return Score(*(a + b for a, b in zip(self, other)))
 
     def summary(self, categorical: bool) -> dict[str, float]:

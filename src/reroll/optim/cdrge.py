@@ -220,7 +220,7 @@ class CDRGE(SGD):
         state = hashlib.sha256()
         for p in self._named().values():
             state.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        own = [{n: v for n, v in group.items() if n != "params"} for group in self.param_groups]
+        own = [{n: v for n, v in each.items() if n != "params"} for each in self.param_groups]
         settings = repr((self._names(), self.key, *(getattr(self, name) for name in _SAVED), own))
         everyone = _of_all({"weights": state.hexdigest(), "arguments of CDRGE": settings}, group)
         for rank, facts in enumerate(everyone):

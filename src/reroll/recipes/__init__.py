@@ -260,10 +260,7 @@ def cdrge_gpt_bytes() -> Config:
         task={"length": 64, "batch": 32},
         gradient={"kind": "probes", "probes": 96, "epsilon": 0.01},
         optim={
-            "kind": "sgd",
-            "lr": 0.05,
-            "momentum": 0.9,
-            "schedule": {"kind": "linear", "floor": 0.05, "warmdown": None},
+            "kind": "sgd", "lr": 0.05, "momentum": 0.9, "schedule": {"kind": "linear", "floor": 0.05, "warmdown": None},
         },
         run={"steps": 1000, "eval_every": 250},
     )  # fmt: skip
