@@ -205,6 +205,24 @@ def test_large_names_of_series_tell_them_apart(tmp_path):
     assert read(tmp_path, "a.csv", text(("id", "v"), *rows, ("", "5"))).lengths.tolist() == [1, 2, 2]
 
 
+def test_large_whole_numbers_beside_nulls_in_parquet_are_as_in_csv(tmp_path):
+    table = pytest.importorskip("pyarrow", reason="Parquet needs the extra `data`").table
+    write, path = pytest.importorskip("pyarrow.parquet").write_table, tmp_path / "a.parquet"
+    for key in ([BIG + 1, None, 6, 9], [None, BIG + 1, 6, 9]):
+        write(table({"v": [1.5, 2, 7, 8], "key": key}), path)
+        with pytest.raises(UsageError, match=f"key={BIG + 1} is beyond 2⁵³, where floats round whole numbers"):
+            read_series(path)
+    write(table({"v": [1.5, 2, 7, 8], "key": [1e20, None, 1e22, 2.5]}), path)
+    assert read_series(path).values[:, 1].tolist() == pytest.approx([1e20, np.nan, 1e22, 2.5], nan_ok=True)
+    write(table({"id": [BIG + 1, BIG + 2, BIG + 1, BIG + 2, None], "v": [0.0, 1, 2, 3, 4]}), path)
+    assert read_series(path).lengths.tolist() == [1, 2, 2]
+
+
+def test_large_whole_numbers_without_a_header_are_refused_by_the_number_of_their_column(tmp_path):
+    with pytest.raises(UsageError, match=f"2={BIG + 1} is beyond 2⁵³, where floats round whole numbers"):
+        read(tmp_path, "a.csv", f"1.5,{BIG + 1}\n2,\n7,6\n")
+
+
 def test_large_whole_numbers_in_arrays_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(40).reshape(20, 2) + BIG)
     with pytest.raises(UsageError, match="step 0, feature 0 is .* whole number beyond 2⁵³"):

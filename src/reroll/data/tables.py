@@ -115,12 +115,24 @@ def _pandas() -> Any:
 
 
 def _parquet(path: Path) -> tuple[Any, str]:
+    def read(**options: Any) -> Any:
+        frame = _pandas().read_parquet(path, **options)
+        return frame if isinstance(frame.index, _pandas().RangeIndex) else frame.reset_index()
+
     try:
-        frame = _pandas().read_parquet(path)
+        frame = read()
     except ImportError:
         raise UsageError(f"path={path} needs pyarrow: pip install 'reroll[data]'; or save it as .csv.") from None
-    frame = frame if isinstance(frame.index, _pandas().RangeIndex) else frame.reset_index()
+    if rounded := _maybe_rounded(frame):
+        exact = read(dtype_backend="numpy_nullable")
+        for name in rounded:
+            frame[name] = exact[name] if exact[name].dtype.kind in "iu" else frame[name]
     return _take_numbers(frame, "."), "."
+
+
+def _maybe_rounded(frame: Any) -> list[Any]:
+    """The columns of floats that may be whole numbers, which a missing value among them made floats."""
+    return [name for name in frame if frame[name].dtype.kind == "f" and (frame[name].abs() >= EXACT).any()]
 
 
 def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
@@ -146,10 +158,10 @@ def _text(path: Path, reading: Reading, notes: list[str]) -> tuple[Any, str]:
     decimal = reading.decimal or _decimal(frame.iloc[:10_000], sep)
     if decimal == ",":
         frame = read(encoding=encoding, decimal=",")  # which leaves 1.234, maybe 1234, as text
-    rounded = [name for name in frame if frame[name].dtype.kind == "f" and (frame[name].abs() >= EXACT).any()]
-    if rounded:  # maybe whole numbers, which a missing value among them made floats
+    if rounded := _maybe_rounded(frame):
         cells = read(encoding=encoding, dtype=str)
-        frame = frame.assign(**{name: cells[name] for name in rounded if _inexact(cells[name], frame[name], decimal)})
+        for name in rounded:
+            frame[name] = cells[name] if _inexact(cells[name], frame[name], decimal) else frame[name]
     frame = _take_numbers(frame.reset_index(drop=True), decimal)
     if not header:
         frame.columns = [str(number) for number in range(1, len(frame.columns) + 1)]
@@ -366,7 +378,7 @@ def _counts(column: Any, series: Any) -> bool:
     """Whether a column grows by a constant step, or has the name of a time and always grows."""
     if _is_text(column):
         return False
-    if column.dtype.kind in "iu" and _inexact(column, column, "."):
+    if column.dtype.kind in "iu" and column.notna().all() and _inexact(column, column, "."):
         column = column.astype(object) - int(column.iloc[0])
     values = column.astype(float).to_numpy()
     if column.name == "Unnamed: 0":
