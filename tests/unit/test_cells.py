@@ -263,22 +263,38 @@ def test_a_kernel_for_whole_sequences_is_only_used_for_the_step_it_was_written_f
                 del cell.step
 
 
+@pytest.mark.parametrize("kind", [torch.nn.GRUCell, torch.nn.LSTMCell])
+@pytest.mark.parametrize("how", ["subclass", "patch", "hook", "pre-hook"])
 @torch.no_grad()
-def test_a_torch_cell_whose_forward_was_replaced_is_called():
-    from reroll.rollout import Sequential, quasi_deer
+def test_a_torch_cell_whose_forward_was_replaced_is_called(kind, how):
+    from reroll.rollout import Sequential, auto, quasi_deer
 
-    class Halved(torch.nn.GRUCell):
+    def halved(state):
+        return tuple(0.5 * part for part in state) if kind is torch.nn.LSTMCell else 0.5 * state
+
+    def change(module):
+        if how == "patch":
+            forward = module.forward
+            module.forward = lambda x, h: halved(forward(x, h))
+        elif how == "hook":
+            module.register_forward_hook(lambda module, arguments, result: halved(result))
+        elif how == "pre-hook":
+            module.register_forward_pre_hook(lambda module, arguments: (0.5 * arguments[0], arguments[1]))
+
+    class Halved(kind):
         def forward(self, input, hx=None):
-            return 0.5 * super().forward(input, hx)
+            return halved(super().forward(input, hx))
 
     torch.manual_seed(0)
-    patched, hooked, x = torch.nn.GRUCell(3, 4), torch.nn.GRUCell(3, 4), torch.randn(2, 300, 3)
-    patched.forward = functools.partial(Halved.forward, Halved(3, 4))
-    hooked.register_forward_hook(lambda module, args, result: 0.5 * result)
-    for module in (Halved(3, 4), patched, hooked):
-        cell = cell_from(module, 4)
-        h = torch.zeros(2, 4)
-        for rollout in (Sequential(), quasi_deer()):
-            states = rollout(cell, x).states
-            torch.testing.assert_close(states[:, 0], module(x[:, 0], h), rtol=0, atol=1e-5)
-            torch.testing.assert_close(states[:, 1], module(x[:, 1], states[:, 0]), rtol=0, atol=1e-4)
+    module, x = (Halved if how == "subclass" else kind)(3, 4), torch.randn(2, 300, 3)
+    early = cell_from(module, 4)
+    for rollout in (rollouts := (Sequential(), auto(), quasi_deer())):
+        rollout.read(early, x)  # whatever is remembered of a cell is of the old forward
+    change(module)
+    state, expected = early.init_state((2,)), []
+    for t in range(300):
+        state = module(x[:, t], state)
+        expected.append(early.readout(state))
+    for cell in (early, cell_from(module, 4)):
+        for rollout in rollouts:
+            torch.testing.assert_close(rollout.read(cell, x)[0], torch.stack(expected, 1), rtol=0, atol=1e-4)

@@ -202,6 +202,12 @@ def test_what_torch_has_and_we_have_not_is_refused():
         Recurrent.from_torch(nn.LSTM(3, 4, bidirectional=True))
     with pytest.raises(UsageError, match="batch_first"):
         Recurrent.from_torch(nn.GRU(3, 4))
+    patched, hooked = nn.GRU(3, 4, batch_first=True), nn.LSTM(3, 4, batch_first=True)
+    patched.forward = lambda x: (x, x[:, -1])
+    hooked.register_forward_pre_hook(lambda module, arguments: None)
+    for module in (patched, hooked):
+        with pytest.raises(UsageError, match=f"this {type(module).__name__} has a forward of its own, or hooks"):
+            Recurrent.from_torch(module)
     with pytest.raises(UsageError, match="takes torch.nn.LSTM or torch.nn.GRU; got Linear"):
         Recurrent.from_torch(nn.Linear(3, 4))
     with pytest.raises(UsageError, match=r"these are GRU\(3, 4\), LSTM\(4, 4\)"):

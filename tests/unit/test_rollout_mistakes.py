@@ -87,11 +87,6 @@ class Named(Mixing):
         return {"h": torch.tanh(state["h"] + u)}
 
 
-class Halved(nn.LSTMCell):
-    def forward(self, input, hx=None):
-        return tuple(0.5 * part for part in super().forward(input, hx))
-
-
 X = torch.zeros(2, 9, 3)
 LONG = torch.zeros(2, 300, 4)
 NOISY = cell_from(lambda u, s: s + torch.rand_like(s), 3)
@@ -111,7 +106,6 @@ MISTAKES = {
     "a variance per sequence": (lambda: elk(torch.ones(2)), r"variance is a tensor of shape \(2,\); it must be one"),
     "a module of one argument": (lambda: cell_from(nn.Linear(3, 3), 3), r"step=Linear must take \(input_t, state\)"),
     "a step of one argument": (lambda: cell_from(lambda s: s, 3), r"must take \(input_t, state\)"),
-    "an LSTMCell of one's own": (lambda: cell_from(Halved(3, 3), 3), "a Halved with a forward of its own"),
     "a whole network": (lambda: cell_from(nn.GRU(3, 3), 3), "nn.GRU, which runs whole sequences; pass an nn.GRUCell"),
     "half a feature": (lambda: cell_from(lambda u, s: s, 2.5), "state_size=2.5 must be a whole number"),
     "no input size": (lambda: quasi_deer()(Nameless(), LONG), "Nameless sets no input_size"),
@@ -268,6 +262,23 @@ def test_steps_that_are_no_mistakes():
     numpy_window = quasi_deer(window=np.int64(10))
     assert numpy_window.window == 10
     assert type(numpy_window.window) is int
+
+
+@pytest.mark.parametrize("how", ["a forward", "a hook", "another module"])
+def test_what_is_changed_in_a_module_of_a_cell_is_tested_again(how):
+    inner = nn.ModuleDict({"act": nn.Tanh()})
+    cell, x = cell_from(lambda u, s: inner["act"](u + 0.5 * s), 4, module=inner), torch.randn(3, 300, 4)
+    for rollout in (deer(), quasi_deer()):
+        rollout(cell, x)
+    if how == "a forward":
+        inner["act"].forward = lambda v: torch.tanh(v - v.mean(0))
+    elif how == "a hook":
+        inner["act"].register_forward_hook(lambda module, arguments, result: result - result.mean(0))
+    else:
+        inner["act"] = nn.Softmax(0)
+    for rollout in (deer(), quasi_deer()):
+        with pytest.raises(UsageError, match="mixes sequences"):
+            rollout(cell, x)
 
 
 @torch.no_grad()

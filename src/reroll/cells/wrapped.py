@@ -20,9 +20,18 @@ from reroll.cells.lstm import LSTMState
 from reroll.errors import UsageError, require_count
 from reroll.kernels.lstm_scan import lstm_scan, reference
 
+KINDS = (nn.RNNCell, nn.GRUCell, nn.LSTMCell)
+
+
+def is_as_torchs(module: nn.Module, kinds: tuple[type[nn.Module], ...] = KINDS) -> bool:
+    """Whether a module computes what torch's class does: it has no forward of its own, and no hooks."""
+    forward = vars(module).get("forward", type(module).forward)
+    hooks = module._forward_hooks or module._forward_pre_hooks  # such as those that compute a weight
+    return not hooks and any(isinstance(module, kind) and forward is kind.forward for kind in kinds)
+
 
 class Wrapped(Cell):
-    """A torch cell of any of the three kinds.
+    """A torch cell of any of the three kinds; one with a forward of its own, or hooks, is called at every step.
 
     Example:
         >>> module = nn.GRUCell(3, 5)
@@ -43,9 +52,14 @@ class Wrapped(Cell):
         return LSTMState(zeros, zeros) if isinstance(self.module, nn.LSTMCell) else zeros
 
     def project(self, inputs: Tensor) -> Tensor:
+        if not is_as_torchs(self.module):
+            return inputs
         return functional.linear(inputs, self.module.weight_ih, self.module.bias_ih)
 
     def step(self, u: Tensor, state: Any) -> Any:
+        if not is_as_torchs(self.module):
+            after = self.module(u, state)
+            return LSTMState(*after) if isinstance(self.module, nn.LSTMCell) else after
         h = state[0] if isinstance(self.module, nn.LSTMCell) else state
         v = functional.linear(h, self.module.weight_hh, self.module.bias_hh)
         if isinstance(self.module, nn.GRUCell):
@@ -56,6 +70,8 @@ class Wrapped(Cell):
 
     def fused(self, inputs: Tensor, state: Any) -> tuple[Tensor, Any] | None:
         m = self.module
+        if not is_as_torchs(m):
+            return None
         if isinstance(m, nn.LSTMCell):
             bias = m.bias_ih + m.bias_hh if m.bias else m.weight_ih.new_zeros(4 * m.hidden_size)
             outputs, h, c = lstm_scan(inputs, m.weight_ih, m.weight_hh, bias, *state)
@@ -65,7 +81,7 @@ class Wrapped(Cell):
 
     @property
     def has_kernel(self) -> bool:
-        return isinstance(self.module, nn.LSTMCell)
+        return isinstance(self.module, nn.LSTMCell) and is_as_torchs(self.module)
 
     def readout(self, state: Any) -> Tensor:
         return state[0] if isinstance(self.module, nn.LSTMCell) else state
@@ -109,22 +125,14 @@ def cell_from(step: Callable[..., Any], state_size: int, *, module: nn.Module | 
     if not callable(step):
         raise UsageError(f"step={step!r} must be a function step(input_t, state) → state.")
     require_count(state_size=state_size)
-    if isinstance(step, nn.RNNCell | nn.GRUCell | nn.LSTMCell):
-        if step.hidden_size != state_size:
-            raise UsageError(f"state_size={state_size} does not fit {step}, whose hidden_size is {step.hidden_size}.")
-        kind = next(kind for kind in (nn.RNNCell, nn.GRUCell, nn.LSTMCell) if isinstance(step, kind))
-        hooks = step._forward_hooks or step._forward_pre_hooks  # such as those that compute a weight
-        if type(step).forward is kind.forward and "forward" not in vars(step) and not hooks:
-            return Wrapped(step)
-        if kind is nn.LSTMCell:
-            raise UsageError(
-                f"step is a {type(step).__name__} with a forward of its own, or hooks; write it as a reroll.Cell, "
-                "whose state can be a pair."
-            )
+    if isinstance(step, KINDS) and step.hidden_size != state_size:
+        raise UsageError(f"state_size={state_size} does not fit {step}, whose hidden_size is {step.hidden_size}.")
     if isinstance(step, nn.RNNBase):
         kind = type(step).__name__
         raise UsageError(f"step is an nn.{kind}, which runs whole sequences; pass an nn.{kind}Cell, a single step.")
     _require_two_arguments(step)
+    if isinstance(step, KINDS):
+        return Wrapped(step)
     owner = step if isinstance(step, nn.Module) else getattr(step, "__self__", None)
     if module is None and isinstance(owner, nn.Module):
         module = owner

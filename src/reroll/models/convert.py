@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from reroll.cells.base import Cell
 from reroll.cells.layers import GRU
 from reroll.cells.lstm import LSTM
+from reroll.cells.wrapped import is_as_torchs
 from reroll.errors import UsageError
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -24,6 +25,11 @@ def cells_from_torch(module: nn.LSTM | nn.GRU) -> tuple[Cell, ...]:
     """Return one cell per layer of the module; see `Recurrent.from_torch`."""
     if not isinstance(module, nn.LSTM | nn.GRU):
         raise UsageError(f"from_torch takes torch.nn.LSTM or torch.nn.GRU; got {type(module).__name__}.")
+    if not is_as_torchs(module, (nn.LSTM, nn.GRU)):
+        raise UsageError(
+            f"from_torch: this {type(module).__name__} has a forward of its own, or hooks, which the weights do not "
+            "show; remove them, or write it as a reroll.Cell."
+        )
     for option in ("bidirectional", "proj_size", "dropout"):
         if value := getattr(module, option):
             raise UsageError(f"from_torch: {option}={value} has no counterpart here; use a module without it.")

@@ -20,7 +20,7 @@ from reroll.rollout.base import explaining_dtypes, require_same_shapes
 from reroll.rollout.problem import Problem
 
 _tested: weakref.WeakKeyDictionary[Cell, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
-"""Cells that were tested: with which step, if one was assigned to the object, and in which modes (training or not)."""
+"""Cells that were tested: with which step, if one was assigned to the object, and with which modules (`_state_of`)."""
 
 ROWS = 8
 """Rows on which a step is tested."""
@@ -39,7 +39,7 @@ def require_pure(cell: Cell, problem: Problem) -> None:
     Raises:
         UsageError: naming the cell and what it does.
     """
-    mode = (id(vars(cell).get("step")), *(module.training for module in cell.modules()))
+    mode = (id(vars(cell).get("step")), *(part for module in cell.modules() for part in _state_of(module)))
     if mode in _tested.setdefault(cell, set()):
         return
     name, layout, (u, state) = type(cell).__name__, problem.layout, _test_rows(problem)
@@ -92,6 +92,12 @@ def require_pure(cell: Cell, problem: Problem) -> None:
             elif state.shape[1] <= WIDEST:
                 _test_derivatives(cell, layout, u.clone(), state.clone())
     _tested[cell].add(mode)
+
+
+def _state_of(module: nn.Module) -> tuple[int, ...]:
+    """What of a module can change after its cell was tested: whether it trains, its forward, and its hooks."""
+    forward = vars(module).get("forward", type(module).forward)
+    return module.training, id(forward), *module._forward_pre_hooks, *module._forward_hooks
 
 
 def _buffers(cell: Cell) -> dict[str, Tensor]:
