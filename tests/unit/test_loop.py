@@ -580,9 +580,9 @@ def test_a_slow_first_step_suggests_a_smaller_one():
     line = slow_start(config, {"step": 0, "seconds": 74.0})
     assert "74 s" in line
     assert "400 at this pace take 8.2 hours" in line
-    assert "--hidden" in line
+    assert f"--hidden {config.model.hidden // 2})" in line
     assert "--probes" in line
-    assert "model.width" in slow_start(resolve(small(model="gpt")), {"step": 0, "seconds": 74.0})
+    assert "--width 32)" in slow_start(resolve(small(model="gpt")), {"step": 0, "seconds": 74.0})
     assert slow_start(config, {"step": 1, "seconds": 74.0}) == slow_start(config, {"step": 0, "seconds": 1.0}) == ""
 
 

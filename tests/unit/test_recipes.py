@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from reroll.recipes import cpu_bytes, fineweb_1b5, fineweb_124m
+from reroll.models import Interface
+from reroll.recipes import RECIPES, cpu_bytes, fineweb_1b5, fineweb_124m
 
 COLUMNS = (
     "kind", "lr", "embedding_lr", "head_lr", "vector_lr", "adjust_lr_fn", "warmup", "warmdown", "steps",
@@ -94,3 +95,10 @@ def test_the_scale_up_to_1_5_billion_weights(rule):
     first = 1 if rule == "muon" else 1 / 500
     assert rates == pytest.approx([first, 1, 1, 5811 / 5812, 1 / 5812])
     assert task.valid_tokens == {"muon": 10_420_224, "adamw": 10_403_840}[rule]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name]().model.kind != "gpt"])
+def test_a_transformer_in_place_of_a_recurrent_model_is_small(name):
+    model = RECIPES[name]().replace(model="gpt").model
+    model.check()
+    assert sum(p.numel() for p in model.build(Interface(10, None, 10, "every")).parameters()) < 60_000

@@ -150,9 +150,9 @@ class GPT(ModelSpec):
     """A decoder-only transformer."""
 
     kind: str = option("gpt", "the model")
-    layers: int = option(12, "number of layers")
-    heads: int = option(6, "attention heads")
-    width: int = option(768, "width of the residual stream (gpt)", flag="width")
+    layers: int = option(4, "number of layers")
+    heads: int = option(4, "attention heads")
+    width: int = option(64, "width of the residual stream (gpt)", flag="width")
     vocab: int | None = option(None, "vocabulary size, if padded beyond the task's for speed; none: the task's")
     position: Literal["rotary", "learned"] = option("rotary", "position encoding")
     qk_norm: bool = option(True, "normalise queries and keys")

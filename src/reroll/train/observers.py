@@ -186,8 +186,9 @@ def slow_start(config: Config, row: dict[str, Any]) -> str:
     if config.recipe == OBJECT:
         smaller = "a smaller model or batch"
     else:
-        layers = "--set model.width=64 model.layers=2" if config.model.kind == "gpt" else "--hidden 32"
-        smaller = f"a smaller model ({layers}), batch (--batch)" + " or fewer --probes" * config.gradient.seeded
+        size = "width" if config.model.kind == "gpt" else "hidden"
+        half = f"--{size} {getattr(config.model, size) // 2}"
+        smaller = f"a smaller model ({half}), batch (--batch)" + " or fewer --probes" * config.gradient.seeded
     return f"The first step took {seconds:.0f} s, {compiling}; {whole}. Faster: {smaller}."
 
 
