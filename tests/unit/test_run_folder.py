@@ -12,7 +12,7 @@ import pytest
 
 from reroll.cli import main
 from reroll.errors import RunError, UsageError
-from reroll.train import records
+from reroll.train import machine, records
 from reroll.train.loop import train
 from reroll.train.records import find_run, holder, read_json, read_metrics
 from reroll.train.run import RunFolder, new_folder
@@ -378,3 +378,8 @@ def test_names_and_records_do_not_command_the_terminal(tmp_path, capsys):
         main(arguments)
         captured = capsys.readouterr()
         assert not set("\x1b\x07\x9b") & set(captured.out + captured.err), arguments
+
+
+def test_hardware_counts_the_cores_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 8}, raising=False)
+    assert ", 3 cores" in machine.hardware()

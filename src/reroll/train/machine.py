@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """Return the processor, cores and GPU in one line."""
+    """Return the processor, the cores that this process may use, and GPU in one line."""
     import torch
 
     processor = platform.processor() or platform.machine()
@@ -48,7 +48,7 @@ def hardware() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     gpus = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return ", ".join([processor, f"{os.cpu_count()} cores", *(f"{count} × {name}" for name, count in gpus.items())])
+    return ", ".join([processor, f"{cores()} cores", *(f"{count} × {name}" for name, count in gpus.items())])
 
 
 def commit() -> str | None:
