@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from reroll.errors import UsageError
 from reroll.models import Interface
-from reroll.recipes import RECIPES, cpu_bytes, fineweb_1b5, fineweb_124m
+from reroll.recipes import RECIPES, cpu_bytes, fineweb_1b5, fineweb_124m, memorise
 
 COLUMNS = (
     "kind", "lr", "embedding_lr", "head_lr", "vector_lr", "adjust_lr_fn", "warmup", "warmdown", "steps",
@@ -51,6 +52,18 @@ def test_records_of_the_speedrun(record):
     if optim.kind == "muon":
         assert (optim.momentum, optim.nesterov, optim.ns_coefficients, optim.ns_steps) == (0.95, True, "jordan", None)
         assert (optim.momentum_warmup, optim.beta2, optim.cautious) == (0, None, False)
+
+
+def test_an_argument_that_a_recipe_does_not_have_is_refused():
+    for call, message in (
+        (lambda: fineweb_124m("0"), "record='0' must be one of 1, 2, 3, 4, 5, 6, 7, 8."),
+        (lambda: fineweb_124m(9), "record='9' must be one of 1, 2"),
+        (lambda: fineweb_1b5("sgd"), "rule='sgd' must be one of muon, adamw."),
+        (lambda: memorise("huge"), "size='huge' must be one of tiny"),
+    ):
+        with pytest.raises(UsageError) as error:
+            call()
+        assert message in str(error.value)
 
 
 def test_the_rate_of_record_8_over_its_steps():

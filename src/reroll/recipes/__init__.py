@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+from reroll.errors import UsageError
 from reroll.train.config import Config
 
 OPTIM = {
@@ -59,6 +60,13 @@ def smoke() -> Config:
     )
 
 
+def _one_of(kind: Any, **argument: Any) -> None:
+    """Raise `UsageError` unless an argument is one of a `Literal`."""
+    for name, value in argument.items():
+        if value not in get_args(kind):
+            raise UsageError(f"{name}={value!r} must be one of {', '.join(get_args(kind))}.")
+
+
 Size = Literal["tiny", "small", "medium", "large", "xlarge"]
 SIZES = dict(zip(get_args(Size), ((240, 12), (1600, 32), (9600, 64), (66_000, 220), (297_500, 350))))
 """The paper's LSTMs, (hidden, heads): 0.15 M, 1.1 M, 11 M, 113 M and 1.2 B weights."""
@@ -66,6 +74,7 @@ SIZES = dict(zip(get_args(Size), ((240, 12), (1600, 32), (9600, 64), (66_000, 22
 
 def memorise(size: Size = "small") -> Config:
     """The paper's smoke test: nine symbols, its LSTM of 1.1 M weights (or --size), 96 probes, ε = η = 0.1."""
+    _one_of(Size, size=size)
     hidden, heads = SIZES[size]
     return Config(recipe="memorise").replace(
         task={"kind": "memorise", "length": 9, "batch": 1, "symbols": 100},
@@ -185,6 +194,7 @@ shared out and the version of torch. The steps of record 8 are those of its code
 
 def fineweb_124m(record: Record = "8") -> Config:
     """The NanoGPT speedrun: a GPT of 124 M weights on FineWeb to a held-out loss of 3.28, by Muon; --record 1 … 8."""
+    _one_of(Record, record=str(record))
     config = Config(recipe="fineweb_124m")
     for number in get_args(Record)[: int(record)]:
         config = config.replace(**RECORDS[number])
@@ -201,6 +211,7 @@ def fineweb_1b5(rule: Rule = "muon") -> Config:
     record 7's model with 52 layers of width 1536, for 9.7 and 9.6 hours on 8 H100s. They score 10,420,224 and
     10,403,840 tokens, and have no target.
     """
+    _one_of(Rule, rule=rule)
     # The rates of records 3 to 7, halved: matrices 0.1 · 0.0018 · √max(m, n), again as 0.2 · 0.0009 · √max(m, n).
     config = fineweb_124m("7").replace(
         recipe="fineweb_1b5",
