@@ -97,6 +97,13 @@ def mistakes(folder):
             if not torch.cuda.is_available()
         ),
         (("train", "fineweb-124m", "--device", "cpu"), 2, ["reroll data prepare fineweb"]),
+        (
+            ("data", "prepare", "fineweb", "--tokenizer", "byte"),
+            2,
+            ["takes no --tokenizer, only --to, --shards. For", "prepare tokens --path X.parquet --tokenizer byte"],
+        ),
+        (("data", "prepare", "ts", "--path", "x.ts", "--max-vocab", "9"), 2, ["ts takes no --max-vocab, only --path"]),
+        (("data", "prepare", "openwebtext", "--path", "a.txt"), 2, ["prepare tokens --path a.txt --tokenizer byte"]),
         (("train", "smoke", "--config", "nope.toml"), 2, ["does not exist", "reroll show copy > nope.toml"]),
         (("train", "smoke", "--config", "nothing"), 2, ["nothing", "cannot be read"]),
         (("train", "smoke", "--config", "old.toml"), 2, ["old.toml", "format=0", "another version"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,9 +45,24 @@ def run(command: str, arguments: Sequence[str]) -> int:
         raise UsageError(f'action "{request.action}" is unknown.{did_you_mean(request.action, ["prepare"])}')
     if request.name not in PREPARE:
         raise UsageError(f'archive "{request.name}" is unknown.{did_you_mean(request.name, PREPARE)}')
+    prepare, flags = PREPARE[request.name]
+    _require_taken(request, flags)
     with as_flags(request):
-        PREPARE[request.name](request)
+        prepare(request)
     return 0
+
+
+def _require_taken(request: Data, flags: str) -> None:
+    """Refuse what the source does not take, with the line for files of one's own where that was meant."""
+    passed = [f.name for f in fields(Data) if "positional" not in f.metadata and getattr(request, f.name) != f.default]
+    for name in (name for name in passed if name not in flags.split()):
+        given, known = (f"--{n.replace('_', '-')}" for n in (name, flags.replace(" ", ", --")))
+        own = "path" not in flags and name in TOKENS.split()
+        line = (
+            f"reroll data prepare tokens --path {request.path or 'X.parquet'} --tokenizer {request.tokenizer or 'byte'}"
+        )
+        instead = f" For a text of yours: {line}" if own else ""
+        raise UsageError(f"reroll data prepare {request.name} takes no {given}, only {known}.{instead}")
 
 
 def _series(request: Data) -> None:
@@ -101,5 +116,9 @@ def _openwebtext(request: Data) -> None:
     print(f"train on it: reroll train cdrge-lstm-owt --path {target}")
 
 
-PREPARE = {"eigenworms": _series, "ts": _series, "tokens": _tokens, "fineweb": _fineweb, "openwebtext": _openwebtext}
-"""What can be prepared."""
+SERIES, TOKENS = "path to every", "path to field tokenizer max_vocab shard"
+PREPARE = {
+    "eigenworms": (_series, SERIES), "ts": (_series, SERIES), "tokens": (_tokens, TOKENS),
+    "fineweb": (_fineweb, "to shards"), "openwebtext": (_openwebtext, "to shards tokenizer max_vocab shard"),
+}  # fmt: skip
+"""What can be prepared, and the flags that each takes."""
