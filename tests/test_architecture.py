@@ -1,6 +1,7 @@
 """The tree is the diagram: a layer imports only from the layers before it (docs/architecture.md)."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,20 @@ def test_functions_fit_a_screen():
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60
     ]
     assert not long
+
+
+def test_only_the_command_line_speaks_of_its_flags():
+    """Elsewhere a message names arguments, which `reroll.cli.flags` renames; a whole command to type is `reroll …`."""
+    speaking = []
+    for path in (path for path in FILES if path.relative_to(SOURCE).parts[0] != "cli" and "--" in path.read_text()):
+        tree = ast.parse(path.read_text())
+        others = {n.value for n in ast.walk(tree) if isinstance(n, ast.Expr)}  # docstrings
+        others |= {part for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for part in n.values}
+        texts = [n for n in ast.walk(tree) if isinstance(n, ast.JoinedStr | ast.Constant) and n not in others]
+        for text in texts:
+            parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+            words = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+            flag = re.search(r"(?<![\w-])--[a-z]", words)
+            if flag and " " in words and not re.search(r"reroll \w", words[: flag.start()]):
+                speaking.append(f"{path.relative_to(SOURCE)}:{text.lineno} {words}")
+    assert not speaking

@@ -141,7 +141,7 @@ def test_what_one_process_refuses_is_said_once(tmp_path, capfd):
     assert reroll("train", "copy", *flags, *folder) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    assert "a batch of 1 sequences cannot be shared by 2 processes" in error
+    assert "a batch of 1 sequence cannot be shared by 2 processes; lower --nproc." in error
     assert not (tmp_path / "run").exists()
 
 

@@ -70,7 +70,7 @@ def mistakes(folder):
         (("train", "smoke", "extra"), 2, ["extra"]),
         (("train", "smoke", "--config"), 2, ["--config", "argument"]),
         (("train", "smoke", "--set"), 2, ["--set", "argument"]),
-        (("train", "smoke", "--set", "lr"), 2, ["'lr'", "section.field=value"]),
+        (("train", "smoke", "--set", "lr"), 2, ["--set 'lr' must be section.field=value"]),
         (("train", "smoke", "--set", "task.kind=cpoy"), 2, ["task.kind='cpoy'", 'mean "copy"']),
         (("train", "smoke", "--set", "optm.lr=1"), 2, ["optm", 'mean "optim"']),
         (("train", "smoke", "--set", "optim.lrr=1"), 2, ["optim.lrr", 'mean "lr"']),

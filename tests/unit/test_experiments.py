@@ -245,4 +245,4 @@ def test_a_claim_is_measured_kept_and_listed(tmp_path, monkeypatch):
     assert found["full"] is True
     assert found["status"] == "holds"
     assert claims.measured()["elk-fig5"]["value"] == found["deviation"]
-    assert sum("--full)\n" in claims.details(claim) for claim in claims.CLAIMS.values()) == 1
+    assert sum("in full)\n" in claims.details(claim) for claim in claims.CLAIMS.values()) == 1

@@ -158,7 +158,7 @@ def test_runs_that_cannot_be_submitted(here):
     (here / "c" / "metrics.jsonl").write_text("".join(lines[:3] + lines[4:]))
     with pytest.raises(RunError, match="not each of the 8 steps once"):
         submit(tiny(here), runs(here, "c"), name="x", summary="x")
-    with pytest.raises(UsageError, match="--name 'a b'"):
+    with pytest.raises(UsageError, match="name='a b'"):
         submit(tiny(here), runs(here), name="a b", summary="x")
 
 
@@ -262,13 +262,16 @@ def test_a_damaged_track_is_one_line(tmp_path, text, message):
 
 def test_mistakes_at_the_command_line(here, capsys):
     root = ["--root", str(here / "records")]
+    submit(tiny(here), runs(here), name="taken", summary="x")
     for words, message in (
         (["show", "tyni", *root], 'track "tyni" is unknown'),
         (["verify", *root], "either the folder of a RECORD, or --all"),
-        (["submit", "tiny", *root], "RUN is missing"),
-        (["submit", "tiny", str(here / "a"), *root], "--name is missing"),
+        (["submit", "tiny", *root], "RUNS is missing"),
+        (["submit", "tiny", str(here / "a"), *root], "--name='' must be letters"),
+        (["submit", "tiny", str(here / "a"), "--name", "x", *root], "--summary='' is empty"),
+        (["submit", "tiny", str(here / "a"), "--name", "taken", "--summary", "x", *root], "--name='taken' is taken"),
         (["lst"], 'Did you mean "list"'),
-        (["list", "--root", "nowhere"], "nowhere is not a folder of tracks"),
+        (["list", "--root", "nowhere"], "--root=nowhere is not a folder of tracks"),
     ):
         assert main(["records", *words]) == 2
         error = capsys.readouterr().err

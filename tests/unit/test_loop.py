@@ -14,6 +14,7 @@ from rich.console import Console as Terminal
 
 from reroll.cli import main
 from reroll.cli.console import Console, Sparkline
+from reroll.cli.flags import in_flags
 from reroll.data.batch import START
 from reroll.data.synthetic import Copy
 from reroll.errors import RunError, UsageError
@@ -580,9 +581,10 @@ def test_a_slow_first_step_suggests_a_smaller_one():
     line = slow_start(config, {"step": 0, "seconds": 74.0})
     assert "74 s" in line
     assert "400 at this pace take 8.2 hours" in line
-    assert f"--hidden {config.model.hidden // 2})" in line
-    assert "--probes" in line
-    assert "--width 32)" in slow_start(resolve(small(model="gpt")), {"step": 0, "seconds": 74.0})
+    half = config.model.hidden // 2
+    assert f"Faster: a smaller model (model.hidden={half}) or task.batch or fewer gradient.probes." in line
+    assert f"Faster: a smaller model (--hidden={half}) or --batch or fewer --probes." in in_flags(line)
+    assert "--width=32)" in in_flags(slow_start(resolve(small(model="gpt")), {"step": 0, "seconds": 74.0}))
     assert slow_start(config, {"step": 1, "seconds": 74.0}) == slow_start(config, {"step": 0, "seconds": 1.0}) == ""
 
 

@@ -101,14 +101,14 @@ ROWS = (
     Claim(
         "predictability", "predictable", "rank_correlation", 1,
         "the Lyapunov exponent predicts the number of iterations: few below zero, about T above",
-        "arXiv:2508.16817 figures 2 and 3, at D = 64, T = 300 (--full: D = 100, T = 1000)",
+        "arXiv:2508.16817 figures 2 and 3, at D = 64, T = 300 (in full: D = 100, T = 1000)",
         "few iterations below g ≈ 1.2, about T above; two wells ≤ 35 at T = 10 000",
         "rank correlation of exponent and iterations ≥ 0.9; two wells ≤ 35 iterations",
     ),
     Claim(
         "elk-fig4", "generator", "elk_iterations", 2,
         "on a trained generator undamped methods explode; ELK stays finite and converges sooner",
-        f"{ELK_PAPER} figure 4, with a generator trained here, at T = 2000 (--full: 10 000)",
+        f"{ELK_PAPER} figure 4, with a generator trained here, at T = 2000 (in full: 10 000)",
         "undamped methods unstable, ELK and quasi-ELK converge rapidly; the loop takes 96 ms, the best of them 221",
         "on all of five sequences DEER and quasi-DEER go non-finite or fail, on none ELK (1e3 … 1e6), and the best "
         "ELK is within 0.1 in fewer iterations",
@@ -118,13 +118,13 @@ ROWS = (
         "training by DEER and quasi-DEER equals backpropagation through the sequential loop, step by step",
         f"{ELK_PAPER} figure 3: EigenWorms (prepare it by `reroll data`; else generated series of its shape)",
         "a figure without numbers: the training curves of the three agree (DEER's paper: 26 times faster on a GPU)",
-        "losses of 20 updates agree to 1e-3, and fall; every 64th step, 5 layers of 16 (--full: all steps, 32)",
+        "losses of 20 updates agree to 1e-3, and fall; every 64th step, 5 layers of 16 (in full: all steps, 32)",
     ),
     *(
         Claim(
             name, "scaling", "memory_ratio", 4,
             f"quasi-DEER needs far less memory than DEER, ever less as the state widens (GRU, batch {batch})",
-            f"{ELK_PAPER} figure {name[-1]}, at sizes for two cores (--full: the published sizes, on a GPU)",
+            f"{ELK_PAPER} figure {name[-1]}, at sizes for two cores (in full: the published sizes, on a GPU)",
             "about a tenth of the memory; up to about 20 times as fast as the loop, on a V100",
             "DEER ÷ quasi-DEER ≥ 5 at the largest size; times are reported",
             options=(("batch", batch),),
@@ -184,7 +184,7 @@ def writing(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UsageError(f"--to {folder} cannot be written ({error.strerror}); choose another folder.") from None
+        raise UsageError(f"folder={folder} cannot be written ({error.strerror}); choose another folder.") from None
 
 
 def _figure(claim: Claim, result: dict[str, Any], path: Path) -> str:
@@ -229,7 +229,7 @@ def _last(claim: Claim) -> str:
 def details(claim: Claim) -> str:
     """Return the details of a claim, with its last measured value."""
     m = measured().get(claim.name)
-    where = "" if m is None else f" ({m['commit']}, {m['hardware']}{', --full' if m.get('full') else ''})"
+    where = "" if m is None else f" ({m['commit']}, {m['hardware']}{', in full' if m.get('full') else ''})"
     return "\n".join(
         [
             f"{claim.name}: {claim.says}",

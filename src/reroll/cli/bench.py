@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reroll.cli.flags import parse, positional
+from reroll.cli.flags import as_flags, parse, positional
 from reroll.cli.lines import hanging
 from reroll.errors import UsageError, did_you_mean
 from reroll.specs.base import option
@@ -79,7 +79,7 @@ def _reproduce(arguments: Sequence[str]) -> int:
         return 0
     _refuse_unwritable(request.json)
     folder = request.to or cache_folder() / "reproduce"
-    with claims.writing(folder):  # refused now rather than after measuring
+    with as_flags(request, {"folder=": "--to "}), claims.writing(folder):  # refused now, not after measuring
         pass
     result = claims.reproduce(request.name, request.full)
     print(f"{claim.name}: {claim.says}\n{claim.experiment.report(result)}")

@@ -57,7 +57,8 @@ class Console(Reporter):
 
     def note(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
-        (self.bar.console if self.bar is not None else self.terminal).print(wrapped(visible(line)), markup=False)
+        text = wrapped(visible(in_flags(line)))
+        (self.bar.console if self.bar is not None else self.terminal).print(text, markup=False)
 
     def step(self, row: dict[str, Any], config: Config) -> None:
         """Show a step."""
@@ -73,7 +74,7 @@ class Console(Reporter):
 
     def closing(self, summary: dict[str, Any], path: Path) -> str:
         """Return the last lines of a run: how it ended, its scores, what to try next."""
-        lines = [f"{summary['state']}: {in_flags(summary['reason'])}"]
+        lines = [f"{summary['state']}: {summary['reason']}"]
         valid = {n.removeprefix("valid_"): v for n, v in summary.items() if n.startswith("valid_")}
         scores = {name: value for name, value in valid.items() if isinstance(value, float)}
         if scores:

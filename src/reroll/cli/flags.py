@@ -50,19 +50,20 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str) -> T:
     fields = dataclasses.fields(typing.cast(Any, kind))
     places = [f for f in fields if "positional" in f.metadata]
     names = (f.name.upper() if f.default is dataclasses.MISSING else f"[{f.name.upper()}]" for f in places)
-    parser = Parser(prog, kind.__doc__ or "", "".join(f" {name}" for name in names))
+    parser, types = Parser(prog, kind.__doc__ or "", "".join(f" {name}" for name in names)), hints(kind)
     for f in fields:
+        many = get_origin(types[f.name]) is tuple
         if f in places:
             metavar = f.name.upper() if f.default is dataclasses.MISSING else f"[{f.name.upper()}]"
-            parser.add_argument(f.name, nargs="?", metavar=metavar, help=f.metadata["help"])
+            parser.add_argument(f.name, nargs="*" if many else "?", metavar=metavar, help=f.metadata["help"])
         else:
             options = {"action": "store_true"} if f.default is False else {"metavar": "VALUE"}
+            options |= {"nargs": "+"} if many else {}
             parser.flag(f.name.replace("_", "-"), f.metadata["help"], f.default, **options)
     passed = parser.read(arguments)
     for f in places:
-        if f.name not in passed and f.default is dataclasses.MISSING:
+        if passed.get(f.name) in (None, []) and f.default is dataclasses.MISSING:
             raise UsageError(f"{prog}: {f.name.upper()} is missing. Pass {f.metadata['help']}.")
-    types = hints(kind)
     flags = {name: f"--{name.replace('_', '-')}" for name in passed}
     return kind(**{n: convert(_value(text, types[n]), types[n], flags[n]) for n, text in passed.items()})
 
@@ -112,15 +113,19 @@ def as_flags(passed: Any, also: Mapping[str, str] | None = None) -> Iterator[Non
 
 
 def run_folder(path: Path) -> dict[str, str]:
-    """Return how errors about the folder of a run are said: of `train`, it is the argument `path`."""
-    return {f"path={path} ": f"--run-dir {path} ", "resume=True": "--resume"}
+    """Return how errors about the folder and processes of a run are said: of `train`, it is the argument `path`."""
+    return {
+        f"path={path} ": f"--run-dir {path} ",
+        "resume=True": "--resume",
+        "start fewer processes": "lower --nproc",
+    }
 
 
 def in_flags(text: str, passed: Any = (), also: Mapping[str, str] | None = None) -> str:
     """Return a message with flags instead of fields and arguments.
 
     What the message is about may be from a file: it keeps its name unless its flag was passed. What the remedy asks for
-    (after the first sentence or semicolon) can be passed by a flag, or by --set.
+    (after the first sentence or semicolon, or after "To" at the beginning) can be passed by a flag, or by --set.
 
     Args:
         text: the message; what it quotes stays as it is.
@@ -132,22 +137,22 @@ def in_flags(text: str, passed: Any = (), also: Mapping[str, str] | None = None)
         'the loss grew. Lower --lr, or raise --set run.diverged=….'
     """
     flags: dict[str, str] = {}
-    if dataclasses.is_dataclass(passed):
-        passed = {f.name for f in dataclasses.fields(passed) if "positional" not in f.metadata}
-    else:
+    if of_config := not dataclasses.is_dataclass(passed):
         for flag, (dotted, *_) in flag_fields().items():
             flags |= dict.fromkeys((dotted, flag.replace("-", "_")), f"--{flag}")
+    else:
+        passed = {f.name for f in dataclasses.fields(passed) if "positional" not in f.metadata}
     here = {name: f"--{name.replace('_', '-')}" for name in passed}
     flags |= here
     for words, flag in (also or {}).items():
         text = text.replace(words, flag)
-    remedy = re.search("[.;] |$", text)
+    remedy = re.search("^To |[.;] |$", text)
     start = remedy.start() if remedy else 0
 
     def rename(match: re.Match[str]) -> str:
         name = match[1]
         by_set = f"--set {name}" + "=…" * (match.end() == len(text) or text[match.end()] != "=")
-        flag = flags.get(name) or (by_set if name in _names() and "." in name else "")
+        flag = flags.get(name) or (by_set if of_config and name in _names() and "." in name else "")
         from_file = match.start() < start and (flag not in here.values() or ".toml: " in text[: match.start()])
         return match[0] if not flag or from_file else flag
 
@@ -167,7 +172,7 @@ class Parser(argparse.ArgumentParser):
     def flag(self, name: str, help: str, default: Any = None, group: Any = None, **options: Any) -> None:
         """Add a flag, in a group of the help; `default` is only shown there."""
         self.flags.append(f"--{name}")
-        shown = "" if default in (None, "") or default is False else f" (default: {default})"
+        shown = "" if default in (None, "", ()) or default is False else f" (default: {default})"
         (group or self).add_argument(f"--{name}", help=f"{help}{shown}".replace("%", "%%"), **options)
 
     def read(self, arguments: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reroll.cli.flags import Parser, parse, positional
+from reroll.cli.flags import as_flags, parse, positional
 from reroll.errors import RunError, UsageError, did_you_mean, visible
 from reroll.ledger import Track, find_track, submit, tracks, verify
 from reroll.ledger.record import records_of
@@ -40,6 +40,19 @@ class Verify:
     root: Path = option(ROOT, "the folder of tracks")
 
 
+@dataclass(frozen=True)
+class Submit:
+    """Judge finished runs by a track's rules, and write them as a record."""
+
+    track: str = positional("the name of a track (see `reroll records list`)")
+    runs: tuple[str, ...] = positional("run folders of one config and different seeds")
+    name: str = option("", "name of the record, in a word")
+    summary: str = option("", "what was changed, and why")
+    baseline: tuple[str, ...] = option((), "runs of the record to beat, made on this machine")
+    negative: bool = option(False, "the target was not reached, and that is worth knowing")
+    root: Path = option(ROOT, "the folder of tracks")
+
+
 def run(command: str, arguments: Sequence[str]) -> int:
     actions = {"list": _list, "show": _show, "verify": _verify, "submit": _submit}
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -51,7 +64,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _list(arguments: Sequence[str]) -> int:
-    for track in tracks(parse(List, arguments, "reroll records list").root).values():
+    with as_flags(request := parse(List, arguments, "reroll records list")):
+        known = tracks(request.root)
+    for track in known.values():
         best = min(_rows(track, "record"), key=lambda record: record["seconds"], default=None)
         shown = "no record yet" if best is None else f"{best['seconds']:.1f} s by {best['name']} ({best['date']})"
         print(f"{track.name:<20} held-out loss ≤ {track.target:g}: {shown}")
@@ -60,7 +75,8 @@ def _list(arguments: Sequence[str]) -> int:
 
 def _show(arguments: Sequence[str]) -> int:
     request = parse(Show, arguments, "reroll records show")
-    track = find_track(request.track, request.root)
+    with as_flags(request):
+        track = find_track(request.track, request.root)
     data = "" if track.fingerprint is None else f", data {track.fingerprint[:12]}"
     print(f"{track.name}: {track.title}\nopened {track.opened}{data}")
     spread = "" if track.sigma is None else f", spread over seeds {track.sigma:g} ({track.sigma_runs} runs)"
@@ -89,7 +105,8 @@ def _rows(track: Track, status: str | None = None) -> list[dict[str, Any]]:
 
 def _verify(arguments: Sequence[str]) -> int:
     request = parse(Verify, arguments, "reroll records verify")
-    known = tracks(request.root)
+    with as_flags(request):
+        known = tracks(request.root)
     if request.all == bool(request.record):
         raise UsageError("pass either the folder of a RECORD, or --all.")
     every = [folder for track in known.values() for folder in records_of(track)]
@@ -108,28 +125,14 @@ def _verify(arguments: Sequence[str]) -> int:
 
 
 def _submit(arguments: Sequence[str]) -> int:
-    parser = Parser(
-        "reroll records submit", "Judge finished runs by a track's rules, and write them as a record.", " TRACK RUN …"
-    )
-    parser.add_argument("track", metavar="TRACK", nargs="?", help="the name of a track")
-    parser.add_argument("runs", metavar="RUN", nargs="*", help="run folders: one config, different seeds")
-    parser.flag("name", "name of the record, in a word", metavar="NAME")
-    parser.flag("summary", "what was changed, and why", metavar="TEXT")
-    parser.flag("baseline", "runs of the record to beat, made on this machine", metavar="RUN", nargs="+")
-    parser.flag("negative", "the target was not reached, and that is worth knowing", action="store_true")
-    parser.flag("root", "the folder of tracks", ROOT, type=Path, metavar="FOLDER")
-    passed = parser.read(arguments)
-    for name in ("track", "runs", "name", "summary"):
-        if not passed.get(name):
-            flag = {"track": "TRACK", "runs": "RUN"}.get(name, f"--{name}")
-            raise UsageError(f"reroll records submit: {flag} is missing; see --help.")
-    folder = submit(
-        find_track(passed["track"], passed.get("root", ROOT)),
-        [find_run(run) for run in passed["runs"]],
-        name=passed["name"],
-        summary=passed["summary"],
-        baseline=[find_run(run) for run in passed.get("baseline", ())],
-        negative=passed.get("negative", False),
-    )
+    with as_flags(request := parse(Submit, arguments, "reroll records submit")):
+        folder = submit(
+            find_track(request.track, request.root),
+            [find_run(run) for run in request.runs],
+            name=request.name,
+            summary=request.summary,
+            baseline=[find_run(run) for run in request.baseline],
+            negative=request.negative,
+        )
     print(f"{folder} is written; add it with git, and open a pull request (records/README.md says how).")
     return 0

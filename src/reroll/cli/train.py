@@ -172,7 +172,9 @@ def read(command: str, arguments: Sequence[str], about: str = "Train RECIPE, cha
     kinds = tables_of(
         {f: flags[f] for f, (dotted, *_) in flag_fields().items() if dotted.endswith("kind") and f in flags}
     )
-    layers += [(kinds, ""), (toml.parse_pairs(flags.get("set", ())), "--set"), (tables_of(flags), "")]
+    with as_flags(flags, {"pair ": "--set "}):
+        pairs = toml.parse_pairs(flags.get("set", ()))
+    layers += [(kinds, ""), (pairs, "--set"), (tables_of(flags), "")]
     config = _base(name, recipe, flags, {n: value for n, value in flags.items() if n in arguments_of}, layers)
     origin = dict.fromkeys(leaves(config), f"recipe {config.recipe}")
     with as_flags(flags):

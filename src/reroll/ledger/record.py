@@ -44,7 +44,7 @@ def judge(track: Track, logs: Sequence[Log], baseline: Sequence[Log] = ()) -> Ju
     if baseline and all(_unlike(baseline[0], log) for log in _heads(track)):
         refusals.append("the baseline has the config of no record of the track")
     if len(baseline) == 1 or (baseline and len(logs) == 1):
-        raise UsageError("times are compared by 2 runs or more of each; pass more, or no --baseline.")
+        raise UsageError("times are compared by 2 runs or more of each; pass more, or no baseline.")
     losses = [log.summary["valid_loss"] for log in logs]
     p = track.p_value(losses)
     mean = math.fsum(losses) / len(losses)
@@ -86,12 +86,14 @@ def submit(
         UsageError: if the name or folder cannot be used.
     """
     if not re.fullmatch(r"[\w-]+", name):
-        raise UsageError(f"--name {name!r} must be letters, digits, _ and -.")
+        raise UsageError(f"name={name!r} must be letters, digits, _ and -.")
     folder = track.path / f"{time.strftime('%Y-%m-%d')}_{name}"
     if folder.exists():
-        raise UsageError(f"{folder} exists; choose another --name.")
+        raise UsageError(f"name={name!r} is taken: {folder} exists. Choose another.")
     if not runs:
-        raise UsageError("RUN is missing. Pass the run folders of the record.")
+        raise UsageError("runs=() is empty. Pass the run folders of the record.")
+    if not summary:
+        raise UsageError("summary='' is empty. Say what was changed, and why.")
     with replacing(folder) as temporary:
         temporary.mkdir(parents=True)
         for prefix, some in (("run", runs), ("baseline", baseline)):

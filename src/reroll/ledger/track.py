@@ -98,7 +98,7 @@ def tracks(root: Path = ROOT) -> dict[str, Track]:
         UsageError: if there is no such folder, or a file of a track is damaged.
     """
     if not root.is_dir():
-        raise UsageError(f"{root} is not a folder of tracks; run this in a clone of reroll, or pass --root FOLDER.")
+        raise UsageError(f"root={root} is not a folder of tracks; run this in a clone of reroll, or pass another.")
     return {path.parent.name: _read(path) for path in sorted(root.glob("*/track.toml"))}
 
 

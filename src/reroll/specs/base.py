@@ -206,7 +206,8 @@ def convert(value: Any, kind: Any, key: str) -> Any:
         raise UsageError(f"{key}={value!r} must be {', '.join(choices)}.{hint if 'Did you mean' in hint else ''}")
     elif origin is tuple:
         parts = get_args(kind)
-        if isinstance(value, list | tuple) and len(value) == len(parts):
+        if isinstance(value, list | tuple) and (Ellipsis in parts or len(value) == len(parts)):
+            parts = parts[:1] * len(value) if Ellipsis in parts else parts
             return tuple(convert(v, part, key) for v, part in zip(value, parts))
     elif kind is float:
         if isinstance(value, Real) and not isinstance(value, bool) and value == value:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.errors import UsageError, plural
 from reroll.grad.base import Dense, Estimate, Estimator, LossFn
 from reroll.grad.central_difference import CentralDifference
 from reroll.grad.units import Distribute, Execute, Result, Unit, batch_rows, batch_size
@@ -123,8 +123,8 @@ class Processes(Mesh):
         if on_card:
             if local >= torch.cuda.device_count():
                 raise UsageError(
-                    f"process {local} of this machine has no card of its own: there are {torch.cuda.device_count()}. "
-                    "Lower --nproc, or take --device cpu."
+                    f"process {local} of this machine has no card of its own: there are {torch.cuda.device_count()}; "
+                    'start fewer processes, or pass device="cpu".'
                 )
             torch.cuda.set_device(local)
         if not on_card and "OMP_NUM_THREADS" not in environment:
@@ -225,12 +225,17 @@ class Averaged:
         """Compute the gradient; see `reroll.grad.base.Estimator`."""
         size, mesh = batch_size(batch), self.mesh
         if size is None or size < mesh.size:
-            raise UsageError(f"a batch of {size} sequences cannot be shared by {mesh.size} processes; lower --nproc.")
+            sequences = plural(size or 0, "sequence")
+            raise UsageError(
+                f"a batch of {sequences} cannot be shared by {mesh.size} processes; start fewer processes."
+            )
         begin, end = size * mesh.rank // mesh.size, size * (mesh.rank + 1) // mesh.size
         key = key.at("process").at(mesh.rank) if mesh.rank else key  # dropout differs from part to part
         estimate = self.each(model, loss_fn, batch_rows(batch, begin, end), key)
         if not isinstance(estimate.gradient, Dense):
-            raise UsageError(f"{type(self.each).__name__} cannot be shared by {mesh.size} processes; lower --nproc.")
+            raise UsageError(
+                f"{type(self.each).__name__} cannot be shared by {mesh.size} processes; train in one process."
+            )
         return mesh.average(estimate, (end - begin) / size, next(model.parameters()).device)
 
 

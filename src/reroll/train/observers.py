@@ -187,8 +187,8 @@ def slow_start(config: Config, row: dict[str, Any]) -> str:
         smaller = "a smaller model or batch"
     else:
         size = "width" if config.model.kind == "gpt" else "hidden"
-        half = f"--{size} {getattr(config.model, size) // 2}"
-        smaller = f"a smaller model ({half}), batch (--batch)" + " or fewer --probes" * config.gradient.seeded
+        half = f"model.{size}={getattr(config.model, size) // 2}"
+        smaller = f"a smaller model ({half}) or task.batch" + " or fewer gradient.probes" * config.gradient.seeded
     return f"The first step took {seconds:.0f} s, {compiling}; {whole}. Faster: {smaller}."
 
 
@@ -197,10 +197,10 @@ def how_to_continue(config: Config, seconds: float) -> str:
     run = config.run
     if config.recipe == OBJECT:
         return "To continue, create its session again with more steps, or a limit beyond the one that ended it."
-    limits = [f"--steps above {run.steps}"]
+    limits = [f"run.steps above {run.steps}"]
     if run.max_seconds is not None:
         used = max(math.ceil(seconds), math.floor(run.max_seconds))
-        limits.append(f"--max-seconds above {used} (it counts the whole run, which has used {seconds:.0f} s)")
-    limits += [] if run.target_loss is None else [f"--target-loss below {run.target_loss:g}"]
-    limits += [] if run.target_valid is None else [f"--set run.target_valid below {run.target_valid:g}"]
+        limits.append(f"run.max_seconds above {used} (it counts the whole run, which has used {seconds:.0f} s)")
+    limits += [] if run.target_loss is None else [f"run.target_loss below {run.target_loss:g}"]
+    limits += [] if run.target_valid is None else [f"run.target_valid below {run.target_valid:g}"]
     return f"To continue, change the limit that ended it: {', or '.join(limits)}."

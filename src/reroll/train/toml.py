@@ -74,7 +74,7 @@ def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         names = key.strip().split(".")
         if not (equals and len(names) > 1 and all(names)):
-            raise UsageError(f"--set {pair!r} must be section.field=value, for example optim.lr=0.01.")
+            raise UsageError(f"pair {pair!r} must be section.field=value, for example optim.lr=0.01.")
         put(tables, names, parse_value(text))
     return tables
 
