@@ -155,6 +155,57 @@ def test_one_that_dies_ends_the_others(tmp_path, capfd):
     assert time.monotonic() - began < 30
 
 
+BUFFERS = """
+import sys
+import torch
+from reroll import Backprop, Key
+from reroll.train.mesh import Processes
+
+
+class Own(torch.nn.Module):  # constant in process 0, and replaced in the others
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, x):
+        if mesh.rank:
+            self.seen = self.seen + x.mean(0)
+        return x
+
+
+mesh = Processes.join("cpu")
+torch.manual_seed(0)
+model, x = torch.nn.Sequential(Own(), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)), torch.randn(7, 3)
+estimator, collectives, reduce = mesh.estimator(Backprop()), [], torch.distributed.all_reduce
+torch.distributed.all_reduce = lambda tensor, **options: [collectives.append(tensor.shape), reduce(tensor, **options)]
+estimator(model, lambda model, x: model(x).square().mean(), x, Key(0))
+estimator(torch.nn.Linear(3, 1), lambda model, x: model(x).mean(), x, Key(0))
+torch.save([list(model.buffers()), len(collectives)], f"{sys.argv[1]}/{mesh.rank}")
+mesh.leave()
+"""
+
+
+def test_buffers_that_a_step_moves_are_averaged(tmp_path):
+    """By rows, 3 and 4, as the gradient is; what does not move costs no collective."""
+    (tmp_path / "worker.py").write_text(BUFFERS)
+    assert launch([sys.executable, str(tmp_path / "worker.py"), str(tmp_path)], 2) == 0
+    torch.manual_seed(0)
+    torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)
+    parts = torch.randn(7, 3).split([3, 4])
+    means, variances = ([f(part) for part in parts] for f in (lambda x: x.mean(0), lambda x: x.var(0)))
+    expected = [
+        4 / 7 * means[1],
+        0.1 * (3 * means[0] + 4 * means[1]) / 7,
+        0.9 + 0.1 * (3 * variances[0] + 4 * variances[1]) / 7,
+    ]
+    for rank in "01":
+        (seen, mean, variance, count), collectives = torch.load(tmp_path / rank)
+        for got, value in zip((seen, mean, variance), expected):
+            torch.testing.assert_close(got, value)
+        assert count == 1
+        assert collectives == 3 + 2 + 2  # buffers; facts and gradient of two models
+
+
 CDRGE = """
 import json, sys
 import torch, torch.distributed as dist
