@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import math
 import pickle
 from collections import Counter
@@ -199,11 +200,15 @@ def test_what_was_read_is_said_in_a_line(path, tmp_path):
     assert f"{total:,} symbols, all of it scored; " in Text(path, "char", length=16, whole=True).describe()
     folder = tmp_path / "folder"
     folder.mkdir()
-    for name, content in {"a.txt": b"one ", "b.txt": b"two ", "c.bin": b"\0"}.items():
+    for name, content in {"a.txt": b"one ", "b.txt": b"two ", "c.bin": b"\0", "d.txt": b""}.items():
         (folder / name).write_bytes(100 * content)
     said = Text(folder, length=16).describe()
     assert ": 800 bytes of text in 2 documents; 802 symbols, 401 (50 %) held out; vocabulary of 256 " in said
-    assert said.endswith("; skipped, being binary or no files: 1, such as 'c.bin'.")
+    assert said.endswith("; skipped, having no text: 1; skipped, being binary or no files: 1, such as 'c.bin'.")
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "a line " * 9}) + '\n{"text": null}\n{"text": ""}\n')
+    said = Text(tmp_path / "one.jsonl", length=4).describe()
+    assert "in 1 document; " in said
+    assert said.endswith("; skipped, having no text: 2.")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
     assert (
         Text(tmp_path / "latin.txt", length=16)

@@ -35,7 +35,7 @@ from reroll.errors import RunError, UsageError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # of the files; a change rebuilds them
+FORMAT = 4  # of the files; a change rebuilds them
 
 _temporary: Path | None = None  # created once per process, if the cache folder cannot be written
 
@@ -48,7 +48,8 @@ class Streams:
         tokenizer: turns them back into text.
         tokens: the symbols by split, memory-mapped.
         fingerprint: SHA-256 of the symbols of all splits.
-        documents: how many there are.
+        documents: how many have text.
+        empty: how many have none, and are skipped.
         size: bytes of text in all of them.
         single: True if "valid" is the end of the document that "train" begins.
     """
@@ -57,6 +58,7 @@ class Streams:
     tokens: dict[str, npt.NDArray[Any]]
     fingerprint: str
     documents: int
+    empty: int
     size: int
     single: bool
 
@@ -118,7 +120,9 @@ def _open(place: Path) -> Streams:
         if path.stat().st_size != count * dtype.itemsize:
             raise ValueError(f"{path} should hold {count} symbols")
         tokens[split] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
-    return Streams(tokenizer, tokens, *(saved[name] for name in ("fingerprint", "documents", "size", "single")))
+    return Streams(
+        tokenizer, tokens, *(saved[name] for name in ("fingerprint", "documents", "empty", "size", "single"))
+    )
 
 
 def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: int | None) -> None:
@@ -127,7 +131,7 @@ def _build(place: Path, corpus: Corpus, tokenizer: str | Tokenizer, max_vocab: i
         tokenizer = fit_to(corpus, tokenizer, max_vocab)
     files: dict[str, BinaryIO] = {}
     digests: dict[str, Any] = {}
-    totals = Counter[str](documents=0, size=0)
+    totals = Counter[str](documents=0, empty=0, size=0)
     try:
         with contextlib.ExitStack() as undo:
             for split, symbols in _encoded(corpus, tokenizer, totals):
@@ -158,9 +162,7 @@ def _encoded(corpus: Corpus, tokenizer: Tokenizer, totals: Counter[str]) -> Iter
     """The symbols of all passages in order, as bytes, with their splits; documents and their bytes are counted."""
     dtype = symbol_dtype(tokenizer.size)
     after = b"" if tokenizer.separator is None else np.array([tokenizer.separator], dtype).tobytes()
-    for passage in passages(corpus):
-        if not passage.begin:  # the end of a single document is a passage of its own
-            totals.update(documents=1, size=passage.document.size)
+    for passage in passages(corpus, totals):
         for symbols in encode_chunks(tokenizer, passage.chunks(), passage.document.where):
             yield passage.split, symbols.astype(dtype, copy=False).tobytes()
         if passage.separated:

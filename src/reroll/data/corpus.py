@@ -15,14 +15,12 @@ the text do not tell the splits apart; of a single document its end. Documents a
 from __future__ import annotations
 
 import codecs
-import functools
 import glob
 import hashlib
 import importlib
 import io
 import itertools
 import json
-import logging
 import os
 import re
 import sysconfig
@@ -34,8 +32,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 from reroll.data import parquet
 from reroll.errors import UsageError
-
-log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20  # bytes read at a time
 FEW = 100  # with fewer documents than this, a tenth of the text is held out, not of the documents
@@ -104,7 +100,7 @@ class File:
         return [self.name, str(self.source.resolve()), state.st_size, state.st_mtime_ns, self.split or ""]
 
     def documents(self, field: str) -> Iterator[Document]:
-        """Yield the documents of the file that are not empty."""
+        """Yield the documents of the file, also those that are empty."""
         if self.holds_many:
             yield from self._many(field)
             return
@@ -115,12 +111,12 @@ class File:
         if head.startswith(UTF16) and isinstance(self.source, Path) and _is_text(self.source):
             content = _from_utf16(self.source)
             yield Document(self.name, content, len(content))
-        elif size:
+        else:
             yield Document(self.name, self.source, size, skip)
 
     def _many(self, field: str) -> Iterator[Document]:
         assert isinstance(self.source, Path)
-        table, empty = parquet.is_table(self.source), 0
+        table = parquet.is_table(self.source)
         unit = "row" if table else "line"
         for number, entry in enumerate(parquet.rows(self.source, field) if table else self._lines(field), 1):
             if (text := _text_of(entry, field)) is None:
@@ -130,11 +126,8 @@ class File:
                     f"path={self.source}, {unit} {number}, has no text in field={field!r}: {shown}. "
                     f"Give field=… that every {unit} has."
                 )
-            if content := text.encode("utf-8", "replace"):
-                yield Document(f"{self.name}:{number}", content, len(content))
-            empty += not content
-        if empty:
-            _say_once(f"{self.source}: {empty} {unit}s have no text and are skipped.")
+            content = text.encode("utf-8", "replace")
+            yield Document(f"{self.name}:{number}", content, len(content))
 
     def _lines(self, field: str) -> Iterator[Any]:
         with _open(self.source) as file:
@@ -162,11 +155,14 @@ class Corpus:
         field = self.field if any(file.holds_many for file in self.files) else ""
         return [field, [file.signature for file in self.files]]
 
-    def documents(self) -> Iterator[tuple[File, Document]]:
-        """Yield every document with the file it comes from."""
+    def documents(self, totals: Counter[str] | None = None) -> Iterator[tuple[File, Document]]:
+        """Yield every document with text, and its file; `totals` counts them, their size, and the empty ones."""
+        totals = Counter() if totals is None else totals
         for file in self.files:
             for document in file.documents(self.field):
-                yield file, document
+                totals.update({"documents": 1, "size": document.size} if document.size else {"empty": 1})
+                if document.size:
+                    yield file, document
 
 
 class Passage(NamedTuple):
@@ -226,27 +222,31 @@ def whole_held_out(corpus: Corpus) -> Corpus:
     return replace(corpus, files=tuple(replace(file, split="valid") for file in corpus.files))
 
 
-def passages(corpus: Corpus) -> Iterator[Passage]:
+def passages(corpus: Corpus, totals: Counter[str] | None = None) -> Iterator[Passage]:
     """Yield the passages of a corpus, in its order.
+
+    Args:
+        corpus: what `find` returns.
+        totals: counts the "documents" with text, their "size" in bytes, and the "empty" ones, which are skipped.
 
     Raises:
         UsageError: if there is no text at all.
     """
     if corpus.files[0].split:
         files = Counter(file.split for file in corpus.files)
-        for file, document in corpus.documents():
+        for file, document in corpus.documents(totals):
             yield Passage(file.split or "", document, 0, None, file.holds_many or files[file.split] > 1)
         return
     first = [document for _, document in itertools.islice(corpus.documents(), FEW)]
     if not first:
         raise UsageError(f"path={corpus.path!r} has no text: every document in it is empty.")
-    if len(first) == 1:
-        border = _border(first[0])
-        yield Passage("train", first[0], 0, border, False)
-        yield Passage("valid", first[0], border, None, False)
-        return
     held_out = _hold_out({document.name: document.size for document in first}) if len(first) < FEW else None
-    for _, document in corpus.documents():
+    for _, document in corpus.documents(totals):
+        if len(first) == 1:
+            border = _border(document)
+            yield Passage("train", document, 0, border, False)
+            yield Passage("valid", document, border, None, False)
+            continue
         valid = is_held_out(document.name) if held_out is None else document.name in held_out
         yield Passage("valid" if valid else "train", document, 0, None, True)
 
@@ -340,11 +340,6 @@ def _named_splits(files: list[Path]) -> dict[str, Path]:
         if {"train", "valid"} <= set(splits):
             return {split: splits[split] for split in ("train", "valid", "test") if split in splits}
     return {}
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    log.info(message)
 
 
 def _from_utf16(path: Path) -> bytes:

@@ -196,7 +196,8 @@ class Text(Windows):
         parts = [
             f"{self.path}: {streams.size:,} bytes of text in {plural(documents, 'document')}",
             f"{total:,} symbols, {share if self.trains else 'all of it scored'}",
-            f"vocabulary of {self.vocab:,} (tokenizer {streams.tokenizer.name})", note,
+            f"vocabulary of {self.vocab:,} (tokenizer {streams.tokenizer.name})",
+            f"skipped, having no text: {streams.empty:,}" * bool(streams.empty), note,
         ]  # fmt: skip
         return "; ".join(filter(None, parts)) + "."
 
