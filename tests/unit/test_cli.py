@@ -674,6 +674,11 @@ def test_a_text_stands_beside_counting_and_gzip(cli, tmp_path):
     line = f"bits per symbol without training: {rules}"
     assert f"\nheld-out {line}\n" in found.out
     assert line in cli("eval", "run").out
+    again = ("train", "--run-dir", "run", "--resume")
+    assert f"\nheld-out {line}\n" in cli(*again).out  # of a run that is finished nothing else is read
+    (tmp_path / "a.txt").unlink()
+    assert "held-out loss" in (without := cli(*again)).out
+    assert (without.code, "without training" in without.out) == (0, False)
 
 
 def test_a_resumed_run_takes_no_step_back(cli, run):

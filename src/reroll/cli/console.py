@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.table import Column
 from reroll.cli.flags import in_flags
 from reroll.cli.lines import wrapped
 from reroll.cli.scores import EXACT, SQUARED, in_words, loss_unit, without_training
-from reroll.errors import visible
+from reroll.errors import RerollError, visible
 from reroll.specs.task import Generated
 from reroll.train.config import Config
 from reroll.train.loop import Reporter
@@ -77,6 +78,9 @@ class Console(Reporter):
         lines = [f"{summary['state']}: {summary['reason']}"]
         valid = {n.removeprefix("valid_"): v for n, v in summary.items() if n.startswith("valid_")}
         scores = {name: value for name, value in valid.items() if isinstance(value, float)}
+        if scores and self.task is None:  # a run that was finished before: read its data, if they are still there
+            with suppress(RerollError):
+                self.task = self.config.task.build(self.config.run.seed)
         if scores:
             lines.append(f"held-out {in_words(scores, self._unit(scores))}")
         if "exact" in scores:
@@ -93,7 +97,6 @@ class Console(Reporter):
     def _unit(self, scores: dict[str, float]) -> str:
         if self.task is not None:
             return loss_unit(self.task)
-        # A run that was finished before: its data have not been read.
         return "nats" if "bits" in scores else SQUARED if self.config.task.kind == "arrays" else ""
 
     def _update_bar(self, row: dict[str, Any], config: Config) -> None:
