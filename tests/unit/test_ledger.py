@@ -154,6 +154,9 @@ def test_runs_that_cannot_be_submitted(here):
     (here / "b" / "status.json").write_text(json.dumps(status | {"state": "stopped"}))
     with pytest.raises(RunError, match="is stopped, not done"):
         submit(tiny(here), runs(here, "bc"), name="x", summary="x")
+    (here / "b" / "status.json").unlink()
+    with pytest.raises(RunError, match=r"b has no status.json; let it finish, then submit it\.$"):
+        submit(tiny(here), runs(here, "bc"), name="x", summary="x")
     lines = (here / "c" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (here / "c" / "metrics.jsonl").write_text("".join(lines[:3] + lines[4:]))
     with pytest.raises(RunError, match="not each of the 8 steps once"):
@@ -266,6 +269,7 @@ def test_mistakes_at_the_command_line(here, capsys):
     for words, message in (
         (["show", "tyni", *root], 'track "tyni" is unknown'),
         (["verify", *root], "either the folder of a RECORD, or --all"),
+        (["verify", str(here / "records" / "tiny"), *root], "tiny is not the folder of a record; those are "),
         (["submit", "tiny", *root], "RUNS is missing"),
         (["submit", "tiny", str(here / "a"), *root], "--name='' must be letters"),
         (["submit", "tiny", str(here / "a"), "--name", "x", *root], "--summary='' is empty"),

@@ -114,7 +114,7 @@ def _verify(arguments: Sequence[str]) -> int:
     for folder in every if request.all else [Path(request.record)]:
         name = folder.resolve().parent.name
         if name not in known:
-            raise UsageError(f"{folder} is not in the folder of a track of {request.root}.")
+            raise UsageError(f"{folder} is not the folder of a record; those are {request.root}/TRACK/DATE_NAME.")
         try:
             record = verify(known[name], folder)
             print(f"ok      {folder}: {len(record['runs'])} runs, loss {record['loss']:.4f}, p = {record['p']:.2g}")

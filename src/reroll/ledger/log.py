@@ -79,7 +79,8 @@ def write_log(run: Path, to: Path) -> None:
     """
     status = read_json(run / "status.json")
     if status.get("state") != "done":
-        raise RunError(f"{run} is {status.get('state', 'no run')}, not done; let it finish, then submit it.")
+        state = f"is {status['state']}, not done" if "state" in status else "has no status.json"
+        raise RunError(f"{run} {state}; let it finish, then submit it.")
     rows = [
         {name: value for name, value in row.items() if name in COLUMNS or name.startswith("valid_")}
         for row in read_metrics(run)
