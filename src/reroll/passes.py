@@ -68,6 +68,12 @@ def count_forward_passes() -> Iterator[Passes]:
             hook.remove()
 
 
+def is_untouched(module: Any) -> bool:
+    """Whether a pass of a module is that of its class: it has no forward of its own, and no hooks but reroll's."""
+    hooks = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
+    return "forward" not in vars(module) and all(str(getattr(h, "__module__", "")).startswith("reroll.") for h in hooks)
+
+
 def _enter(count: int) -> None:
     if _here.depth == 0:
         for counter in _counters:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 from reroll.cells import LSTM
+from reroll.data.synthetic import Copy
 from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad import Backprop, CentralDifference
 from reroll.grad.base import trainable
@@ -23,6 +24,7 @@ from reroll.grad.evaluate.snapshot import seed_of
 from reroll.grad.probes import RULES, Rule, Slopes
 from reroll.kernels.noise_axpy import NOISES, Noise, layout, noise
 from reroll.keys import Key
+from reroll.models import Recurrent
 from reroll.optim import CDRGE
 from reroll.outcome import Outcome
 
@@ -467,18 +469,36 @@ def test_a_loss_made_anew_at_every_step_is_looked_at_once(monkeypatch):
 
 
 def test_what_is_reroll_s_own_needs_no_second_look():
-    from reroll.data.synthetic import Copy
-    from reroll.grad.evaluate.verify import is_ours
-    from reroll.models import Recurrent
-
     class Mine(Copy):
         """Its loss may close over anything."""
 
     model = Recurrent(cell=LSTM(4, 8), vocab=Copy(3, 2).vocab)
-    assert is_ours(model, Copy(3, 2).loss)
-    assert not is_ours(model, Mine(3, 2).loss)
-    assert not is_ours(model, lambda model, batch: Copy(3, 2).loss(model, batch))
-    assert not is_ours(nn.Sequential(model, nn.TransformerEncoderLayer(4, 1)), Copy(3, 2).loss)
+    assert verify.is_ours(model, Copy(3, 2).loss)
+    assert not verify.is_ours(model, Mine(3, 2).loss)
+    assert not verify.is_ours(model, lambda model, batch: Copy(3, 2).loss(model, batch))
+    assert not verify.is_ours(nn.Sequential(model, nn.TransformerEncoderLayer(4, 1)), Copy(3, 2).loss)
+
+
+def hooked(layer, embed):
+    layer.register_forward_hook(lambda module, inputs, output: output * (1 + embed.weight.square().sum()))
+
+
+def replaced(layer, embed):
+    layer.forward = lambda x: functional.linear(x, layer.weight * (1 + embed.weight.square().sum()), layer.bias)
+
+
+@pytest.mark.parametrize("change", [hooked, replaced])
+@pytest.mark.parametrize("mode", ["tiles", "batched", "auto"])
+def test_reroll_s_own_model_is_verified_where_code_of_another_is_hooked_into_it(change, mode):
+    task = Copy(length=3, batch=2)
+    model, batch = Recurrent(LSTM(4, 8), vocab=task.vocab).double(), task.batch(0)
+    estimator = CentralDifference(4, EPSILON, evaluate=mode)
+    plain = estimator(model, task.loss, batch, KEY).gradient.coefficients  # and is trusted
+    change(model.head, model.embed)
+    expected = CentralDifference(4, EPSILON, evaluate="in_place")(model, task.loss, batch, KEY).gradient.coefficients
+    assert not torch.allclose(expected, plain, rtol=0.01)
+    found = estimator(model, task.loss, batch, KEY).gradient.coefficients
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
 class Counting(nn.Module):

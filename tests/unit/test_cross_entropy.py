@@ -85,6 +85,41 @@ def test_a_task_takes_the_head_in_chunks_where_all_logits_are_too_many(readout, 
     assert chunked[2] == pytest.approx(score)
 
 
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Low(nn.Module):
+    """A head with a correction of low rank, and without the attributes of nn.Linear."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.a, self.b = base, nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(11, 2))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("change", ["hook", "hook on the model", "patch", "subclass", "module"])
+@pytest.mark.parametrize("readout", ["every", "last"])
+def test_a_head_with_code_of_another_is_called_however_many_logits_there_are(change, readout, monkeypatch):
+    torch.manual_seed(0)
+    model = Recurrent(cell=GRU(5, 6), vocab=11, readout=readout)
+    head, ids = model.head, torch.randint(11, (4, 8))
+    if change == "patch":
+        head.forward = lambda x: nn.Linear.forward(head, x).sin()
+    elif change in ("subclass", "module"):
+        model.head = Doubling(6, 11) if change == "subclass" else Low(head)
+    else:
+        (head if change == "hook" else model).register_forward_hook(lambda module, inputs, output: output * 3)
+    targets = ids[:, 1:] if readout == "every" else ids[:, -1]
+    batch = Batch(ids[:, :-1], targets, torch.ones(targets.shape, dtype=torch.bool))
+    losses = task.sequence_losses(model, batch)
+    monkeypatch.setattr(task, "LOGITS", 1)
+    torch.testing.assert_close(task.sequence_losses(model, batch), losses)
+
+
 def test_under_autocast_the_logits_are_those_of_the_layer():
     (x, weight, bias), targets = problem(9, 8, 6, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -19,15 +19,15 @@ from reroll.cells.layers import by_library, gated
 from reroll.cells.lstm import LSTMState
 from reroll.errors import UsageError, require_count
 from reroll.kernels.lstm_scan import lstm_scan, reference
+from reroll.passes import is_untouched
 
 KINDS = (nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 
 
 def is_as_torchs(module: nn.Module, kinds: tuple[type[nn.Module], ...] = KINDS) -> bool:
     """Whether a module computes what torch's class does: it has no forward of its own, and no hooks."""
-    forward = vars(module).get("forward", type(module).forward)
-    hooks = module._forward_hooks or module._forward_pre_hooks  # such as those that compute a weight
-    return not hooks and any(isinstance(module, kind) and forward is kind.forward for kind in kinds)
+    own = (isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+    return is_untouched(module) and any(own)  # a hook may compute a weight
 
 
 class Wrapped(Cell):

@@ -24,7 +24,7 @@ from reroll.data.batch import START, Batch
 from reroll.errors import UsageError, did_you_mean
 from reroll.kernels.cross_entropy import cross_entropy
 from reroll.keys import Key
-from reroll.passes import passes
+from reroll.passes import is_untouched, passes
 
 LOGITS = 1 << 26
 """Logits held at once (256 MB of fp32); the head of a `Headed` model with more is evaluated in chunks."""
@@ -318,6 +318,7 @@ def _whole(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:
             "stateful = True and an output at every step. Switch carrying off, or use reroll.Recurrent."
         )
     head = _large_head(model, batch)
+    head = head if head is None or is_untouched(model) else None
     run = model if head is None else model.features
     outputs = run(batch.inputs) if batch.present is None else run(batch.inputs, present=batch.present)
     yield Outputs(outputs[0] if isinstance(outputs, tuple | list) else outputs, head), batch, None
@@ -339,5 +340,7 @@ def _windows(model: Any, batch: Batch) -> Iterator[tuple[Outputs, Batch, Any]]:
 def _large_head(model: Any, batch: Batch) -> nn.Linear | None:
     """The head of a model whose logits for a batch are too many to hold at once."""
     head = model.head if getattr(model, "headed", False) else None
-    large = head is not None and batch.targets.numel() * head.out_features > LOGITS
-    return head if large and not batch.targets.is_floating_point() else None
+    # Any other head may compute more than the product with its weight.
+    if type(head) is not nn.Linear or not is_untouched(head) or batch.targets.is_floating_point():
+        return None
+    return head if batch.targets.numel() * head.out_features > LOGITS else None

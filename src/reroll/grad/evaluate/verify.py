@@ -33,7 +33,7 @@ from reroll.grad.evaluate.plan import Plan
 from reroll.grad.evaluate.snapshot import Snapshot, cuda_devices
 from reroll.grad.evaluate.tiles import Tiles
 from reroll.grad.units import Distribute, Result, Unit, threads
-from reroll.passes import passes
+from reroll.passes import is_untouched, passes
 from reroll.rollout.monitor import monitoring
 
 ROUNDING = 16
@@ -88,15 +88,15 @@ class Evaluation:
             UsageError: if the user chose the mode and it cannot evaluate this model and loss.
         """
         model = self.probes.model
-        loss, objects = identity(loss_fn)
-        key = (self.plan.evaluate, self.plan.whole, self.probes.dtype, model and model.training, loss)
+        (loss, objects), ours = identity(loss_fn), is_ours(model, loss_fn)
+        key = (self.plan.evaluate, self.plan.whole, self.probes.dtype, model and model.training, ours, loss)
         memo = _memo.setdefault(next(iter(self.probes.parameters.values())) if model is None else model, {})
         references, changes = memo.get(key, ((), {}))
         # While these objects live, no others have their ids.
         is_verified = key in memo and all(reference() is not None for reference in references)
         if is_verified:
             self._change(**changes)
-        results = self._evaluate(units, trusted=is_verified or is_ours(model, loss_fn))
+        results = self._evaluate(units, trusted=is_verified or ours)
         if len(memo) >= REMEMBERED and key not in memo:
             memo.clear()
         changes = {name: getattr(self.plan, name) for name in ("evaluate", "whole", "isolate", "reason")}
@@ -188,13 +188,14 @@ class Evaluation:
 
 
 def is_ours(model: nn.Module | None, loss_fn: Callable[..., Any]) -> bool:
-    """Whether model and loss are reroll's own, for which the tests compare all modes."""
+    """Whether model and loss are reroll's own, without code of others in it: the tests compare all modes for them."""
     task = type(getattr(loss_fn, "__self__", None)).__module__
     plain = (nn.Linear, nn.Embedding, nn.ModuleList)
     return (
         model is not None
         and task.startswith("reroll.data.")
         and all(type(m) in plain or type(m).__module__.startswith("reroll.") for m in model.modules())
+        and all(map(is_untouched, model.modules()))
     )
 
 
