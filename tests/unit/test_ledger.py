@@ -113,8 +113,8 @@ def test_one_edited_digit_fails(here, file, capsys):
     path = folder / file
     text = path.read_text()
     places = [i for i, letter in enumerate(text) if letter.isdigit()]
-    if file == "record.json":  # the date and the summary are nobody's to recompute
-        places = [i for i in places if i > text.index('"runs"')]
+    if file == "record.json":  # the summary is nobody's to recompute
+        places.remove(text.index("AdamW 2") + 6)
     for place in places[:: max(1, len(places) // 25)]:
         path.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
         with pytest.raises(RunError):
@@ -124,6 +124,47 @@ def test_one_edited_digit_fails(here, file, capsys):
     path.write_text(text[:-9])
     assert main(["records", "verify", str(folder), "--root", str(here / "records")]) == 1
     assert "failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"note": 5}, {"note": None}, {"name": "other"}, {"name": None}, {"date": "2026-11-01"}, {"p": "0"}, {"runs": 1},
+        {"baseline": []}, {"status": []},
+    ],
+)  # fmt: skip
+def test_a_field_too_many_or_too_few_fails_and_the_others_are_still_listed(here, changes, capsys):
+    root = ["--root", str(here / "records")]
+    whole = submit(tiny(here), runs(here), name="whole", summary="x")
+    damaged = submit(tiny(here), runs(here, "ab"), name="a", summary="x")
+    record = read_json(damaged / "record.json") | changes
+    kept = {name: value for name, value in record.items() if name != "name" or value}
+    (damaged / "record.json").write_text(json.dumps(kept, indent=1) + "\n")
+    assert main(["records", "verify", "--all", *root]) == 1
+    failed, ok = capsys.readouterr().out.splitlines()
+    assert failed.startswith("failed")
+    assert ok.startswith(f"ok      {whole}")
+    assert main(["records", "verify", str(damaged), *root]) == 1
+    for words in (["show", "tiny"], ["list"]):
+        assert main(["records", *words, *root]) == 0
+    shown = capsys.readouterr()
+    assert "whole: x" in shown.out
+    assert not shown.err
+
+
+def test_verifying_all_sees_what_was_deleted_and_goes_on(here, capsys):
+    root = ["--root", str(here / "records")]
+    folders = [submit(tiny(here), runs(here, "ab"), name=name, summary="x") for name in "cba"][::-1]
+    (folders[0] / "record.json").unlink()
+    (folders[1] / "run-1.txt").unlink()  # a track without a spread needs two
+    assert main(["records", "verify", "--all", *root]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "record.json is missing" in lines[0]
+    assert "submit 2 runs or more" in lines[1]
+    assert [line.split()[0] for line in lines] == ["failed", "failed", "ok"]
+    (here / "records" / "tiny" / "track.toml").unlink()
+    assert main(["records", "verify", "--all", *root]) == 1
+    assert capsys.readouterr().out.count("is not the folder of a record") == 3
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from reroll.cli.flags import as_flags, parse, positional
-from reroll.errors import RunError, UsageError, did_you_mean, visible
+from reroll.errors import RerollError, RunError, UsageError, did_you_mean, visible
 from reroll.ledger import Track, find_track, submit, tracks, verify
-from reroll.ledger.record import records_of
+from reroll.ledger.record import folders, read_record
 from reroll.ledger.track import ROOT
 from reroll.specs.base import option
-from reroll.train.records import find_run, read_json
+from reroll.train.records import find_run
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def _list(arguments: Sequence[str]) -> int:
     with as_flags(request := parse(List, arguments, "reroll records list")):
         known = tracks(request.root)
     for track in known.values():
-        best = min(_rows(track, "record"), key=lambda record: record["seconds"], default=None)
+        records = [record for record in _rows(track) if record["status"] == "record"]
+        best = min(records, key=lambda record: record["seconds"], default=None)
         shown = "no record yet" if best is None else f"{best['seconds']:.1f} s by {best['name']} ({best['date']})"
         print(f"{track.name:<20} held-out loss ≤ {track.target:g}: {shown}")
     return 0
@@ -98,9 +99,15 @@ def _show(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _rows(track: Track, status: str | None = None) -> list[dict[str, Any]]:
-    records = [read_json(path / "record.json") for path in records_of(track)]
-    return [record for record in records if status in (None, record.get("status"))]
+def _rows(track: Track) -> list[dict[str, Any]]:
+    """Return the records of a track; of a damaged one, print a line."""
+    rows = []
+    for folder in folders(track.path):
+        try:
+            rows.append(read_record(folder))
+        except RunError as error:
+            print(f"damaged: {error}")
+    return rows
 
 
 def _verify(arguments: Sequence[str]) -> int:
@@ -109,16 +116,19 @@ def _verify(arguments: Sequence[str]) -> int:
         known = tracks(request.root)
     if request.all == bool(request.record):
         raise UsageError("pass either the folder of a RECORD, or --all.")
-    every = [folder for track in known.values() for folder in records_of(track)]
+    # Of every folder, also one without track.toml or record.json: what was deleted must not go unseen.
+    every = [folder for track in folders(request.root) for folder in folders(track)]
     failed = 0
     for folder in every if request.all else [Path(request.record)]:
         name = folder.resolve().parent.name
-        if name not in known:
-            raise UsageError(f"{folder} is not the folder of a record; those are {request.root}/TRACK/DATE_NAME.")
         try:
+            if name not in known:
+                raise UsageError(f"{folder} is not the folder of a record; those are {request.root}/TRACK/DATE_NAME.")
             record = verify(known[name], folder)
             print(f"ok      {folder}: {len(record['runs'])} runs, loss {record['loss']:.4f}, p = {record['p']:.2g}")
-        except RunError as error:
+        except RerollError as error:
+            if not request.all and isinstance(error, UsageError):
+                raise
             failed += 1
             print(f"failed  {error}")
     return 1 if failed else 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,22 @@ STATUSES = ("record", "valid", "negative")
 """Faster than all before; reached the target, but not faster; did not reach it, and is worth knowing."""
 PER_RUN = {"run.seed", "run.device", "run.threads", "run.eval_every", "run.checkpoint_every", "run.keep"}
 """Fields in which the runs of one record may differ."""
+SHOWN = {
+    "name": str, "date": str, "status": str, "summary": str, "seconds": float, "peak_bytes": int, "loss": float,
+    "p": float,
+}  # fmt: skip
+"""Fields of record.json that others than `verify` read, besides `baseline`, if there is one."""
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What follows from logs and track: `fields` of record.json; `refusals`, why they are no record of the track."""
-
-    fields: dict[str, Any]
-    refusals: list[str]
-
-
-def judge(track: Track, logs: Sequence[Log], baseline: Sequence[Log] = ()) -> Judgement:
-    """Return what a record is by its track's rule.
+def judge(
+    track: Track, folder: Path, summary: str, logs: Sequence[Log], baseline: Sequence[Log] = ()
+) -> dict[str, Any]:
+    """Return what record.json says of a record; its `refusals` are why it is none by its track's rule.
 
     Args:
         track: the track.
+        folder: of the record, DATE_NAME.
+        summary: what was changed and why.
         logs: its runs, of different seeds.
         baseline: runs of the record to beat, on the same machine; none: times are not compared.
     """
@@ -59,7 +60,9 @@ def judge(track: Track, logs: Sequence[Log], baseline: Sequence[Log] = ()) -> Ju
     }  # fmt: skip
     if baseline:
         fields["baseline"] = {"runs": [_row(log) for log in baseline], **_compared(logs, baseline)}
-    return Judgement(fields, refusals)
+    status = "negative" if refusals else _status(track, folder, fields.get("baseline"))
+    about = {"track": track.name, "name": folder.name[11:], "date": folder.name[:10], "summary": summary}
+    return about | {"status": status} | fields | {"refusals": refusals}
 
 
 def submit(
@@ -99,12 +102,9 @@ def submit(
         for prefix, some in (("run", runs), ("baseline", baseline)):
             for index, run in enumerate(some):
                 write_log(run, temporary / f"{prefix}-{index}.txt")
-        judgement = judge(track, *_logs(temporary))
-        if judgement.refusals and not negative:
-            raise RunError(f"{runs[0]} is no record of {track.name}: {'; '.join(judgement.refusals)}.")
-        about = {"track": track.name, "name": name, "date": folder.name[:10], "summary": summary}
-        record = about | {"status": _status(track, folder, judgement)} | judgement.fields
-        record["refusals"] = judgement.refusals
+        record = judge(track, folder, summary, *_logs(temporary))
+        if record["refusals"] and not negative:
+            raise RunError(f"{runs[0]} is no record of {track.name}: {'; '.join(record['refusals'])}.")
         (temporary / "record.json").write_text(_text(record), encoding="utf-8")
         (temporary / "README.md").write_text(readme(track, record), encoding="utf-8")
     return folder
@@ -116,25 +116,39 @@ def verify(track: Track, folder: Path) -> dict[str, Any]:
     Raises:
         RunError: naming the first thing that is not what the logs give.
     """
-    record = read_json(folder / "record.json")
-    if not record:
-        raise RunError(f"{folder / 'record.json'} is missing or damaged.")
-    judgement = judge(track, *_logs(folder))
-    if judgement.refusals and record.get("status") != "negative":
-        raise RunError(f"{folder} is no record of {track.name}: {judgement.refusals[0]}.")
-    computed = {"track": track.name, "status": _status(track, folder, judgement)} | judgement.fields
-    difference = _difference(record, computed | {"refusals": judgement.refusals})
+    record = read_record(folder)
+    computed = judge(track, folder, record["summary"], *_logs(folder))
+    if computed["refusals"] and record["status"] != "negative":
+        raise RunError(f"{folder} is no record of {track.name}: {computed['refusals'][0]}.")
+    difference = _difference(record, computed)
     if difference is not None:
         raise RunError(f"{folder / 'record.json'}: {difference}.")
-    for name, text in (("record.json", _text(record)), ("README.md", readme(track, record))):
-        if (folder / name).read_text(encoding="utf-8") != text:
-            raise RunError(f"{folder / name} has been changed: it is not what the logs give.")
+    for name, text in (("record.json", _text(computed)), ("README.md", readme(track, computed))):
+        try:
+            same = (folder / name).read_text(encoding="utf-8") == text
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            raise RunError(f"{folder / name} is missing or has been changed: it is not what the logs give.")
     return record
 
 
-def records_of(track: Track) -> list[Path]:
-    """Return the folders of a track's records, the oldest first."""
-    return sorted(path.parent for path in track.path.glob("*/record.json"))
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record.json of a folder.
+
+    Raises:
+        RunError: if it is missing, or lacks what all of them have.
+    """
+    record = read_json(folder / "record.json")
+    kinds = {**SHOWN, "baseline": dict} if "baseline" in record else SHOWN
+    if not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        raise RunError(f"{folder / 'record.json'} is missing or damaged; restore it, or delete the folder.")
+    return record
+
+
+def folders(path: Path) -> list[Path]:
+    """Return the folders in a folder: of tracks, or of a track's records, the oldest first."""
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
 
 
 def readme(track: Track, record: dict[str, Any]) -> str:
@@ -240,32 +254,37 @@ def _mean(logs: Sequence[Log], name: str) -> float:
     return math.fsum(log.summary[name] for log in logs) / len(logs)
 
 
-def _status(track: Track, folder: Path, judgement: Judgement) -> str:
-    """Which of `STATUSES` a record has. Without a baseline only the first one can be a record: machines differ."""
-    if judgement.refusals:
-        return "negative"
-    if "baseline" in judgement.fields:
-        beaten = judgement.fields["baseline"]
+def _status(track: Track, folder: Path, beaten: dict[str, Any] | None) -> str:
+    """Whether it is a "record" or "valid". Without a baseline only the first one can be a record: machines differ."""
+    if beaten is not None:
         return "record" if beaten["ratio"] < 1 and beaten["p"] < track.p else "valid"
-    others = [read_json(path / "record.json") for path in records_of(track) if path.name != folder.name]
     # Of the same day, one that beat a baseline came after the record that is its baseline.
     earlier = [
-        other for other in others if other.get("status") == "record"
-        and (other["date"] < folder.name[:10] or (other["date"] == folder.name[:10] and "baseline" not in other))
+        other for other in _others(track, folder).values()
+        if other["date"] < folder.name[:10] or (other["date"] == folder.name[:10] and "baseline" not in other)
     ]  # fmt: skip
     return "valid" if earlier else "record"
 
 
+def _others(track: Track, folder: Path) -> dict[str, dict[str, Any]]:
+    """The track's records besides one, by the name of their folder; a damaged one is none."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in folders(track.path):
+        with contextlib.suppress(RunError):
+            if path.name != folder.name and (record := read_record(path))["status"] == "record":
+                found[path.name] = record
+    return found
+
+
 def _heads(track: Track) -> list[Log]:
     """The first log of each record."""
-    paths = [path for path in records_of(track) if read_json(path / "record.json").get("status") == "record"]
-    return [read_log(path / "run-0.txt") for path in paths]
+    return [read_log(track.path / name / "run-0.txt") for name in _others(track, Path())]
 
 
 def _difference(record: Any, computed: Any, path: str = "") -> str | None:
     """Where a record is not what was computed, in words."""
     if isinstance(computed, dict) and isinstance(record, dict):
-        parts = ((name, record.get(name), value) for name, value in computed.items())
+        parts = ((name, record.get(name), computed.get(name)) for name in computed | record)
     elif isinstance(computed, list) and isinstance(record, list) and len(computed) == len(record):
         parts = ((str(i), a, b) for i, (a, b) in enumerate(zip(record, computed)))
     else:
