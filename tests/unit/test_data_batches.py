@@ -9,6 +9,7 @@ import torch
 from reroll.data.arrays import Arrays
 from reroll.data.batch import Batch
 from reroll.data.synthetic import SYNTHETIC
+from reroll.data.task import sequence_losses
 from reroll.data.text import Text
 from reroll.errors import UsageError
 from reroll.grad import Backprop, CentralDifference
@@ -67,6 +68,17 @@ def test_shapes_that_could_broadcast_to_a_wrong_loss_are_refused():
         for name in ("present", "reset"):
             with pytest.raises(UsageError, match=f"{name} has shape"):
                 Batch(inputs, targets, whole.mask, **{name: torch.ones(8) > 0})
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 12)])
+def test_numbers_in_the_shape_of_the_mask_are_one_output_each(shape):
+    targets, mask = torch.randn(shape), torch.rand(shape) < 0.7
+    batch, outputs = Batch(torch.randn(8, 12, 3), targets, mask), torch.randn(*shape, 1)
+    expected = (outputs[..., 0] - targets)[mask].square().mean()
+    torch.testing.assert_close(sequence_losses(lambda _: outputs, batch).mean(), expected)
+    assert batch.rows(2, 5).targets.shape == (3, *shape[1:], 1)
+    with pytest.raises(UsageError, match=r"outputs of shape \[8.*needs a tensor of shape \[8.*, 1\]"):
+        sequence_losses(lambda _: outputs[..., 0], batch)
 
 
 class Fixed(torch.nn.Module):

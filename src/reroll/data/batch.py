@@ -24,6 +24,7 @@ class Batch:
     Args:
         inputs: symbols [B, T] (int64), or real numbers [B, T, features].
         targets: of every step, [B, T] symbols or [B, T, outputs] numbers; or one per sequence, [B] or [B, outputs].
+            Numbers in the shape of the mask are one output each: [B] becomes [B, 1].
         mask: True where the output is scored, [B, T]; or [B] for one output per sequence.
         scored: how many outputs the loss is averaged over; 0 counts the mask.
         present: True at the steps that exist, [B, T], for models that read out the last step or the mean; None: all.
@@ -45,6 +46,8 @@ class Batch:
 
     def __post_init__(self) -> None:
         size, real = self.inputs.shape[:2], self.targets.is_floating_point()
+        if real and self.targets.shape == self.mask.shape and self.mask.shape in (size[:1], size):
+            object.__setattr__(self, "targets", self.targets.unsqueeze(-1))
         outputs = size[:1] + self.targets.shape[1:]
         places = outputs[:-1] if real else outputs
         for name, shape in (("targets", outputs), ("mask", places), ("present", size), ("reset", size)):
