@@ -330,6 +330,20 @@ def test_show_says_what_and_why(cli):
     assert resolved.optim.clip == 2.5
 
 
+def test_a_rate_is_for_as_many_probes_as_are_asked_for(cli):
+    def shown(*flags):
+        return re.search("^lr = (.*)$", cli("show", "arrays", *flags).out, re.MULTILINE)[1]
+
+    assert shown("--probes", 24) == "0.0125  # recipe arrays: 0.05 for 96 probes"
+    assert shown("--probes", 128) == shown() == "0.05  # recipe arrays"
+    assert shown("--probes", 24, "--lr", 0.05) == "0.05  # flag"
+    assert shown("--probes", 24, "--optimizer", "adamw") == "0.05  # recipe arrays"
+    flags = ("train", "copy", "--steps", 1, "--batch", 2, "--run-dir", "run", "--set", "run.threads=1")
+    assert cli(*flags, "--probes", 24).code == 0
+    assert cli("train", "copy", "--run-dir", "run", "--resume", "--steps", 2).code == 0
+    assert read_config(Path("run")).optim.lr == 0.0125
+
+
 def test_show_a_run(cli, smoke):
     found = cli("show", smoke)
     assert found.out.startswith((smoke / "config.toml").read_text())

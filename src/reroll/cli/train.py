@@ -176,12 +176,18 @@ def read(command: str, arguments: Sequence[str], about: str = "Train RECIPE, cha
         pairs = toml.parse_pairs(flags.get("set", ()))
     layers += [(kinds, ""), (pairs, "--set"), (tables_of(flags), "")]
     config = _base(name, recipe, flags, {n: value for n, value in flags.items() if n in arguments_of}, layers)
-    origin = dict.fromkeys(leaves(config), f"recipe {config.recipe}")
+    origin, usual = dict.fromkeys(leaves(config), f"recipe {config.recipe}"), getattr(config.gradient, "probes", 0)
     with as_flags(flags):
         for tables, source in layers:
             config = toml.overlay(config, tables, source)
             changed = dict.fromkeys(_names(tables), source or "flag")
             origin = {name: changed.get(name, origin.get(name, "default")) for name in leaves(config)}
+    probes, lr = getattr(config.gradient, "probes", usual), config.optim.lr
+    default = config.optim.kind == "sgd" and origin["optim.lr"].startswith("recipe")
+    if probes < usual and default and isinstance(lr, float):
+        # The largest stable rate is proportional to the number of probes, where these are few.
+        config = config.replace(optim={"lr": float(f"{lr * probes / usual:.3g}")})
+        origin["optim.lr"] = f"recipe {config.recipe}: {lr:g} for {usual} probes"
     return Request(config, origin, flags)
 
 
