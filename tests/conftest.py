@@ -1,6 +1,7 @@
 """Strict settings for every test: warnings are errors (pyproject.toml), and memory nobody wrote is NaN."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ if not CUDA:  # must be set before triton is imported: its kernels then run in T
 CACHE = tempfile.mkdtemp(prefix="reroll-tests-")
 os.environ["REROLL_CACHE"] = CACHE
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
+logging.getLogger("reroll.kernels.jit").setLevel(logging.ERROR)  # what a test sees is the same with kernels kept or not
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True

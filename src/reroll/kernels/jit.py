@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.event import Listener, register
 
+log = logging.getLogger(__name__)
 KERNELS = Path(__file__).parent
 CONFIG: Any = numba.config  # its attributes are made from the environment
 
@@ -38,3 +41,21 @@ def jit(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     finally:
         CONFIG.CACHE_DIR = before
+
+
+class Announcer(Listener):
+    """Says once in a process that a kernel is compiled, which happens where none is kept."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        if not self.said and event.data["dispatcher"].py_func.__module__.startswith("reroll."):
+            self.said = True
+            log.warning("Compiling kernels for this processor, once: it can take a minute or two.")
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+ANNOUNCER = Announcer()
+register("numba:compile", ANNOUNCER)
