@@ -179,14 +179,15 @@ model, x = torch.nn.Sequential(Own(), torch.nn.BatchNorm1d(3), torch.nn.Linear(3
 estimator, collectives, reduce = mesh.estimator(Backprop()), [], torch.distributed.all_reduce
 torch.distributed.all_reduce = lambda tensor, **options: [collectives.append(tensor.shape), reduce(tensor, **options)]
 estimator(model, lambda model, x: model(x).square().mean(), x, Key(0))
-estimator(torch.nn.Linear(3, 1), lambda model, x: model(x).mean(), x, Key(0))
+accumulated = mesh.estimator(Backprop(accumulate=3))
+accumulated(torch.nn.Linear(3, 1), lambda model, x: model(x).mean(), x, Key(0))
 torch.save([list(model.buffers()), len(collectives)], f"{sys.argv[1]}/{mesh.rank}")
 mesh.leave()
 """
 
 
 def test_buffers_that_a_step_moves_are_averaged(tmp_path):
-    """By rows, 3 and 4, as the gradient is; what does not move costs no collective."""
+    """By rows, 3 and 4, as the gradient is; what does not move costs no collective, a gradient one a step."""
     (tmp_path / "worker.py").write_text(BUFFERS)
     assert launch([sys.executable, str(tmp_path / "worker.py"), str(tmp_path)], 2) == 0
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from reroll import GPT
 from reroll.errors import UsageError
 from reroll.models.gpt import QK_EPS, attend, rms_norm, rotate
 from reroll.models.roles import roles
-from reroll.optim import build_optimizer
+from reroll.recipes import fineweb_124m
 
 OLD = dict(position="learned", qk_norm=False, activation="gelu", zero_init=False, tied=True, embed_norm=False)
 NEW = dict(zero_init=False, softcap=5.0, value_residual=True, embed_shortcut=True)
@@ -37,7 +37,8 @@ def test_parameters_of_record_8():
 def test_the_first_loss_is_ln_v_and_the_first_step_changes_the_head_alone(vocab):
     model = GPT(vocab, layers=2, heads=2, width=32)
     symbols = torch.randint(min(vocab, 50_257), (3, 17))
-    optimizer = build_optimizer("muon", model, 0.02, weight_decay=0.0)
+    optim = fineweb_124m().optim
+    optimizer = optim.build(model, optim.lr)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     changed = []
     for _ in range(3):

@@ -12,6 +12,7 @@ from reroll import GPT, Backprop, Muon, orthogonalize
 from reroll.data.synthetic import Copy
 from reroll.errors import UsageError
 from reroll.optim.groups import MultiOptimizer, build_optimizer
+from reroll.optim.muon import owners
 from reroll.optim.orthogonal import JORDAN, METHODS, newton_schulz_flops
 from reroll.optim.step import StepSettings, configure
 from reroll.specs import optim as specs
@@ -121,6 +122,17 @@ def test_matrices_of_one_shape_are_updated_together_as_each_alone():
         Muon([one], lr=0.1).step()
         Muon([many], lr=0.1).step()
         torch.testing.assert_close(many[i], one)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_the_speedruns_matrices_are_shared_out_evenly(processes):
+    with torch.device("meta"):
+        model = GPT(50_304)
+    shapes = [p.shape for name, p in model.named_parameters() if name.startswith("blocks")]
+    owned = owners(shapes, processes)
+    assert sorted(index for indices in owned for index in indices) == list(range(72))
+    costs = [sum(shapes[i].numel() * min(shapes[i]) for i in indices) for indices in owned]
+    assert max(costs) == min(costs) == sum(costs) / processes
 
 
 @pytest.mark.parametrize("normalize_rows", [False, True])

@@ -24,15 +24,18 @@ def parts_for(rows: int, most: int) -> int:
 def largest_part(estimator: Any, model: Any, loss_fn: Any, batch: Any, key: Any) -> int:
     """Return how many sequences of a batch a gradient can be taken of at once: all, a half, a quarter …
 
-    Gradients are dropped, and buffers that the loss changes are restored.
+    Beside the gradient there is room for an optimizer's two moments and its update, in fp32. Gradients are dropped, and
+    buffers that the loss changes are restored.
 
     Raises:
         RunError: if even one sequence is too much.
     """
     rows = batch_size(batch) or 1
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    room: list[torch.Tensor] = []
     while True:
         try:
+            room += [p.new_empty(3, *p.shape, dtype=torch.float32) for p in model.parameters()]
             estimator(model, loss_fn, batch_rows(batch, 0, rows), key)
             return rows
         except (RuntimeError, MemoryError) as error:
@@ -42,6 +45,7 @@ def largest_part(estimator: Any, model: Any, loss_fn: Any, batch: Any, key: Any)
                 raise RunError("one sequence is too much for the memory; lower length=… or the model's size.") from None
             rows = -(-rows // 2)
         finally:
+            room.clear()
             for p in model.parameters():
                 p.grad = None
             with torch.no_grad():
