@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """Backpropagation through a carried text: the state of all rows is in the checkpoint."""
     text = write_text(tmp_path / "text.txt")
     flags = ("--gradient", "backprop", "--path", str(text), "--length", "5", "--batch", "5", "--hidden", "8")
-    flags += ("--threads", "1", "--set", "task.carry=true")
+    flags += ("--threads", "1", "--optimizer", "muon", "--set", "task.carry=true")
     folders = [("--run-dir", str(tmp_path / name)) for name in "ab"]
     assert reroll("train", "text", *flags, *folders[0], "--steps", "8", processes=2) == 0
     assert reroll("train", "text", *flags, *folders[1], "--steps", "4", processes=3) == 0
