@@ -32,10 +32,12 @@ invalid = ["validation data before the last step"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A track, and run folders of three seeds and of a slower config; made once, and only read."""
+    """A track, and run folders of three seeds and of two slower configs; made once, and only read."""
     folder = tmp_path_factory.mktemp("ledger")
     text = write_text(folder / "text.txt")
-    for name, seed, steps in (("a", 0, 8), ("b", 1, 8), ("c", 2, 8), ("slow", 0, 12), ("slow2", 1, 12)):
+    seeds = {"a": 0, "b": 1, "c": 2, "slow": 0, "slow2": 1, "mid": 0, "mid2": 1}
+    for name, seed in seeds.items():
+        steps = 8 if name in "abc" else 12 if "slow" in name else 10
         config = Config(recipe="text").replace(
             task={"kind": "text", "path": str(text), "tokenizer": "char", "length": 8, "batch": 8},
             model={"kind": "lstm", "hidden": 8, "heads": 1, "embed": 4},
@@ -250,23 +252,53 @@ def test_a_second_record_is_timed_beside_the_first(here):
         verify(tiny(here), folder)
 
 
-def test_the_first_record_of_a_day_stays_one_when_it_is_beaten(here):
-    for number, run in enumerate(runs(here, ("slow", "slow2"))):
+def timed(folder, names, seconds):
+    """Run folders, with the seconds of their steps set."""
+    for number, run in enumerate(runs(folder, names)):
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        slowed = [row | {"seconds": 10.0 + number} for row in rows]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in slowed))
-    first = submit(tiny(here), runs(here, ("slow", "slow2")), name="slow", summary="x")
-    second = submit(tiny(here, p=0.1), runs(here), name="fast", summary="x", baseline=runs(here, ("slow", "slow2")))
-    assert verify(tiny(here, p=0.1), second)["status"] == "record"
-    assert verify(tiny(here), first)["status"] == "record"
+        each = (seconds + number / 100) / len(rows)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row | {"seconds": each}) + "\n" for row in rows))
+    return runs(folder, names)
+
+
+def test_each_record_beats_the_one_before_and_none_an_older_one(here):
+    """Of one day, in an order that is not that of the names: slow, fast, and what lies between."""
+    track = tiny(here)
+    slow, fast = timed(here, ("slow", "slow2"), 40.0), timed(here, "abc", 4.0)
+    first = submit(track, slow, name="slow", summary="x")
+    second = submit(track, fast, name="fast", summary="x", baseline=slow)
+    between = timed(here, ("mid", "mid2"), 20.0)
+    with pytest.raises(RunError, match="not the record to beat, .*_fast: it differs in run.steps"):
+        submit(track, between, name="mid", summary="x", baseline=slow)
+    third = submit(track, between, name="mid", summary="x", baseline=fast)
+    assert [verify(track, folder)["status"] for folder in (first, second, third)] == ["record", "record", "valid"]
+    faster = submit(track, timed(here, ("mid", "mid2"), 2.0), name="all", summary="x", baseline=fast)
+    assert verify(track, faster)["status"] == "record"
+    assert verify(track, faster)["baseline"]["record"] == second.name
+    assert [verify(track, folder)["status"] for folder in (first, second, third)] == ["record", "record", "valid"]
+
+
+def test_two_records_that_beat_the_same_one_are_not_both_records(here):
+    """As two pull requests may have it: the later one is to be timed again."""
+    track, slow = tiny(here), timed(here, ("slow", "slow2"), 40.0)
+    submit(track, slow, name="slow", summary="x")
+    fast = submit(track, timed(here, "abc", 4.0), name="fast", summary="x", baseline=slow)
+    fast.rename(here / "aside")
+    other = submit(track, timed(here, ("mid", "mid2"), 20.0), name="other", summary="x", baseline=slow)
+    (here / "aside").rename(fast)
+    with pytest.raises(RunError, match="_fast is faster than .*_slow too"):
+        verify(track, other)
 
 
 def test_a_baseline_is_that_of_a_record_and_enough_of_it(here):
+    slow = runs(here, ("slow", "slow2"))
+    with pytest.raises(RunError, match="nothing is a record of the track to beat"):
+        submit(tiny(here), runs(here), name="early", summary="x", baseline=slow)
     submit(tiny(here), runs(here), name="first", summary="x")
     with pytest.raises(UsageError, match="2 runs or more of each"):
         submit(tiny(here), runs(here), name="once", summary="x", baseline=runs(here, "a"))
-    with pytest.raises(RunError, match="the baseline has the config of no record"):
-        submit(tiny(here), runs(here), name="other", summary="x", baseline=runs(here, ("slow", "slow2")))
+    with pytest.raises(RunError, match="the baseline is not the record to beat"):
+        submit(tiny(here), runs(here), name="other", summary="x", baseline=slow)
 
 
 def test_a_failure_is_kept_as_negative(here):

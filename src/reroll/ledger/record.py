@@ -29,7 +29,7 @@ SHOWN = {
 
 
 def judge(
-    track: Track, folder: Path, summary: str, logs: Sequence[Log], baseline: Sequence[Log] = ()
+    track: Track, folder: Path, summary: str, logs: Sequence[Log], baseline: Sequence[Log] = (), beaten: str = ""
 ) -> dict[str, Any]:
     """Return what record.json says of a record; its `refusals` are why it is none by its track's rule.
 
@@ -39,11 +39,16 @@ def judge(
         summary: what was changed and why.
         logs: its runs, of different seeds.
         baseline: runs of the record to beat, on the same machine; none: times are not compared.
+        beaten: the folder of that record.
     """
+    others = _others(track, folder)
     refusals = [f"{log.path.name}: {why}" for log in (*logs, *baseline) for why in _wrong(track, log)]
     refusals += _differences(logs) + _differences(baseline)
-    if baseline and all(_unlike(baseline[0], log) for log in _heads(track)):
-        refusals.append("the baseline has the config of no record of the track")
+    if baseline and beaten not in others:
+        refusals.append(f"it has a baseline, but {beaten or 'nothing'} is a record of the track to beat")
+    elif baseline:
+        differ = _unlike(baseline[0], read_log(track.path / beaten / "run-0.txt"))
+        refusals += [f"the baseline is not the record to beat, {beaten}: it differs in {name}" for name in differ]
     if len(baseline) == 1 or (baseline and len(logs) == 1):
         raise UsageError("times are compared by 2 runs or more of each; pass more, or no baseline.")
     losses = [log.summary["valid_loss"] for log in logs]
@@ -59,8 +64,13 @@ def judge(
         "peak_bytes": max(log.summary["peak_bytes"] for log in logs),
     }  # fmt: skip
     if baseline:
-        fields["baseline"] = {"runs": [_row(log) for log in baseline], **_compared(logs, baseline)}
-    status = "negative" if refusals else _status(track, folder, fields.get("baseline"))
+        rows = [_row(log) for log in baseline]
+        fields["baseline"] = {"record": beaten, "runs": rows, **_compared(logs, baseline)}
+    status = _status(track, folder, fields.get("baseline"), others)
+    rivals = [name for name, other in others.items() if _beats(other) == beaten and other["date"] <= folder.name[:10]]
+    if baseline and status == "record" and rivals:
+        refusals.append(f"{rivals[0]} is faster than {beaten} too: the later one is to be timed beside the earlier")
+    status = "negative" if refusals else status
     about = {"track": track.name, "name": folder.name[11:], "date": folder.name[:10], "summary": summary}
     return about | {"status": status} | fields | {"refusals": refusals}
 
@@ -81,7 +91,7 @@ def submit(
         runs: run folders, of one config and different seeds.
         name: of the record, in a word.
         summary: what was changed and why, for its README.
-        baseline: run folders of the record to beat, made on the same machine.
+        baseline: run folders of the newest record, which is to be beaten, made on the same machine.
         negative: what did not reach the target, and is worth knowing, is not refused.
 
     Raises:
@@ -97,12 +107,14 @@ def submit(
         raise UsageError("runs=() is empty. Pass the run folders of the record.")
     if not summary:
         raise UsageError("summary='' is empty. Say what was changed, and why.")
+    for other in folders(track.path):
+        read_record(other)  # of a damaged one nobody knows whether it is to be beaten
     with replacing(folder) as temporary:
         temporary.mkdir(parents=True)
         for prefix, some in (("run", runs), ("baseline", baseline)):
             for index, run in enumerate(some):
                 write_log(run, temporary / f"{prefix}-{index}.txt")
-        record = judge(track, folder, summary, *_logs(temporary))
+        record = judge(track, folder, summary, *_logs(temporary), _standing(track) if baseline else "")
         if record["refusals"] and not negative:
             raise RunError(f"{runs[0]} is no record of {track.name}: {'; '.join(record['refusals'])}.")
         (temporary / "record.json").write_text(_text(record), encoding="utf-8")
@@ -117,7 +129,7 @@ def verify(track: Track, folder: Path) -> dict[str, Any]:
         RunError: naming the first thing that is not what the logs give.
     """
     record = read_record(folder)
-    computed = judge(track, folder, record["summary"], *_logs(folder))
+    computed = judge(track, folder, record["summary"], *_logs(folder), _beats(record))
     if computed["refusals"] and record["status"] != "negative":
         raise RunError(f"{folder} is no record of {track.name}: {computed['refusals'][0]}.")
     difference = _difference(record, computed)
@@ -254,13 +266,13 @@ def _mean(logs: Sequence[Log], name: str) -> float:
     return math.fsum(log.summary[name] for log in logs) / len(logs)
 
 
-def _status(track: Track, folder: Path, beaten: dict[str, Any] | None) -> str:
+def _status(track: Track, folder: Path, beaten: dict[str, Any] | None, others: dict[str, dict[str, Any]]) -> str:
     """Whether it is a "record" or "valid". Without a baseline only the first one can be a record: machines differ."""
     if beaten is not None:
         return "record" if beaten["ratio"] < 1 and beaten["p"] < track.p else "valid"
     # Of the same day, one that beat a baseline came after the record that is its baseline.
     earlier = [
-        other for other in _others(track, folder).values()
+        other for other in others.values()
         if other["date"] < folder.name[:10] or (other["date"] == folder.name[:10] and "baseline" not in other)
     ]  # fmt: skip
     return "valid" if earlier else "record"
@@ -276,9 +288,15 @@ def _others(track: Track, folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _heads(track: Track) -> list[Log]:
-    """The first log of each record."""
-    return [read_log(track.path / name / "run-0.txt") for name in _others(track, Path())]
+def _beats(record: dict[str, Any]) -> str:
+    """The folder of the record that one was timed beside, or ""."""
+    return str(record.get("baseline", {}).get("record", ""))
+
+
+def _standing(track: Track) -> str:
+    """The folder of the record to beat, or "": each has beaten the one before, and nobody this one."""
+    every = _others(track, Path())
+    return max(every.keys() - {_beats(record) for record in every.values()}, default="")
 
 
 def _difference(record: Any, computed: Any, path: str = "") -> str | None:
