@@ -278,6 +278,36 @@ def test_each_record_beats_the_one_before_and_none_an_older_one(here):
     assert [verify(track, folder)["status"] for folder in (first, second, third)] == ["record", "record", "valid"]
 
 
+def test_runs_of_another_machine_or_source_are_not_compared(here):
+    slow, about = timed(here, ("slow", "slow2"), 40.0), read_json(here / "b" / "environment.json")
+    submit(tiny(here), slow, name="slow", summary="x")
+    versions, machine = about["versions"], {"hardware": "another, 2 cores"}
+    for changes, message in (
+        (machine, "baseline-0.txt has hardware .*, run-0.txt another, 2 cores: all are to be timed on one machine"),
+        ({"versions": versions | {"torch": "2.9.0"}}, "torch"),
+        ({"versions": versions | {"python": "3.12.1"}}, "python"),
+        ({"versions": None}, "python 3.*, run-0.txt None"),
+    ):
+        for run in runs(here):
+            (run / "environment.json").write_text(json.dumps(about | changes))
+        with pytest.raises(RunError, match=message):
+            submit(tiny(here), timed(here, "abc", 4.0), name="fast", summary="x", baseline=slow)
+    for changes, message in (
+        (machine, "run-1.txt has hardware"),
+        ({"commit": "fedcba987654"}, "of several commits, 01"),
+    ):
+        for run, change in zip(runs(here), ({}, changes, {})):
+            (run / "environment.json").write_text(json.dumps(about | change))
+        with pytest.raises(RunError, match=message):
+            submit(tiny(here), runs(here), name="fast", summary="x")
+    for run in runs(here):  # a baseline may be of an older source
+        (run / "environment.json").write_text(json.dumps(about | {"commit": "fedcba987654"}))
+    submit(tiny(here), timed(here, "abc", 4.0), name="fast", summary="x", baseline=slow)
+    (here / "a" / "environment.json").write_text(json.dumps(about | machine | {"device": "cuda"}))
+    with pytest.raises(RunError, match="it ran on cuda, .* but the track is for 2 cores"):
+        submit(tiny(here, cores=2), runs(here), name="card", summary="x")
+
+
 def test_two_records_that_beat_the_same_one_are_not_both_records(here):
     """As two pull requests may have it: the later one is to be timed again."""
     track, slow = tiny(here), timed(here, ("slow", "slow2"), 40.0)

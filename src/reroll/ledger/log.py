@@ -112,7 +112,7 @@ def read_log(path: Path) -> Log:
         first, environment, metrics = (_part(head, name) for name in PARTS[:3])
         config = leaves(toml.overlay(Config(), toml.parse(first), str(path)))
         rows = [json.loads(line) for line in metrics.splitlines()]
-        summary, about = json.loads(last), json.loads(environment)
+        summary, about = json.loads(last), dict(json.loads(environment))
         expected = summarize(rows) | {"sha256": hashlib.sha256(f"{head}=== summary\n".encode()).hexdigest()}
     except (ArithmeticError, AttributeError, KeyError, OSError, TypeError, UsageError, ValueError) as error:
         raise RunError(f"{path} is no log of a run: {type(error).__name__} {error}") from None

@@ -43,7 +43,7 @@ def judge(
     """
     others = _others(track, folder)
     refusals = [f"{log.path.name}: {why}" for log in (*logs, *baseline) for why in _wrong(track, log)]
-    refusals += _differences(logs) + _differences(baseline)
+    refusals += _differences(logs) + _differences(baseline) + _unequal([*logs, *baseline])
     if baseline and beaten not in others:
         refusals.append(f"it has a baseline, but {beaten or 'nothing'} is a record of the track to beat")
     elif baseline:
@@ -197,9 +197,9 @@ def _wrong(track: Track, log: Log) -> list[str]:
         if log.config.get(name) != value:
             wrong.append(f"{name}={log.config.get(name)!r}, but the track fixes {value!r}")
     hardware, used = str(about.get("hardware")), about.get("processes", 1)
-    cores = re.search(r", (\d+) cores", hardware)
-    if track.cores is not None and (cores is None or int(cores[1]) != track.cores):
-        wrong.append(f"it ran on {hardware}, but the track is for {track.cores} cores")
+    cores, on_cpu = re.search(r", (\d+) cores", hardware), about.get("device") == "cpu"
+    if track.cores is not None and not (on_cpu and cores is not None and int(cores[1]) == track.cores):
+        wrong.append(f"it ran on {about.get('device')}, {hardware}, but the track is for {track.cores} cores")
     on_cards = str(about.get("device")).startswith("cuda") and hardware.count(" × ") == 1  # of one kind
     if track.gpus is not None and not (on_cards and used == track.gpus):
         how = f"in {used} process(es) on {about.get('device')}, {hardware}"
@@ -211,10 +211,27 @@ def _wrong(track: Track, log: Log) -> list[str]:
 
 
 def _differences(logs: Sequence[Log]) -> list[str]:
-    """What keeps runs from being one record: one seed twice, or another config."""
+    """What keeps runs from being one record: one seed twice, another config, other source."""
     seeds = [log.config["run.seed"] for log in logs]
-    twice = ["two runs have one seed"] if len({*seeds}) < len(seeds) else []
-    return [f"the runs differ in {name}" for log in logs for name in _unlike(logs[0], log)] + twice
+    wrong = [f"the runs differ in {name}" for log in logs for name in _unlike(logs[0], log)]
+    wrong += ["two runs have one seed"] if len({*seeds}) < len(seeds) else []
+    commits = sorted({str(log.environment.get("commit")) for log in logs})
+    return wrong + ([f"the runs are of several commits, {', '.join(commits)}"] if len(commits) > 1 else [])
+
+
+def _unequal(logs: Sequence[Log]) -> list[str]:
+    """What keeps the seconds of runs from being compared: other hardware, or other versions."""
+
+    def machine(log: Log) -> dict[str, Any]:
+        versions = log.environment.get("versions")
+        known = versions if isinstance(versions, dict) else {}
+        return {"hardware": log.environment.get("hardware"), "python": known.get("python"), "torch": known.get("torch")}
+
+    first = machine(logs[0])
+    return [
+        f"{log.path.name} has {name} {value}, {logs[0].path.name} {first[name]}: all are to be timed on one machine"
+        for log in logs for name, value in machine(log).items() if value != first[name]
+    ]  # fmt: skip
 
 
 def _unlike(one: Log, other: Log) -> list[str]:
