@@ -37,8 +37,8 @@ class Outcome(Enum):
     )
     not_finite = "The loss is not finite. Lower lr, or clip the gradient (clip)."
     gradient_not_finite = (
-        "The loss is finite but its gradient is not, so the step was not taken. Lower lr, evaluate in a wider dtype, "
-        "or shorten the sequences the gradient goes back through (truncate)."
+        "The loss is finite but its gradient is not, or the sum of its squares, so the step was not taken. Lower lr, "
+        "evaluate in a wider dtype, clip the gradient (clip), or shorten the sequences it goes back through (truncate)."
     )
 
     def __bool__(self) -> bool:

@@ -669,6 +669,36 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(name, case, cli
     assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("estimator", [Backprop(), CentralDifference(4, 1e-2)], ids=["backprop", "probes"])
+@pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_neither_weights_nor_moments_become_infinite_by_squares(rule, estimator):
+    """(10²⁵)² overflows fp32; clipped first, or in fp64, it does not."""
+    cases = {(None, torch.float32): 0, (1.0, torch.float32): 3, (None, torch.float64): 3}
+    for (clip, dtype), taken in cases.items():
+        model = nn.ParameterDict({"a": torch.ones(4, 3, dtype=dtype)})
+        optimizer, before = rule(model.parameters(), lr=1e-3), model["a"].clone()
+        steps = [
+            optim.step(model, lambda m, x: 1e25 * m["a"].sum(), estimator, optimizer, None, None, KEY.at(i), clip=clip)
+            for i in range(3)
+        ]
+        assert sum(bool(result.outcome) for result in steps) == taken
+        moments = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        assert all(bool(t.isfinite().all()) for t in [model["a"], *moments])
+        assert torch.equal(model["a"], before) is (taken == 0)
+
+
+@pytest.mark.parametrize("name", ["dense", "seeded"])
+def test_squares_count_up_to_the_largest_number_with_or_without_the_norm(name):
+    """The bound by the largest entry decides at once; beyond it the norm does."""
+    for size, finite in ((0.7e18, True), (1.1e18, True), (2.4e18, False)):  # 64 entries: ‖g‖ = 8 sizes, below 2⁶⁴
+        w = torch.zeros(64)
+        w.grad = torch.full((64,), size)
+        seeded = Seeded.of(Key(0), torch.tensor([size]), "rademacher", {"w": w})
+        gradient = seeded if name == "seeded" else Dense({"w": w})
+        assert gradient.is_finite() is gradient.is_finite(gradient.norm()) is finite
+        assert bool(torch.tensor(gradient.norm() ** 2).isfinite()) is finite
+
+
 def test_a_gradient_is_finite_in_the_dtype_of_its_weights():
     key, coefficients = Key(0), torch.full((3,), 3e4)
     for dtype, finite in ((torch.float16, False), (torch.bfloat16, True)):

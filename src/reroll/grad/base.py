@@ -123,7 +123,7 @@ class Gradient(Protocol):
         ...
 
     def is_finite(self, norm: float | None = None) -> bool:
-        """Whether every entry is finite; the norm, if it is known, saves a pass."""
+        """Whether every entry is finite and ‖g‖², which optimizers sum up; the norm, if it is known, saves a pass."""
         ...
 
 
@@ -146,11 +146,13 @@ class Dense:
         return sum(fetch([square_sum(p.grad) for p in self.parameters.values() if p.grad is not None])) ** 0.5
 
     def is_finite(self, norm: float | None = None) -> bool:
+        grads, limit = [p.grad for p in self.parameters.values() if p.grad is not None], largest_norm(self.parameters)
         if norm is not None:
-            return math.isfinite(norm)
+            return norm < limit
         # The maximum norm is NaN if any entry is: one pass without a copy, and one synchronisation.
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        return all(fetch([torch.linalg.vector_norm(g, torch.inf).isfinite() for g in grads]))
+        largest = fetch([torch.linalg.vector_norm(g, torch.inf).float() for g in grads])
+        bound = math.sqrt(sum(g.numel() * size * size for g, size in zip(grads, largest)))
+        return bound < limit or self.norm() < limit
 
     def scaled(self, factor: float) -> Dense:
         # In place: a copy would take as much memory as the weights.
@@ -226,18 +228,29 @@ class Seeded:
 
     def is_finite(self, norm: float | None = None) -> bool:
         # |ĝ| ≤ Σ_k |c_k| · max |noise|, so the coefficients nearly always decide; if not, generate the tensors.
-        if not bool(self.coefficients.isfinite().all()) or (norm is not None and not math.isfinite(norm)):
+        limit = largest_norm(self.parameters)
+        if not bool(self.coefficients.isfinite().all()) or not (norm is None or norm < limit):
             return False
         size = float(self.coefficients.double().abs().sum()) * NOISE_AT_MOST
-        return all(
-            size * abs(self.scales.get(name, 1.0)) < torch.finfo(p.dtype).max
-            or bool(self.tensor(name).to(p.dtype).isfinite().all())
+        sizes = {name: size * abs(self.scales.get(name, 1.0)) for name in self.parameters}
+        bound = math.sqrt(sum(p.numel() * sizes[name] * sizes[name] for name, p in self.parameters.items()))
+        return (norm is not None or bound < limit or self.norm() < limit) and all(
+            sizes[name] < torch.finfo(p.dtype).max or bool(self.tensor(name).to(p.dtype).isfinite().all())
             for name, p in self.parameters.items()
         )
 
     def scaled(self, factor: float) -> Seeded:
         terms = (term._replace(coefficients=(term.coefficients.double() * factor).float()) for term in self.terms)
         return replace(self, terms=tuple(terms))
+
+
+def largest_norm(tensors: Mapping[str, Tensor]) -> float:
+    """Return the norm from which on ‖g‖² would be infinite in the dtype of these tensors, but at least in bf16.
+
+    The squares of fp16 reach 65,504 only: a limit of 256 would refuse gradients that SGD can use.
+    """
+    most = min((torch.finfo(p.dtype).max for p in tensors.values()), default=math.inf)
+    return math.sqrt(max(most, torch.finfo(torch.bfloat16).max))
 
 
 def square_sum(tensor: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """One step of training, the same for runs, searches, the drop-in optimizer and benchmarks.
 
-    settings → estimate at ε → is it finite? → clip → record → update
+    settings → estimate at ε → clip → is it finite? → record → update
 
-A gradient that is not finite never reaches the weights; the result says so by its outcome.
+A gradient that is not finite, or whose squares are not, never reaches the weights; the result says so by its outcome.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,11 +124,11 @@ def step(
         settings = replace(settings, epsilon=error.least)
         estimate = at_epsilon(estimator, error.least)(model, loss_fn, batch, key)
     gradient, outcome = estimate.gradient, estimate.outcome
-    size = gradient.norm() if outcome and (clip is not None or norm) else None
-    if outcome and not gradient.is_finite(size):
+    size = left = gradient.norm() if outcome and (clip is not None or norm) else None
+    if size is not None and size < math.inf and clip is not None:
+        (gradient, _), left = clip_norm(gradient, clip, size), min(size, clip)
+    if outcome and not gradient.is_finite(left):
         outcome = Outcome.gradient_not_finite
-    if outcome and clip is not None:
-        gradient, size = clip_norm(gradient, clip, size)
     result = StepResult(estimate.loss, outcome, gradient, size, estimate.state, estimate.stats, settings)
     if not outcome:
         return _refused(result, optimizer)
