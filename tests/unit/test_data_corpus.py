@@ -157,6 +157,34 @@ def test_json_lines_of_other_programs(tmp_path):
         assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-8-sig"])
+def test_json_lines_and_an_array_are_read_alike(tmp_path, encoding):
+    rows = [{"text": f"document é {number}", "n": [number]} for number in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding)
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding)
+    for name in ("a.json", "a.jsonl"):
+        documents = [document.source for _, document in find(tmp_path / name).documents()]
+        assert documents == [row["text"].encode() for row in rows]
+    (tmp_path / "b.json").write_text(json.dumps(rows).replace("text", "body"), encoding)
+    assert len(list(find(tmp_path / "b.json", "body").documents())) == 12
+    assert len(list(find(tmp_path / "b.json").documents())) == 1
+    assert "its objects have no 'text', so that it is one text" in find(tmp_path / "b.json").note
+    with pytest.raises(UsageError, match="object 1, has no text in field='title'.*that every object has"):
+        list(find(tmp_path / "b.json", "title").documents())
+    (tmp_path / "c.json").write_text('{"text": "settings"}')
+    assert len(list(find(tmp_path / "c.json").documents())) == 1
+    (tmp_path / "d.json").write_text('[{"text": "x"}, ')
+    with pytest.raises(UsageError, match="is not JSON.*correct it, or call it .txt"):
+        list(find(tmp_path / "d.json").documents())
+
+
+def test_a_hard_link_is_the_same_document(tmp_path):
+    write(tmp_path, a_txt="one", b_txt="two")
+    (tmp_path / "c.txt").hardlink_to(tmp_path / "a.txt")
+    assert [document.name for _, document in find(tmp_path).documents()] == ["a.txt", "b.txt"]
+    assert "1, such as 'c.txt'" not in find(tmp_path).note
+
+
 @pytest.mark.parametrize("path", ["", "/**", "/**/*.txt", "/*/*.txt", "/**.txt"])
 def test_links_are_not_followed_twice(tmp_path, path):
     root = write(tmp_path / "g", a__1_txt="1", a__2_txt="2", b__c__3_txt="3", b__4_txt="4", _hidden__5_txt="5")

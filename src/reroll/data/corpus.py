@@ -2,7 +2,7 @@
 
     corpus = find("notes/")              a folder: its text files, hidden and binary ones left out
     corpus = find("logs/**/*.txt")       a glob
-    corpus = find("pages.jsonl")         a document a line, in its field "text"
+    corpus = find("pages.jsonl")         a document a line, in its field "text"; of an array in .json an object
     corpus = find("pages.parquet")       a document a row, in its column "text"
     corpus = find("ptb/")                a folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt: these are the splits
     corpus = find("stdlib")              prose and sources of Python's standard library: text that is always there
@@ -15,25 +15,27 @@ the text do not tell the splits apart; of a single document its end. Documents a
 from __future__ import annotations
 
 import codecs
+import functools
 import glob
 import hashlib
 import importlib
 import io
 import itertools
-import json
 import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from reroll.data import parquet
+from reroll.data import jsontext, parquet
 from reroll.errors import UsageError
 
 CHUNK = 1 << 20  # bytes read at a time
+FIELD = "text"
+UNITS = {".jsonl": "line", ".ndjson": "line", ".parquet": "row", ".json": "object"}
 FEW = 100  # with fewer documents than this, a tenth of the text is held out, not of the documents
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"PAR1")
@@ -80,16 +82,19 @@ class Document:
 
 @dataclass(frozen=True)
 class File:
-    """A document, or of .jsonl and .parquet files one per line or row; `split` if the name of the file states it."""
+    """A document, or several if it has a `unit`; `split` if the name of the file states it."""
 
     name: str
     source: Path | bytes
     split: str | None = None
 
-    @property
-    def holds_many(self) -> bool:
-        """Whether every line or row is a document."""
-        return isinstance(self.source, Path) and self.source.suffix.lower() in (".jsonl", ".ndjson", ".parquet")
+    @functools.cached_property
+    def unit(self) -> str:
+        """What of the file is a document, by its ending: a line, a row, an object of an array; empty: all of it."""
+        if not isinstance(self.source, Path):
+            return ""
+        unit = UNITS.get(self.source.suffix.lower(), "")
+        return unit if unit != "object" or jsontext.is_array(_utf8(self.source)) else ""
 
     @property
     def signature(self) -> list[str | int]:
@@ -101,7 +106,7 @@ class File:
 
     def documents(self, field: str) -> Iterator[Document]:
         """Yield the documents of the file, also those that are empty."""
-        if self.holds_many:
+        if self.unit:
             yield from self._many(field)
             return
         with _open(self.source) as file:
@@ -114,12 +119,26 @@ class File:
         else:
             yield Document(self.name, self.source, size, skip)
 
+    def _entries(self, field: str) -> Iterable[Any]:
+        path = Path(str(self.source))
+        if self.unit != "object":
+            return parquet.rows(path, field) if self.unit == "row" else jsontext.lines(_utf8(path), path)
+        with _utf8(path) as file:
+            content = file.read()
+        objects = jsontext.objects(content, path, field, required=field != FIELD)
+        return [{field: content.decode()}] if objects is None else objects
+
+    def is_plain(self, field: str) -> bool:
+        """Whether it is an array of objects without the field, and so a text like any other."""
+        if self.unit != "object" or field != FIELD:
+            return False
+        with _utf8(Path(str(self.source))) as file:
+            return jsontext.objects(file.read(), Path(str(self.source)), field, required=False) is None
+
     def _many(self, field: str) -> Iterator[Document]:
-        assert isinstance(self.source, Path)
-        table = parquet.is_table(self.source)
-        unit = "row" if table else "line"
-        for number, entry in enumerate(parquet.rows(self.source, field) if table else self._lines(field), 1):
-            if (text := _text_of(entry, field)) is None:
+        unit = self.unit
+        for number, entry in enumerate(self._entries(field), 1):
+            if (text := jsontext.text_of(entry, field)) is None:
                 shown = ascii(entry)
                 shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
                 raise UsageError(
@@ -129,16 +148,6 @@ class File:
             content = text.encode("utf-8", "replace")
             yield Document(f"{self.name}:{number}", content, len(content))
 
-    def _lines(self, field: str) -> Iterator[Any]:
-        with _open(self.source) as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line) if line.strip() else {field: None}
-                except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
-                    raise UsageError(
-                        f"path={self.source}, line {number}, is not JSON ({error}); correct or delete the line."
-                    ) from None
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -146,13 +155,13 @@ class Corpus:
 
     path: str
     files: tuple[File, ...]
-    field: str = "text"
+    field: str = FIELD
     note: str = ""
 
     @property
     def signature(self) -> list[object]:
         """A value that changes with any file, and when other files are found."""
-        field = self.field if any(file.holds_many for file in self.files) else ""
+        field = self.field if any(file.unit for file in self.files) else ""
         return [field, [file.signature for file in self.files]]
 
     def documents(self, totals: Counter[str] | None = None) -> Iterator[tuple[File, Document]]:
@@ -179,7 +188,7 @@ class Passage(NamedTuple):
         return self.document.chunks(self.begin, self.end, CHUNK)
 
 
-def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
+def find(path: str | os.PathLike[str], field: str = FIELD) -> Corpus:
     """Return the corpus a path names.
 
     Args:
@@ -204,14 +213,16 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
     file = File(where.name, where)
     with _open(where) as opened:
         compressed = opened.read(6).startswith(COMPRESSED)
-    if compressed and not file.holds_many and not _is_text(where):
+    if compressed and not file.unit and not _is_text(where):
         raise UsageError(
             f"path={name!r} is compressed, not text. Unpack it; a table is read as it is: reroll train arrays --path "
             f"{name}"
         )
     if not where.stat().st_size:
         raise UsageError(f"path={name!r} is empty; give a file with text in it.")
-    note = "" if file.holds_many or _is_text(where) else "not UTF-8 text: its bytes are learned as they are"
+    note = "" if file.unit or _is_text(where) else "not UTF-8 text: its bytes are learned as they are"
+    if file.is_plain(field):
+        note = f"its objects have no {FIELD!r}, so that it is one text; name a field of theirs as field=…"
     return Corpus(name, (file,), field, note)
 
 
@@ -235,7 +246,7 @@ def passages(corpus: Corpus, totals: Counter[str] | None = None) -> Iterator[Pas
     if corpus.files[0].split:
         files = Counter(file.split for file in corpus.files)
         for file, document in corpus.documents(totals):
-            yield Passage(file.split or "", document, 0, None, file.holds_many or files[file.split] > 1)
+            yield Passage(file.split or "", document, 0, None, bool(file.unit) or files[file.split] > 1)
         return
     first = [document for _, document in itertools.islice(corpus.documents(), FEW)]
     if not first:
@@ -309,9 +320,10 @@ def _several(name: str, paths: list[Path], field: str, root: Path | None = None)
     """The corpus of several files, each once: those named after splits if there are such, else all that hold text."""
     if not paths and glob.has_magic(name):
         raise UsageError(f"path={name!r} matches no file. Give {KINDS}.")
-    real: dict[str, Path] = {}
+    real: dict[tuple[int, int], Path] = {}
     for path in sorted(filter(os.path.isfile, paths), key=os.path.islink):
-        real.setdefault(os.path.realpath(path), path)  # by its own name if it has one here
+        state = path.stat()
+        real.setdefault((state.st_dev, state.st_ino), path)  # by its own name if it has one here
     once = set(real.values())
     files = [path for path in paths if path in once]
     if splits := _named_splits(files):
@@ -342,6 +354,13 @@ def _named_splits(files: list[Path]) -> dict[str, Path]:
     return {}
 
 
+def _utf8(path: Path) -> BinaryIO:
+    """A text, opened; one in UTF-16 is read whole."""
+    with _open(path) as file:
+        wide = file.read(2) in UTF16
+    return _open(_from_utf16(path) if wide else path)
+
+
 def _from_utf16(path: Path) -> bytes:
     """The text of a file in UTF-16, as UTF-8; it is read whole."""
     try:
@@ -361,17 +380,6 @@ def _is_text(path: Path) -> bool:
         return "\0" not in decoder.decode(head, final=len(head) < 8192)
     except UnicodeDecodeError:
         return False
-
-
-def _text_of(entry: Any, field: str) -> str | None:
-    """The text of a field, `a.b` inside a; empty if it is null, None if there is no text."""
-    if entry is None:
-        return ""
-    first, dot, rest = field.partition(".")
-    if isinstance(entry, dict) and field not in entry and dot:
-        return _text_of(entry.get(first, 0), rest)
-    value = entry.get(field, 0) if isinstance(entry, dict) else 0
-    return value if isinstance(value, str) else "" if value is None else None
 
 
 def _standard_library(prose_only: bool) -> tuple[File, ...]:
