@@ -104,6 +104,7 @@ CASES = {
     "patched forward": patched,
     "outer parameters": regularised,
     "script": lambda: (torch.jit.script(mlp().double()), mean_square),
+    "script inside": lambda: (nn.Sequential(torch.jit.script(nn.Linear(3, 4)), nn.Tanh()).double(), mean_square),
     "trace": lambda: (torch.jit.trace(mlp().double(), X), mean_square),
     "encoder": lambda: encoder(wrap=False),
     "encoder alone in a Sequential": lambda: encoder(wrap=True),
@@ -175,7 +176,7 @@ def test_every_evaluator_gives_the_slopes_of_a_plain_loop_or_refuses(name):
             refusal = str(error)
         if refusal:
             assert mode in ("tiles", "batched")
-            assert f'evaluate="{mode}" cannot evaluate this model and loss' in refusal
+            assert f'evaluate="{mode}" cannot ' in refusal
             assert "\n" not in refusal
         else:
             assert estimate.outcome is Outcome.ok
@@ -466,6 +467,15 @@ def test_a_loss_made_anew_at_every_step_is_looked_at_once(monkeypatch):
         weight = torch.tensor(1.0 + step)
         CentralDifference(4, EPSILON)(model, lambda m, b, w=weight: w * mean_square(m, b), X, KEY.at(step))
     assert len(looked) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("mode", ["tiles", "batched"])
+def test_compiled_code_that_reads_its_weights_by_itself_is_refused_whatever_its_size(mode):
+    model = nn.Sequential(nn.Linear(3, 4), torch.jit.script(nn.Linear(4, 2)))
+    with pytest.raises(UsageError, match=f'evaluate="{mode}" cannot follow this model: .*torch.jit.*Use "in_place"'):
+        CentralDifference(4, EPSILON, evaluate=mode).plan(model, trainable(model))
+    assert CentralDifference(4, EPSILON).plan(model, trainable(model)).evaluate == "in_place"
 
 
 def test_what_is_reroll_s_own_needs_no_second_look():

@@ -117,6 +117,9 @@ def _why_in_place(model: nn.Module | None) -> str | None:
     """Why the branches of a model can only be evaluated with its weights in place, or None."""
     if model is not None and iterates(model):
         return "the rollout iterates until it has converged, differently for every branch"
+    scripts = () if model is None else (m for m in model.modules() if isinstance(m, torch.jit.ScriptModule))
+    if any(next(script.parameters(), None) is not None for script in scripts):
+        return "code compiled by torch.jit reads its weights by itself"
     rollouts = () if model is None else (getattr(module, "rollout", None) for module in model.modules())
     if any(getattr(rollout, "kernel", "") == "compiled" for rollout in rollouts):
         return "the rollout compiles the step with the weights of every branch"
