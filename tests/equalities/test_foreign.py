@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +18,7 @@ from reroll.errors import EpsilonTooSmall, UsageError
 from reroll.grad import Backprop, CentralDifference
 from reroll.grad.base import trainable
 from reroll.grad.checks import floors
-from reroll.grad.evaluate import verify
+from reroll.grad.evaluate import plan, verify
 from reroll.grad.evaluate.batched import attention
 from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.grad.evaluate.snapshot import seed_of
@@ -231,13 +232,31 @@ def test_autocast_reaches_workers_and_caches_no_weights(workers):
     torch.testing.assert_close(places.gradient.coefficients, full.gradient.coefficients, rtol=0.2, atol=0.02)
 
 
-def test_two_threads_over_models_with_dropout_do_not_meet():
-    models = [mlp(nn.Dropout(0.5)).double() for _ in range(2)]
-    estimator = CentralDifference(8, EPSILON, evaluate="in_place")
-    run = lambda model: [estimator(model, mean_square, X, Key(0).at(k)).gradient.coefficients for k in range(6)]
-    alone = [run(model) for model in models]
+@pytest.mark.parametrize("mode", ["batched", "tiles"])
+def test_under_autocast_a_mode_is_judged_without_its_rounding(mode):
+    torch.manual_seed(1)
+    model, x = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 10)), torch.randn(32, 3)
+    loss = lambda m, b: mean_square(m, b).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = CentralDifference(8, 0.05, evaluate=mode)(model, loss, x, KEY)
+    expected = CentralDifference(8, 0.05)(model, loss, x, KEY).gradient.coefficients
+    assert found.stats["evaluate"] == mode
+    torch.testing.assert_close(found.gradient.coefficients, expected, rtol=0.2, atol=0.02)
+
+
+@pytest.mark.parametrize("mode", ["in_place", "tiles", "batched"])
+@pytest.mark.parametrize("drawn", ["by a module", "by the loss"])
+def test_two_threads_that_draw_do_not_meet(mode, drawn):
+    models = [(mlp(nn.Dropout(0.5)) if drawn == "by a module" else mlp()).double() for _ in range(12)]
+    loss = mean_square if drawn == "by a module" else lambda m, b: mean_square(m, b + torch.randn(5, 3))
+    estimator = CentralDifference(8, EPSILON, evaluate=mode)
+
+    def run(some):  # every model for the first time, when it is not known yet whether the loss draws
+        return [estimator(model, loss, X, Key(0).at(k)).gradient.coefficients for k, model in enumerate(some)]
+
+    alone = [run(copy.deepcopy(models[i::2])) for i in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(run, models))
+        together = list(pool.map(run, (models[0::2], models[1::2])))
     assert all(torch.equal(a, b) for x, y in zip(alone, together) for a, b in zip(x, y))
 
 
@@ -458,15 +477,72 @@ def test_a_loss_of_the_same_code_and_another_model_is_another_loss(loss):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
-def test_a_loss_made_anew_at_every_step_is_looked_at_once(monkeypatch):
+def test_a_loss_made_anew_at_every_step_is_looked_at_ever_more_rarely(monkeypatch):
     looked = []
     once = verify.Evaluation._once
-    monkeypatch.setattr(verify.Evaluation, "_once", lambda *args: looked.append(0) or once(*args))
+    monkeypatch.setattr(verify.Evaluation, "_once", lambda *args: looked.append(step) or once(*args))
     model = mlp().double()
-    for step in range(3):
+    for step in range(1, 10):
         weight = torch.tensor(1.0 + step)
         CentralDifference(4, EPSILON)(model, lambda m, b, w=weight: w * mean_square(m, b), X, KEY.at(step))
-    assert len(looked) == 1
+    assert looked == [1, 1, 1, 1, 2, 2, 4, 4, 8, 8]  # the first time, it is also repeated
+
+
+def slopes(model, loss, mode, seed=0, batch=X):
+    return CentralDifference(4, EPSILON, evaluate=mode)(model, loss, batch, Key(seed).at(0)).gradient.coefficients
+
+
+def test_a_term_whose_probe_of_signs_often_cancels_is_missed_in_no_seed():
+    for seed in range(8):
+        model = mlp(nn.LayerNorm(4)).double()
+        outer = [model[1].weight]
+        loss = lambda m, b, outer=outer: mean_square(m, b) + outer[0].sum()
+        torch.testing.assert_close(slopes(model, loss, "tiles", seed), slopes(model, loss, "in_place", seed))
+
+
+@pytest.mark.parametrize("size", [1e-4, 3e-4, 1e-3])
+def test_a_term_whose_effect_is_no_larger_than_rounding_may_be_is_not_missed(size):
+    torch.manual_seed(1)
+    model = mlp()
+    outer = list(model.parameters())
+    loss = lambda m, b: (m(b) * 1e-3 - 1).square().mean() + size * sum(p.square().sum() for p in outer)
+    found, expected = (slopes(model, loss, mode, 3, X.float()) for mode in ("tiles", "in_place"))
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("closed_over", [True, False])
+def test_a_term_that_begins_later_is_seen_at_once_or_soon(closed_over):
+    weight = 0.0
+    model, weights = mlp().double(), [weight]
+    outer = list(model.parameters())
+    loss = (
+        (lambda m, b: mean_square(m, b) + weight * sum(p.square().sum() for p in outer))
+        if closed_over
+        else (lambda m, b: mean_square(m, b) + weights[0] * sum(p.square().sum() for p in outer))
+    )
+    for _ in range(2):
+        slopes(model, loss, "tiles")
+    weight = weights[0] = 1.0
+    found = [slopes(model, loss, "tiles") for _ in range(2)]
+    expected = slopes(model, loss, "in_place")
+    torch.testing.assert_close(found[1], expected, rtol=1e-5, atol=1e-9)
+    assert torch.allclose(found[0], expected, rtol=1e-5) == closed_over
+
+
+def test_tensors_that_do_not_fit_the_budget_are_compared_in_turn(monkeypatch):
+    monkeypatch.setattr(plan, "TILE_BYTES", 64)
+
+    def estimate(probes, times):
+        model = mlp().double()
+        alias = model[2].weight.detach()  # on the memory of the second largest, which in_place alone perturbs
+        for _ in range(times):
+            found = CentralDifference(probes, EPSILON, evaluate="tiles")
+            found(model, lambda m, b: mean_square(m, b) + alias.sin().sum(), X, KEY)
+
+    estimate(2, times=1)
+    for probes, times in ((2, 2), (6, 1)):  # a look at a step takes no longer than the step
+        with pytest.raises(UsageError, match="not everything that the loss reads"):
+            estimate(probes, times)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
@@ -476,6 +552,46 @@ def test_compiled_code_that_reads_its_weights_by_itself_is_refused_whatever_its_
     with pytest.raises(UsageError, match=f'evaluate="{mode}" cannot follow this model: .*torch.jit.*Use "in_place"'):
         CentralDifference(4, EPSILON, evaluate=mode).plan(model, trainable(model))
     assert CentralDifference(4, EPSILON).plan(model, trainable(model)).evaluate == "in_place"
+
+
+class Impure(nn.Module):
+    """Its output depends on what no snapshot of torch's generators and of buffers holds."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how = nn.Linear(3, 3, dtype=torch.float64), how
+        self.seen, self.tensor = {}, torch.zeros(3, dtype=torch.float64)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.how == "generator":
+            return y + torch.randn(5, 3, generator=self.generator, dtype=torch.float64)
+        if self.how in ("numpy", "random"):
+            drawn = np.random.rand() if self.how == "numpy" else random.random()  # noqa: NPY002
+            return y * (1 + drawn)
+        kept = self.tensor if self.how == "tensor" else self.seen.get("y", 0)
+        y = y + kept
+        if self.how == "tensor":
+            self.tensor.add_(y.detach().mean(0))
+        else:
+            self.seen["y"] = y.detach().mean(0)
+        return y
+
+
+@pytest.mark.parametrize("how", ["generator", "numpy", "random", "tensor", "dict"])
+def test_a_loss_that_cannot_be_repeated_is_said_or_refused(how):
+    for mode in ("tiles", "batched"):
+        model = Impure(how)
+        with pytest.raises(UsageError, match=f'evaluate="{mode}" cannot .* same weights and random numbers') as error:
+            slopes(model, mean_square, mode)
+        assert "\n" not in str(error.value)
+        mean_square(model, X).item()  # nothing of vmap is left in it
+    for mode in ("auto", "in_place"):
+        model = Impure(how)
+        with pytest.warns(UserWarning, match="numpy, random, a torch.Generator.*state kept between calls"):
+            slopes(model, mean_square, mode)
+        slopes(model, mean_square, mode)  # it is said once; warnings are errors here
 
 
 def test_what_is_reroll_s_own_needs_no_second_look():

@@ -485,6 +485,7 @@ def test_a_tied_step_is_the_tied_identity():
     CDRGE([("w", model.weight)], lr=0.01, probes=4).step(closure)
     from reroll.kernels.noise_axpy import noise
 
+    losses = losses[-8:]  # before, the closure is repeated with the same weights
     expected = start.clone().double()
     for k in range(4):
         expected -= (losses[2 * k] - losses[2 * k + 1]) / 2 / 4 * noise(Key(0).at(0), (1, 3), k, "w").double()
@@ -602,9 +603,9 @@ def test_tiles_leave_the_weights_untouched_while_the_closure_runs():
 
     start = model.head.bias.tolist()
     CDRGE(model.named_parameters(), lr=0.02, probes=3, evaluate="tiles").step(closure)
-    assert len(seen) == 6 + 2  # one probe once more, in place
+    assert len(seen) == 2 + 6 + 4  # repeated in place before; a probe of its own in both ways afterwards
     # Asked inside the closure, a weight is what this branch perturbs it to …
-    assert len({tuple(s) for s in seen}) == 6
+    assert len({tuple(s) for s in seen[2:8]}) == 6
     # … while the memory of the weight was changed by the update alone.
     assert model.head.bias.tolist() != start
 
@@ -780,6 +781,7 @@ def test_a_parameter_frozen_after_construction_is_left_alone():
         optimizer.step(closure)
 
 
+@pytest.mark.filterwarnings("ignore:The same weights and random numbers")
 def test_buffers_of_the_model_of_a_closure_come_back_and_else_a_warning_names_them():
     x = torch.randn(8, 4)
     for change in (lambda: nn.BatchNorm1d(4), lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ def seeded_generators(seed: int, devices: Sequence[int] = ()) -> Iterator[None]:
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)
         yield
+
+
+def exclusively() -> AbstractContextManager[Any]:
+    """Keep other threads from seeding torch's generators inside the block, which may draw from them."""
+    return _Generators.lock
 
 
 class Snapshot:

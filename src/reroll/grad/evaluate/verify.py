@@ -1,13 +1,14 @@
 """Verify that the perturbation reaches the loss, and evaluate in another way where it does not.
 
 A loss can bypass `tiles` and `batched`: it closes over the model where a copy is evaluated, runs compiled code, calls
-`.item()`. So the first time a model and a loss are evaluated in a mode, one probe is also evaluated by the reference,
-on as many tensors as the budget of `tiles` can copy. If losses differ by more than rounding, or the mode raises, the
+`.item()`. So the first time a model and a loss are evaluated in a mode, a probe is also evaluated by the reference, on
+as many tensors as the budget of `tiles` can copy. If losses differ by more than rounding, or the mode raises, the
 next one is used; the last is the reference (in another dtype than the weights', interception):
 
     tiles on a copy → tiles by interception → in_place          batched → in_place
 
-If generators or buffers have changed afterwards, the step is evaluated once more with isolated branches.
+A loss may change, so this is done again at its 2nd, 4th, 8th … evaluation, on the next tensors. If generators or
+buffers have changed afterwards, branches are isolated; if a loss cannot be repeated even so, that is said.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from reroll.errors import UsageError, warn
 from reroll.grad.evaluate.base import Evaluator, ProbeContext
 from reroll.grad.evaluate.batched import Batched
-from reroll.grad.evaluate.in_place import InPlace, Replicas
+from reroll.grad.evaluate.in_place import InPlace, Replicas, renormalised
 from reroll.grad.evaluate.plan import Plan
-from reroll.grad.evaluate.snapshot import Snapshot, cuda_devices
+from reroll.grad.evaluate.snapshot import Snapshot, cuda_devices, exclusively
 from reroll.grad.evaluate.tiles import Tiles
 from reroll.grad.units import Distribute, Result, Unit, threads
+from reroll.kernels.noise_axpy import noise_of
 from reroll.passes import is_untouched, passes
 from reroll.rollout.monitor import monitoring
 
@@ -45,13 +47,20 @@ SHARE = 0.1
 """… if that is at most this share of the probe's effect on the loss: an unreached weight makes a larger one."""
 AMPLIFIED = 6.0
 """Square roots of a unit in the last place by which unperturbed losses may differ: 0.2 % in fp32."""
+GROWTH = 32
+"""Factor on ε for another look at a probe whose effect on the loss is no larger than rounding may be."""
 UNREACHED = "its losses differ from those of another mode, so not everything that the loss reads is perturbed"
+UNREPEATED = (
+    "the same weights and random numbers give different losses, so that probes differ by more than their weights; "
+    "what can cause it: random numbers that are not from torch's global generators (numpy, random, a torch.Generator), "
+    "data drawn inside the loss, state kept between calls that is no buffer (a list, a dict, a tensor edited in place)"
+)
 
 REMEMBERED = 64
 """Entries per model in the memo."""
 
 _memo: MutableMapping[Any, dict[Any, Any]] = WeakIdKeyDictionary()
-"""By model, mode and loss, the plan that was verified, and references to the objects whose ids are in the key."""
+"""By model, mode and loss: references to the objects whose ids are in the key, calls, the plan that was verified."""
 
 
 @dataclass
@@ -91,20 +100,51 @@ class Evaluation:
         (loss, objects), ours = identity(loss_fn), is_ours(model, loss_fn)
         key = (self.plan.evaluate, self.plan.whole, self.probes.dtype, model and model.training, ours, loss)
         memo = _memo.setdefault(next(iter(self.probes.parameters.values())) if model is None else model, {})
-        references, changes = memo.get(key, ((), {}))
+        references, calls, changes = memo.get(key, ((), 0, {}))
         # While these objects live, no others have their ids.
-        is_verified = key in memo and all(reference() is not None for reference in references)
-        if is_verified:
+        if not all(reference() is not None for reference in references):
+            calls = 0
+        if calls:
             self._change(**changes)
-        results = self._evaluate(units, trusted=is_verified or ours)
+        look = None if ours or calls & (calls + 1) else calls.bit_length()  # at calls 0, 1, 3, 7 …
+        if look == 0:
+            self._repeat(units[0])
+        results = self._evaluate(units, look)
         if len(memo) >= REMEMBERED and key not in memo:
             memo.clear()
         changes = {name: getattr(self.plan, name) for name in ("evaluate", "whole", "isolate", "reason")}
-        memo[key] = tuple(map(_reference, objects)), changes
+        memo[key] = tuple(map(_reference, objects)), calls + 1, changes
         return results
 
-    def _evaluate(self, units: list[Unit], trusted: bool) -> list[Result]:
-        """Evaluate units, if need be in one mode after the other, until one is verified."""
+    def _repeat(self, unit: Unit) -> None:
+        """Isolate branches that draw or store; where a loss differs from itself even so, say it, or refuse."""
+        unit = unit._replace(probes=unit.probes[:1])
+        some = self._groups(0)[0]
+        devices = cuda_devices(self.probes.parameters)
+
+        def once() -> Tensor:
+            return self._once(replace(self.probes, parameters=some, sides=(1,)), unit, self._reference())
+
+        with exclusively():  # until it is known whether it draws
+            before = Snapshot(self.probes.model, devices)
+            try:
+                first = once()
+                if not self.plan.isolate and before.has_changed():
+                    before.restore()
+                    self._change(isolate=True)
+                    first = once()
+                again = once()
+            finally:
+                before.restore()
+        if not _alike(first, again, ROUNDING * self._precision(first, some) * first.abs()).all():
+            mode = self.plan.evaluate
+            self._change(isolate=True, evaluate=self._reference().evaluate, whole=False)
+            if self.plan.evaluate != mode:
+                self._report(mode, UNREPEATED)
+            warn(UNREPEATED[0].upper() + UNREPEATED[1:] + ".")
+
+    def _evaluate(self, units: list[Unit], look: int | None) -> list[Result]:
+        """Evaluate units, if need be in one mode after the other, until one is verified; None: it is trusted."""
         # Isolated branches restore by themselves what modules store.
         before = Snapshot(None if self.plan.isolate else self.probes.model, cuda_devices(self.probes.parameters))
         first, reason = self.plan.evaluate, None
@@ -113,9 +153,9 @@ class Evaluation:
                 results = self.run(units)
                 if not self.plan.isolate and before.has_changed():
                     self._change(isolate=True)
-                    trusted = False
+                    look = look or 0
                     continue
-                if trusted or self._is_reference() or self._agrees(units[0], results[0]):
+                if look is None or self._is_reference() or self._agrees(units, look):
                     break
                 reason = reason or UNREACHED
             except Exception as error:
@@ -137,11 +177,13 @@ class Evaluation:
         self.plan = replace(plan, workers=1) if plan.isolate or plan.evaluate == "in_place" else plan
         self.probes = replace(self.probes, isolate=plan.isolate)
 
+    def _reference(self) -> Plan:
+        """The mode that others are compared with."""
+        return replace(self.plan, evaluate="in_place" if self.probes.dtype is None else "tiles", whole=False)
+
     def _is_reference(self) -> bool:
-        """Whether the mode is the one that others are compared with."""
-        if self.probes.dtype is None:
-            return self.plan.evaluate == "in_place"
-        return self.plan.evaluate == "tiles" and not self.plan.whole
+        is_copy = self.plan.evaluate == "tiles" and self.plan.whole
+        return self.plan.evaluate == self._reference().evaluate and not is_copy
 
     def _report(self, first: str, reason: str) -> None:
         used = self.plan.evaluate
@@ -153,34 +195,83 @@ class Evaluation:
         if reason == UNREACHED:  # a mode that raises is replaced silently
             warn(f'evaluate="{first}" would be wrong here: {reason}; "{used}" is used.')
 
-    def _agrees(self, unit: Unit, result: Result) -> bool:
-        """Whether the first probe of a unit has the same losses in the reference mode."""
-        count = len(unit.probes)
-        states = unit.states and [state for i, state in enumerate(unit.states) if i % count == 0]
-        one = unit._replace(probes=unit.probes[:1], states=states)
-        probes = replace(self.probes, parameters=_affordable(self.probes.parameters, self.plan.tile_bytes))
-        reference = replace(self.plan, evaluate="in_place" if probes.dtype is None else "tiles", whole=False)
-        whole = len(probes.parameters) == len(self.probes.parameters)
-        losses = result.losses[:, :1] if whole else self._once(probes, one, self.plan)
-        mine, theirs = losses.double(), self._once(probes, one, reference).double()
-        visible = 2 * torch.finfo(losses.dtype).eps * theirs.abs().max()
-        if len(mine) == 2 and mine[0] == mine[1] and (theirs[0] - theirs[1]).abs() > visible:
-            return False
-        precision = max(torch.finfo(probes.dtype or p.dtype).eps for p in (losses, *probes.parameters.values()))
-        bound = ROUNDING * precision * torch.maximum(mine.abs(), theirs.abs())
-        gap = (mine - theirs).abs()
-        alike = (mine == theirs) | ~(mine.isfinite() | theirs.isfinite()) | (gap <= bound)
+    def _agrees(self, units: list[Unit], look: int) -> bool:
+        """Whether a probe has the same losses in the reference mode, on groups of tensors; the next at the next look.
+
+        Its numbers are normal whatever those of the step are: signs often cancel, as in a sum of equal weights.
+        """
+        groups = self._groups(self.plan.tile_bytes)
+        count = min(len(groups), max(1, len({k for unit in units for k in unit.probes}) // 2))  # the cost of a step
+        probes = replace(self.probes, key=self.probes.key.at("verify"), noise=noise_of("normal"), sides=(1, -1))
+        some = [replace(probes, parameters=groups[(look * count + i) % len(groups)]) for i in range(count)]
+        unit = units[0]._replace(probes=range(1), states=units[0].states and units[0].states[:1] * 2)
+        try:
+            with torch.autocast(self._device, enabled=False):  # whose rounding would hide what is missing
+                return all(self._agrees_on(part, unit) for part in some)
+        except RuntimeError:  # dtypes that only autocast brings together
+            if not torch.is_autocast_enabled(self._device):
+                raise
+        return all(self._agrees_on(part, unit) for part in some)
+
+    def _agrees_on(self, probes: ProbeContext, unit: Unit) -> bool:
+        """Whether both losses of a probe are the same, and if they hardly differ, those of a larger one as well."""
+        for growth, share in ((1, SHARE), (GROWTH, SHARE / 10)):
+            probes = replace(probes, epsilon=growth * probes.epsilon)
+            mine, theirs = (self._once(probes, unit, plan) for plan in (self.plan, self._reference()))
+            precision, rounding = self._precision(mine, probes.parameters), torch.finfo(mine.dtype).eps
+            mine, theirs = mine.double(), theirs.double()
+            effect = (theirs[0] - theirs[1]).abs()
+            if mine[0] == mine[1] and effect > 2 * rounding * theirs.abs().max():
+                return False
+            bound = ROUNDING * precision * torch.maximum(mine.abs(), theirs.abs())
+            seen = bool((bound <= SHARE * effect).all())
+            bound = bound if growth == 1 else bound + share * effect
+            if not self._is_rounding(mine, theirs, bound, share, probes, unit):
+                return False
+            if seen:
+                break
+        return True
+
+    def _is_rounding(
+        self, mine: Tensor, theirs: Tensor, bound: Tensor, share: float, probes: ProbeContext, unit: Unit
+    ) -> bool:
+        """Whether rounding explains how these losses of a probe differ."""
+        alike, gap = _alike(mine, theirs, bound), (mine - theirs).abs()
         if bool(alike.all()):
             return True
         # Rounding may be amplified, as in a long recurrence: then the unperturbed losses differ slightly as well.
-        unperturbed = replace(probes, epsilon=0.0)
-        clean, base = (self._once(unperturbed, one, plan).double() for plan in (self.plan, reference))
+        unperturbed, plans = replace(probes, epsilon=0.0), (self.plan, self._reference())
+        clean, base = (self._once(unperturbed, unit, plan).double() for plan in plans)
         amplified, effect = (clean - base).abs(), (theirs - base).abs()
-        if bool((alike | ((gap <= FLOOR * precision) & (gap <= SHARE * effect))).all()):
+        precision = self._precision(mine, probes.parameters)
+        if bool((alike | ((gap <= FLOOR * precision) & (gap <= share * effect))).all()):
             return True
         if bool((amplified > AMPLIFIED * precision**0.5 * clean.abs()).any()):
             return False
         return bool((alike | (gap <= bound + ROUNDING * amplified)).all())
+
+    def _groups(self, budget: int) -> list[dict[str, Tensor]]:
+        """All tensors from the smallest to the largest, in groups that the budget allows to copy, or alone."""
+        parameters, groups, room = self.probes.parameters, [], 0
+        for name, p in sorted(parameters.items(), key=lambda item: item[1].numel()):
+            if not groups or p.nbytes > room:
+                # Those that a forward pass changes are in all of them, so that they are copied and come back.
+                groups.append({n: parameters[n] for n in renormalised(self.probes.model, parameters)})
+                room = budget
+            groups[-1][name] = p
+            room -= p.nbytes
+        return groups
+
+    def _precision(self, losses: Tensor, parameters: Mapping[str, Tensor]) -> float:
+        """The coarsest unit in the last place of one of all dtypes that an evaluation computes in."""
+        dtypes = [losses.dtype, *(self.probes.dtype or p.dtype for p in parameters.values())]
+        if torch.is_autocast_enabled(self._device):
+            dtypes.append(torch.get_autocast_dtype(self._device))
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    @property
+    def _device(self) -> str:
+        return next(iter(self.probes.parameters.values())).device.type
 
     def _once(self, probes: ProbeContext, unit: Unit, plan: Plan) -> Tensor:
         with passes(0), monitoring(quiet=True), evaluator(plan, probes, "copy") as mode:
@@ -216,8 +307,9 @@ def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
     """Return a key that identifies a loss, and the objects whose ids are in it.
 
     It consists of the code, and of the modules, parameters and functions that the loss is bound to, closes over or has
-    as defaults. Of a list, tuple or dict only the first 64 entries count: losses that differ in a later one have the
-    same key, and the second is not verified. A lambda that is created anew at every step is the same loss.
+    as defaults; of numbers there, only whether they are zero, as the weight of a term may be at first. Of a list, tuple
+    or dict only the first 64 entries count, and of the first two no numbers: losses that differ in others have the same
+    key, and the second is not verified. A lambda that is created anew at every step is the same loss.
     """
     objects: list[Any] = []
 
@@ -228,14 +320,18 @@ def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
     def describe(value: Any, depth: int) -> Any:
         code, inside = None, ()
         if isinstance(value, types.FunctionType):
-            code, inside = value.__code__, (*_closure(value), value.__defaults__, value.__kwdefaults__)
+            code, inside = value.__code__, (*_closure(value), *(value.__defaults__ or ()), value.__kwdefaults__)
         elif isinstance(value, types.MethodType):
             code, inside = by_id(value.__self__), (value.__func__,)
         elif isinstance(value, functools.partial):
-            inside = value.func, value.args, value.keywords
-        elif isinstance(value, list | tuple | dict):
-            # A container may be a data set; one of modules or parameters is short.
-            inside = list(itertools.islice(value.values() if isinstance(value, dict) else value, FEW))
+            inside = value.func, *value.args, value.keywords
+        elif isinstance(value, int | float):
+            return value != 0
+        elif isinstance(value, dict):
+            inside = list(itertools.islice(value.values(), FEW))
+        elif isinstance(value, list | tuple):
+            # A sequence may be a data set; one of modules or parameters is short.
+            inside = [part for part in itertools.islice(value, FEW) if not isinstance(part, int | float)]
         else:
             return by_id(value) if isinstance(value, nn.Parameter) or callable(value) else None
         parts = (describe(part, depth - 1) for part in inside) if depth else ()
@@ -257,9 +353,6 @@ def _reference(thing: Any) -> Callable[[], Any]:
         return lambda: thing
 
 
-def _affordable(parameters: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
-    """The smallest tensors, at least one, that the budget allows to copy; in their order."""
-    by_size = sorted(parameters, key=lambda name: parameters[name].numel())
-    totals = itertools.accumulate(parameters[name].nbytes for name in by_size)
-    chosen = {name for i, (name, total) in enumerate(zip(by_size, totals)) if total <= budget or i == 0}
-    return {name: p for name, p in parameters.items() if name in chosen}
+def _alike(mine: Tensor, theirs: Tensor, bound: Tensor) -> Tensor:
+    """Whether losses differ by no more than a bound; where neither is finite they are alike."""
+    return (mine == theirs) | ~(mine.isfinite() | theirs.isfinite()) | ((mine - theirs).abs() <= bound)
