@@ -170,6 +170,7 @@ CARRIED = {"kind": "text", "path": "somewhere", "carry": True}
         (dict(optim={"plateau_factor": -0.5}), "plateau_factor=-0.5"),
         (dict(optim={"plateau": -1}), "plateau=-1"),
         (dict(task={"curriculum_step": 0}), "curriculum_step=0"),
+        (dict(task={"curriculum_threshold": -1.0}), r"curriculum_threshold=-1.0 must lie in \(0, inf\)"),
         (dict(task={"curriculum_patience": 0}), "curriculum_patience=0"),
         (dict(task={"kind": "text", "eval_batches": -1}), "eval_batches=-1"),
         (dict(gradient={"density": 0.5}), "density=0.5 is for noise="),

@@ -91,6 +91,7 @@ X = torch.zeros(2, 9, 3)
 LONG = torch.zeros(2, 300, 4)
 NOISY = cell_from(lambda u, s: s + torch.rand_like(s), 3)
 GROWS = cell_from(lambda u, s: torch.tanh(0.5 * s + u), 1)
+NORMED = "Normed.norm is a BatchNorm1d in training.*LayerNorm"
 MISTAKES = {
     "whole numbers": (lambda: quasi_deer()(GRU(3, 5), X.long()), r"inputs has dtype int64 .* inputs.to\(torch.float32"),
     "whole numbers in a loop": (lambda: Sequential()(GRU(3, 5), X.long()), r"inputs has dtype int64"),
@@ -136,7 +137,11 @@ MISTAKES = {
     "no tensor": (lambda: auto()(GRU(3, 5), None), "inputs has type NoneType; expected a tensor"),
     "no tensor, read": (lambda: auto().read(GRU(3, 5), [1.0]), "inputs has type list; expected a tensor"),
     "complex results": (lambda: quasi_deer()(cell_from(lambda u, s: s * (0.5 + 1j) + u, 4), LONG), "complex numbers"),
-    "batch norm": (lambda: quasi_deer()(Normed(), LONG), "Normed.norm is a BatchNorm1d in training.*LayerNorm"),
+    "batch norm": (lambda: quasi_deer()(Normed(), LONG), NORMED),
+    "batch norm in a loop": (lambda: Sequential()(Normed(), LONG), NORMED),
+    "batch norm in a loop, read": (lambda: Sequential().read(Normed(), LONG), NORMED),
+    "batch norm, chosen": (lambda: auto()(Normed(), LONG), NORMED),
+    "batch norm, ragged": (lambda: Sequential()(Normed(), LONG, lengths=torch.tensor([300, 7])), NORMED),
     "another kind of state": (lambda: quasi_deer()(Forgetful(), LONG), "must keep the type and the shape"),
     "nothing but nan": (lambda: predictability(GRU(3, 5), torch.full((1, 9, 3), torch.nan)), "not finite"),
     "a name for a rollout": (lambda: Recurrent(GRU(3, 5), inputs=3, rollout="quasi_deer"), r"reroll.quasi_deer\(\)"),

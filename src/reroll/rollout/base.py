@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
@@ -24,6 +24,8 @@ from reroll.cells.wrapped import FunctionCell
 from reroll.errors import UsageError
 from reroll.outcome import Outcome
 from reroll.trees import combine_states, map_state
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Trajectory(NamedTuple):
@@ -262,6 +264,12 @@ def check(cell: Any, inputs: Any) -> None:
         raise UsageError(
             f"inputs has shape {tuple(inputs.shape)}; {type(cell).__name__} takes [batch, time, {cell.input_size}]."
         )
+    for path, module in cell.named_modules():
+        if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None):
+            raise UsageError(
+                f"{type(cell).__name__}.{path} is a {type(module).__name__} in training, whose result for a row "
+                "changes with the other rows; put it in eval mode, or use LayerNorm."
+            )
 
 
 def _like(state: State, kind: State) -> State:

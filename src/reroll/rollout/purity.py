@@ -29,7 +29,6 @@ WIDEST = 1 << 12
 LOOSE = 1e-2
 """Difference between a row alone and among others that counts as rounding; a branch makes one of order 1."""
 ALONG = "A parallel rollout evaluates many steps at once, as rows; for such a step use rollout=Sequential()."
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @torch.no_grad()
@@ -43,12 +42,6 @@ def require_pure(cell: Cell, problem: Problem) -> None:
     if mode in _tested.setdefault(cell, set()):
         return
     name, layout, (u, state) = type(cell).__name__, problem.layout, _test_rows(problem)
-    for path, module in cell.named_modules():
-        if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None):
-            raise UsageError(
-                f"{name}.{path} is a {type(module).__name__} in training, whose result for a row changes with the "
-                "other rows; put it in eval mode, or use LayerNorm."
-            )
     with torch.random.fork_rng([u.device] if u.device.type == "cuda" else []), _restoring_buffers(cell):
         try:
             with explaining_dtypes(cell, u, state):

@@ -22,7 +22,7 @@ class TaskSpec(Spec):
     overfit: bool = option(False, "train on the first batch only", flag="overfit")
     curriculum_start: int | None = option(None, "initial length of a curriculum; none: no curriculum")
     curriculum_step: int = option(1, "steps by which the length grows")
-    curriculum_threshold: float = option(0.5, "loss (fast average) below which the length grows", within="(-inf, inf)")
+    curriculum_threshold: float = option(0.5, "loss (fast average) below which the length grows", within="(0, inf)")
     curriculum_patience: int = option(10, "training steps below the threshold before it grows")
 
     def check(self) -> None:
