@@ -183,6 +183,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         interrupted(small(), path, (4, "signal"))
     assert "step-00000006 is damaged" in caplog.text
+    said = "The newer checkpoint step-00000006 is damaged, and kept as damaged-step-00000006."
+    assert said in (path / "log.txt").read_text()
     assert differences(left(tmp_path / "straight"), left(path)) == []
 
 

@@ -122,6 +122,8 @@ def _resume(what: Config | Session, folder: RunFolder, mesh: Mesh) -> tuple[Sess
     session.restore(saved)
     _require_a_step(session, folder)
     note = f"Resuming {path} at step {saved.step}."
+    for later in (p.name for p in checkpoint.all_of(folder.checkpoints) if checkpoint.step_of(p) > saved.step):
+        note += f" The newer checkpoint {later} is damaged, and kept as damaged-{later}."
     if record is not None and mesh.writes:
         session.journal = journal.Writer.append(record, saved.step)
         if record.torn:
