@@ -132,6 +132,31 @@ def test_cutting_keeps_the_first_rows_as_they_are(folder, steps, torn):
     assert file.read_text() == "".join(lines[:steps])
 
 
+DAMAGES = {
+    "none": (lambda rows: rows, 0, [0, 1, 2, 3, 4, 5]),
+    "a step ahead": (lambda rows: [*rows[:3], {"step": 93}, *rows[4:]], 1, [0, 1, 2, 4, 5]),
+    "a step ahead at the end": (lambda rows: [*rows[:5], {"step": 93}], 1, [0, 1, 2, 3, 4]),
+    "the step of the next": (lambda rows: [*rows[:3], {"step": 4}, *rows[4:]], 1, [0, 1, 2, 4, 5]),
+    "a step before": (lambda rows: [*rows[:3], {"step": 1}, *rows[4:]], 1, [0, 1, 2, 4, 5]),
+    "a step below zero": (lambda rows: [*rows[:3], {"step": -3}, *rows[4:]], 1, [0, 1, 2, 4, 5]),
+    "twice": (lambda rows: [*rows[:4], rows[3], *rows[4:]], 1, [0, 1, 2, 3, 4, 5]),
+    "a text": (lambda rows: [*rows[:5], {"step": 5, "valid_loss": "x"}], 1, [0, 1, 2, 3, 4]),
+    "no seconds": (lambda rows: [{"step": 0, "seconds": None}, *rows[1:]], 1, [1, 2, 3, 4, 5]),
+    "dropped before": (lambda rows: [*rows[:2], *rows[4:]], 0, [0, 1, 4, 5]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_rows_whose_step_or_numbers_are_damaged_are_counted_and_the_others_kept(tmp_path, case):
+    change, damaged, kept = DAMAGES[case]
+    folder, rows = RunFolder(tmp_path), [{"step": i, "loss": 1.0 + i} for i in range(6)]
+    text = "".join(json.dumps(row) + "\n" for row in change(rows))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert list(read_metrics(tmp_path)) == [rows[i] for i in kept]
+    assert folder.cut_metrics(9) == damaged
+    assert list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())) == [rows[i] for i in kept]
+
+
 def test_json_that_cannot_be_read_is_empty(tmp_path):
     for content in (None, "", '{"state": "run', "[1]", "3"):
         if content is not None:

@@ -7,7 +7,8 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ except ImportError:  # Windows: there, nothing stops two processes from using on
 
 ROOT = Path("runs")
 LOCK = "lock"
+NUMBERS = ("loss", "valid_loss", "seconds", "total_seconds")
+"""What of a row is compared with numbers: a run may end by it."""
 
 
 def look_for(name: str) -> Path | None:
@@ -64,14 +67,35 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        return None
+    return row if all(type(row.get(name, 0)) in (int, float) for name in NUMBERS) else None
+
+
+def parse_rows(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield the lines of metrics.jsonl with their rows; None for one that is damaged or whose step is out of order.
+
+    Rows that were dropped as damaged leave gaps: a step may be as far ahead as damaged lines explain, or as the next
+    row confirms.
+    """
+    last, damaged = -1, 0
+    rows = chain(((line, parse_row(line)) for line in lines), [(b"", None)])
+    for (line, row), (_, following) in pairwise(rows):
+        if row is not None and last < row["step"] and (
+            row["step"] <= last + 1 + damaged or (following is not None and following["step"] == row["step"] + 1)
+        ):  # fmt: skip
+            last, damaged = row["step"], 0
+            yield line, row
+        else:
+            damaged += 1
+            yield line, None
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the undamaged rows of metrics.jsonl."""
     if (path / "metrics.jsonl").exists():
         with (path / "metrics.jsonl").open("rb") as lines:
-            yield from (row for row in map(parse_row, lines) if row is not None)
+            yield from (row for _, row in parse_rows(lines) if row is not None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from typing import Any
 from reroll.errors import RunError, UsageError
 from reroll.train import machine, toml
 from reroll.train.config import Config
-from reroll.train.records import LOCK, ROOT, fcntl, holder, parse_row, read_metrics
+from reroll.train.records import LOCK, ROOT, fcntl, holder, parse_rows, read_metrics
 
 
 def new_folder(recipe: str) -> Path:
@@ -181,14 +181,13 @@ class RunFolder:
             file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def cut_metrics(self, steps: int) -> int:
-        """Keep the rows of the first `steps` steps, and return how many damaged ones were dropped.
+        """Keep the rows of the first `steps` steps, and return how many damaged lines were dropped.
 
         A resumed run writes the later ones again.
         """
         path, rows, damaged = self.path / "metrics.jsonl", [], 0
         if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                row = parse_row(line)
+            for line, row in parse_rows(path.read_bytes().splitlines(keepends=True)):
                 damaged += row is None and line.endswith(b"\n")  # without one, the row was being written
                 if row is not None and row["step"] < steps:
                     rows.append(line.rstrip(b"\n") + b"\n")
