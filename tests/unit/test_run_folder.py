@@ -229,6 +229,63 @@ def test_a_lock_that_names_another_process_names_none(folder, living):
     assert innocent.poll() is None
 
 
+def test_a_process_that_is_no_python_is_not_stopped(folder, living, tmp_path):
+    shell = f"exec 9<>{folder.path}/lock; flock 9; echo $$ > {folder.path}/lock; echo ready; read"
+    process = subprocess.Popen(["bash", "-c", shell], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        assert holder(folder.path) == 0
+        assert main(["runs", "stop", str(folder.path), "--wait", "0"]) == 2
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_start_is_told_who_has_the_folder(folder, living):
+    (folder.path / "config.toml").touch()
+    with pytest.raises(UsageError, match="is not empty"):
+        folder.refuse_used()
+    process = living(HOLDS + WAITS, folder.path)
+    for resume in (False, True):
+        with pytest.raises(UsageError, match=f"is being trained by process {process.pid}.*reroll runs stop"):
+            folder.refuse_used(resume)
+
+
+def test_a_deleted_lock_is_taken_again_and_one_of_another_process_ends_the_run(folder, living):
+    folder.lock()
+    (folder.path / "lock").unlink()
+    folder.record({"step": 3})
+    assert holder(folder.path) == os.getpid()
+    (folder.path / "lock").unlink()
+    process = living(HOLDS + WAITS, folder.path)
+    rows = list(read_metrics(folder.path))
+    with pytest.raises(RunError, match=f"lock was deleted, and .* is being trained by process {process.pid}"):
+        folder.record({"step": 4})
+    assert list(read_metrics(folder.path)) == rows
+    assert folder.lost
+
+
+class Deprived(Interrupt):
+    """Has its folder taken away at a step."""
+
+    def step(self, row, config):
+        if row["step"] == 1:
+            (self.path / "lock").unlink()
+            self.other = RunFolder(self.path)
+            self.other.lock()
+
+
+def test_who_lost_the_folder_writes_nothing_into_it(tmp_path):
+    report = Deprived()
+    report.path = tmp_path / "run"
+    with pytest.raises(RunError, match="lock was deleted"):
+        train(small(), report.path, report=report)
+    assert len(list(read_metrics(report.path))) == 2
+    assert read_json(report.path / "status.json")["state"] == "running"
+    report.other.close()
+
+
 # ---- every run under a folder
 
 

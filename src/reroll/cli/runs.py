@@ -188,7 +188,7 @@ def _stop(request: Stop) -> int:
     pid = holder(path)
     if not pid:
         state = read_json(path / "status.json").get("state", "unknown")
-        why = f"state {state}" if pid is None else "the process named in its lock does not hold it"
+        why = f"state {state}" if pid is None else "the process named in its lock does not hold it, or is no Python"
         raise UsageError(visible(f"{path} is not running on this machine as a process of yours ({why})."))
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + request.wait

@@ -113,6 +113,8 @@ def train(
 def _failed(session: Session, error: Exception, fresh: bool) -> None:
     """Leave the state and reason of a run that failed; nothing of one where nothing was trained."""
     step, steps = session.progress.step, session.config.run.steps
+    if session.folder.lost:
+        return
     if step == 0 and (isinstance(error, UsageError) or fresh):
         session.folder.discard()
         return

@@ -110,7 +110,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def holder(path: Path) -> int | None:
     """Return the id of the process that is training the run in a folder; 0 if that is unknown, None if there is none.
 
-    The lock is the system's and ends with its process; /proc tells whether the process named in the file holds it.
+    The lock is the system's and ends with its process; /proc tells whether the process named in the file is a Python
+    that holds it.
     """
     if fcntl is None:
         return None
@@ -125,7 +126,16 @@ def holder(path: Path) -> int | None:
         return None
     except ValueError:
         return 0
-    return pid if pid > 0 and _has_open(pid, path / LOCK) else 0
+    return pid if pid > 0 and _has_open(pid, path / LOCK) and _is_python(pid) else 0
+
+
+def _is_python(pid: int) -> bool:
+    """Whether a process may be one of ours: whoever trains by `reroll.train.train` is called by the name of Python."""
+    try:
+        program = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0]
+    except OSError:
+        return not Path("/proc/self/cmdline").exists()
+    return os.path.basename(program).lower().startswith((b"python", b"pypy", b"reroll"))
 
 
 def _has_open(pid: int, file: Path) -> bool:

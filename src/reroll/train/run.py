@@ -72,6 +72,8 @@ class RunFolder:
         self.init = path / "init.safetensors"
         self._metrics: Any = None
         self._lock: Any = None
+        self.lost = False
+        """Whether another process has the folder now."""
 
     def refuse_used(self, resume: bool = False) -> None:
         """Raise `UsageError` unless the folder is free: absent, empty or, to resume, that of a run killed at once."""
@@ -83,6 +85,8 @@ class RunFolder:
         if resume and self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             early = {self.checkpoints, self.init, self.path / "log.txt", self.path / LOCK, *self.path.glob(".*.tmp")}
             content = [path for path in content if path not in early]
+        if content and not self.locked and holder(self.path) is not None:
+            raise UsageError(self._held())
         if content and resume:
             raise UsageError(
                 f"path={self.path} is not empty and has no run in it (no config.toml); choose another folder."
@@ -100,24 +104,45 @@ class RunFolder:
         """
         if fcntl is None or self.locked:
             return
-        file = (self.path / LOCK).open("a+")
         for _ in range(5):  # `holder` takes the lock for an instant
+            file = (self.path / LOCK).open("a+")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if self._is_there(file):
+                    break
             except BlockingIOError:
                 time.sleep(0.05)
-        else:
             file.close()
-            who = holder(self.path) or "of another user"
-            raise UsageError(
-                f"path={self.path} is being trained by process {who}. Wait for it, or stop it: "
-                f"reroll runs stop {self.path}"
-            )
+        else:
+            raise UsageError(self._held())
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         self._lock = file
+
+    def _held(self) -> str:
+        who = holder(self.path) or "of another user"
+        return (
+            f"path={self.path} is being trained by process {who}. Wait for it, or stop it: reroll runs stop {self.path}"
+        )
+
+    def _is_there(self, file: Any) -> bool:
+        """Whether the lock is this file, which could have been deleted, and made anew by another process."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), (self.path / LOCK).stat())
+        except FileNotFoundError:
+            return False
+
+    def _keep_lock(self) -> None:
+        """Take the lock again if its file was deleted; raise `RunError` if another process was faster."""
+        if self._lock is None or self._is_there(self._lock):
+            return
+        self.close()
+        try:
+            self.lock()
+        except UsageError as error:
+            self.lost = True
+            raise RunError(f"{self.path / LOCK} was deleted, and {error} This process ends.") from None
 
     @property
     def locked(self) -> bool:
@@ -160,7 +185,8 @@ class RunFolder:
             file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
     def record(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl."""
+        """Append a row to metrics.jsonl; raise `RunError` if the folder has become another process's."""
+        self._keep_lock()
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a")
         self._metrics.write(json.dumps(row) + "\n")
