@@ -280,9 +280,9 @@ def test_a_table_is_one_series_in_every_format(tmp_path):
 
 def test_what_was_read_is_said_in_a_line(tmp_path):
     rows = [f"2020-01-{n % 28 + 1:02},{n * n / 10},{'' if n in (5, 9) else n * n}" for n in range(2000)]
-    (tmp_path / "a.csv").write_text("date,t,h\n" + "\n".join(rows))
+    (tmp_path / "a.csv").write_text("date,p,h\n" + "\n".join(rows))
     said = Arrays(tmp_path / "a.csv", length=20).describe()
-    for part in ("1 series × 2,000 steps × 2 features (t, h); ", "next row, 199 rows (9.95 %) held out", "date", "(2)"):
+    for part in ("1 series × 2,000 steps × 2 features (p, h); ", "next row, 199 rows (9.95 %) held out", "date", "(2)"):
         assert part in said
     assert "\n" not in said
     labels = np.array(["one", "two", "three", "four", "\x1b[2J"])

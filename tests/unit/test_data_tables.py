@@ -33,12 +33,14 @@ def read(folder, name, content, **reading):
     return read_series(folder / name, Reading(**reading))
 
 
+THOUSANDS = "without the marks between thousands, as in {}"
 HEADER = ("größe", "h")
 PLAIN = text(HEADER, *rows())
 DIALECTS = {
-    "semicolons": ("a.csv", text(HEADER, *rows(german), sep=";"), "semicolons between cells; decimal commas"),
+    "semicolons": ("a.csv", text(HEADER, *rows(german), sep=";"),
+                   f"semicolons between cells; decimal commas; {THOUSANDS.format(german(VALUES[0, 0]))}"),
     "points and semicolons": ("a.csv", text(HEADER, *rows(), sep=";"), "semicolons between cells; decimal points"),
-    "quoted": ("a.csv", text(HEADER, *rows(lambda value: f'"{value:,.2f}"')), ""),
+    "quoted": ("a.csv", text(HEADER, *rows(lambda value: f'"{value:,.2f}"')), THOUSANDS.format(f"{VALUES[0, 0]:,.2f}")),
     "decimal commas in quotes": ("a.csv", text(HEADER, *rows(lambda v: f'"{v}"'.replace(".", ","))), "decimal commas"),
     "tabs": ("a.txt", text(HEADER, *rows(), sep="\t"), "tabs between cells"),
     "spaces": ("a.dat", text(HEADER, *rows(lambda v: f"{v:10.2f}"), sep=" "), "spaces between cells"),
@@ -48,19 +50,23 @@ DIALECTS = {
     "no header": ("a.csv", text(*rows()), "no header line, columns are named 1, 2, …"),
     "comments": ("a.csv",
                  b"# from a meter\n" + PLAIN.replace(b"\n", b"\n# between\n", 1), "comments after #"),
-    "Latin-1": ("a.csv", PLAIN.decode().encode("latin-1"), "Latin-1"),
+    "Latin-1": ("a.csv", PLAIN.decode().encode("latin-1"), "cp1252"),
+    "Excel's first line": ("a.csv", b"sep=;\n" + text(HEADER, *rows(), sep=";"),
+                           "semicolons between cells; decimal points"),
+    "minus of typesetters": ("a.csv", text(HEADER, *rows(lambda v: str(v).replace("-", "\u2212"))), ""),
     "UTF-16": ("a.csv", PLAIN.decode().encode("utf-16"), "UTF-16"),
     "UTF-16 without a mark": ("a.csv", PLAIN.decode().encode("utf-16-be"), "UTF-16-BE"),
     "mark of UTF-8": ("a.csv", PLAIN.decode().encode("utf-8-sig"), ""),
     "carriage returns": ("a.csv", PLAIN.replace(b"\n", b"\r\n"), ""),
     "unnamed index": ("a.csv", text(("", *HEADER), *rows(before=lambda n: (str(n),))),
                       "without the unnamed column 1 (only counts the rows)"),
-    "names of rows": ("a.csv", text(HEADER, *rows(before=lambda n: (f"r{n}",))), ""),
+    "names of rows": ("a.csv", text(HEADER, *rows(before=lambda n: (f"r{n}",))),
+                      "without the first cell of every row, its name"),
     "epoch": ("a.csv", text(("time", *HEADER), *rows(before=lambda n: (str(1500000000 + 60 * n),))),
               "without time (only counts the rows)"),
     "dates": ("a.csv", text(("when", *HEADER), *rows(before=lambda n: (f"{n % 28 + 1:02}/{n // 28 + 1:02}/2020",))),
               "when tells the time, from 2020-01-01 to 2020-02-12"),
-    "words": ("a.csv", text(("who", *HEADER), *rows(before=lambda n: ("ab"[n % 2],))), "without who (no numbers)"),
+    "words": ("a.csv", text(("who", *HEADER), *rows(before=lambda n: ("ab"[n % 2],))), "without who: 'a' (no numbers)"),
 }  # fmt: skip
 
 
@@ -83,7 +89,7 @@ def test_parquet(tmp_path):
     frame.assign(who="a").to_parquet(tmp_path / "a.parquet")
     table = read_series(tmp_path / "a.parquet")
     np.testing.assert_array_equal(table.values, VALUES)
-    assert table.note == "index tells the time, from 2020-01-01 to 2020-02-09; without who (no numbers)"
+    assert table.note == "index tells the time, from 2020-01-01 to 2020-02-09; without who: 'a' (no numbers)"
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and nothing")
     with pytest.raises(UsageError, match="cannot be read"):
         Arrays(tmp_path / "b.parquet")
@@ -104,7 +110,7 @@ def test_what_is_asked_for_is_done(tmp_path):
     backwards = read(tmp_path, "a.csv", content, time="t", columns="y", missing="-200,-300")
     np.testing.assert_array_equal(backwards.values[:, 0], [64, 49, 36, 25, 16, 9, np.nan, 1, 0])
     assert "from 1 to 9, by which the rows are sorted" in backwards.note
-    assert read(tmp_path, "a.csv", content, columns="x", decimal=",").values[3].tolist() == [3500]
+    assert read(tmp_path, "a.csv", content, columns="x", decimal=",").values[3].tolist() == [5500]  # t falls
     assert read(tmp_path, "a.csv", b"a!b\n1!5\n2!3\n4!2\n", sep="!").values.shape == (3, 2)
     assert read(tmp_path, "a.csv", b"a\tb\n1\t5\n2\t3\n4\t2\n", sep="tab").values.shape == (3, 2)
 
@@ -113,6 +119,78 @@ def test_rows_that_come_newest_first_are_turned_round(tmp_path):
     lines = [("Date", "Close"), *((f"Jan {30 - n}, 2020", str(n * n)) for n in range(20))]
     table = read(tmp_path, "a.csv", text(*lines, sep=";"))
     assert table.values[:, 0].tolist() == [n * n for n in range(19, -1, -1)]
+
+
+TOLD = "tells the time, from "
+SORTED = ", by which the rows are sorted"
+STAY = "rows stay in the order of the file"
+ORDERS = {
+    "what counts comes first": ("t,v,born\n0,1,2001-05-03\n1,5,1999-05-01\n2,2,2000-05-02\n", [1, 5, 2],
+                                "without born: "),
+    "a date among others": ("v,born\n1,2001-05-03\n5,1999-05-01\n2,2000-05-02\n", [1, 5, 2],
+                            f"{STAY}, not in that of born; time=… sorts by one"),
+    "dates out of order": ("date,v\n2001-05-03,1\n1999-05-01,5\n2000-05-02,2\n", [5, 2, 1], SORTED),
+    "beside a counter": ("n,date,v\n1,2001-05-03,1\n2,1999-05-01,5\n3,2000-05-02,2\n", [1, 5, 2],
+                         f"n counts the rows), {STAY}"),
+    "beside an index": (",Date,v\n0,2001-05-03,1\n1,2000-05-02,5\n2,1999-05-01,2\n",
+        [2, 5, 1], f"Date {TOLD}1999-05-01"),
+    "day and hour": ("Date,Time,v\n17/12/2006,01:00,4\n17/12/2006,00:30,3\n16/12/2006,23:00,2\n", [2, 3, 4],
+                     "Date tells the time with Time, from 2006-12-16 23:00:00 to 2006-12-17 01:00:00"),
+    "hours with points": ("Date;Time;v\n17/12/2006;18.00.00;4\n17/12/2006;17.00.00;3\n16/12/2006;18.00.00;2\n",
+        [2, 3, 4],
+                          "from 2006-12-16 18:00:00 to 2006-12-17 18:00:00"),
+    "epoch": ("timestamp,v\n1700000180,4\n1700000110,9\n1700000060,2\n", [2, 9, 4], f"timestamp {TOLD}1700000060"),
+    "year": ("Year,v\n2003,4\n2002,9\n2001,3\n", [3, 9, 4], f"Year {TOLD}2001 to 2003{SORTED}"),
+    "index": (",v\n4,4\n3,9\n2,2\n", [2, 9, 4], f"the unnamed column 1 {TOLD}2 to 4{SORTED}"),
+    "a temperature": ("T,v\n4.5,4\n3,9\n2,2\n", [4.5, 4, 3, 9, 2, 2], ""),
+    "an unsorted epoch": ("timestamp,v\n17,4\n25,9\n12,2\n", [17, 4, 25, 9, 12, 2], f"{STAY}, not in that of time"),
+    "a countdown": ("time_to_failure,v\n4.5,4\n3,9\n2,2\n", [4.5, 4, 3, 9, 2, 2], ""),
+    "one without a date": ("when,v\n2024-01-03,3\n,9\n2024-01-02,2\n2024-01-01,1\n", [1, 2, 9, 3],
+                           f"(missing in 1 row){SORTED}"),
+    "two without a date": ("when,v\n2024-01-03,3\n,9\n2024-01-05,2\n,1\n2024-01-01,1\n", [3, 9, 2, 1, 1],
+                           f"(missing in 2 rows), {STAY}"),
+    "halves of a day": ("when,v\n1/13/2024 1:00:00 PM,13\n1/13/2024 2:00:00 AM,2\n1/13/2024 11:00:00 PM,23\n",
+        [2, 13, 23],
+                        SORTED),
+    "short years": ("when,v\n14.02.24,1\n06.02.24,2\n05.02.24,5\n", [5, 2, 1], f"{TOLD}2024-02-05 to 2024-02-14"),
+    "months": ("month,v\nMar 2024,1\nFeb 2024,5\nJan 2024,2\n", [2, 5, 1], f"{TOLD}2024-01-01 to 2024-03-01"),
+    "either way": ("when,v\n12/02/2024,12\n11/02/2024,11\n10/02/2024,9\n",
+        [9, 11, 12], "day and month cannot be told apart"),
+    "neither way": ("when,v\n05/02/2024,5\n03/04/2024,34\n04/03/2024,43\n06/01/2024,61\n", [5, 34, 43, 61],
+                    f"(day and month cannot be told apart), {STAY}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_one_column_tells_the_time_and_what_it_does_is_said(tmp_path, case):
+    content, values, note = ORDERS[case]
+    data = read(tmp_path, "a.csv", content.encode())
+    assert data.values.ravel().tolist() == values
+    assert note in data.note
+    assert (STAY in data.note) == (STAY in note)
+
+
+def test_the_time_that_is_named_sorts_or_says_why_not(tmp_path):
+    assert read(tmp_path, "a.csv", ORDERS["a date among others"][0].encode(), time="born").values.ravel().tolist() == [
+        5,
+        2,
+        1,
+    ]
+    for case, message in (
+        ("neither way", "day and month cannot be told apart"),
+        ("two without a date", "missing in 2 rows"),
+    ):
+        with pytest.raises(UsageError, match=f"time='when' cannot sort the rows: {message}; write 2024-12-31"):
+            read(tmp_path, "a.csv", ORDERS[case][0].encode(), time="when")
+
+
+def test_what_is_left_out_is_said_with_a_cell(tmp_path):
+    for cell in ("10%", "$1.50", "1.5D+02", "1,23,456"):
+        data = read(tmp_path, "a.csv", text(("a", "b"), *((f'"{cell}"', str(n * n)) for n in range(4))))
+        assert data.note == f"without a: {cell!r} (no numbers)"
+    french = read(tmp_path, "a.csv", "a;b\n1\u202f234,50;2\n2\u202f345,60;5\n3\u202f456,10;1\n".encode())
+    assert french.values[:, 0].tolist() == [1234.5, 2345.6, 3456.1]
+    assert read(tmp_path, "a.csv", "Preis €;b\n1;2\n5;7\n3;5\n".encode("cp1252")).features == ("Preis €", "b")
 
 
 @pytest.mark.parametrize("sep", [",", ";", "\t"])
@@ -139,6 +217,11 @@ def test_several_series_need_not_be_together(tmp_path, sep):
         (b"these are words", {}, "a header and no rows"),
         (b"a,b\nx,y\nz,w\n", {}, "no column of numbers; its columns are a, b"),
         (b"a,b\n1,2\n3,x\n4,5\n", {}, "row 2: b='x' is no number.*missing='x'"),
+        (b"a,b\n1,2\nND,3\n4,5\n", {}, "row 2: a='ND' is no number.*missing='ND'"),
+        (b"a,b\nND,2\n3,3\n4,5\n", {}, "row 1: a='ND' is no number.*missing='ND'"),
+        (b"a,b\nm,s\n3,3\n4,5\n", {}, "row 1: a='m' is no number.*If the line holds units, .* delete it"),
+        (b"Station: X\nUnits;C\n\na;b\n1;2\n", {}, "its columns are Station: X. Delete what is above the header"),
+        (b"% of mine\n% 2024\na,b\n1,2\n", {}, "line 3 has 2 cells, not 1; correct or delete it, or what is above it"),
         (b"a,b\n1,2\n3,4,5\n", {}, "line 3 has 3 cells, not 2; correct or delete it"),
         (b'a,b\n1,"2\n3,4\n', {}, "cannot be read"),
         (b"\x89PNG\r\n\x00\x1a\n" + bytes(range(1, 200)) * 9, {}, "NUL bytes"),
@@ -220,7 +303,7 @@ def test_large_whole_numbers_beside_nulls_in_parquet_are_as_in_csv(tmp_path):
 
 def test_large_whole_numbers_without_a_header_are_refused_by_the_number_of_their_column(tmp_path):
     with pytest.raises(UsageError, match=f"2={BIG + 1} is beyond 2⁵³, where floats round whole numbers"):
-        read(tmp_path, "a.csv", f"1.5,{BIG + 1}\n2,\n7,6\n")
+        read(tmp_path, "a.csv", f"1.5,{BIG + 1}\n2,\n7,6\n".encode())
 
 
 def test_large_whole_numbers_in_arrays_are_refused(tmp_path):
@@ -247,3 +330,4 @@ def test_one_column_of_decimal_commas_is_not_cut_at_them(tmp_path, case):
     data = read(tmp_path, "a.csv", content.encode(), **reading)
     assert data.values.ravel().tolist() == expected
     assert "between cells" not in data.note
+    assert ("its name; decimal=',' reads one column" in data.note) == (expected[0] in (10, 5))

@@ -87,7 +87,10 @@ def read_series(path: str | os.PathLike[str], reading: Reading | None = None) ->
             ) from None
         if ragged := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error)):
             cells, row, more = ragged.groups()
-            raise UsageError(f"path={where}, line {row} has {more} cells, not {cells}; correct or delete it.") from None
+            raise UsageError(
+                f"path={where}, line {row} has {more} cells, not {cells}; correct or delete it, or what is above it if "
+                "the table begins there."
+            ) from None
         if isinstance(error, zipfile.BadZipFile):
             raise UsageError(
                 f"path={where} is no whole .npz archive: cut short, or of another format. Copy it again, or save its "
