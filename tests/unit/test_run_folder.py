@@ -142,6 +142,7 @@ DAMAGES = {
     "twice": (lambda rows: [*rows[:4], rows[3], *rows[4:]], 1, [0, 1, 2, 3, 4, 5]),
     "a text": (lambda rows: [*rows[:5], {"step": 5, "valid_loss": "x"}], 1, [0, 1, 2, 3, 4]),
     "no seconds": (lambda rows: [{"step": 0, "seconds": None}, *rows[1:]], 1, [1, 2, 3, 4, 5]),
+    "the last but one dropped before": (lambda rows: [*rows[:4], rows[5]], 0, [0, 1, 2, 3, 5]),
     "dropped before": (lambda rows: [*rows[:2], *rows[4:]], 0, [0, 1, 4, 5]),
 }
 

@@ -76,13 +76,14 @@ def parse_rows(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any] |
     """Yield the lines of metrics.jsonl with their rows; None for one that is damaged or whose step is out of order.
 
     Rows that were dropped as damaged leave gaps: a step may be as far ahead as damaged lines explain, or as the next
-    row confirms.
+    row confirms; where there is none, by one.
     """
     last, damaged = -1, 0
     rows = chain(((line, parse_row(line)) for line in lines), [(b"", None)])
-    for (line, row), (_, following) in pairwise(rows):
+    for (line, row), (after, following) in pairwise(rows):
         if row is not None and last < row["step"] and (
-            row["step"] <= last + 1 + damaged or (following is not None and following["step"] == row["step"] + 1)
+            row["step"] <= last + 1 + max(damaged, not after)
+            or (following is not None and following["step"] == row["step"] + 1)
         ):  # fmt: skip
             last, damaged = row["step"], 0
             yield line, row
