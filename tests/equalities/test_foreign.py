@@ -300,6 +300,9 @@ def test_padding_rows_stay(width):
     gradient = CentralDifference(4, 0.01)(model, lambda m, b: mean_square(m, IDS), X, KEY).gradient
     moved = gradient.tensor("0.weight").abs().sum(1) > 0
     assert moved.tolist() == [True, True, False, True, True, True]
+    loss_fn = lambda m, b: model(IDS).square().mean()  # not a copy of it, so that operations are intercepted
+    modes = [CentralDifference(4, 0.01, evaluate=mode)(model, loss_fn, X, KEY) for mode in ("in_place", "tiles")]
+    torch.testing.assert_close(modes[0].gradient.coefficients, modes[1].gradient.coefficients, rtol=1e-3, atol=1e-5)
 
 
 class Holder(nn.Module):
@@ -322,6 +325,28 @@ def test_weights_on_one_memory_are_refused_by_name():
         probe(a=torch.ones(1).expand(3))
     assert probe(a=w[:3], b=w[3:], c=w.new_ones(2)).outcome is Outcome.ok
     assert probe(a=w[:, :2], b=w[:, 2:]).outcome is Outcome.ok
+    assert probe(a=w[:, :1], b=w[:, 2:], c=w[1:4, 1:2]).outcome is Outcome.ok
+    with pytest.raises(UsageError, match='"a" and "b" are two parameters that share memory'):
+        probe(a=w[:, :3], b=w[:, 2:])
+    with pytest.raises(UsageError, match='"a" and "c" are two parameters that share memory'):
+        probe(a=w[:, :2], b=w[:, 2:], c=w[2:, 1:2])
+
+
+IMPOSSIBLE = {
+    "lazy": (lambda: nn.LazyLinear(3), {}, "weight has no shape yet .* evaluate the model once"),
+    "meta": (lambda: nn.Linear(3, 2, device="meta"), {}, 'weight is on the device "meta"'),
+    "float8": (lambda: nn.Linear(3, 2).to(torch.float8_e4m3fn), {}, "weight is torch.float8_e4m3fn.* bf16 or wider"),
+    "script": (lambda: torch.jit.script(mlp()), {"dtype": torch.bfloat16}, "dtype=torch.bfloat16 .* ScriptModule"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script", "ignore:Lazy modules")
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_cannot_be_perturbed_is_one_line_with_a_remedy(case):
+    build, options, message = IMPOSSIBLE[case]
+    with pytest.raises(UsageError, match=message) as error:
+        CentralDifference(2, 0.1, **options)(build(), mean_square, X.float(), KEY)
+    assert "\n" not in str(error.value)
 
 
 def test_a_weight_of_zeros_has_no_last_place():

@@ -639,6 +639,53 @@ def test_the_facade_names_its_mistakes():
             CDRGE(model.parameters(), **{"lr": 0.1, name: "a"})
     with pytest.raises(UsageError, match="nothing to train"):
         CDRGE([torch.zeros(2)], lr=0.1)
+    with pytest.raises(UsageError, match="epsilon_min=None must be a number"):
+        CDRGE(model.parameters(), lr=0.1, epsilon_min=None)
+    with pytest.raises(UsageError, match="model=3 must be the torch.nn.Module"):
+        CDRGE(model.parameters(), lr=0.1, model=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"accumulate": 2}], ids=str)
+def test_backpropagation_says_that_numpy_has_no_gradient(options):
+    model, batch = build("lstm"), a_batch()
+    with pytest.raises(UsageError, match=r"went through .*NumPy.*Use CentralDifference"):
+        Backprop(**options)(model, lambda m, b: m.head.weight.sum().numpy(), batch, KEY)
+
+
+@pytest.mark.parametrize("evaluate", ["auto", "tiles"])
+def test_the_facade_moves_no_padding_row(evaluate):
+    """Only the module says which row that is: without it such an embedding is refused, unless its weight is tied."""
+    ids = torch.tensor([[0, 1, 2], [2, 2, 5]])
+    model = nn.Sequential(nn.Embedding(6, 4, padding_idx=2), nn.Linear(4, 6, bias=False))
+    before = copy.deepcopy(model.state_dict())
+    step = lambda **options: CDRGE(model.named_parameters(), 0.05, 4, evaluate=evaluate, **options).step(
+        lambda: model(ids).square().mean()
+    )
+    with pytest.raises(UsageError, match=r"row 2 of 0.weight, its padding_idx; pass CDRGE\(model=") as error:
+        step()
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    step(model=model)
+    moved = (model[0].weight != before["0.weight"]).any(1)
+    assert moved.tolist() == [True, True, False, True, True, True]
+    model[1].weight = model[0].weight
+    step()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_the_facade_falls_back_from_what_nobody_asked_for():
+    """Nothing intercepts the operations of a ScriptModule, so that in bf16 too it is evaluated in place."""
+    x, coefficients = torch.randn(5, 3).bfloat16(), []
+    for script in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).bfloat16()
+        model = torch.jit.script(model) if script else model
+        evaluate = "auto" if script else "in_place"
+        optimizer = CDRGE(model.named_parameters(), 0.05, 4, model=model, evaluate=evaluate)
+        optimizer.step(lambda model=model: model(x).float().square().mean())
+        assert optimizer.last.stats["evaluate"] == "in_place"
+        coefficients.append(optimizer.last.gradient.coefficients)
+    torch.testing.assert_close(*coefficients, rtol=0.1, atol=0.05)
 
 
 # ---- one step

@@ -27,6 +27,11 @@ from reroll.outcome import Outcome
 from reroll.specs.gradient import BackpropOptions
 from reroll.trees import combine_states, map_state
 
+NO_GRADIENT = (
+    "the loss has no gradient: it depends on no trainable parameter, or went through .item(), .detach(), NumPy or "
+    "no_grad. Use CentralDifference for such a loss."
+)
+
 
 @dataclass(frozen=True)
 class Backprop(BackpropOptions):
@@ -66,7 +71,12 @@ class Backprop(BackpropOptions):
                 if self.accumulate > 1 and size is not None:
                     begin, end = size * a // self.accumulate, size * (a + 1) // self.accumulate
                     part, share = batch_rows(batch, begin, end), (end - begin) / size
-                loss, state, windows = self._backward(model, loss_fn, part, share)
+                try:
+                    loss, state, windows = self._backward(model, loss_fn, part, share)
+                except RuntimeError as error:
+                    if "numpy() on Tensor that requires grad" in str(error):
+                        raise UsageError(NO_GRADIENT) from error
+                    raise
                 total, passes = total + loss, passes + windows
                 states.append(state)
         finite = bool(torch.isfinite(total))
@@ -120,8 +130,5 @@ def _window_loss(loss_fn: LossFn, model: Any, window: Any, state: Any) -> tuple[
 def _mean(result: Any) -> tuple[Tensor, Any]:
     loss, state = read_loss(result)
     if not loss.requires_grad:
-        raise UsageError(
-            "the loss has no gradient: it depends on no trainable parameter, or went through .item(), .detach(), NumPy "
-            "or no_grad. Use CentralDifference for such a loss."
-        )
+        raise UsageError(NO_GRADIENT)
     return (loss.mean() if loss.dim() else loss), state

@@ -306,11 +306,18 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def check_streams(named: Mapping[str, Tensor]) -> None:
-    """Raise `UsageError` unless these are floating-point tensors with a noise stream each."""
+    """Raise `UsageError` unless these are floating-point tensors that can be moved, with a noise stream each."""
     if not named:
         raise UsageError("The model has no parameter with requires_grad=True; there is nothing to train.")
     seen: dict[int, str] = {}
     for name, p in named.items():
+        if nn.parameter.is_lazy(p):
+            raise UsageError(f"{name} has no shape yet (a lazy module); evaluate the model once on a batch before.")
+        if p.is_floating_point() and p.dtype.itemsize < 2:
+            raise UsageError(
+                f"{name} is {p.dtype}, in which torch adds nothing; train it in bf16 or wider, or set "
+                "requires_grad=False on it."
+            )
         if not p.is_floating_point():
             raise UsageError(
                 f"{name} is {p.dtype}; only floating tensors can be trained. Set requires_grad=False on it."

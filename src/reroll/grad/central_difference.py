@@ -111,22 +111,18 @@ class CentralDifference(ProbeOptions):
         """Estimate the gradient of the loss; see `reroll.grad.base.Estimator`."""
         return self.estimate(trainable(model), loss_fn, batch, key, model=model)
 
-    def plan(self, model: nn.Module | None, parameters: Mapping[str, Tensor], batch: Any = None) -> Plan:
+    def plan(
+        self, model: nn.Module | None, parameters: Mapping[str, Tensor], batch: Any = None, copies: bool = True
+    ) -> Plan:
         """Return how the probes of this model would be evaluated on such a batch, and why."""
-        return make_plan(model, parameters, batch, self, len(RULES[self.difference].sides))
+        return make_plan(model, parameters, batch, self, len(RULES[self.difference].sides), copies)
 
     @torch.no_grad()
     def estimate(
-        self,
-        parameters: Mapping[str, Tensor],
-        loss_fn: LossFn,
-        batch: Any,
-        key: Key,
-        *,
-        model: nn.Module | None = None,
-        scales: Mapping[str, float] | None = None,
-        combine: Callable[[Tensor], Tensor] | None = None,
-    ) -> Estimate:
+        self, parameters: Mapping[str, Tensor], loss_fn: LossFn, batch: Any, key: Key, *,
+        model: nn.Module | None = None, scales: Mapping[str, float] | None = None,
+        combine: Callable[[Tensor], Tensor] | None = None, copies: bool = True,
+    ) -> Estimate:  # fmt: skip
         """Estimate the gradient with respect to these tensors; what `__call__` does for those of a module.
 
         Args:
@@ -134,10 +130,11 @@ class CentralDifference(ProbeOptions):
             model: the module, if there is one: it decides how probes can be evaluated.
             scales: a factor on ε per tensor.
             combine: maps the losses of all branches, [sides, N], to those to use: their means over processes.
+            copies: whether the loss evaluates the module that it is given, which may be a copy.
         """
         if not isinstance(key, Key):
             raise UsageError(f"key={key!r} must be a Key, such as reroll.Key(seed).at(step).")
-        plan, rule = self.plan(model, parameters, batch), RULES[self.difference]
+        plan, rule = self.plan(model, parameters, batch, copies), RULES[self.difference]
         # Without a module to inspect, only a call shows whether something iterates inside the loss.
         warm = WarmStarts(loss_fn) if model is None or iterates(model) else None
         probes = self._context(parameters, warm or loss_fn, key, plan, model, scales or {})
@@ -245,6 +242,10 @@ def _casting(model: nn.Module | None, dtype: torch.dtype | None) -> Iterator[Non
     if model is None or dtype is None:
         yield
         return
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            f"dtype={dtype} cannot evaluate a ScriptModule; pass dtype=None, and convert it by model.to()."
+        )
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor

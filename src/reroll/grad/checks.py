@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,19 +39,42 @@ def floors(parameters: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
 
 def check_memory(named: Mapping[str, Tensor]) -> None:
     """Raise `UsageError` if entries share memory, within or between tensors: they would be perturbed several times."""
-    ranges: list[tuple[str, int, int, str, bool]] = []
+    ranges: list[tuple[str, int, int, str]] = []
     for name, p in named.items():
+        if p.is_meta:
+            raise UsageError(f'{name} is on the device "meta", without numbers; give the model some: model.to_empty().')
         spans = [(size, stride) for size, stride in zip(p.shape, p.stride()) if size > 1]
         if p.numel() and any(stride == 0 for _, stride in spans):
             raise UsageError(f"{name} is an expanded tensor, whose entries share memory; make it with .clone().")
         extent = (1 + sum((size - 1) * stride for size, stride in spans)) * p.element_size() if p.numel() else 0
-        if extent and p.device.type != "meta":
-            ranges.append((str(p.device), p.data_ptr(), p.data_ptr() + extent, name, extent == p.nbytes))
-    ranges.sort()
-    for (device, start, end, name, dense), (beside, begin, _, other, dense_too) in pairwise(ranges):
-        # Columns of a matrix overlap as address ranges but share no entry.
-        if device == beside and begin < end and (start == begin or (dense and dense_too)):
-            raise UsageError(f'"{name}" and "{other}" are two parameters that share memory; use one nn.Parameter.')
+        if extent:
+            ranges.append((str(p.device), p.data_ptr(), p.data_ptr() + extent, name))
+    beside: list[str] = []
+    on, last = "", 0
+    for device, start, end, name in sorted(ranges):
+        if device != on or start >= last:
+            _check_apart(beside, named)
+            beside, on, last = [], device, 0
+        beside, last = [*beside, name], max(last, end)
+    _check_apart(beside, named)
+
+
+def _check_apart(names: list[str], named: Mapping[str, Tensor]) -> None:
+    """Raise `UsageError` if tensors whose address ranges overlap share an entry: columns of a matrix do not."""
+    if len(names) < 2:
+        return
+    starts = [named[name].data_ptr() - named[names[0]].data_ptr() for name in names]
+    unit = math.gcd(*starts, *(named[name].element_size() for name in names))
+    strides = {name: [stride * named[name].element_size() // unit for stride in named[name].stride()] for name in names}
+    sizes = [sum((n - 1) * s for n, s in zip(named[name].shape, strides[name])) for name in names]
+    owner = torch.zeros(1 + max(start // unit + size for start, size in zip(starts, sizes)), dtype=torch.int32)
+    for number, (name, start) in enumerate(zip(names, starts), 1):
+        mine = owner.as_strided(named[name].shape, strides[name], start // unit)
+        if other := int(mine.max()):
+            raise UsageError(
+                f'"{names[other - 1]}" and "{name}" are two parameters that share memory; use one nn.Parameter.'
+            )
+        mine.fill_(number)
 
 
 def check_epsilon(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,12 +21,12 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from reroll.errors import EpsilonTooSmall, RunError, UsageError, require_count, require_positive, warn
-from reroll.grad.base import Estimate, check_names, check_streams
+from reroll.grad.base import Estimate, check_names, check_streams, padding_rows
 from reroll.grad.central_difference import CentralDifference, Evaluate
 from reroll.grad.checks import RAISED, floors
 from reroll.keys import Key
 from reroll.models.roles import canonical_name
-from reroll.optim.sgd import SGD
+from reroll.optim.sgd import SGD, in_range
 from reroll.optim.step import StepResult, step
 from reroll.outcome import Outcome
 
@@ -42,7 +43,7 @@ class CDRGE(SGD):
     The closure is called 2N times per step, under `no_grad`, with perturbed weights; it must see the same batch each
     time. Both signs of a probe, and all probes of a step, get the same random numbers from torch's generators, whose
     state is restored afterwards. Buffers that the forward pass changes (batch statistics) see all these passes, unless
-    `model` is passed.
+    `model` is passed; so it must be for embeddings whose `padding_idx` stays.
 
     In the processes of `torch.distributed` (DistributedDataParallel, accelerate, torchrun), each closure sees its own
     part of the data: the loss of a branch is its mean over processes, 2N numbers that are gathered once a step, and the
@@ -102,7 +103,10 @@ class CDRGE(SGD):
         if isinstance(params, torch.nn.Module):
             raise UsageError(f"params is a {type(params).__name__}; pass its weights: model.named_parameters().")
         require_count(probes=probes)
+        in_range({"epsilon_min": epsilon_min}, epsilon_min=math.inf)
         require_positive(epsilon=epsilon, epsilon_min=epsilon_min)
+        if not isinstance(model, torch.nn.Module | None):
+            raise UsageError(f"model={model!r} must be the torch.nn.Module that the closure evaluates, or None.")
         self.probes, self.epsilon_min, self.noise, self.dtype = probes, epsilon_min, noise, dtype
         self.evaluate: Evaluate = evaluate
         self.key, self.model = Key(seed), model
@@ -141,7 +145,7 @@ class CDRGE(SGD):
                 epsilon = sizes[next(iter(named))]
                 scales = {name: sizes[name] / epsilon for name in named if sizes[name] != epsilon}
                 return self._estimator(epsilon).estimate(
-                    named, loss_fn, batch, key, model=model, scales=scales, combine=combine
+                    named, loss_fn, batch, key, model=model, scales=scales, combine=combine, copies=False
                 )
 
             sizes = self._epsilons()
@@ -156,7 +160,7 @@ class CDRGE(SGD):
 
         group = self._group()
         combine = None if group is None else lambda losses: _averaged(losses, group)
-        call = closure if self.last is not None or self.model is not None else _warning_of_buffers(closure)
+        call = closure if self.last is not None or self.model is not None else _watched(closure, named)
         if group is not None and self.last is None:
             self._check_equal(group)
         key = self.key.at(self.param_groups[0]["step"])
@@ -202,12 +206,7 @@ class CDRGE(SGD):
         return {**super().__getstate__(), **mine, **alone, "last": None}
 
     def _estimator(self, epsilon: float) -> CentralDifference:
-        evaluate = self.evaluate
-        if evaluate == "auto" and self.model is not None:
-            # The closure evaluates this module, not a copy that an estimator could make.
-            narrow = self.dtype is not None or any(p.dtype.itemsize < 4 for p in self.model.parameters())
-            evaluate = "tiles" if narrow else "in_place"
-        return CentralDifference(self.probes, epsilon, self.noise, evaluate, dtype=self.dtype)
+        return CentralDifference(self.probes, epsilon, self.noise, self.evaluate, dtype=self.dtype)
 
     def _group(self) -> Any:
         """The processes that this one averages its losses with; None: it is alone."""
@@ -266,16 +265,25 @@ def _averaged(losses: Tensor, group: Any) -> Tensor:
     return torch.stack(_of_all(losses.double().cpu(), group)).mean(0).to(losses)
 
 
-def _warning_of_buffers(closure: Callable[[], Any]) -> Callable[[], Any]:
-    """Return the closure, which warns after its first call if that has changed a buffer of some module."""
-    calls = itertools.count()
+def _watched(closure: Callable[[], Any], named: Mapping[str, Tensor]) -> Callable[[], Any]:
+    """Return the closure, whose first call looks at the modules that run.
+
+    It warns if a buffer of one has changed, and raises `UsageError` if an embedding of one has a padding row.
+    """
+    calls, modules = itertools.count(), {}
 
     def call() -> Any:
-        if next(calls):
-            return closure()
+        result = closure() if next(calls) else watch()
+        # At every call: another mode might be tried after an error in one.
+        for name, row in padding_rows(torch.nn.ModuleList(modules.values()), named).items():
+            raise UsageError(f"model=None would move row {row} of {name}, its padding_idx; pass CDRGE(model=…).")
+        return result
+
+    def watch() -> Any:
         before = {}
 
         def note(module: torch.nn.Module, _: Any) -> None:
+            modules[id(module)] = module
             for name, buffer in module.named_buffers(recurse=False):
                 before.setdefault((type(module).__name__, name, id(buffer)), (buffer, buffer.detach().clone()))
 

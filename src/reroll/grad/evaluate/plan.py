@@ -68,10 +68,13 @@ class Plan:
         return per_worker * self.workers
 
 
-def make_plan(model: nn.Module | None, parameters: Mapping[str, Tensor], batch: Any, options: Any, sides: int) -> Plan:
+def make_plan(
+    model: nn.Module | None, parameters: Mapping[str, Tensor], batch: Any, options: Any, sides: int, copies: bool = True
+) -> Plan:
     """Decide what is "auto" or None in the options of a `CentralDifference`; of the batch only shapes matter.
 
-    Without a model nothing is assumed about the loss. `sides` is the number of branches of a probe.
+    Without a model nothing is assumed about the loss. `sides` is the number of branches of a probe; without `copies`
+    the loss evaluates this very module.
     """
     evaluate, chunk, threads, dtype = options.evaluate, options.chunk, options.threads, options.dtype
     if evaluate in ("tiles", "batched") and (why := _why_in_place(model)) is not None:
@@ -85,7 +88,7 @@ def make_plan(model: nn.Module | None, parameters: Mapping[str, Tensor], batch: 
     )
     reason = "asked for"
     if evaluate == "auto":
-        evaluate, reason = _choose(model if is_known else None, weights, low, _why_in_place(model))
+        evaluate, reason = _choose(model if is_known and copies else None, weights, low, _why_in_place(model))
     isolate = model is None or not is_known or any(_draws_or_changes(m) for m in model.modules() if m.training)
     # One unit at a time where units would share weights, the global generator, buffers or a device.
     alone = evaluate == "in_place" or isolate or not on_cpu
@@ -96,7 +99,7 @@ def make_plan(model: nn.Module | None, parameters: Mapping[str, Tensor], batch: 
     if chunk is None and evaluate == "batched":
         chunk = _chunk(weights, -(-options.probes // workers), sides, _activations(model, batch))
     tile_bytes = max(TILE_BYTES, weight_bytes(parameters) // 100)
-    whole = is_known and weight_bytes(parameters, dtype) <= tile_bytes
+    whole = is_known and copies and weight_bytes(parameters, dtype) <= tile_bytes
     return Plan(evaluate, max(1, min(chunk or 1, options.probes)), threads, workers, isolate, tile_bytes, whole, reason)
 
 

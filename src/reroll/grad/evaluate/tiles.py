@@ -120,7 +120,9 @@ class Perturbed:
         return self._fill(p, begin, end, self.scratch.tile(first, count, self.probes.dtype_of(p), p.device))
 
     def _fill(self, p: Tensor, begin: int, end: int | None, memory: Tensor) -> Tensor:
-        source = p.detach().reshape(layout(p.shape))[begin:end]
+        rows, columns = layout(p.shape)
+        # A tensor that is one row of noise keeps its own rows, of which one may be an embedding's padding.
+        source = p.detach().reshape(rows, columns)[begin:end] if rows > 1 else p.detach().contiguous()
         out = memory.view(source.shape)
         name = self.names[id(p)]
         if name is None:
