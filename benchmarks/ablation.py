@@ -53,8 +53,14 @@ INSTEAD: dict[str, dict[str, Any]] = {
     "rows normalised (MuonEq-R)": {"optim": {"normalize_rows": True}},
     "NorMuon": {"optim": {"beta2": 0.95}},
     "AdamW, its rate tuned": {"optim": {**ADAMW, **TUNED, "lr": 0.004, "embedding_lr": 0.3, "head_lr": 0.01}},
-    "LSTM": {"model": {"kind": "lstm", "hidden": 384, "embed": 128, "rollout": "auto"}},
-    "GRU": {"model": {"kind": "gru", "hidden": 384, "embed": 128, "rollout": "auto"}},
+    "LSTM": {
+        "model": {"kind": "lstm", "layers": 1, "heads": 1, "hidden": 384, "embed": 128, "rollout": "auto"},
+        "optim": {"vector_lr": 0.01},
+    },
+    "GRU": {
+        "model": {"kind": "gru", "layers": 1, "hidden": 384, "embed": 128, "rollout": "auto"},
+        "optim": {"vector_lr": 0.01},
+    },
 }
 """What other rows change in the last one."""
 

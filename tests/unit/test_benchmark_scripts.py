@@ -86,6 +86,7 @@ def test_rows_of_the_ablation_have_rates_of_their_own(tmp_path):
     ablation = script("ablation")
     rows = {name: resolve(config) for name, config in ablation.configs().items()}
     first, *_, last = (rows[name] for name in ablation.ADDED)
+    assert rows["LSTM"].model.layers == rows["GRU"].model.layers == 1
     for config in rows.values():
         if getattr(config.model, "tied", False):
             assert config.optim.embedding_lr in (None, 0.001)
