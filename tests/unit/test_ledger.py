@@ -308,6 +308,21 @@ def test_runs_of_another_machine_or_source_are_not_compared(here):
         submit(tiny(here, cores=2), runs(here), name="card", summary="x")
 
 
+def test_foreign_weights_and_a_rate_that_was_searched_for_are_refused(here, capsys):
+    root = ["--root", str(here / "records"), "--name", "x", "--summary", "x"]
+    for flags, message in (
+        (["--init", str(here / "c")], "run-0.txt: its weights are not drawn from its seed: train it without --init"),
+        (
+            ["--lr", "auto", "--set", "optim.search_steps=1"],
+            "the search for its learning rate is not in its seconds: train it with --lr ",
+        ),
+    ):
+        again = here / f"a{flags[0]}"
+        assert main(["train", "--config", str(here / "a" / "config.toml"), *flags, "--run-dir", str(again)]) == 0
+        assert main(["records", "submit", "tiny", str(again), str(here / "b"), *root]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_two_records_that_beat_the_same_one_are_not_both_records(here):
     """As two pull requests may have it: the later one is to be timed again."""
     track, slow = tiny(here), timed(here, ("slow", "slow2"), 40.0)

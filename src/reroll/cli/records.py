@@ -135,7 +135,8 @@ def _verify(arguments: Sequence[str]) -> int:
 
 
 def _submit(arguments: Sequence[str]) -> int:
-    with as_flags(request := parse(Submit, arguments, "reroll records submit")):
+    of_train = {"without init=…": "without --init", "with lr=": "with --lr "}
+    with as_flags(request := parse(Submit, arguments, "reroll records submit"), of_train):
         folder = submit(
             find_track(request.track, request.root),
             [find_run(run) for run in request.runs],

@@ -204,6 +204,12 @@ def _wrong(track: Track, log: Log) -> list[str]:
     if track.gpus is not None and not (on_cards and used == track.gpus):
         how = f"in {used} process(es) on {about.get('device')}, {hardware}"
         wrong.append(f"it ran {how}; the track is for {track.gpus} GPU(s) of one kind, a process each")
+    if about.get("init"):
+        wrong.append("its weights are not drawn from its seed: train it without init=…")
+    if about.get("searched"):
+        wrong.append(
+            f"the search for its learning rate is not in its seconds: train it with lr={log.config.get('optim.lr')}"
+        )
     commit = about.get("commit")
     if not commit or str(commit).endswith("+"):
         wrong.append(f"its source is {commit or 'of no commit'}: commit your changes, and run it again")

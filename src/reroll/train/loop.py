@@ -146,12 +146,12 @@ def _prepare(session: Session, say: Callable[[str], None], stop: list[str]) -> N
     """Before the first step, find a learning rate where none is set, and begin the record."""
     if session.progress.step:
         return
-    if session.config.optim.lr == "auto":
+    if searched := session.config.optim.lr == "auto":
         lr = session.mesh.share(search_lr(session, say, stop))
         if lr is None:
             return
         session.config = session.config.replace(optim={"lr": lr})
-    start_record(session)
+    start_record(session, searched)
 
 
 def _run(session: Session, report: Reporter, stop: list[str], say: Callable[[str], None]) -> dict[str, Any]:

@@ -250,15 +250,20 @@ def _begin(session: Session, folder: RunFolder, init: dict[str, torch.Tensor] | 
     return session
 
 
-def start_record(session: Session) -> None:
-    """Write config, environment and the journal's header, before the first step of a run."""
+def start_record(session: Session, searched: bool) -> None:
+    """Write config, environment and the journal's header, before the first step of a run.
+
+    Args:
+        session: of the run.
+        searched: its learning rate was found by a search, whose seconds are nobody's.
+    """
     config, folder, model = session.config, session.folder, session.model
     metadata = session.task.metadata() | {"initial": checkpoint.checksum(checkpoint.weights_of(model))}
     session.run = run_id(config, metadata)
     folder.write_config(config)
     folder.write_environment(
         run=session.run, **metadata, parameters=sum(p.numel() for p in model.parameters()), device=str(session.device),
-        processes=session.mesh.size,
+        processes=session.mesh.size, init=folder.init.exists(), searched=searched,
     )  # fmt: skip
     if config.gradient.seeded and session.mesh.writes:
         assert isinstance(session.estimator, CentralDifference)
