@@ -12,6 +12,8 @@ from reroll.cli import main
 from reroll.errors import RunError, UsageError
 from reroll.ledger import find_track, read_log, submit, tracks, verify, write_log
 from reroll.ledger.track import Track
+from reroll.recipes import RECIPES
+from reroll.specs.base import leaves
 from reroll.train.config import Config
 from reroll.train.loop import train
 from reroll.train.records import read_json
@@ -283,7 +285,10 @@ def test_runs_of_another_machine_or_source_are_not_compared(here):
     submit(tiny(here), slow, name="slow", summary="x")
     versions, machine = about["versions"], {"hardware": "another, 2 cores"}
     for changes, message in (
-        (machine, "baseline-0.txt has hardware .*, run-0.txt another, 2 cores: all are to be timed on one machine"),
+        (
+            machine,
+            "baseline-0.txt has hardware .*, run-0.txt another, 2 cores: the machine and data must be the same",
+        ),
         ({"versions": versions | {"torch": "2.9.0"}}, "torch"),
         ({"versions": versions | {"python": "3.12.1"}}, "python"),
         ({"versions": None}, "python 3.*, run-0.txt None"),
@@ -321,6 +326,40 @@ def test_foreign_weights_and_a_rate_that_was_searched_for_are_refused(here, caps
         assert main(["train", "--config", str(here / "a" / "config.toml"), *flags, "--run-dir", str(again)]) == 0
         assert main(["records", "submit", "tiny", str(again), str(here / "b"), *root]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_data_of_a_track_without_a_fingerprint(here):
+    """Runs of one record have the same, a baseline the same held-out ones; so has a track that names them."""
+    track, about = tiny(here, fingerprint=None), read_json(here / "b" / "environment.json")
+
+    def submitted(name, some, changes, track=track, **options):
+        for run, change in zip(some, changes):
+            (run / "environment.json").write_text(json.dumps(about | change))
+        return submit(track, some, name=name, summary="x", **options)
+
+    slow, fast, more, less = timed(here, ("slow", "slow2"), 40.0), timed(here, "abc", 4.0), {}, {}
+    more, less = ({"fingerprint": name, "valid_fingerprint": "val"} for name in ("more shards", "fewer shards"))
+    submitted("slow", slow, [more] * 2)
+    with pytest.raises(RunError, match="the runs differ in their data"):
+        submitted("mixed", fast, [more, less, less])
+    with pytest.raises(RunError, match="baseline-0.txt has valid_fingerprint val, run-0.txt other"):
+        submitted("other", fast, [{"valid_fingerprint": "other"}] * 3, baseline=slow)
+    named = tiny(here, fingerprint=None, valid_fingerprint="f" * 64)
+    with pytest.raises(RunError, match="its held-out data have the fingerprint val, the track's ffffffffffff"):
+        submitted("named", fast, [less] * 3, named)
+    with pytest.raises(RunError, match=f"its data have {about['sizes']['vocab']} symbols, the track's 50257"):
+        submitted("symbols", fast, [less] * 3, tiny(here, fingerprint=None, vocab=50257))
+    folder = submitted("fast", fast, [less] * 3, baseline=slow)
+    assert verify(track, folder)["status"] == "record"
+
+
+def test_the_first_run_of_a_recipe_fits_its_track():
+    root = Path(__file__).parents[2] / "records"
+    for track in tracks(root).values():
+        words = track.command.split()
+        values = leaves(RECIPES[words[2].replace("-", "_")]())
+        values |= {"run.threads": int(words[words.index("--threads") + 1])} if "--threads" in words else {}
+        assert {name: values[name] for name in track.fixed} == track.fixed, track.name
 
 
 def test_two_records_that_beat_the_same_one_are_not_both_records(here):
@@ -404,7 +443,7 @@ def test_mistakes_at_the_command_line(here, capsys):
 def test_a_track_of_gpus_and_of_data_without_a_fingerprint(here, tmp_path):
     about = read_json(here / "a" / "environment.json")
     for run in runs(here):
-        changed = about | {"hardware": "AMD EPYC, 112 cores, 8 × NVIDIA H100 80GB HBM3", "fingerprint": run.name}
+        changed = about | {"hardware": "AMD EPYC, 112 cores, 8 × NVIDIA H100 80GB HBM3"}
         changed |= {"processes": 8, "device": "cuda:0"}
         (run / "environment.json").write_text(json.dumps(changed))
     track = tiny(here, gpus=8, fingerprint=None)

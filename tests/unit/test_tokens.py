@@ -283,6 +283,18 @@ def test_the_fingerprint_is_of_the_tokens(folder):
         before = batches(path).fingerprint
 
 
+def test_held_out_shards_have_a_fingerprint_of_their_own(folder):
+    """The same with any number of training shards, and another with other tokens."""
+    path, tokens = folder
+    whole, digest = batches(path), hashlib.sha256((path / "x_val_000000.bin").read_bytes()).hexdigest()
+    assert whole.metadata()["valid_fingerprint"] == hashlib.sha256(f'["{digest}"]'.encode()).hexdigest()
+    (path / "x_train_000003.bin").unlink()
+    fewer = batches(path)
+    assert (fewer.valid_fingerprint, fewer.fingerprint == whole.fingerprint) == (whole.valid_fingerprint, False)
+    write_shard(path / "x_val_000000.bin", tokens[3][::-1])
+    assert batches(path).valid_fingerprint != whole.valid_fingerprint
+
+
 def test_splits_are_told_apart_by_the_end_of_the_name(tmp_path):
     for name in ("interval_train_000001.bin", "train_val_000000.bin", "a_train_of_values_train_000002.bin"):
         write_shard(tmp_path / name, RANDOM.integers(0, 300, 500))

@@ -79,6 +79,7 @@ def _show(arguments: Sequence[str]) -> int:
     with as_flags(request):
         track = find_track(request.track, request.root)
     data = "" if track.fingerprint is None else f", data {track.fingerprint[:12]}"
+    data += "" if track.vocab is None else f", {track.vocab:,} symbols"
     print(f"{track.name}: {track.title}\nopened {track.opened}{data}")
     spread = "" if track.sigma is None else f", spread over seeds {track.sigma:g} ({track.sigma_runs} runs)"
     print(f"target: mean held-out loss ≤ {track.target:g}, one-sided t-test p < {track.p:g}{spread}")

@@ -58,8 +58,8 @@ class TokenBatches(Windows):
         vocab: symbols. None: as many as tokens.json says; without that file GPT-2's.
         whole: there need be no "train" shard.
 
-    Attributes: `most_steps`, the number of batches there are to train on; `fingerprint`, of the SHA-256 of every shard;
-    `valid_bytes`, by which a score has `bits_per_byte`.
+    Attributes: `most_steps`, the number of batches there are to train on; `fingerprint`, of the SHA-256 of every shard,
+    and `valid_fingerprint`, of those of the held-out ones; `valid_bytes`, by which a score has `bits_per_byte`.
 
     The SHA-256 of a shard is computed when it is first opened (0.1 to 0.4 s for 200 MB), compared with tokens.json, and
     remembered in the cache until the file changes.
@@ -106,6 +106,7 @@ class TokenBatches(Windows):
         self.tokens: dict[str, Any] = {split: Shards(paths, self.vocab) for split, paths in files.items()}
         sums = {split: [about.check(path) for path in paths] for split, paths in files.items()}
         self.fingerprint = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+        self.valid_fingerprint = hashlib.sha256(json.dumps(sums["valid"]).encode()).hexdigest()
         self.shards = {file.name: digest for split, paths in files.items() for file, digest in zip(paths, sums[split])}
         self.trains = "train" in self.tokens
         self._limit_validation(valid_tokens)
@@ -181,8 +182,8 @@ class TokenBatches(Windows):
         return means
 
     def metadata(self) -> dict[str, Any]:
-        """Return also the SHA-256 of every shard."""
-        return super().metadata() | {"shards": self.shards}
+        """Return also the SHA-256 of every shard, and one of those of the held-out ones."""
+        return super().metadata() | {"shards": self.shards, "valid_fingerprint": self.valid_fingerprint}
 
     def describe(self) -> str:
         """Return how many tokens there are, in a line."""

@@ -14,6 +14,7 @@ from typing import Any
 from reroll.errors import RunError, UsageError
 from reroll.ledger.log import Log, read_log, write_log
 from reroll.ledger.track import Track, statistics
+from reroll.specs.task import GENERATED
 from reroll.train.records import read_json
 from reroll.train.run import replacing
 
@@ -43,7 +44,7 @@ def judge(
     """
     others = _others(track, folder)
     refusals = [f"{log.path.name}: {why}" for log in (*logs, *baseline) for why in _wrong(track, log)]
-    refusals += _differences(logs) + _differences(baseline) + _unequal([*logs, *baseline])
+    refusals += _differences(logs) + _differences(baseline) + _unequal(track, [*logs, *baseline])
     if baseline and beaten not in others:
         refusals.append(f"it has a baseline, but {beaten or 'nothing'} is a record of the track to beat")
     elif baseline:
@@ -189,10 +190,13 @@ def _text(record: dict[str, Any]) -> str:
 def _wrong(track: Track, log: Log) -> list[str]:
     """What in a log is against the rules of a track."""
     about, wrong = log.environment, []
-    if track.fingerprint is not None and about.get("fingerprint") != track.fingerprint:
-        wrong.append(
-            f"its data have the fingerprint {str(about.get('fingerprint'))[:12]}, the track's {track.fingerprint[:12]}"
-        )
+    for name, data in (("fingerprint", "data"), ("valid_fingerprint", "held-out data")):
+        expected, found = getattr(track, name), str(about.get(name))
+        if expected is not None and found != expected:
+            wrong.append(f"its {data} have the fingerprint {found[:12]}, the track's {expected[:12]}")
+    vocab = about["sizes"].get("vocab") if isinstance(about.get("sizes"), dict) else None
+    if track.vocab is not None and vocab != track.vocab:
+        wrong.append(f"its data have {vocab} symbols, the track's {track.vocab}")
     for name, value in track.fixed.items():
         if log.config.get(name) != value:
             wrong.append(f"{name}={log.config.get(name)!r}, but the track fixes {value!r}")
@@ -217,26 +221,30 @@ def _wrong(track: Track, log: Log) -> list[str]:
 
 
 def _differences(logs: Sequence[Log]) -> list[str]:
-    """What keeps runs from being one record: one seed twice, another config, other source."""
+    """What keeps runs from being one record: one seed twice, another config, other source or data."""
     seeds = [log.config["run.seed"] for log in logs]
     wrong = [f"the runs differ in {name}" for log in logs for name in _unlike(logs[0], log)]
     wrong += ["two runs have one seed"] if len({*seeds}) < len(seeds) else []
+    # Of generated data, the seed is part of the fingerprint.
+    data = {str(log.environment.get("fingerprint")) for log in logs if log.config["task.kind"] not in GENERATED}
+    wrong += ["the runs differ in their data, by its fingerprint"] if len(data) > 1 else []
     commits = sorted({str(log.environment.get("commit")) for log in logs})
     return wrong + ([f"the runs are of several commits, {', '.join(commits)}"] if len(commits) > 1 else [])
 
 
-def _unequal(logs: Sequence[Log]) -> list[str]:
-    """What keeps the seconds of runs from being compared: other hardware, or other versions."""
+def _unequal(track: Track, logs: Sequence[Log]) -> list[str]:
+    """What keeps runs from being compared: other hardware or versions, or, if the track names none, held-out data."""
 
-    def machine(log: Log) -> dict[str, Any]:
-        versions = log.environment.get("versions")
+    def setting(log: Log) -> dict[str, Any]:
+        about, versions = log.environment, log.environment.get("versions")
         known = versions if isinstance(versions, dict) else {}
-        return {"hardware": log.environment.get("hardware"), "python": known.get("python"), "torch": known.get("torch")}
+        found = {"hardware": about.get("hardware"), "python": known.get("python"), "torch": known.get("torch")}
+        return found if track.fingerprint else found | {"valid_fingerprint": about.get("valid_fingerprint")}
 
-    first = machine(logs[0])
+    first = setting(logs[0])
     return [
-        f"{log.path.name} has {name} {value}, {logs[0].path.name} {first[name]}: all are to be timed on one machine"
-        for log in logs for name, value in machine(log).items() if value != first[name]
+        f"{log.path.name} has {name} {value}, {logs[0].path.name} {first[name]}: the machine and data must be the same"
+        for log in logs for name, value in setting(log).items() if value != first[name]
     ]  # fmt: skip
 
 

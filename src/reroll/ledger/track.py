@@ -25,6 +25,8 @@ class Track:
         command: what trains a run of its newest record.
         target: the largest mean of the held-out losses, after the last step.
         fingerprint: SHA-256 of the data, as a run records it; None: not compared, as of data made from the seed.
+        valid_fingerprint: of held-out shards alone, whatever the number of training shards; None: not known yet.
+        vocab: symbols of the data; None: any number.
         cores: of the processor; None: any.
         gpus: how many trained the run, of one kind, a process each; None: any number.
         p: the significance level.
@@ -42,6 +44,8 @@ class Track:
     command: str
     target: float
     fingerprint: str | None = None
+    valid_fingerprint: str | None = None
+    vocab: int | None = None
     cores: int | None = None
     gpus: int | None = None
     p: float = 0.01
