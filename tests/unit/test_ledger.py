@@ -1,5 +1,6 @@
 """The ledger: runs become a record that anyone can verify, and that no edited digit survives."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -351,6 +352,23 @@ def test_data_of_a_track_without_a_fingerprint(here):
         submitted("symbols", fast, [less] * 3, tiny(here, fingerprint=None, vocab=50257))
     folder = submitted("fast", fast, [less] * 3, baseline=slow)
     assert verify(track, folder)["status"] == "record"
+
+
+RULES = {
+    "cpu-bytes": "8f79fd94cdbf1e74",
+    "cpu-copy": "ff8a3f59e0896b52",
+    "fineweb-124m": "c18949a28bde099c",
+    "fineweb-124m-1gpu": "5502f5ae002961fe",
+}
+"""Of every open track the SHA-256 of what its records are judged by: a new track has a new line, no line changes."""
+
+
+def test_the_rules_of_an_open_track_do_not_change():
+    """Its command and history may; valid_fingerprint is filled in by the first record, and then verified with each."""
+    for name, track in tracks(Path(__file__).parents[2] / "records").items():
+        free = ("path", "command", "history", "valid_fingerprint")
+        rules = json.dumps({field: value for field, value in vars(track).items() if field not in free}, sort_keys=True)
+        assert hashlib.sha256(rules.encode()).hexdigest()[:16] == RULES[name], name
 
 
 def test_the_first_run_of_a_recipe_fits_its_track():
