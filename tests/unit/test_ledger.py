@@ -403,6 +403,21 @@ def test_a_baseline_is_that_of_a_record_and_enough_of_it(here):
         submit(tiny(here), runs(here), name="other", summary="x", baseline=slow)
 
 
+def test_the_track_may_be_left_out_where_the_run_fits_one(here, capsys):
+    words = ["records", "submit", *map(str, runs(here)), "--name", "x", "--summary", "x", "--root"]
+    words.append(str(here / "records"))
+    assert main(words) == 0
+    assert len(list((here / "records" / "tiny").glob("*_x/run-*.txt"))) == 3
+    shutil.copytree(here / "records" / "tiny", here / "records" / "twin")
+    assert main(words) == 2
+    assert "fits tiny, twin; name the track: reroll records submit TRACK" in capsys.readouterr().err
+    for name in ("tiny", "twin"):
+        path = here / "records" / name / "track.toml"
+        path.write_text(path.read_text().replace('"text"\n', '"copy"\n'))
+    assert main(words) == 2
+    assert "fits no track; name the track" in capsys.readouterr().err
+
+
 def test_a_failure_is_kept_as_negative(here):
     strict = tiny(here, target=0.1)
     record = verify(strict, submit(strict, runs(here), name="no", summary="x", negative=True))

@@ -12,8 +12,8 @@ from reroll.errors import RerollError, RunError, UsageError, did_you_mean, visib
 from reroll.ledger import Track, find_track, submit, tracks, verify
 from reroll.ledger.record import folders, read_record
 from reroll.ledger.track import ROOT
-from reroll.specs.base import option
-from reroll.train.records import find_run
+from reroll.specs.base import leaves, option
+from reroll.train.records import find_run, look_for, read_config
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Verify:
 class Submit:
     """Judge finished runs by a track's rules, and write them as a record."""
 
-    track: str = positional("the name of a track (see `reroll records list`)")
-    runs: tuple[str, ...] = positional("run folders of one config and different seeds")
+    track: str = positional("the name of a track (see `reroll records list`), or a run that only one track fits")
+    runs: tuple[str, ...] = positional("run folders of one config and different seeds", ())
     name: str = option("", "name of the record, in a word")
     summary: str = option("", "what was changed, and why")
     baseline: tuple[str, ...] = option((), "runs of the record to beat, made on this machine")
@@ -138,9 +138,10 @@ def _verify(arguments: Sequence[str]) -> int:
 def _submit(arguments: Sequence[str]) -> int:
     of_train = {"without init=…": "without --init", "with lr=": "with --lr "}
     with as_flags(request := parse(Submit, arguments, "reroll records submit"), of_train):
+        track, runs = _track_and_runs(request)
         folder = submit(
-            find_track(request.track, request.root),
-            [find_run(run) for run in request.runs],
+            track,
+            [find_run(run) for run in runs],
             name=request.name,
             summary=request.summary,
             baseline=[find_run(run) for run in request.baseline],
@@ -148,3 +149,18 @@ def _submit(arguments: Sequence[str]) -> int:
         )
     print(f"{folder} is written; add it with git, and open a pull request (records/README.md says how).")
     return 0
+
+
+def _track_and_runs(request: Submit) -> tuple[Track, Sequence[str]]:
+    """Return the track and the runs; where the track is left out, the one whose fixed values the first run has."""
+    run = look_for(request.track)
+    if run is None or request.track in (known := tracks(request.root)):
+        if not request.runs:
+            raise UsageError("RUNS is missing. Pass run folders of one config and different seeds.")
+        return find_track(request.track, request.root), request.runs
+    config = leaves(read_config(run))
+    fit = [track for track in known.values() if track.fixed.items() <= config.items()]
+    if len(fit) != 1:
+        names = ", ".join(track.name for track in fit) or "no track"
+        raise UsageError(f"{run} fits {names}; name the track: reroll records submit TRACK {run} …")
+    return fit[0], (request.track, *request.runs)
