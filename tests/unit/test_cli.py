@@ -338,6 +338,8 @@ def test_a_rate_is_for_as_many_probes_as_are_asked_for(cli):
     assert shown("--probes", 128) == shown() == "0.05  # recipe arrays"
     assert shown("--probes", 24, "--lr", 0.05) == "0.05  # flag"
     assert shown("--probes", 24, "--optimizer", "adamw") == "0.05  # recipe arrays"
+    Path("own.toml").write_text("gradient.probes = 24")
+    assert shown("--config", "own.toml") == "0.05  # recipe arrays"
     flags = ("train", "copy", "--steps", 1, "--batch", 2, "--run-dir", "run", "--set", "run.threads=1")
     assert cli(*flags, "--probes", 24).code == 0
     assert cli("train", "copy", "--run-dir", "run", "--resume", "--steps", 2).code == 0

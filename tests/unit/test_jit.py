@@ -32,7 +32,7 @@ def test_kernels_are_kept_there_and_the_setting_is_put_back(monkeypatch):
 def test_compiling_is_said_once_and_only_of_our_own_kernels(monkeypatch, caplog):
     monkeypatch.setattr(jit.ANNOUNCER, "said", False)
     caplog.set_level("WARNING", "reroll.kernels.jit")
-    for module, said in (("mine", 0), ("reroll.kernels.a", 1), ("reroll.kernels.b", 1)):
+    for module, said in (("mine", 0), (None, 0), ("reroll.kernels.a", 1), ("reroll.kernels.b", 1)):
         kernel = numba.njit(lambda: None)
         kernel.py_func.__module__ = module
         kernel()

@@ -88,9 +88,12 @@ def test_p_is_that_of_a_one_sided_t_test():
         track.p_value([3.0])
 
 
-def test_a_record_is_written_verified_and_shown(here, capsys):
-    folder = submit(tiny(here), runs(here), name="first", summary="AdamW.")
+def test_a_record_is_written_verified_and_shown(here, capsys, monkeypatch):
+    folder = submit(tiny(here), runs(here), name="first", summary="AdamW.").resolve()
     record = verify(tiny(here), folder)
+    with monkeypatch.context() as within:
+        within.chdir(folder)
+        assert verify(tiny(folder.parents[2]), Path(".")) == record
     log = (folder / "run-0.txt").read_text()
     assert '"command": ["reroll", "train", "--run-dir", "a"]' in log
     assert "/home/me" not in log
@@ -394,7 +397,7 @@ def test_two_records_that_beat_the_same_one_are_not_both_records(here):
 
 def test_a_baseline_is_that_of_a_record_and_enough_of_it(here):
     slow = runs(here, ("slow", "slow2"))
-    with pytest.raises(RunError, match="nothing is a record of the track to beat"):
+    with pytest.raises(RunError, match="is no record of the track; submit it without one"):
         submit(tiny(here), runs(here), name="early", summary="x", baseline=slow)
     submit(tiny(here), runs(here), name="first", summary="x")
     with pytest.raises(UsageError, match="2 runs or more of each"):

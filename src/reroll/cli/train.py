@@ -183,8 +183,9 @@ def read(command: str, arguments: Sequence[str], about: str = "Train RECIPE, cha
             changed = dict.fromkeys(_names(tables), source or "flag")
             origin = {name: changed.get(name, origin.get(name, "default")) for name in leaves(config)}
     probes, lr = getattr(config.gradient, "probes", usual), config.optim.lr
+    asked = config.recipe in RECIPES and origin.get("gradient.probes") in ("flag", "--set")
     default = config.optim.kind == "sgd" and origin["optim.lr"].startswith("recipe")
-    if probes < usual and default and isinstance(lr, float):
+    if asked and probes < usual and default and isinstance(lr, float):
         # The largest stable rate is proportional to the number of probes, where these are few.
         config = config.replace(optim={"lr": float(f"{lr * probes / usual:.3g}")})
         origin["optim.lr"] = f"recipe {config.recipe}: {lr:g} for {usual} probes"

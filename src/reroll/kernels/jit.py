@@ -49,7 +49,7 @@ class Announcer(Listener):
     said = False
 
     def on_start(self, event: Any) -> None:
-        if not self.said and event.data["dispatcher"].py_func.__module__.startswith("reroll."):
+        if not self.said and str(event.data["dispatcher"].py_func.__module__).startswith("reroll."):
             self.said = True
             log.warning("Compiling kernels for this processor, once: it can take a minute or two.")
 

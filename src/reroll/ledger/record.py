@@ -46,7 +46,7 @@ def judge(
     refusals = [f"{log.path.name}: {why}" for log in (*logs, *baseline) for why in _wrong(track, log)]
     refusals += _differences(logs) + _differences(baseline) + _unequal(track, [*logs, *baseline])
     if baseline and beaten not in others:
-        refusals.append(f"it has a baseline, but {beaten or 'nothing'} is a record of the track to beat")
+        refusals.append(f"its baseline, {beaten or 'of no name'}, is no record of the track; submit it without one")
     elif baseline:
         differ = _unlike(baseline[0], read_log(track.path / beaten / "run-0.txt"))
         refusals += [f"the baseline is not the record to beat, {beaten}: it differs in {name}" for name in differ]
@@ -129,6 +129,7 @@ def verify(track: Track, folder: Path) -> dict[str, Any]:
     Raises:
         RunError: naming the first thing that is not what the logs give.
     """
+    folder = folder.resolve()  # whose name has the date and the name of the record
     record = read_record(folder)
     computed = judge(track, folder, record["summary"], *_logs(folder), _beats(record))
     if computed["refusals"] and record["status"] != "negative":

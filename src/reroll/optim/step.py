@@ -2,7 +2,8 @@
 
     settings → estimate at ε → clip → is it finite? → record → update
 
-A gradient that is not finite, or whose squares are not, never reaches the weights; the result says so by its outcome.
+A gradient that is not finite, or whose sum of squares is not (in fp16: in bf16's range), never reaches the weights; the
+result says so by its outcome.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     torchrun --nnodes 2 … -m reroll train cpu_bytes     on several
 
 A gradient by backpropagation is the mean over processes, each of which takes its rows of the batch: one all-reduce a
-step, however often a process accumulates; buffers that moved are averaged with it. Probes are shared out by units, of
-which only the losses travel, and the states of carried texts. Whatever else is decided is decided by process 0. With
+step, however often a process accumulates; statistics of BatchNorm are averaged with it. Probes are shared out by units,
+of which only the losses travel, and the states of carried texts. Whatever else is decided is decided by process 0. With
 equal sums everywhere, the weights stay equal, and so do the checkpoints: a run can be resumed by another number of
 processes.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from reroll.errors import UsageError, plural
 from reroll.grad.base import Dense, Estimate, Estimator, LossFn
 from reroll.grad.central_difference import CentralDifference
-from reroll.grad.evaluate.snapshot import may_change
+from reroll.grad.evaluate.snapshot import STATISTICS
 from reroll.grad.units import Distribute, Execute, Result, Unit, batch_rows, batch_size
 from reroll.keys import Key
 from reroll.optim import Muon, optimizers_of
@@ -187,23 +187,19 @@ class Processes(Mesh):
         return self.interleave([to_cpu(result) for result in mine])
 
     def average(
-        self, estimate: Estimate, share: float, device: torch.device, buffers: Sequence[tuple[Tensor, bool]] = ()
+        self, estimate: Estimate, share: float, device: torch.device, statistics: Sequence[Tensor] = ()
     ) -> Estimate:
-        """Return an estimate from part of a batch, averaged over all parts; its gradient lies in `.grad`.
-
-        Buffers are averaged in place where one process at least says that its own has moved.
-        """
+        """Return an estimate from part of a batch, averaged over all parts, as `statistics` are in place."""
         assert isinstance(estimate.gradient, Dense)
         parameters = list(estimate.gradient.parameters.values())
         # A parameter that no process reached stays without a gradient, as it would in one process.
-        flags = [*(p.grad is not None for p in parameters), *(moved for _, moved in buffers)]
-        facts = torch.tensor([float(estimate.loss) * share, *flags], dtype=torch.float64)
+        facts = torch.tensor(
+            [float(estimate.loss) * share, *(p.grad is not None for p in parameters)], dtype=torch.float64
+        )
         dist.all_reduce(facts, group=self.control)
-        counts = facts[1:].tolist()
-        reached = [p for p, count in zip(parameters, counts) if count]
-        for buffer in (b for (b, _), count in zip(buffers, counts[len(parameters) :]) if count):
-            dist.all_reduce(mean := buffer.contiguous() * share)
-            buffer.copy_(mean)
+        reached = [p for p, count in zip(parameters, facts[1:].tolist()) if count]
+        for statistic in statistics:
+            dist.all_reduce(statistic.mul_(share))
         for p in reached:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for bucket in _buckets(reached):
@@ -241,20 +237,14 @@ class Averaged:
             )
         begin, end = size * mesh.rank // mesh.size, size * (mesh.rank + 1) // mesh.size
         key = key.at("process").at(mesh.rank) if mesh.rank else key  # dropout differs from part to part
-        before = [(m, name, buffer.clone()) for m, name, buffer in _statistics(model)]
         estimate = self.each(model, loss_fn, batch_rows(batch, begin, end), key)
         if not isinstance(estimate.gradient, Dense):
             raise UsageError(
                 f"{type(self.each).__name__} cannot be shared by {mesh.size} processes; train in one process."
             )
-        buffers = [(now := getattr(m, name).detach(), not old.equal(now)) for m, name, old in before]
-        return mesh.average(estimate, (end - begin) / size, next(model.parameters()).device, buffers)
-
-
-def _statistics(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Tensor]]:
-    """The buffers that a forward pass may move and that have a mean: each with its module and name."""
-    owners = ((m, *named) for m in model.modules() if may_change(m) for named in m.named_buffers(recurse=False))
-    return [owner for owner in owners if owner[2].is_floating_point()]
+        moving = [m for m in model.modules() if isinstance(m, STATISTICS) and m.training]
+        statistics = [b for m in moving for b in m.buffers(recurse=False) if b.is_floating_point()]
+        return mesh.average(estimate, (end - begin) / size, next(model.parameters()).device, statistics)
 
 
 def _buckets(parameters: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -62,7 +62,7 @@ class Snapshot:
     def __init__(self, model: nn.Module | None, devices: Sequence[int] = ()):
         self.devices = devices
         modules = [] if model is None else list(model.modules())
-        owners = [(m, n, b) for m in modules if may_change(m) for n, b in m.named_buffers(recurse=False) if b.numel()]
+        owners = [(m, n, b) for m in modules if _may_change(m) for n, b in m.named_buffers(recurse=False) if b.numel()]
         self.buffers = [(module, name, buffer, buffer.detach().clone()) for module, name, buffer in owners]
         self.attributes = [(module, dict(vars(module))) for module in modules]
         with _Generators.lock:
@@ -97,7 +97,7 @@ class Snapshot:
                     del vars(module)[name]
 
 
-def may_change(module: nn.Module) -> bool:
+def _may_change(module: nn.Module) -> bool:
     """Whether a forward pass may change a module's buffers: ours, and batch statistics in eval mode, are constants."""
     # A subclass or a patch with a forward of its own may do anything.
     if isinstance(module, STATISTICS) and module.forward.__module__.startswith("torch.nn."):
