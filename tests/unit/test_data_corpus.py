@@ -178,11 +178,72 @@ def test_json_lines_and_an_array_are_read_alike(tmp_path, encoding):
         list(find(tmp_path / "d.json").documents())
 
 
+ODD = {
+    "comma": '[{"text": "x"}, ]',
+    "cut": '[{"text": "x"}, ',
+    "some": '[{"text": "OK"}, {"icon": "x"}]',
+    "number": '[{"text": 5}]',
+    "other": '[{"body": "x"}]',
+    "deep": '[{"text": "x", "n": ' + "[" * 100_000,
+}
+
+
+def test_an_odd_json_file_among_others_is_one_text(tmp_path):
+    for name, text in ODD.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    write(tmp_path, rows_json='[{"text": "one"}, {"text": null}, {"text": "two"}]')
+    found = {document.name: b"".join(document.chunks()).decode() for _, document in find(tmp_path).documents()}
+    assert found == {f"{name}.json": text for name, text in ODD.items()} | {"rows.json:1": "one", "rows.json:3": "two"}
+    with pytest.raises(UsageError, match="comma.json is not JSON"):
+        list(find(tmp_path, "body").documents())
+    for name, message in {"some": "object 2, has no text", "number": "object 1, has no text"}.items():
+        with pytest.raises(UsageError, match=message):
+            find(tmp_path / f"{name}.json")
+    assert names(tmp_path / "other.json") == ["other.json"]
+
+
+@pytest.mark.parametrize("path", ["one/*.{}", "one/a.train.{}", "two/*.{}"])
+def test_an_array_without_the_field_is_learned_as_any_text(tmp_path, path):
+    text = json.dumps([{"body": f"document {number}"} for number in range(40)])
+    for ending in ("txt", "json"):
+        write(tmp_path / "one", **{f"a_train_{ending}": text, f"a_valid_{ending}": text[:99]})
+        write(tmp_path / "two", **{f"{name}_{ending}": text for name in "abc"})
+    txt, array = (
+        [
+            (p.document.name.removesuffix(ending), read(p), p.separated)
+            for p in passages(find(tmp_path / path.format(ending)))
+        ]
+        for ending in ("txt", "json")
+    )
+    assert txt == array
+
+
+def test_a_single_array_is_parsed_once(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": f"text {number}"} for number in range(20)]))
+    parsed, loads = [], json.loads
+    monkeypatch.setattr("reroll.data.jsontext.json.loads", lambda content: parsed.append(1) or loads(content))
+    corpus = find(tmp_path / "a.json")
+    assert len(list(passages(corpus))) == len(list(corpus.documents())) == 20
+    assert len(parsed) == 1
+
+
 def test_a_hard_link_is_the_same_document(tmp_path):
     write(tmp_path, a_txt="one", b_txt="two")
     (tmp_path / "c.txt").hardlink_to(tmp_path / "a.txt")
     assert [document.name for _, document in find(tmp_path).documents()] == ["a.txt", "b.txt"]
-    assert "1, such as 'c.txt'" not in find(tmp_path).note
+
+
+@pytest.mark.parametrize("number, links", [(0, 1), (7, 1), (0, 2)])
+def test_files_without_a_number_of_their_own_are_different_documents(tmp_path, monkeypatch, number, links):
+    write(tmp_path, a_txt="one", b_txt="two")
+    stat = Path.stat
+
+    def numbered(self, **options):
+        state = stat(self, **options)
+        return os.stat_result((state.st_mode, number, state.st_dev, links, *state[4:10]))
+
+    monkeypatch.setattr(Path, "stat", numbered)
+    assert names(tmp_path) == ["a.txt", "b.txt"]
 
 
 @pytest.mark.parametrize("path", ["", "/**", "/**/*.txt", "/*/*.txt", "/**.txt"])

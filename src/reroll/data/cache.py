@@ -35,7 +35,7 @@ from reroll.errors import RunError, UsageError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4  # of the files; a change rebuilds them
+FORMAT = 5  # of the files; a change rebuilds them
 
 _temporary: Path | None = None  # created once per process, if the cache folder cannot be written
 

@@ -25,16 +25,16 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from reroll.data import jsontext, parquet
+from reroll.data.jsontext import FIELD
 from reroll.errors import UsageError
 
 CHUNK = 1 << 20  # bytes read at a time
-FIELD = "text"
 UNITS = {".jsonl": "line", ".ndjson": "line", ".parquet": "row", ".json": "object"}
 FEW = 100  # with fewer documents than this, a tenth of the text is held out, not of the documents
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -90,7 +90,7 @@ class File:
 
     @functools.cached_property
     def unit(self) -> str:
-        """What of the file is a document, by its ending: a line, a row, an object of an array; empty: all of it."""
+        """What of the file may be a document: a line, a row, an object of an array; empty: nothing but all of it."""
         if not isinstance(self.source, Path):
             return ""
         unit = UNITS.get(self.source.suffix.lower(), "")
@@ -104,10 +104,11 @@ class File:
         state = self.source.stat()
         return [self.name, str(self.source.resolve()), state.st_size, state.st_mtime_ns, self.split or ""]
 
-    def documents(self, field: str) -> Iterator[Document]:
-        """Yield the documents of the file, also those that are empty."""
-        if self.unit:
-            yield from self._many(field)
+    def documents(self, field: str, *, alone: bool = False) -> Iterator[Document]:
+        """Yield the documents of the file, also those that are empty; `alone`: there is no other file."""
+        objects = self._objects(field, alone)
+        if objects or self.unit in ("line", "row"):
+            yield from self._many(field, objects)
             return
         with _open(self.source) as file:
             head = file.read(3)
@@ -119,25 +120,19 @@ class File:
         else:
             yield Document(self.name, self.source, size, skip)
 
-    def _entries(self, field: str) -> Iterable[Any]:
-        path = Path(str(self.source))
+    def _objects(self, field: str, alone: bool) -> list[Any] | None:
         if self.unit != "object":
-            return parquet.rows(path, field) if self.unit == "row" else jsontext.lines(_utf8(path), path)
-        with _utf8(path) as file:
-            content = file.read()
-        objects = jsontext.objects(content, path, field, required=field != FIELD)
-        return [{field: content.decode()}] if objects is None else objects
-
-    def is_plain(self, field: str) -> bool:
-        """Whether it is an array of objects without the field, and so a text like any other."""
-        if self.unit != "object" or field != FIELD:
-            return False
+            return None
         with _utf8(Path(str(self.source))) as file:
-            return jsontext.objects(file.read(), Path(str(self.source)), field, required=False) is None
+            return jsontext.objects(file.read(), Path(str(self.source)), field, alone=alone)
 
-    def _many(self, field: str) -> Iterator[Document]:
+    def _rows(self, field: str) -> Iterator[Any]:
+        path = Path(str(self.source))
+        return parquet.rows(path, field) if self.unit == "row" else jsontext.lines(_utf8(path), path)
+
+    def _many(self, field: str, objects: list[Any] | None) -> Iterator[Document]:
         unit = self.unit
-        for number, entry in enumerate(self._entries(field), 1):
+        for number, entry in enumerate(objects or self._rows(field), 1):
             if (text := jsontext.text_of(entry, field)) is None:
                 shown = ascii(entry)
                 shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
@@ -221,9 +216,12 @@ def find(path: str | os.PathLike[str], field: str = FIELD) -> Corpus:
     if not where.stat().st_size:
         raise UsageError(f"path={name!r} is empty; give a file with text in it.")
     note = "" if file.unit or _is_text(where) else "not UTF-8 text: its bytes are learned as they are"
-    if file.is_plain(field):
+    if file.unit != "object":
+        return Corpus(name, (file,), field, note)
+    files = tuple(File(document.name, document.source) for document in file.documents(field, alone=True))
+    if files[0].name == file.name:
         note = f"its objects have no {FIELD!r}, so that it is one text; name a field of theirs as field=…"
-    return Corpus(name, (file,), field, note)
+    return Corpus(name, files, field, note)
 
 
 def whole_held_out(corpus: Corpus) -> Corpus:
@@ -246,7 +244,7 @@ def passages(corpus: Corpus, totals: Counter[str] | None = None) -> Iterator[Pas
     if corpus.files[0].split:
         files = Counter(file.split for file in corpus.files)
         for file, document in corpus.documents(totals):
-            yield Passage(file.split or "", document, 0, None, bool(file.unit) or files[file.split] > 1)
+            yield Passage(file.split or "", document, 0, None, document.name != file.name or files[file.split] > 1)
         return
     first = [document for _, document in itertools.islice(corpus.documents(), FEW)]
     if not first:
@@ -320,10 +318,12 @@ def _several(name: str, paths: list[Path], field: str, root: Path | None = None)
     """The corpus of several files, each once: those named after splits if there are such, else all that hold text."""
     if not paths and glob.has_magic(name):
         raise UsageError(f"path={name!r} matches no file. Give {KINDS}.")
-    real: dict[tuple[int, int], Path] = {}
+    real: dict[object, Path] = {}
     for path in sorted(filter(os.path.isfile, paths), key=os.path.islink):
         state = path.stat()
-        real.setdefault((state.st_dev, state.st_ino), path)  # by its own name if it has one here
+        # Some file systems give files no number of their own.
+        key = (state.st_dev, state.st_ino) if state.st_nlink > 1 and state.st_ino else os.path.realpath(path)
+        real.setdefault(key, path)  # by its own name if it has one here
     once = set(real.values())
     files = [path for path in paths if path in once]
     if splits := _named_splits(files):

@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 from reroll.errors import UsageError
 
+FIELD = "text"
+
 
 def is_array(file: BinaryIO) -> bool:
     """Return whether a file in UTF-8 begins as an array of objects."""
@@ -33,18 +35,27 @@ def lines(file: BinaryIO, path: Path) -> Iterator[Any]:
                 raise UsageError(f"path={path}, line {number}, {reason}") from None
 
 
-def objects(content: bytes, path: Path, field: str, *, required: bool) -> list[Any] | None:
-    """Return the objects of an array; None if no one has a field that is not required.
+def objects(content: bytes, path: Path, field: str, *, alone: bool) -> list[Any] | None:
+    """Return the objects of an array; None if the file is one text.
+
+    Of several files that is one that is not JSON, or has an object without text: sources have many such. A file `alone`
+    is one text if no object has the field, and none is where another field than the usual one is asked for.
 
     Raises:
-        UsageError: if the file is not JSON.
+        UsageError: if the file is not JSON, and is alone or asked for a field.
     """
+    named = field != FIELD
     try:
         entries = json.loads(content)
     except (ValueError, RecursionError) as error:
+        if not (alone or named):
+            return None
         raise UsageError(f"path={path} is not JSON ({error}); correct it, or call it .txt.") from None
-    has_field = required or any(isinstance(entry, dict) and field in entry for entry in entries)
-    return entries if has_field else None
+    if alone:
+        several = any(isinstance(entry, dict) and field in entry for entry in entries)
+    else:
+        several = all(text_of(entry, field) is not None for entry in entries)
+    return entries if named or several else None
 
 
 def text_of(entry: Any, field: str) -> str | None:
