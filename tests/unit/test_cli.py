@@ -865,6 +865,16 @@ def test_shards_of_a_text_are_made_and_trained_on(cli, tmp_path):
     Path("my notes.txt").write_text("to be or not to be " * 400)
     found = cli("data", "prepare", "tokens", "--path", "my notes.txt", "--to", "shards", "--shard", 3000)
     assert "my-notes_train_000001.bin: 3,000 tokens of 2,999 bytes" in found.out
+    assert "skipped" not in found.out
+    for number, names in enumerate((["a.txt", "b.txt"], ["a.train.jsonl", "a.valid.jsonl"])):
+        (tmp_path / f"{number}").mkdir()
+        for name in names:
+            (tmp_path / f"{number}" / name).write_text('{"text": "one"}\n\n\n' if number else "one")
+        (tmp_path / f"{number}" / "empty.txt").touch()
+    for number, empty in enumerate((1, 4)):
+        path = tmp_path / f"{number}"
+        prepared = cli("data", "prepare", "tokens", "--path", path, "--to", f"shards-{number}")
+        assert f"skipped, having no text: {empty}\n" in prepared.out
     advice = found.out.splitlines()[-1].partition("reroll ")[2].split()
     small = ("model.width=16", "model.layers=1", "run.threads=1")
     run = cli(*advice, *small, "--batch", 2, "--length", 16, "--steps", 3, "--run-dir", "run")

@@ -97,6 +97,8 @@ def _tokens(request: Data) -> None:
 def _print_shards(target: Path, about: dict[str, Any]) -> None:
     for name, file in about["files"].items():
         print(f"{target / name}: {file['tokens']:,} tokens of {file['bytes']:,} bytes, sha256 {file['sha256'][:12]}…")
+    if about["empty"]:
+        print(f"skipped, having no text: {about['empty']:,}")
 
 
 def _fineweb(request: Data) -> None:

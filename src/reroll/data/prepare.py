@@ -14,6 +14,7 @@ import bisect
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +57,8 @@ def encode(
     field: str = "text",
     shard: int = SHARD,
 ) -> dict[str, Any]:
-    """Write the shards of a text, and beside them tokens.json: its tokenizer, and the tokens, bytes of text and SHA-256
-    of each file. It is returned.
+    """Write the shards of a text, and beside them tokens.json: its tokenizer, how many documents have no text, and the
+    tokens, bytes of text and SHA-256 of each file. It is returned.
 
     Args:
         path, max_vocab, field: as for `reroll.data.text.Text`.
@@ -94,15 +95,18 @@ def _encode(
             f"path={corpus.path} has a vocabulary of {tokenizer.size} symbols; a shard holds 65536. Set "
             "max_vocab=65536 or less."
         )
-    files = {}
+    files, totals = {}, Counter[str]()
     _make_room(target, stem)
     for split, label, first in (("train", "train", 1), ("valid", "val", 0)):
-        for number, (tokens, size) in enumerate(_shards(_symbols(corpus, tokenizer, split), tokenizer, shard), first):
+        for number, (tokens, size) in enumerate(
+            _shards(_symbols(corpus, tokenizer, split, totals), tokenizer, shard), first
+        ):
             name = f"{stem}_{label}_{number:06d}.bin"
             write_shard(target / name, tokens)
             files[name] = described(target / name, size)
     about = {
         "tokenizer": tokenizer.to_dict(), "vocab": tokenizer.size, "document": _marks(tokenizer)[1], "files": files,
+        "empty": totals["empty"] // (1 if corpus.files[0].split else 2),  # without splits all is read for each
     }  # fmt: skip
     _write_about(target, about)
     return about
@@ -153,11 +157,11 @@ Part = tuple[str | None, npt.NDArray[Any], int]
 """A piece of a document: its text (None for bytes, which are their own symbols), its symbols, and its bytes."""
 
 
-def _symbols(corpus: Corpus, tokenizer: Tokenizer, split: str) -> Iterator[Part]:
+def _symbols(corpus: Corpus, tokenizer: Tokenizer, split: str, totals: Counter[str]) -> Iterator[Part]:
     """The pieces of a split; what is put before a document is one of no bytes."""
     before = _marks(tokenizer)[0]
     files = tuple(file for file in corpus.files if file.split in (None, split))  # else gigabytes are read for nothing
-    for passage in passages(replace(corpus, files=files)) if files else ():
+    for passage in passages(replace(corpus, files=files), totals) if files else ():
         if passage.split == split:
             if before is not None:
                 yield None, np.array([before]), 0
