@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -502,15 +503,31 @@ def test_a_loss_of_the_same_code_and_another_model_is_another_loss(loss):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
-def test_a_loss_made_anew_at_every_step_is_looked_at_ever_more_rarely(monkeypatch):
-    looked = []
+@pytest.mark.parametrize("criterion", [None, nn.MSELoss, nn.SmoothL1Loss])
+def test_a_loss_made_anew_at_every_step_is_looked_at_ever_more_rarely(monkeypatch, criterion):
+    looked, zeros = [], torch.zeros(5, 2, dtype=torch.float64)
     once = verify.Evaluation._once
     monkeypatch.setattr(verify.Evaluation, "_once", lambda *args: looked.append(step) or once(*args))
     model = mlp().double()
     for step in range(1, 10):
-        weight = torch.tensor(1.0 + step)
-        CentralDifference(4, EPSILON)(model, lambda m, b, w=weight: w * mean_square(m, b), X, KEY.at(step))
+        weight, c = torch.tensor(1.0 + step), criterion and criterion()
+        loss = lambda m, b, w=weight, c=c: w * (c(m(b), zeros) if c else mean_square(m, b))
+        CentralDifference(4, EPSILON)(model, loss, X, KEY.at(step))
     assert looked == [1, 1, 1, 1, 2, 2, 4, 4, 8, 8]  # the first time, it is also repeated
+
+
+def test_modules_that_may_differ_are_different_losses():
+    def key(module):
+        return verify.identity(lambda m, b, module=module: module(m(b)))[0]
+
+    bare, hooked = nn.MSELoss(), nn.MSELoss()
+    hooked.register_forward_hook(lambda module, inputs, output: output * 2)
+    others = [bare, hooked, nn.MSELoss(reduction="sum"), nn.L1Loss(), nn.Linear(2, 1), nn.Sequential(nn.Tanh())]
+    others += [nn.SmoothL1Loss(beta=0.0), nn.SmoothL1Loss(), nn.TripletMarginWithDistanceLoss(distance_function=min)]
+    assert len({key(module) for module in others}) == len(others)
+    assert key(bare) == key(nn.MSELoss())
+    assert key(nn.SmoothL1Loss()) == key(nn.SmoothL1Loss(beta=0.5))
+    assert key(others[4]) != key(copy.deepcopy(others[4]))
 
 
 def slopes(model, loss, mode, seed=0, batch=X):
@@ -523,6 +540,60 @@ def test_a_term_whose_probe_of_signs_often_cancels_is_missed_in_no_seed():
         outer = [model[1].weight]
         loss = lambda m, b, outer=outer: mean_square(m, b) + outer[0].sum()
         torch.testing.assert_close(slopes(model, loss, "tiles", seed), slopes(model, loss, "in_place", seed))
+
+
+class Scaled(nn.Module):
+    """Its scale must be positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.scale = nn.Linear(3, 2), nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, x):
+        return torch.distributions.Normal(self.mean(x), self.scale)
+
+
+class Tanh(nn.Module):
+    """A recurrence, chaotic at weights far from where it begins."""
+
+    def __init__(self, width=48):
+        super().__init__()
+        self.input, self.out = nn.Linear(3, width), nn.Linear(width, 1)
+        self.weight = nn.Parameter(torch.randn(width, width) / width**0.5)
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), len(self.weight))
+        for u in self.input(x).unbind(1):
+            h = torch.tanh(u + h @ self.weight)
+        return self.out(h)
+
+
+@pytest.mark.parametrize("mode", ["tiles", "batched"])
+@pytest.mark.parametrize("undefined", ["an error", "no number"])
+def test_where_a_loss_is_undefined_far_away_nothing_is_concluded(mode, undefined):
+    torch.manual_seed(0)
+    model, y = Scaled().bfloat16(), torch.randn(5, 2)
+    logs = lambda m, b: -m(b).log_prob(y) if undefined == "an error" else (m(b).loc - y).square() + m.scale.log()
+    found = CentralDifference(4, 0.05, evaluate=mode)(model, lambda m, b: logs(m, b).mean(), X.bfloat16(), KEY)
+    assert found.stats["evaluate"] == mode
+
+
+def test_where_a_recurrence_is_chaotic_far_away_nothing_is_concluded():
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model, x = Tanh().bfloat16(), torch.randn(4, 100, 3).bfloat16()
+        loss = lambda m, b: m(b).float().square().mean()
+        assert CentralDifference(2, 0.02, evaluate="batched")(model, loss, x, KEY).stats["evaluate"] == "batched"
+
+
+@pytest.mark.parametrize("mode", ["tiles", "batched"])
+def test_what_bf16_hides_near_by_is_seen_far_away(mode):
+    torch.manual_seed(1)
+    model, x = mlp().bfloat16(), X.bfloat16()
+    outer = model[2].bias.detach()  # on the memory of a weight, which in_place alone perturbs
+    loss = lambda m, b: (m(b).float() * 1e-2 - 1).square().mean() + 0.2 * outer.float().square().sum()
+    with pytest.raises(UsageError, match="not everything that the loss reads"):
+        CentralDifference(4, 0.02, evaluate=mode)(model, loss, x, KEY)
 
 
 @pytest.mark.parametrize("size", [1e-4, 3e-4, 1e-3])
@@ -568,6 +639,33 @@ def test_tensors_that_do_not_fit_the_budget_are_compared_in_turn(monkeypatch):
     for probes, times in ((2, 2), (6, 1)):  # a look at a step takes no longer than the step
         with pytest.raises(UsageError, match="not everything that the loss reads"):
             estimate(probes, times)
+
+
+def test_no_tensor_above_the_budget_is_copied_to_compare(monkeypatch):
+    monkeypatch.setattr(plan, "TILE_BYTES", 1024)
+    copied, once = [], verify.Evaluation._once
+
+    def watched(self, probes, unit, plan):
+        copied.append(sum(p.nbytes for p in probes.parameters.values()))
+        return once(self, probes, unit, plan)
+
+    monkeypatch.setattr(verify.Evaluation, "_once", watched)
+    model = nn.Sequential(nn.Linear(3, 500), nn.Linear(500, 2))
+    for step in range(4):
+        CentralDifference(2, 0.01, evaluate="tiles")(model, mean_square, X.float(), KEY.at(step))
+    assert copied
+    assert max(copied) == model[1].bias.nbytes
+
+
+@pytest.mark.parametrize("mode", ["tiles", "auto"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_no_memory_to_compare_says_nothing_about_a_mode(monkeypatch, mode, error):
+    def full(self, units, look):
+        raise error("full")
+
+    monkeypatch.setattr(verify.Evaluation, "_agrees", full)
+    with pytest.raises(error, match="full"):
+        slopes(mlp().double(), mean_square, mode)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
@@ -617,6 +715,34 @@ def test_a_loss_that_cannot_be_repeated_is_said_or_refused(how):
         with pytest.warns(UserWarning, match="numpy, random, a torch.Generator.*state kept between calls"):
             slopes(model, mean_square, mode)
         slopes(model, mean_square, mode)  # it is said once; warnings are errors here
+
+
+@pytest.mark.parametrize("loss_dtype", [torch.bfloat16, torch.float32])
+def test_noise_is_not_taken_for_the_rounding_of_bf16(loss_dtype):
+    model, factors = mlp().bfloat16(), itertools.cycle([1.0, 1.05])
+    loss = lambda m, b: mean_square(m, b).to(loss_dtype) * next(factors)
+    with pytest.raises(UsageError, match="same weights and random numbers"):
+        CentralDifference(4, 0.05, evaluate="tiles")(model, loss, X.bfloat16(), KEY)
+
+
+def test_a_loss_that_cannot_be_repeated_in_another_dtype_is_said_or_refused():
+    def run(mode):
+        return CentralDifference(4, 0.1, evaluate=mode, dtype=torch.bfloat16)(model, loss, X.float(), KEY)
+
+    factors = itertools.cycle([1.0, 1.5, 2.0])
+    model, loss = mlp(), lambda m, b: mean_square(m, b) * next(factors)
+    with pytest.raises(UsageError, match='same weights and random numbers.* Use evaluate="auto"[.]'):
+        run("tiles")
+    with pytest.warns(UserWarning, match="same weights and random numbers"):
+        run("auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_in_any_order_on_a_card_repeat_a_loss(dtype):
+    loss, eps = torch.ones(1, dtype=dtype), torch.finfo(dtype).eps
+    for device, nearly in (("cuda", True), ("cpu", False)):
+        found = [verify.repeats(loss, loss * (1 + off), eps, device) for off in (0, max(1e-3, eps), 0.05)]
+        assert found == [True, nearly, False]
 
 
 def test_what_is_reroll_s_own_needs_no_second_look():

@@ -129,7 +129,8 @@ class CDRGE(SGD):
     ) -> Tensor:
         """Take one step and return the loss: the mean of (L⁺ + L⁻)/2 over the probes, a 0-dimensional tensor.
 
-        The closure returns the loss of the current batch and must not call `backward()`.
+        The closure returns the loss of the current batch and must not call `backward()`. At the 1st, 2nd, 4th, 8th …
+        step it is called more than 2N times, to verify the evaluation, so it must not draw its batch (`next(it)`).
 
         Raises:
             RunError: if there is no finite gradient; the weights are as before.

@@ -1,13 +1,14 @@
 """Verify that the perturbation reaches the loss, and evaluate in another way where it does not.
 
 A loss can bypass `tiles` and `batched`: it closes over the model where a copy is evaluated, runs compiled code, calls
-`.item()`. So the first time a model and a loss are evaluated in a mode, a probe is also evaluated by the reference, on
-as many tensors as the budget of `tiles` can copy. If losses differ by more than rounding, or the mode raises, the
-next one is used; the last is the reference (in another dtype than the weights', interception):
+`.item()`. So the first time a model and a loss are evaluated in a mode, the reference also
+evaluates probes, one for every two of the step, each on a group of tensors that the budget of `tiles` can copy; a larger
+tensor is not compared. If losses differ by more than rounding, or the mode raises, the next one is used; the last is the
+reference (in another dtype than the weights', interception):
 
     tiles on a copy → tiles by interception → in_place          batched → in_place
 
-A loss may change, so this is done again at its 2nd, 4th, 8th … evaluation, on the next tensors. If generators or
+A loss may change, so this is done again at its 2nd, 4th, 8th … evaluation, on the next groups. If generators or
 buffers have changed afterwards, branches are isolated; if a loss cannot be repeated even so, that is said.
 """
 
@@ -48,7 +49,9 @@ SHARE = 0.1
 AMPLIFIED = 6.0
 """Square roots of a unit in the last place by which unperturbed losses may differ: 0.2 % in fp32."""
 GROWTH = 32
-"""Factor on ε for another look at a probe whose effect on the loss is no larger than rounding may be."""
+"""Factor on ε for another look at a probe whose effect on the loss is no larger than rounding may be.
+
+There a loss may be undefined or chaotic: only a difference at weights where the modes otherwise agree counts."""
 UNREACHED = "its losses differ from those of another mode, so not everything that the loss reads is perturbed"
 UNREPEATED = (
     "the same weights and random numbers give different losses, so that probes differ by more than their weights; "
@@ -56,6 +59,7 @@ UNREPEATED = (
     "data drawn inside the loss, state kept between calls that is no buffer (a list, a dict, a tensor edited in place)"
 )
 
+NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
 REMEMBERED = 64
 """Entries per model in the memo."""
 
@@ -119,7 +123,7 @@ class Evaluation:
     def _repeat(self, unit: Unit) -> None:
         """Isolate branches that draw or store; where a loss differs from itself even so, say it, or refuse."""
         unit = unit._replace(probes=unit.probes[:1])
-        some = self._groups(0)[0]
+        some = self._groups(min(p.nbytes for p in self.probes.parameters.values()))[0]
         devices = cuda_devices(self.probes.parameters)
 
         def once() -> Tensor:
@@ -136,10 +140,10 @@ class Evaluation:
                 again = once()
             finally:
                 before.restore()
-        if not _alike(first, again, ROUNDING * self._precision(first, some) * first.abs()).all():
+        if not repeats(first, again, self._precision(first, some), self._device):
             mode = self.plan.evaluate
             self._change(isolate=True, evaluate=self._reference().evaluate, whole=False)
-            if self.plan.evaluate != mode:
+            if self.plan.evaluate != mode or (self.explicit and mode != "in_place"):
                 self._report(mode, UNREPEATED)
             warn(UNREPEATED[0].upper() + UNREPEATED[1:] + ".")
 
@@ -149,6 +153,7 @@ class Evaluation:
         before = Snapshot(None if self.plan.isolate else self.probes.model, cuda_devices(self.probes.parameters))
         first, reason = self.plan.evaluate, None
         while True:
+            results = None
             try:
                 results = self.run(units)
                 if not self.plan.isolate and before.has_changed():
@@ -159,7 +164,7 @@ class Evaluation:
                     break
                 reason = reason or UNREACHED
             except Exception as error:
-                if self._is_reference():
+                if self._is_reference() or (results is not None and isinstance(error, NO_MEMORY)):
                     raise
                 reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
             finally:
@@ -188,8 +193,9 @@ class Evaluation:
     def _report(self, first: str, reason: str) -> None:
         used = self.plan.evaluate
         if self.explicit:
+            remedy = '"auto"' if used == first else f'"{used}" or "auto"'
             raise UsageError(
-                f'evaluate="{first}" cannot evaluate this model and loss: {reason}. Use evaluate="{used}" or "auto".'
+                f'evaluate="{first}" cannot evaluate this model and loss: {reason}. Use evaluate={remedy}.'
             )
         self.plan = replace(self.plan, reason=f"{first} cannot: {reason}")
         if reason == UNREACHED:  # a mode that raises is replaced silently
@@ -215,45 +221,59 @@ class Evaluation:
 
     def _agrees_on(self, probes: ProbeContext, unit: Unit) -> bool:
         """Whether both losses of a probe are the same, and if they hardly differ, those of a larger one as well."""
-        for growth, share in ((1, SHARE), (GROWTH, SHARE / 10)):
-            probes = replace(probes, epsilon=growth * probes.epsilon)
-            mine, theirs = (self._once(probes, unit, plan) for plan in (self.plan, self._reference()))
-            precision, rounding = self._precision(mine, probes.parameters), torch.finfo(mine.dtype).eps
-            mine, theirs = mine.double(), theirs.double()
-            effect = (theirs[0] - theirs[1]).abs()
-            if mine[0] == mine[1] and effect > 2 * rounding * theirs.abs().max():
-                return False
-            bound = ROUNDING * precision * torch.maximum(mine.abs(), theirs.abs())
-            seen = bool((bound <= SHARE * effect).all())
-            bound = bound if growth == 1 else bound + share * effect
-            if not self._is_rounding(mine, theirs, bound, share, probes, unit):
-                return False
-            if seen:
-                break
-        return True
+        agrees = self._compare(probes, unit)
+        if agrees is None:
+            try:
+                agrees = self._compare(replace(probes, epsilon=GROWTH * probes.epsilon), unit, larger=True)
+            except NO_MEMORY:
+                raise
+            except Exception:  # a weight may be out of the range that the loss allows
+                return True
+        return agrees is not False
 
-    def _is_rounding(
-        self, mine: Tensor, theirs: Tensor, bound: Tensor, share: float, probes: ProbeContext, unit: Unit
-    ) -> bool:
-        """Whether rounding explains how these losses of a probe differ."""
-        alike, gap = _alike(mine, theirs, bound), (mine - theirs).abs()
-        if bool(alike.all()):
-            return True
-        # Rounding may be amplified, as in a long recurrence: then the unperturbed losses differ slightly as well.
-        unperturbed, plans = replace(probes, epsilon=0.0), (self.plan, self._reference())
-        clean, base = (self._once(unperturbed, unit, plan).double() for plan in plans)
-        amplified, effect = (clean - base).abs(), (theirs - base).abs()
-        precision = self._precision(mine, probes.parameters)
-        if bool((alike | ((gap <= FLOOR * precision) & (gap <= share * effect))).all()):
-            return True
-        if bool((amplified > AMPLIFIED * precision**0.5 * clean.abs()).any()):
-            return False
-        return bool((alike | (gap <= bound + ROUNDING * amplified)).all())
+    def _compare(self, probes: ProbeContext, unit: Unit, larger: bool = False) -> bool | None:
+        """Whether both losses of a probe are the same; None: it cannot be told from them."""
+        mine, theirs = (self._once(probes, unit, plan) for plan in (self.plan, self._reference()))
+        precision, rounding = self._precision(mine, probes.parameters), torch.finfo(mine.dtype).eps
+        mine, theirs = mine.double(), theirs.double()
+        if larger and not bool((mine + theirs).isfinite().all()):
+            return None
+        effect, gap, share = (theirs[0] - theirs[1]).abs(), (mine - theirs).abs(), SHARE / (10 if larger else 1)
+        bound = ROUNDING * precision * torch.maximum(mine.abs(), theirs.abs())
+        told = True if bool((bound <= SHARE * effect).all()) else None
+        bound = bound + larger * share * effect
+        if mine[0] == mine[1] and effect > 2 * rounding * theirs.abs().max():
+            if not larger:
+                return False
+            bound = 0 * bound
+        alike = _alike(mine, theirs, bound)
+        if alike.all():
+            return told
+        base, amplified = self._apart(probes, unit, 0)
+        alike |= (gap <= FLOOR * precision) & (gap <= share * (theirs - base).abs())
+        if alike.all():
+            return told
+        if larger:
+            amplified = torch.stack([amplified, *(self._apart(probes, unit, side)[1] for side in (1, -1))]).amax()
+        if bool((amplified > AMPLIFIED * precision**0.5 * base.abs()).any()):
+            return None if larger else False
+        return told if bool((alike | (gap <= bound + ROUNDING * amplified)).all()) else False
+
+    def _apart(self, probes: ProbeContext, unit: Unit, side: int) -> tuple[Tensor, Tensor]:
+        """The reference's loss with the weights themselves on a side of a probe (0: as they are), and the mode's gap.
+
+        Rounding may be amplified, as in a long recurrence: then the modes differ slightly there as well.
+        """
+        with InPlace(replace(probes, dtype=None)) as weights, weights.branch(side, 0):
+            plans, still = (self.plan, self._reference()), replace(probes, epsilon=0.0)
+            mine, theirs = (self._once(still, unit, plan).double() for plan in plans)
+        return theirs, (mine - theirs).abs()
 
     def _groups(self, budget: int) -> list[dict[str, Tensor]]:
-        """All tensors from the smallest to the largest, in groups that the budget allows to copy, or alone."""
+        """The tensors that the budget allows to copy, from the smallest to the largest, in groups that it allows."""
         parameters, groups, room = self.probes.parameters, [], 0
-        for name, p in sorted(parameters.items(), key=lambda item: item[1].numel()):
+        small = {name: p for name, p in parameters.items() if p.nbytes <= budget}
+        for name, p in sorted(small.items(), key=lambda item: item[1].nbytes):
             if not groups or p.nbytes > room:
                 # Those that a forward pass changes are in all of them, so that they are copied and come back.
                 groups.append({n: parameters[n] for n in renormalised(self.probes.model, parameters)})
@@ -307,7 +327,8 @@ def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
     """Return a key that identifies a loss, and the objects whose ids are in it.
 
     It consists of the code, and of the modules, parameters and functions that the loss is bound to, closes over or has
-    as defaults; of numbers there, only whether they are zero, as the weight of a term may be at first. Of a list, tuple
+    as defaults; of numbers there, only whether they are zero, as the weight of a term may be at first; of a module like
+    `CrossEntropyLoss()`, which may be made anew, the type and such numbers and texts. Of a list, tuple
     or dict only the first 64 entries count, and of the first two no numbers: losses that differ in others have the same
     key, and the second is not verified. A lambda that is created anew at every step is the same loss.
     """
@@ -332,6 +353,8 @@ def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
         elif isinstance(value, list | tuple):
             # A sequence may be a data set; one of modules or parameters is short.
             inside = [part for part in itertools.islice(value, FEW) if not isinstance(part, int | float)]
+        elif isinstance(value, nn.Module) and (settings := _settings(value)) is not None:
+            return type(value), *(s if isinstance(s, str) else describe(s, 0) for s in settings)
         else:
             return by_id(value) if isinstance(value, nn.Parameter) or callable(value) else None
         parts = (describe(part, depth - 1) for part in inside) if depth else ()
@@ -340,10 +363,21 @@ def identity(loss_fn: Any, depth: int = 5) -> tuple[Any, list[Any]]:
     return describe(loss_fn, depth), objects
 
 
+_BARE = frozenset(vars(nn.Module()))
+
+
 def _closure(function: types.FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
             yield cell.cell_contents
+
+
+def _settings(module: nn.Module) -> list[Any] | None:
+    """The attributes of a module of torch that is nothing but numbers and texts, or None."""
+    own = [value for name, value in vars(module).items() if name not in _BARE]
+    plain = type(module).__module__.startswith("torch.nn.") and is_untouched(module)
+    plain = plain and not [*module.parameters(), *module.children()]
+    return own if plain and all(isinstance(value, str | int | float | None) for value in own) else None
 
 
 def _reference(thing: Any) -> Callable[[], Any]:
@@ -356,3 +390,14 @@ def _reference(thing: Any) -> Callable[[], Any]:
 def _alike(mine: Tensor, theirs: Tensor, bound: Tensor) -> Tensor:
     """Whether losses differ by no more than a bound; where neither is finite they are alike."""
     return (mine == theirs) | ~(mine.isfinite() | theirs.isfinite()) | ((mine - theirs).abs() <= bound)
+
+
+def repeats(first: Tensor, again: Tensor, precision: float, device: str) -> bool:
+    """Whether two losses of the same mode and weights are the same.
+
+    On a CPU the bits of a sum repeat, in bf16 as well, unless memory is aligned differently; atomic sums on a card
+    differ by as much as modes may.
+    """
+    precision = min(precision, torch.finfo(torch.float32).eps)
+    within = ROUNDING * precision if device == "cpu" else AMPLIFIED * precision**0.5 + 2 * torch.finfo(first.dtype).eps
+    return bool(_alike(first, again, within * first.abs()).all())
