@@ -1,10 +1,10 @@
 """Verify that the perturbation reaches the loss, and evaluate in another way where it does not.
 
 A loss can bypass `tiles` and `batched`: it closes over the model where a copy is evaluated, runs compiled code, calls
-`.item()`. So the first time a model and a loss are evaluated in a mode, the reference also
-evaluates probes, one for every two of the step, each on a group of tensors that the budget of `tiles` can copy; a larger
-tensor is not compared. If losses differ by more than rounding, or the mode raises, the next one is used; the last is the
-reference (in another dtype than the weights', interception):
+`.item()`. So the first time a model and a loss are evaluated in a mode, the reference also evaluates probes, one for
+every two of the step, each on a group of tensors that the budget of `tiles` can copy; a larger tensor is not compared.
+If losses differ by more than rounding, or the mode raises, the next one is used; the last is the reference (in another
+dtype than the weights', interception):
 
     tiles on a copy → tiles by interception → in_place          batched → in_place
 
