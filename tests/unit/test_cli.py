@@ -633,7 +633,7 @@ def test_how_to_continue_names_the_seconds_that_are_used(cli, tmp_path):
     assert "the time limit" in cli(*TRAIN, "--run-dir", "run", "--max-seconds", 1e-6).out
     used = list(read_metrics(tmp_path / "run"))[-1]["total_seconds"]
     again = cli("train", "--run-dir", "run", "--resume").out
-    assert f"--max-seconds above {math.ceil(used)} (it counts the whole run, which has used {used:.0f} s)" in again
+    assert f"--max-seconds above {math.ceil(used)} (it counts the whole run, which has used {used:.1f} s)" in again
 
 
 def test_a_flag_that_may_not_change_on_resuming_is_named_as_it_was_typed(cli, run):

@@ -114,6 +114,7 @@ def test_another_kind_keeps_what_it_can():
         ({"run": {"steps": 1.5}}, "run.steps=1.5 must be an integer"),
         ({"run": {"steps": True}}, "run.steps=True must be an integer"),
         ({"task": {"overfit": 1}}, "task.overfit=1 must be true or false"),
+        ({"gradient": "object"}, "gradient.kind='object' is unknown. Known: backprop, probes"),
         ({"model": "lsmt"}, "model.kind='lsmt' is unknown. Did you mean \"lstm\""),
         ({"model": {"rollout": "dear"}}, "model.rollout.kind='dear' is unknown. Did you mean \"deer\""),
         ({"model": {"kind": "gru", "heads": 2}}, "heads=2 is for model lstm or dnc or gpt; this one is gru"),

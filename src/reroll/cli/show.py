@@ -132,5 +132,6 @@ def _backends(config: Config) -> str:
         inputs, _, hh = (number.expand(shape) for shape in shapes)  # the shapes, without the memory
         with torch.no_grad():
             kernel = next(c for c in lstm_scan.candidates((inputs, hh, hh)) if c.applies)
-        lines.append(f"# lstm, without a gradient, by {kernel.name}: {kernel.reason}")
+        where = "without a gradient" if config.gradient.seeded else "in evaluation"
+        lines.append(f"# lstm, {where}, by {kernel.name}: {kernel.reason}")
     return "\n".join(lines)

@@ -63,6 +63,8 @@ def read_series(path: str | os.PathLike[str], reading: Reading | None = None) ->
     """
     where, reading = Path(os.path.expanduser(path)), reading or Reading()
     known = ".csv, .tsv, .txt (also .gz), .parquet, .npy, .npz"
+    if where.is_dir():
+        raise UsageError(f"path={where} is a folder; give one of its files, a table or array: {known}.")
     if not is_table(where) and where.suffix.lower() not in (".npy", ".npz"):
         raise UsageError(f"path={where} ends in {where.suffix or 'nothing'!r}; known are {known}.")
     if not where.is_file():

@@ -41,7 +41,7 @@ TEXTS, PARQUET = (".csv", ".tsv", ".txt", ".dat"), (".parquet", ".pq")
 OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", r"\s+": "spaces"}
 WORDS = {"tab": "\t", r"\t": "\t", "space": r"\s+", " ": r"\s+"}
-ABOVE = " Delete what is above the header, if these are no names of columns."
+ABOVE = " Delete what is above the header, if these are no names of columns; a text is for the recipe text."
 ONE = "; decimal=',' reads one column"
 REMOVED = "without the marks between thousands, as in {}"
 HEAD = 1 << 16  # bytes from which the form of a text is inferred; more if they hold less than two lines
@@ -282,7 +282,7 @@ def _features(path: Path, frame: Any, series: Any, decimal: str, notes: list[str
     """The columns of numbers, except those that only count the rows."""
     numeric = [name for name in frame if has_numbers(frame[name], decimal)]
     if not numeric:
-        raise UsageError(f"path={path} has no column of numbers; its columns are {', '.join(frame)[:500]}.{ABOVE}")
+        raise UsageError(f"path={path} has no column of numbers; its columns are {', '.join(frame)[:200]}.{ABOVE}")
     counting = [name for name in numeric if counts(frame[name], series)]
     # If all of them count, only one with the name of a time is left out.
     names = [name for name in numeric if name not in counting]

@@ -153,15 +153,19 @@ def change(spec: O, values: Any, kinds: Mapping[str, type[O]] | None = None, whe
         raise UsageError(f"{where}={values!r} must be a table of fields: [{where}].")
     before = getattr(spec, "kind", "")
     kind = values.get("kind", before) if "" not in kinds else ""
-    if not isinstance(kind, str) or kind not in kinds:
-        raise UsageError(f"{where}.kind={kind!r} is unknown.{did_you_mean(str(kind), kinds)}")
+    named = [k for k in kinds if k != OBJECT or before == OBJECT or "name" in values]
+    if not isinstance(kind, str) or kind not in named:
+        raise UsageError(f"{where}.kind={kind!r} is unknown.{did_you_mean(str(kind), named)}")
     target, prefix = kinds[kind], f"{where}." if where else ""
     fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(typing.cast(Any, target))}
     for name in values:
         if name not in fields:
             others = [other for other, owner in kinds.items() if name in hints(owner)]
             if others:
-                raise UsageError(f"{name}={values[name]!r} is for {where} {' or '.join(others)}; this one is {kind}.")
+                remedy = "Drop it, or choose one of those."
+                raise UsageError(
+                    f"{name}={values[name]!r} is for {where} {' or '.join(others)}; this one is {kind}. {remedy}"
+                )
             if RENAMED.get(name) in fields:
                 raise UsageError(f"{prefix}{name} is now called {prefix}{RENAMED[name]}.")
             raise UsageError(f"unknown key {prefix}{name}.{did_you_mean(name, fields)}")

@@ -200,7 +200,7 @@ def how_to_continue(config: Config, seconds: float) -> str:
     limits = [f"run.steps above {run.steps}"]
     if run.max_seconds is not None:
         used = max(math.ceil(seconds), math.floor(run.max_seconds))
-        limits.append(f"run.max_seconds above {used} (it counts the whole run, which has used {seconds:.0f} s)")
+        limits.append(f"run.max_seconds above {used} (it counts the whole run, which has used {seconds:.1f} s)")
     limits += [] if run.target_loss is None else [f"run.target_loss below {run.target_loss:g}"]
     limits += [] if run.target_valid is None else [f"run.target_valid below {run.target_valid:g}"]
     return f"To continue, change the limit that ended it: {', or '.join(limits)}."

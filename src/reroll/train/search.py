@@ -46,7 +46,8 @@ def search_lr(session: Session, note: Callable[[str], None], stop: Sequence[str]
     note(f"Using lr {best:.3g}, the best of {len(losses)}.")
     for edge, name, beyond in ((min(losses), "search_low", "below"), (max(losses), "search_high", "above")):
         if best == edge:
-            note(f"It is at the edge of the range: a rate {beyond} it may be better. Set optim.{name} {beyond} it.")
+            edge *= 10 if beyond == "above" else 0.1
+            note(f"It is at the edge of the range, and a rate {beyond} it may be better; try optim.{name}={edge:g}.")
     return best
 
 
