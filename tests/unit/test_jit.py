@@ -37,4 +37,4 @@ def test_compiling_is_said_once_and_only_of_our_own_kernels(monkeypatch, caplog)
         kernel.py_func.__module__ = module
         kernel()
         assert len(caplog.messages) == said
-    assert caplog.messages[0].startswith("Compiling kernels for this processor, once")
+    assert caplog.messages[0].startswith("Compiling some kernels for this processor (kept for next time): ")

@@ -51,7 +51,7 @@ class Announcer(Listener):
     def on_start(self, event: Any) -> None:
         if not self.said and str(event.data["dispatcher"].py_func.__module__).startswith("reroll."):
             self.said = True
-            log.warning("Compiling kernels for this processor, once: it can take a minute or two.")
+            log.warning("Compiling some kernels for this processor (kept for next time): it can take a minute or two.")
 
     def on_end(self, event: Any) -> None:
         pass
