@@ -476,16 +476,17 @@ def test_runs_never_wraps_a_name(cli, run, tmp_path, monkeypatch):
     name = tmp_path / "a-run-whose-name-says-what-it-is-1a2b"
     run.rename(name)
     left_out = []
-    for width in (120, 80, 70, 60, 20):
+    order = [name for name in DISPENSABLE if name != "to go"]
+    for width in (120, 70, 60, 50, 20):
         monkeypatch.setenv("COLUMNS", str(width))
         header, line = cli("runs", ".").out.splitlines()
-        order = sorted(DISPENSABLE, key=lambda name: name != "to go")  # it is empty: nothing is running
+        assert "to go" not in header  # it is empty: nothing is running
         missing = [column for column in order if column not in header]
         assert missing == order[: len(missing)]
         assert line.split()[:3] == [name.name, "done", "4/4"]
         assert width == 20 or len(line) <= width
         left_out.append(len(missing))
-    assert left_out[0] == 0 < left_out[2] < left_out[-1] == len(DISPENSABLE)
+    assert left_out[0] == 0 < left_out[2] < left_out[-1] == len(order)
     assert left_out == sorted(left_out)
 
 
@@ -500,7 +501,7 @@ def test_what_differs_is_shown_whole(cli, run, monkeypatch):
     line = next(line for line in lines if line.startswith("other"))
     assert [line.split().count(pair) for pair in differs] == [1] * 5
     assert not any(line.endswith(" ") for line in (header, *lines))
-    assert {"memory", "best", "to"} <= set(header.split())
+    assert {"memory", "best", "time"} <= set(header.split())
     for width in (80, 100):
         monkeypatch.setenv("COLUMNS", str(width))
         out = cli("runs", ".").out
@@ -508,6 +509,29 @@ def test_what_differs_is_shown_whole(cli, run, monkeypatch):
         assert "held-out" in out
         assert all(out.split().count(pair) == 1 for pair in differs)
         assert max(map(len, out.splitlines())) <= width
+
+
+def test_a_run_is_compared_with_others_of_its_recipe_first(cli, tmp_path, monkeypatch):
+    copies = [RECIPES["copy"]().replace(optim={"lr": lr}) for lr in (0.5, 0.25, 0.25)]
+    timed = RECIPES["demo_backprop"]().replace(run={"steps": 10**6, "max_seconds": 32.82535})
+    texts = [RECIPES["text"]().replace(task={"path": f"{'deep/' * 20}{i}.txt"}) for i in (1, 2)]
+    configs = dict(zip(("a", "b", "c", "timed", "text1", "text2"), (*copies, timed, *texts)))
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(toml.dumps(config))
+        (tmp_path / name / "status.json").write_text(f'{{"state": "done", "steps": {config.run.steps}}}')
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1703, "loss": 2.0}\n')
+    rows = {row["name"]: list(row["differs"].items()) for row in json.loads(cli("runs", ".", "--json").out)}
+    assert [rows[name][0] for name in "abc"] == [("lr", 0.5), ("lr", 0.25), ("lr", 0.25)]
+    assert all(dict(rows[name])["recipe"] == "copy" for name in "abc")
+    line = next(line for line in cli("runs", ".").out.splitlines() if line.startswith("timed"))
+    assert line.split()[:3] == ["timed", "done", "1704"]
+    assert "max-seconds=33" in line.split()
+    monkeypatch.setenv("COLUMNS", "80")
+    words = cli("runs", ".").out.split()
+    assert [words.count(pair) for pair in ("lr=0.25", "lr=0.5")] == [2, 1]
+    paths = [word for word in words if word.startswith("path=…")]
+    assert sorted(path[-6:] for path in paths) == ["/1.txt", "/2.txt"]
 
 
 def test_unrelated_runs_fit_a_terminal(cli, tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "run": lambda row: visible(row["name"]),
     "state": lambda row: visible(row["state"]),
-    "step": lambda row: f"{row['step']}/{row['steps'] or '?'}",
+    "step": lambda row: _step(row),
     "loss": lambda row: _number(row["loss"]),
     "best": lambda row: _number(row["best"]),
     "held-out": lambda row: _number(row["valid_loss"]),
@@ -74,36 +74,40 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "time": lambda row: _time(row["seconds"]),
     "memory": lambda row: _memory(row["peak_bytes"]),
     "to go": lambda row: _time(row["seconds_left"]),
-    "differs": lambda row: visible(
-        " ".join(f"{name}={'none' if value is None else value}" for name, value in row["differs"].items())
-    ),
+    "differs": lambda row: visible(" ".join(f"{name}={_value(name, value)}" for name, value in row["differs"].items())),
 }
 """Columns of the table, and what is in them."""
 LEAST, MOST_LINES = 20, 3
 """Characters that the column `differs` is given on a narrow line, and lines of a run there."""
 DISPENSABLE = ("memory", "best", "to go", "time", "unit", "loss", "held-out")
-"""Columns that are dropped where a line is too narrow for all, in this order; first of all those that are empty."""
+"""Columns that are dropped where they are empty, and in this order where a line is too narrow for all."""
 COLOURS = {"running": "green", "done": "default", "dead": "red", "diverged": "red", "failed": "red"}
 
 
 def with_configs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add to every run the unit of its losses, and of the flags of `reroll train` those in which it differs.
 
-    Of runs that have the flag: kinds tell apart those that do not. What the fewest share comes first.
+    Of runs that have the flag: kinds tell apart those that do not. What tells a run from others of its recipe comes
+    first, then what is the recipe's own; in both, what the fewest share.
     """
     configs: list[dict[str, Any]] = [{} for _ in rows]
     for row, values in zip(rows, configs):
         with contextlib.suppress(UsageError):  # a config that cannot be read shows no differences
             values.update(_named(leaves(read_config(Path(row["path"])))))
         row["unit"] = _unit(values.get("task.kind", ""), row.pop("bits"), row["valid_loss"] is not None)
-    counts = Counter((name, repr(value)) for values in configs for name, value in values.items())
-    having = Counter(name for values in configs for name in values)
+    # Counted among all runs (None) and among those of a recipe.
+    groups = [(group, values) for values in configs for group in (None, repr(values.get("recipe")))]
+    counts = Counter((group, name, repr(value)) for group, values in groups for name, value in values.items())
+    having = Counter((group, name) for group, values in groups for name in values)
     flags = {"recipe": "recipe"} | {flag: dotted for flag, (dotted, *_) in flag_fields().items() if flag != "threads"}
     flags = {flag: flags[flag] for flag in ("cell", "gradient", "optimizer", "lr", *flags)}
     for row, values in zip(rows, configs):
-        shared = {f: counts[d, repr(values[d])] for f, d in flags.items() if d in values}
-        differing = [flag for flag in shared if shared[flag] < having[flags[flag]]]
-        row["differs"] = {flag: values[flags[flag]] for flag in sorted(differing, key=shared.__getitem__)}
+        differing: dict[str, int] = {}
+        for group in (repr(values.get("recipe")), None):
+            shared = {f: counts[group, d, repr(values[d])] for f, d in flags.items() if d in values}
+            rest = [f for f in shared if f not in differing and shared[f] < having[group, flags[f]]]
+            differing |= {flag: shared[flag] for flag in sorted(rest, key=shared.__getitem__)}
+        row["differs"] = {flag: values[flags[flag]] for flag in differing}
     return rows
 
 
@@ -125,15 +129,30 @@ def fitting(rows: list[dict[str, Any]], width: int) -> tuple[list[str], int]:
     """Return the columns that fit into a line of some width, and their total width; what identifies a run stays."""
     from rich.cells import cell_len
 
-    widths = {name: max(map(cell_len, [name, *map(content, rows)])) for name, content in COLUMNS.items()}
-    if any(row["differs"] for row in rows):
-        widths["differs"] = min(widths["differs"], max(width // 4, LEAST))
-    else:
-        del widths["differs"]
-    for name in sorted(DISPENSABLE, key=lambda name: any(map(COLUMNS[name], rows))):
-        if sum(widths.values()) + len(widths) - 1 > width:
+    cells = {name: [content(row) for row in rows] for name, content in COLUMNS.items()}
+    widths = {
+        name: max(map(cell_len, [name, *texts]))
+        for name, texts in cells.items()
+        if any(texts) or name not in ("differs", *DISPENSABLE)
+    }
+    if "differs" in widths:
+        widths["differs"] = min(widths["differs"], _room(rows, width))
+    for name in DISPENSABLE:
+        if name in widths and sum(widths.values()) + len(widths) - 1 > width:
             del widths[name]
     return list(widths), sum(widths.values()) + len(widths) - 1
+
+
+def _room(rows: list[dict[str, Any]], width: int) -> int:
+    """Return the characters that the column `differs` has at least: for its longest pair, if that is no longer."""
+    longest = max((len(word) for row in rows for word in COLUMNS["differs"](row).split()), default=0)
+    return max(width // 4, LEAST, min(longest, width // 3))
+
+
+def _within(word: str, room: int) -> str:
+    """Return a word, such as name=value; of one that is too long, the end of the value, which tells files apart."""
+    head = word[: word.find("=") + 1]
+    return word if len(word) <= room else f"{head}…{word[len(head) :][-max(room - len(head) - 1, 1) :]}"
 
 
 def table(rows: list[dict[str, Any]], width: int) -> Any:
@@ -145,7 +164,7 @@ def table(rows: list[dict[str, Any]], width: int) -> Any:
         return "no runs here yet; start one: reroll train"
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     names, whole = fitting(rows, width)
-    limit = max(width // 4, LEAST) + max(width - whole, 0)  # what differs is wrapped, in what the others leave
+    limit = _room(rows, width) + max(width - whole, 0)  # what differs is wrapped, in what the others leave
     for name in names:
         justify, wraps = "left" if name in ("run", "state", "differs") else "right", name == "differs"
         shown.add_column(name, justify=justify, no_wrap=not wraps, max_width=limit if wraps else None, overflow="fold")
@@ -154,9 +173,8 @@ def table(rows: list[dict[str, Any]], width: int) -> Any:
         colours = {"state": COLOURS.get(row["state"], "yellow")}
         cells = {name: COLUMNS[name](row) for name in names}
         if "differs" in cells:
-            lines = textwrap.wrap(
-                cells["differs"], limit, max_lines=MOST_LINES, placeholder=" …", break_on_hyphens=False
-            )
+            text = " ".join(_within(word, limit) for word in cells["differs"].split(" "))
+            lines = textwrap.wrap(text, limit, max_lines=MOST_LINES, placeholder=" …", break_on_hyphens=False)
             cells["differs"] = "\n".join(lines)
         shown.add_row(*(Text(text, colours.get(name, "")) for name, text in cells.items()))
     return shown
@@ -200,6 +218,18 @@ def _stop(request: Stop) -> int:
             return 0
         time.sleep(0.1)
     raise RunError(f"{path} is still running after {request.wait:g} seconds; it will end after its current step.")
+
+
+def _step(row: dict[str, Any]) -> str:
+    """Return a step of all; of none where a run is done before them, by its time or a target."""
+    early = row["state"] == "done" and row["step"] < (row["steps"] or 0)
+    return str(row["step"]) if early else f"{row['step']}/{row['steps'] or '?'}"
+
+
+def _value(name: str, value: Any) -> str:
+    if name == "max-seconds" and value is not None:
+        return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+    return "none" if value is None else str(value)
 
 
 def _number(value: float | None) -> str:
