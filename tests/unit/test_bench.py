@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,8 +338,11 @@ def test_the_demo_weighs_what_it_compares(monkeypatch, tmp_path):
         return Measurement(0.0, {"inference": 10, "probes": 12, "batched": 30, "backprop": 9}[what] * time, 1)
 
     monkeypatch.setattr(demo, "measure", weigh)
-    found = demo.memory_over_inference(config, task, 2, 8)
+    told = []
+    found = demo.memory_over_inference(config, task, 2, 8, measured=lambda *case: told.append(case))
     assert len(weighed) == 6
+    assert sorted(case[:2] for case in told) == sorted(weighed)
+    assert ("batched", 8, 240) in told
     assert found == {"probes": [None, 2 * demo.LONG], "batched": [160, None], "backprop": [0, 0]}
     assert set(map(tuple, demo.memory_over_inference(config, task, 2, 8, 0.0).values())) == {(None, None)}
     summary = {"valid_bits": 2.0, "forward_passes": 5, "total_seconds": 1.0}
@@ -361,6 +365,7 @@ def test_a_demo_that_is_stopped_says_how_to_go_on_and_ends(monkeypatch, capsys, 
     said = capsys.readouterr().out
     assert "To resume: reroll train" in said
     assert "Measuring" not in said
+    assert ("3 steps took 1 seconds, not 45 seconds: a step took 0.33 seconds" in said) == (len(ended) == 2)
     assert next(states, None) is None
 
 
@@ -383,6 +388,30 @@ def test_the_verdict_is_what_was_measured():
     assert _missing({"backprop": [1, 2], "probes": [None, 3], "batched": [4, None]}, 32) == []
 
 
+def test_a_slow_machine_is_named_as_the_reason():
+    from reroll.cli.demo import _slow
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    steps, seconds = demo.USUAL
+    assert f"{steps * 2 * 96:,}       {seconds:.0f} " in readme  # forward passes: two of each of 96 probes
+    assert _slow(steps, seconds) == _slow(10, 1.5) == _slow(steps, 300.0) == []
+    (line,) = _slow(38, 33.0)
+    assert "38 steps" in line
+    assert line.endswith(": reroll demo --seconds 360")  # 397 × 33 ÷ 38 = 345
+
+
+def test_the_demo_plans_by_the_speed_of_several_steps(monkeypatch):
+    clock, durations = [0.0], iter([9.0, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0])
+
+    def step():
+        clock[0] += next(durations)
+
+    monkeypatch.setattr("reroll.bench.harness.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(demo, "prepare", lambda *arguments: step)
+    monkeypatch.setattr(demo.Interface, "of", lambda task: None)
+    assert demo.steps_in(20, *[None] * 4) == 20
+
+
 def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path, monkeypatch):
     monkeypatch.setattr("reroll.cli.demo.MEASURING", 0.0)  # what memory takes is measured elsewhere
     found = cli("demo", "--seconds", 0.3, "--run-dir", "demo")
@@ -390,6 +419,8 @@ def test_the_demo_ends_with_a_table_and_a_sample(cli, tmp_path, monkeypatch):
     for words in ("unigram entropy", "bigram entropy", "gzip -9", "CD-RGE", "backprop", "memory*", "a sample of what"):
         assert words in found.out
     assert "not measured, for want of time: " in found.out
+    assert "Timing a few steps" in found.out
+    assert "Planned: " in found.out
     times = [list(read_metrics(tmp_path / name))[-1]["total_seconds"] for name in ("demo", "demo-backprop")]
     assert times[0] <= times[1]  # backprop ends with its first step after that time
     assert "NOT below the unigram entropy" in found.out  # after so little: said as it is

@@ -31,8 +31,10 @@ from reroll.train.measure import measure
 
 LONG = 2048
 """Steps of the long sequences."""
-TIMING = 2.0
-"""Seconds in which steps are timed, to plan how many there will be."""
+TIMING, FEWEST = 2.0, 4
+"""Seconds in which steps are timed, to plan how many there will be, and the fewest such steps."""
+USUAL = 397, 39.0
+"""Steps of CD-RGE and their seconds in the README's table, of an idle machine of two cores."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,22 @@ def steps_in(seconds: float, config: ModelSpec, task: Task, rows: int, length: i
     """Return about how many steps of CD-RGE this machine takes in some seconds, by timing a few."""
     step = prepare("batched", config, Interface.of(task), rows, length)
     step()  # compiles, and fills caches
-    calls = 1 + int(min(TIMING, seconds / 10) / mean_seconds(step, 1))
+    calls = max(FEWEST, int(min(TIMING, seconds / 10) / mean_seconds(step, 2)))
     return max(1, int(seconds / mean_seconds(step, calls)))
 
 
 def memory_over_inference(
-    config: ModelSpec, task: Task, rows: int, short: int, seconds: float = math.inf
+    config: ModelSpec,
+    task: Task,
+    rows: int,
+    short: int,
+    seconds: float = math.inf,
+    measured: Callable[[str, int, int], Any] = lambda *case: None,
 ) -> dict[str, list[int | None]]:
     """Return bytes over inference at the demo's length and at `LONG`: in place, as trained, by backprop.
 
-    A case that was not started within `seconds` is None, and so is one that would take long and tell little.
+    A case that was not started within `seconds` is None, and so is one that would take long and tell little. Each is
+    told to `measured` (way, length and peak bytes) when it is known, from any thread.
     """
     peaks: dict[tuple[str, int], int] = {}
     start = time.perf_counter()
@@ -83,6 +91,7 @@ def memory_over_inference(
             way, length = case
             call = Prepared(prepare, way, config, Interface.of(task), rows, length)
             peaks[case] = measure(call).peak_bytes
+            measured(way, length, peaks[case])
 
     cases = [(way, LONG) for way in ("inference", "backprop", "probes")]
     cases += [(way, short) for way in ("inference", "backprop", "batched")]

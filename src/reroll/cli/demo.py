@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from reroll.cli.flags import as_flags, parse, run_folder
 from reroll.cli.lines import wrapped
-from reroll.errors import require_positive
+from reroll.errors import plural, require_positive
 from reroll.recipes import RECIPES
 from reroll.specs.base import option
 from reroll.train.config import Config, resolve
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MEASURING = 40.0
 """Seconds after which no further measurement of memory is started."""
+WAYS = {"inference": "inference", "probes": "CD-RGE in place", "batched": "CD-RGE", "backprop": "backprop"}
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,13 @@ def run(command: str, arguments: Sequence[str]) -> int:
     path = request.run_dir or new_folder("demo")
     about = "Text: the prose of Python's own documentation. Model: a character LSTM. No download."
     first = f"First by CD-RGE, without a backward pass, for about {request.seconds:g} seconds:"
-    print(wrapped(f"{about}\n{first}"), flush=True)
+    print(wrapped(f"{about}\n{first}\nTiming a few steps, to plan how many there will be …"), flush=True)
     from reroll.bench.demo import steps_in
 
     task = config.task.build(request.seed)
     steps = steps_in(request.seconds, config.model, task, config.task.batch, config.task.length)
+    planned = f"Planned: {plural(steps, 'step')} of about {_time(request.seconds / steps)}."
+    print(wrapped(planned), flush=True)
     schedule = {"kind": "linear", "warmdown": max(1, 3 * steps // 10), "floor": 0.05}
     config = config.replace(run={"steps": steps}, optim={"schedule": schedule})
     with as_flags(request, run_folder(path)):
@@ -54,12 +57,16 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if probes["state"] != "done":
         return 1
     used = max(probes["total_seconds"], 1e-9)
-    print(wrapped(f"\nThe same model and data by backpropagation, for the same {_time(used)}:"))
+    if used < 0.9 * request.seconds:
+        planned = f"not {_time(request.seconds)}: a step took {_time(used / steps)}, less than when it was planned"
+        print(wrapped(f"{plural(steps, 'step')} took {_time(used)}, {planned}."))
+    print(wrapped(f"\nThe same model and data by backpropagation, for the same {_time(used)}:"), flush=True)
     backprop = RECIPES["demo_backprop"]().replace(run=clock | {"steps": 10**6, "max_seconds": used})
     other = _train(backprop, path.with_name(f"{path.name}-backprop"))
     if other["state"] != "done":
         return 1
-    print("\nMeasuring memory, each case in a fresh process …")
+    about = f"six cases, each in a fresh process; none is begun after {_time(MEASURING)}"
+    print(wrapped(f"\nMeasuring memory, {about}:"), flush=True)
     print(_result(config, task, probes, other, path))
     return 0
 
@@ -79,7 +86,10 @@ def _result(config: Config, task: Any, probes: dict[str, Any], backprop: dict[st
     from reroll.bench.demo import LONG, memory_over_inference, rows_of, sample
     from reroll.bench.harness import columns
 
-    memory = memory_over_inference(config.model, task, config.task.batch, config.task.length, MEASURING)
+    def measured(way: str, length: int, peak: int) -> None:
+        print(f"    {WAYS[way]} at T={length}: {peak / 1e6:.1f} MB", flush=True)
+
+    memory = memory_over_inference(config.model, task, config.task.batch, config.task.length, MEASURING, measured)
     rows = rows_of(task, probes, backprop, memory)
     table = [["held-out text", "bits", "forwards", "seconds", f"memory* T={config.task.length}", f"T={LONG}"]]
     for row in rows:
@@ -94,6 +104,7 @@ def _result(config: Config, task: Any, probes: dict[str, Any], backprop: dict[st
             *_missing(memory, config.task.length),
             "",
             *map(wrapped, _verdict(rows[3], rows[-1], rows[0].bits, memory)),
+            *map(wrapped, _slow(probes["step"], probes["total_seconds"])),
             "",
             "a sample of what the CD-RGE run learned:",
             textwrap.indent(textwrap.fill(" ".join(sample(path).split()), 76), "    "),
@@ -109,10 +120,21 @@ def _missing(memory: dict[str, Any], short: int) -> list[str]:
     """Return a line about the memory that was not measured, if any."""
     from reroll.bench.demo import LONG
 
-    names = {"probes": "CD-RGE in place", "batched": "CD-RGE", "backprop": "backprop"}
     expected = [("backprop", 1), ("probes", 1), ("batched", 0), ("backprop", 0)]
-    missing = [f"{names[way]} at T={(short, LONG)[i]}" for way, i in expected if memory[way][i] is None]
+    missing = [f"{WAYS[way]} at T={(short, LONG)[i]}" for way, i in expected if memory[way][i] is None]
     return [f"not measured, for want of time: {', '.join(missing)}"] if missing else []
+
+
+def _slow(steps: int, seconds: float) -> list[str]:
+    """Return why there were few steps where each took more than twice as long as usual, and what to do."""
+    from reroll.bench.demo import USUAL
+
+    if 2 * steps > USUAL[0] or seconds / steps < 2 * USUAL[1] / USUAL[0]:
+        return []
+    taken = f"it took {plural(steps, 'step')} of CD-RGE in {_time(seconds)}"
+    usual = f"where the README's figures are of {USUAL[0]} in {USUAL[1]:.0f}"
+    enough = 60 * math.ceil(USUAL[0] * seconds / steps / 60)
+    return [f"This machine is slow or busy: {taken}, {usual}; to take as many: reroll demo --seconds {enough}"]
 
 
 def _time(seconds: float) -> str:
