@@ -905,6 +905,12 @@ def test_shards_of_a_text_are_made_and_trained_on(cli, tmp_path):
     assert run.code == 0
     assert "to train" in run.out
     assert len(cli("sample", "run", "--prompt", "to", "--length", 5).out) >= 7
+    shutil.rmtree("shards")
+    cli("data", "prepare", "tokens", "--path", "my notes.txt", "--to", "shards", "--tokenizer", "char")
+    for again in (("eval", "run"), (*advice, *small, "--batch", 2, "--length", 16, "--resume", "--run-dir", "run")):
+        refused = cli(*again, *(("--steps", 4) if again[0] == "train" else ()))
+        assert "shards was encoded by another tokenizer (char of 8 symbols) than when the run was" in refused.error
+        assert "(byte of 256 symbols)" in refused.error
     assert "reroll data prepare fineweb" in cli("train", "fineweb-124m", "--device", "cpu", "--run-dir", "other").error
 
 

@@ -6,6 +6,7 @@ import pathlib
 import sys
 import tracemalloc
 from importlib import metadata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from reroll.errors import RunError, UsageError
 from reroll.train.checkpoint import checksum, newest, weights_of
 from reroll.train.config import Config
 from reroll.train.evaluate import evaluate
+from reroll.train.load import require_symbols
 from reroll.train.loop import train
 from reroll.train.replay import replay
 from tests.runs import Interrupt, differences, left
@@ -458,6 +460,49 @@ def test_the_shards_of_another_text_are_neither_mixed_in_nor_deleted(tmp_path):
     assert {p.name for p in (tmp_path / "shards").iterdir()} == before
     encode(tmp_path / "a.txt", tmp_path / "shards")
     assert {p.name for p in (tmp_path / "shards").iterdir()} == {ABOUT, "a_train_000001.bin", "a_val_000000.bin"}
+
+
+def test_the_same_shards_may_be_made_again_and_others_are_refused(tmp_path):
+    """Runs may be on those that are there: another text, even of that name, or tokenizer would mislead them."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.txt").write_text("to be or not to be " * 50)
+    (tmp_path / "a.txt").write_text("to be or not to be " * 50)
+    made, remedy = tmp_path / "shards", r"another folder \(to=…\), or delete its shards and tokens.json"
+    encode(tmp_path / "a", made)
+    before = {p.name: p.read_bytes() for p in made.iterdir()}
+    with pytest.raises(UsageError, match=rf"shards of another text \({tmp_path / 'a'}, as it was then\).*{remedy}"):
+        encode(tmp_path / "a.txt", made)
+    with pytest.raises(UsageError, match=rf"\(byte of 256 symbols, not char of 8 symbols\).*{remedy}"):
+        encode(tmp_path / "a", made, "char")
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b").rename(tmp_path / "a")
+    encode(tmp_path / "a", made)
+    assert {p.name: p.read_bytes() for p in made.iterdir()} == before
+    (tmp_path / "a" / "one.txt").write_text("to be or not to be?" * 50)
+    with pytest.raises(UsageError, match="another text"):
+        encode(tmp_path / "a", made)
+    assert {p.name: p.read_bytes() for p in made.iterdir()} == before
+    (made / ABOUT).write_text("{")
+    with pytest.raises(UsageError, match="damaged"):
+        encode(tmp_path / "a", made)
+    (made / ABOUT).unlink()  # as when writing was interrupted
+    encode(tmp_path / "a", made)
+    assert {p.name: p.read_bytes() for p in made.iterdir()} != before
+
+
+def test_a_run_without_a_tokenizer_was_on_tokens_of_gpt2(tmp_path):
+    """Which is not there, or is there now; shards by another one mislead it."""
+
+    class Gpt2(Char):
+        name = "gpt2"
+
+    for tokenizer in (None, Gpt2("ab")):
+        for task in (SimpleNamespace(tokenizer=None), SimpleNamespace(tokenizer=Gpt2("ab")), SimpleNamespace()):
+            require_symbols(task, tokenizer)
+        with pytest.raises(RunError, match=r"x was encoded by another tokenizer \(char of 3 symbols\)"):
+            require_symbols(SimpleNamespace(path="x", tokenizer=Char("ab")), tokenizer)
+    with pytest.raises(RunError, match=r"\(none\) than when the run was trained \(char of 3 symbols\)"):
+        require_symbols(batches_of_gpt2(tmp_path), Char("ab"))
 
 
 def test_bytes_are_those_of_the_text_though_separators_look_like_some(tmp_path):

@@ -114,12 +114,15 @@ def task_of(loaded: Any, request: Any) -> Any:
 
     from reroll.models import Interface
     from reroll.specs.task import FileTask
+    from reroll.train.load import require_symbols
 
     spec = loaded.config.task
     if isinstance(spec, FileTask):
         spec = replace(spec, eval_batches=0)
     if request.path is None:
-        return spec.build(loaded.config.run.seed, loaded.tokenizer, units=loaded.units)
+        task = spec.build(loaded.config.run.seed, loaded.tokenizer, units=loaded.units)
+        require_symbols(task, loaded.tokenizer)
+        return task
     if not isinstance(spec, FileTask):
         raise UsageError(f"--path {request.path}: {request.model} was trained on generated sequences; drop --path.")
     spec = replace(spec, path=request.path)
@@ -216,6 +219,8 @@ def _refuse_unknown(loaded: Loaded, prompt: str) -> None:
 
 def _symbols(loaded: Any, model: str) -> tuple[Any, Any, list[int]]:
     """Return encode, decode and the default prompt, for a model of text or of a generated task."""
+    from reroll.train.load import require_symbols
+
     if loaded.tokenizer is not None:
         start = loaded.tokenizer.encode("\n").tolist() or [0]
         return lambda text: loaded.tokenizer.encode(text).tolist(), loaded.tokenizer.decode, start
@@ -225,6 +230,7 @@ def _symbols(loaded: Any, model: str) -> tuple[Any, Any, list[int]]:
             f"reroll forecast {model}"
         )
     task = loaded.config.task.build(loaded.config.run.seed)
+    require_symbols(task, None)
     return task.encode, task.decode, [0]
 
 

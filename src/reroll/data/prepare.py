@@ -11,6 +11,7 @@ and runs on from shard to shard.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import numpy.typing as npt
 
 from reroll.data import parquet
 from reroll.data.cache import fit_to, replacing
-from reroll.data.corpus import CHUNK, Corpus, File, find, passages
+from reroll.data.corpus import CHUNK, Corpus, Document, File, find, passages
 from reroll.data.fetch import fetch
 from reroll.data.shards import (
     ABOUT,
@@ -57,18 +58,18 @@ def encode(
     field: str = "text",
     shard: int = SHARD,
 ) -> dict[str, Any]:
-    """Write the shards of a text, and beside them tokens.json: its tokenizer, how many documents have no text, and the
-    tokens, bytes of text and SHA-256 of each file. It is returned.
+    """Write the shards of a text, and beside them tokens.json: its path and SHA-256, its tokenizer, how many documents
+    have no text, and the tokens, bytes of text and SHA-256 of each file. It is returned.
 
     Args:
         path, max_vocab, field: as for `reroll.data.text.Text`.
-        folder: is made; shards of a text of this name in it are replaced.
+        folder: is made; shards of the same text by the same tokenizer in it are replaced.
         tokenizer: "byte", "char", "word", "bpe" or "gpt2"; or one that is ready.
         shard: tokens of a shard.
 
     Raises:
         UsageError: if there is no such text, the vocabulary is larger than a shard's 65,536, or the folder holds the
-            shards of another text.
+            shards of another text, or by another tokenizer.
         RunError: if the folder cannot be written.
 
     Example:
@@ -81,13 +82,25 @@ def encode(
     """
     require_count(shard=shard)
     stem = re.sub(r"[^\w.-]+", "-", Path(path).stem).strip("-") or "text"
-    return _encode(find(path, field), Path(folder), stem, tokenizer, max_vocab, shard)
+    corpus = find(path, field)
+    return _encode(corpus, Path(folder), stem, tokenizer, max_vocab, shard, _digest(corpus))
+
+
+def _digest(corpus: Corpus) -> str:
+    """The SHA-256 of all that decides the text of a corpus: its field, and the names and bytes of its files."""
+    total = hashlib.sha256(corpus.field.encode())
+    for file in corpus.files:
+        content = hashlib.sha256()
+        for chunk in Document(file.name, file.source, 0).chunks():
+            content.update(chunk)
+        total.update(os.fsencode(file.name) + b"\0" + content.digest())
+    return total.hexdigest()
 
 
 def _encode(
-    corpus: Corpus, target: Path, stem: str, tokenizer: str | Tokenizer, max_vocab: int | None, shard: int
+    corpus: Corpus, target: Path, stem: str, tokenizer: str | Tokenizer, max_vocab: int | None, shard: int, text: str
 ) -> dict[str, Any]:
-    """Write the shards of a corpus, called by a stem."""
+    """Write the shards of a corpus, called by a stem; `text` tells it from others."""
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = fit_to(corpus, tokenizer, max_vocab)
     if tokenizer.size > 1 << 16:
@@ -96,7 +109,7 @@ def _encode(
             "max_vocab=65536 or less."
         )
     files, totals = {}, Counter[str]()
-    _make_room(target, stem)
+    _make_room(target, stem, text, tokenizer)
     for split, label, first in (("train", "train", 1), ("valid", "val", 0)):
         for number, (tokens, size) in enumerate(
             _shards(_symbols(corpus, tokenizer, split, totals), tokenizer, shard), first
@@ -105,6 +118,7 @@ def _encode(
             write_shard(target / name, tokens)
             files[name] = described(target / name, size)
     about = {
+        "path": corpus.path, "text": text,
         "tokenizer": tokenizer.to_dict(), "vocab": tokenizer.size, "document": _marks(tokenizer)[1], "files": files,
         "empty": totals["empty"] // (1 if corpus.files[0].split else 2),  # without splits all is read for each
     }  # fmt: skip
@@ -112,14 +126,32 @@ def _encode(
     return about
 
 
-def _make_room(target: Path, stem: str) -> None:
-    """Make the folder, and delete the shards of the same text there; refuse one with shards of another."""
+def _make_room(target: Path, stem: str, text: str, tokenizer: Tokenizer) -> None:
+    """Make the folder, and delete the same shards there; refuse one with those of another text or tokenizer."""
     shards = _shards_in(target, stem)
     try:
+        if shards and (target / ABOUT).exists():
+            before = json.loads((target / ABOUT).read_text())
+            if before.get("text") != text:
+                path = f" ({before['path']}, as it was then)" if "path" in before else ""
+                raise _occupied(target, f"of another text{path}")
+            if before["tokenizer"] != tokenizer.to_dict():
+                name, size = before["tokenizer"]["name"], before["vocab"]
+                new = f"{tokenizer.name} of {tokenizer.size} symbols"
+                raise _occupied(target, f"by another tokenizer ({name} of {size} symbols, not {new})")
         for old in (target / ABOUT, *shards):
             old.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"{target} cannot be written: {error.strerror}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise _occupied(target, f"of which {ABOUT}, being damaged, does not say the text") from None
+
+
+def _occupied(target: Path, fault: str) -> UsageError:
+    return UsageError(
+        f"{target} holds shards {fault}, and runs on them may be there: take another folder (to=…), or delete its "
+        f"shards and {ABOUT}."
+    )
 
 
 def _shards_in(target: Path, stem: str) -> list[Path]:
@@ -270,4 +302,4 @@ def openwebtext(
         name = f"train-{number:05d}-of-{OPENWEBTEXT_FILES:05d}.parquet"
         fetch(source + name, rows / name, lambda path: parquet.require_column(path, "text"), say)
         files.append(File(name, rows / name, "train" if number else "valid"))
-    return _encode(Corpus(source, tuple(files)), target, "openwebtext", tokenizer, max_vocab, shard)
+    return _encode(Corpus(source, tuple(files)), target, "openwebtext", tokenizer, max_vocab, shard, source)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reroll.data.arrays import Units
-from reroll.data.tokenizers import Tokenizer, from_dict
+from reroll.data.tokenizers import GPT2, Tokenizer, from_dict
 from reroll.errors import RerollError, RunError, UsageError
 from reroll.grad.evaluate.snapshot import seeded_generators
 from reroll.models import Interface
@@ -140,6 +140,22 @@ def read_about(about: Mapping[str, Any], where: str) -> tuple[Interface, Tokeniz
         raise UsageError(f"{where}: {error}") from None
     except UNREADABLE as error:
         raise _foreign(where, error) from None
+
+
+def require_symbols(task: Any, tokenizer: Tokenizer | None) -> None:
+    """Raise `RunError` if a task's symbols are not those that a run was trained on: shards may have been made anew.
+
+    None is GPT-2's tokenizer, which training does without.
+    """
+    found = getattr(task, "tokenizer", None)
+    names = {GPT2.name if t is None else t.name for t in (found, tokenizer)}
+    if found == tokenizer or (None in (found, tokenizer) and names == {GPT2.name}):
+        return
+    now, then = (f"{t.name} of {t.size} symbols" if t else "none" for t in (found, tokenizer))
+    raise RunError(
+        f"{task.path} was encoded by another tokenizer ({now}) than when the run was trained ({then}), so that its "
+        "symbols mean other text: make the shards again as they were, or start a new run."
+    )
 
 
 def _units(saved: Any) -> Units | None:

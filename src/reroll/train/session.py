@@ -32,7 +32,7 @@ from reroll.train import checkpoint, journal
 from reroll.train.config import Config, resolve
 from reroll.train.evaluate import Precision
 from reroll.train.fit import largest_part, parts_for
-from reroll.train.load import build_model, read_about
+from reroll.train.load import build_model, read_about, require_symbols
 from reroll.train.machine import Clock, find_device
 from reroll.train.mesh import ALONE, Mesh
 from reroll.train.rates import Rates
@@ -195,6 +195,8 @@ class Session:
         tokenizer = None if extra is None else read_about(extra, source)[1]
         device = find_device(config.run.device)
         task = config.task.build(config.run.seed, tokenizer)
+        if extra is not None:
+            require_symbols(task, tokenizer)
         model = build_model(config.model, Interface.of(task), config.run.seed).to(device)
         lr = 1.0 if config.optim.lr == "auto" else config.optim.lr
         estimator = config.gradient.build(config.gradient.epsilon_at(lr), config.run)
