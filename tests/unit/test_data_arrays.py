@@ -456,7 +456,8 @@ INFINITE = np.where(np.arange(200).reshape(20, 5, 2) == 57, np.inf, 0)
         (npz(x=X, y=np.full((20, 3), np.inf)), "20 targets are infinite"),
         (npz(x=INFINITE, mask=np.ones((20, 5))), "series 5, step 3, feature 1 is infinite"),
         (npz(x=X[:1], y=np.zeros(1, int)), "too short: 1 series .* two are needed"),
-        (csv("a\n1\ninf\n3\n4\n"), "step 1, feature 0 is infinite"),
+        (csv("a,b\n1,2\n3,inf\n4,5\n6,9\n"), "a.csv, row 2: b='inf' is infinite; leave it empty, give missing='inf'"),
+        (csv("a,b\n1,2\n3,9\n4,-inf\nx,9\n6,1\n", columns="b"), "a.csv, row 3: b='-inf' is infinite"),
         (csv("a\n1\n"), "too short"),
     ],
 )

@@ -300,14 +300,16 @@ def _example(column: Any) -> str:
 
 
 def _require_numbers(path: Path, column: Any, decimal: str) -> None:
-    """Refuse a column with a word among its numbers, or with whole numbers that would be rounded."""
+    """Refuse a column with a word among its numbers, what is infinite, or whole numbers that would be rounded."""
     values, known = numbers(column, decimal)
-    wrong = column[known & values.isna()]
+    endless = values.isin([np.inf, -np.inf])
+    wrong = column[(known & values.isna()) | endless]
     if len(wrong):
+        fault = "infinite" if endless[wrong.index[0]] else "no number"
         cell, first = printable(wrong.iloc[0]), len(wrong) == 1 and wrong.index[0] == 0
         units = " If the line holds units, or is above the header, delete it." * first
         raise UsageError(
-            f"path={path}, row {wrong.index[0] + 1}: {column.name}={cell!r} is no number; leave it empty, give "
+            f"path={path}, row {wrong.index[0] + 1}: {column.name}={cell!r} is {fault}; leave it empty, give "
             f"missing={cell!r}, or name the columns to read.{units}"
         )
     if cells := inexact(column, values, decimal):
