@@ -121,6 +121,7 @@ def mistakes(folder):
         ((*text, "short.txt"), 2, ["length=64", "short.txt", "more text"]),
         ((*text, "binary.bin", *char), 2, ["binary.bin", "UTF-8", "tokenizer='byte'"]),
         ((*text, "latin.txt", *char), 2, ["latin.txt", "not UTF-8", "take --tokenizer='byte' or"]),
+        ((*text, "short.txt", "--field", "body"), 2, ["--field='body' is of nothing in", "Leave it out"]),
         ((*text, "lines.jsonl"), 2, ["lines.jsonl, line 2", "field='text'", "body", "Give --field=…"]),
         ((*text, "broken.jsonl"), 2, ["broken.jsonl, line 2", "not JSON"]),
         ((*text, "a\nb"), 2, ["path='a\\nb'"]),

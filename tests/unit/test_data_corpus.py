@@ -18,6 +18,7 @@ import pytest
 from reroll.data import cache, corpus
 from reroll.data.cache import cache_folder, load
 from reroll.data.corpus import Document, find, passages
+from reroll.data.text import Text
 from reroll.data.tokenizers import fit
 from reroll.errors import RunError, UsageError
 
@@ -225,6 +226,20 @@ def test_a_single_array_is_parsed_once(tmp_path, monkeypatch):
     corpus = find(tmp_path / "a.json")
     assert len(list(passages(corpus))) == len(list(corpus.documents())) == 20
     assert len(parsed) == 1
+
+
+def test_a_field_of_nothing_is_refused(tmp_path):
+    """Unless it is that of the text that a model was trained on, which is scored on another."""
+    write(tmp_path / "texts", a_txt="one", b_json='{"body": "two"}')
+    for path in (tmp_path / "texts", tmp_path / "texts" / "a.txt", tmp_path / "texts" / "b.json", "stdlib:prose"):
+        with pytest.raises(UsageError, match=f"field='body' is of nothing in path='{path}'.*Leave it out"):
+            find(path, "body")
+    assert [len(Text(tmp_path / "texts" / "a.txt", field="body", whole=True).tokens["valid"])] == [3]
+    (tmp_path / "array.json").write_text('[{"body": "one"}, {"body": "two"}]')
+    assert [document.name for _, document in find(tmp_path / "array.json", "body").documents()] == [
+        "array.json:1",
+        "array.json:2",
+    ]
 
 
 def test_a_hard_link_is_the_same_document(tmp_path):

@@ -183,16 +183,28 @@ class Passage(NamedTuple):
         return self.document.chunks(self.begin, self.end, CHUNK)
 
 
-def find(path: str | os.PathLike[str], field: str = FIELD) -> Corpus:
+def find(path: str | os.PathLike[str], field: str = FIELD, *, unused: bool = False) -> Corpus:
     """Return the corpus a path names.
 
     Args:
         path: a file, a folder, a glob, a .jsonl or .parquet file, "stdlib" or "stdlib:prose" (its prose alone, 0.5 MB).
         field: the field of a JSON line, or the column, that holds the text; `a.b` is the field b of a.
+        unused: a field may be named though no file has any.
 
     Raises:
         UsageError: if there is nothing of the kind, or nothing to read in it.
     """
+    corpus = _find(path, field)
+    of_array = Path(corpus.path).suffix.lower() == ".json" and isinstance(corpus.files[0].source, bytes)
+    if field != FIELD and not (unused or of_array or any(file.unit for file in corpus.files)):
+        raise UsageError(
+            f"field={field!r} is of nothing in path={corpus.path!r}: only .jsonl, .ndjson and .parquet files, and "
+            ".json files that are an array of objects, have fields. Leave it out."
+        )
+    return corpus
+
+
+def _find(path: str | os.PathLike[str], field: str) -> Corpus:
     name = os.fspath(path)
     if name in ("stdlib", "stdlib:prose"):
         return Corpus(name, _standard_library(prose_only=name == "stdlib:prose"), field)

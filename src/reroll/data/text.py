@@ -167,7 +167,7 @@ class Text(Windows):
         require_positive(length=length, batch=batch, eval_batches=eval_batches)
         self.path, self.batch_size, self.seed = os.fspath(path), batch, seed
         self.carries, self.eval_batches = carry, eval_batches
-        corpus = find(path, field)
+        corpus = find(path, field, unused=whole)  # the field may be that of the text that was trained on
         streams = load(whole_held_out(corpus) if whole else corpus, tokenizer, max_vocab)
         self.tokenizer, self.fingerprint = streams.tokenizer, streams.fingerprint
         self.vocab = self.outputs = streams.tokenizer.size
