@@ -41,17 +41,26 @@ def test_the_test_file_of_a_folder_is_held_out(tmp_path, values, capsys):
     (tmp_path / "w_TEST.ts").write_text(text_of(values[4:], "ccb"))
     assert main(["data", "prepare", "ts", "--path", str(tmp_path), "--to", str(tmp_path / "new"), "--every", "2"]) == 0
     said = capsys.readouterr().out
-    assert "7 series of 6 steps, 3 features, 3 classes" in said
+    assert f"{tmp_path / 'new' / 'w.npz'}: 7 series of 6 steps, 3 features, 3 classes\nheld out" in said
     assert "held out: the 3 series of the test file" in said
-    with np.load(tmp_path / "new" / "ts.npz") as arrays:
+    with np.load(tmp_path / "new" / "w.npz") as arrays:
         np.testing.assert_array_equal(arrays["inputs"], np.concatenate([values[4:], values[:4]])[:, ::2])
         assert arrays["targets"].tolist() == [2, 2, 1, 0, 1, 2, 0]
-    task = Arrays(tmp_path / "new" / "ts.npz")
+    task = Arrays(tmp_path / "new" / "w.npz")
     assert sorted(task.batch(0, "valid").targets.tolist()) == [1, 2, 2]
     assert "(a, b, c)" in task.describe()
     (tmp_path / "w_MORE.ts").write_text(text_of(values, "abcabca"))
     with pytest.raises(UsageError, match="holds 3 .ts files"):
         prepare(tmp_path, tmp_path / "w.npz")
+
+
+def test_missing_values_of_prepared_series_are_counted(tmp_path, capsys):
+    """What a shorter series lacks is none."""
+    (tmp_path / "w_TEST.ts").write_text(HEADER.format(1) + "1,?,3:c\n?:a\n")
+    assert main(["data", "prepare", "ts", "--path", str(tmp_path / "w_TEST.ts"), "--to", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{tmp_path / 'w_TEST.npz'}: 2 series of 3 steps, 1 feature, 3 classes"
+    assert said[1].startswith("2 missing values: ")
 
 
 def test_training_on_prepared_series_begins(tmp_path, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reroll.cli.flags import as_flags, parse, positional
-from reroll.errors import UsageError, did_you_mean
+from reroll.errors import UsageError, did_you_mean, plural
 from reroll.specs.base import option
 
 
@@ -68,13 +68,20 @@ def _require_taken(request: Data, flags: str) -> None:
 def _series(request: Data) -> None:
     if request.path is None:
         raise UsageError("--path is missing: pass a .ts file or a folder of them; nothing is downloaded.")
-    from reroll.data.cache import cache_folder
-    from reroll.data.timeseries import prepare
+    import numpy as np
 
-    target = (request.to or cache_folder()) / f"{request.name}.npz"
+    from reroll.data.cache import cache_folder
+    from reroll.data.timeseries import name_of, prepare
+
+    name = name_of(request.path) if request.name == "ts" else request.name
+    target = (request.to or cache_folder()) / f"{name}.npz"
     arrays = prepare(Path(request.path), target, request.every)
     count, steps, features = arrays["inputs"].shape
-    print(f"{target}: {count} series of {steps} steps, {features} features, {len(arrays['labels'])} classes")
+    shape = f"{count} series of {plural(steps, 'step')}, {plural(features, 'feature')}"
+    print(f"{target}: {shape}, {len(arrays['labels'])} class{'es' * (len(arrays['labels']) != 1)}")
+    padding = count * steps - int(arrays["lengths"].sum())
+    if missing := int(np.isnan(arrays["inputs"]).sum()) - padding * features:
+        print(f"{plural(missing, 'missing value')}: in training filled with the mean of the feature")
     if "held_out" in arrays:
         print(f"held out: the {arrays['held_out'].sum()} series of the test file")
     print(f"train on it: reroll train arrays --path {target} --length {steps}")

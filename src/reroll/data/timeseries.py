@@ -12,6 +12,7 @@ Archives with time stamps, "(time,value)", are refused. `prepare` writes an .npz
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -89,6 +90,17 @@ def _row(where: str, line: str, labels: list[str]) -> tuple[npt.NDArray[np.float
     return np.stack(columns, 1), labels.index(label)
 
 
+def name_of(path: str | os.PathLike[str]) -> str:
+    """Return the name of the series of a .ts file, or of the two of a folder: NAME of NAME_TRAIN.ts and NAME_TEST.ts.
+
+    Raises:
+        UsageError: if the folder has other files.
+    """
+    files = _files(Path(path))
+    name = files[-1].stem  # of two: TRAIN comes after TEST
+    return re.sub(r"[ _.-]?train$", "", name, flags=re.IGNORECASE) or name if len(files) > 1 else name
+
+
 def prepare(path: str | os.PathLike[str], target: Path, every: int = 1) -> dict[str, npt.NDArray[Any]]:
     """Write the series of a .ts file, or of the two of a folder, NAME_TRAIN.ts and NAME_TEST.ts, as an .npz file.
 
@@ -107,13 +119,7 @@ def prepare(path: str | os.PathLike[str], target: Path, every: int = 1) -> dict[
     if every < 1:
         raise UsageError(f"every={every} must be at least 1.")
     path = Path(path)
-    files = sorted(path.glob("*.ts")) if path.is_dir() else [path]
-    held_out = ["test" in file.stem.lower() for file in files]
-    if len(files) != 1 and not (len(files) == 2 and sum(held_out) == 1 and "train" in str(files).lower()):
-        raise UsageError(
-            f"path={path} holds {len(files)} .ts files; a folder should hold one, or NAME_TRAIN.ts and NAME_TEST.ts. "
-            "Name one of them."
-        )
+    files = _files(path)
     parts = [read_ts(file) for file in files]
     if len({(labels, series[0].shape[1]) for series, _, labels in parts}) > 1:
         raise UsageError(f"path={path}: its files have different classes or dimensions; name one of them.")
@@ -126,7 +132,7 @@ def prepare(path: str | os.PathLike[str], target: Path, every: int = 1) -> dict[
         "labels": np.array(parts[0][2]),
     }  # fmt: skip
     if len(files) > 1:
-        arrays["held_out"] = np.repeat(held_out, [len(classes) for _, classes, _ in parts])
+        arrays["held_out"] = np.repeat([_is_test(file) for file in files], [len(classes) for _, classes, _ in parts])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:
@@ -134,3 +140,20 @@ def prepare(path: str | os.PathLike[str], target: Path, every: int = 1) -> dict[
     except OSError as error:
         raise UsageError(f"{target} cannot be written ({error.strerror}).") from None
     return arrays
+
+
+def _is_test(file: Path) -> bool:
+    return "test" in file.stem.lower()
+
+
+def _files(path: Path) -> list[Path]:
+    """The .ts file of a path, or the two of a folder: that to test on, and that to train on."""
+    files = sorted(path.glob("*.ts"), key=lambda file: (not _is_test(file), file)) if path.is_dir() else [path]
+    if len(files) != 1 and not (
+        len(files) == 2 and sum(map(_is_test, files)) == 1 and "train" in files[1].stem.lower()
+    ):
+        raise UsageError(
+            f"path={path} holds {len(files)} .ts files; a folder should hold one, or NAME_TRAIN.ts and NAME_TEST.ts. "
+            "Name one of them."
+        )
+    return files
