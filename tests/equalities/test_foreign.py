@@ -21,6 +21,7 @@ from reroll.grad.base import trainable
 from reroll.grad.checks import floors
 from reroll.grad.evaluate import plan, verify
 from reroll.grad.evaluate.batched import attention
+from reroll.grad.evaluate.identity import identity
 from reroll.grad.evaluate.in_place import snap_to_grid
 from reroll.grad.evaluate.snapshot import seed_of
 from reroll.grad.probes import RULES, Rule, Slopes
@@ -518,7 +519,7 @@ def test_a_loss_made_anew_at_every_step_is_looked_at_ever_more_rarely(monkeypatc
 
 def test_modules_that_may_differ_are_different_losses():
     def key(module):
-        return verify.identity(lambda m, b, module=module: module(m(b)))[0]
+        return identity(lambda m, b, module=module: module(m(b)))[0]
 
     bare, hooked = nn.MSELoss(), nn.MSELoss()
     hooked.register_forward_hook(lambda module, inputs, output: output * 2)

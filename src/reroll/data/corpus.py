@@ -19,7 +19,6 @@ import functools
 import glob
 import hashlib
 import importlib
-import io
 import itertools
 import os
 import re
@@ -28,16 +27,16 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from reroll.data import jsontext, parquet
+from reroll.data.encoding import UTF16, from_utf16, is_text, open_bytes, open_utf8
 from reroll.data.jsontext import FIELD
 from reroll.errors import UsageError
 
 CHUNK = 1 << 20  # bytes read at a time
 UNITS = {".jsonl": "line", ".ndjson": "line", ".parquet": "row", ".json": "object"}
 FEW = 100  # with fewer documents than this, a tenth of the text is held out, not of the documents
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"PAR1")
 """How gzip, zip, bzip2, xz, zstd and Parquet files begin."""
 
@@ -73,7 +72,7 @@ class Document:
 
     def chunks(self, begin: int = 0, end: int | None = None, chunk: int = CHUNK) -> Iterator[bytes]:
         """Yield the bytes from `begin` to `end` (None: the end of the file), at most `chunk` at a time."""
-        with _open(self.source) as file:
+        with open_bytes(self.source) as file:
             file.seek(begin + self.skip)
             while block := file.read(chunk if end is None else min(chunk, end - begin)):
                 begin += len(block)
@@ -94,7 +93,7 @@ class File:
         if not isinstance(self.source, Path):
             return ""
         unit = UNITS.get(self.source.suffix.lower(), "")
-        return unit if unit != "object" or jsontext.is_array(_utf8(self.source)) else ""
+        return unit if unit != "object" or jsontext.is_array(open_utf8(self.source)) else ""
 
     @property
     def signature(self) -> list[str | int]:
@@ -110,12 +109,12 @@ class File:
         if objects or self.unit in ("line", "row"):
             yield from self._many(field, objects)
             return
-        with _open(self.source) as file:
+        with open_bytes(self.source) as file:
             head = file.read(3)
             skip = len(codecs.BOM_UTF8) * (head == codecs.BOM_UTF8)
             size = file.seek(0, os.SEEK_END) - skip
-        if head.startswith(UTF16) and isinstance(self.source, Path) and _is_text(self.source):
-            content = _from_utf16(self.source)
+        if head.startswith(UTF16) and isinstance(self.source, Path) and is_text(self.source):
+            content = from_utf16(self.source)
             yield Document(self.name, content, len(content))
         else:
             yield Document(self.name, self.source, size, skip)
@@ -123,12 +122,12 @@ class File:
     def _objects(self, field: str, alone: bool) -> list[Any] | None:
         if self.unit != "object":
             return None
-        with _utf8(Path(str(self.source))) as file:
+        with open_utf8(Path(str(self.source))) as file:
             return jsontext.objects(file.read(), Path(str(self.source)), field, alone=alone)
 
     def _rows(self, field: str) -> Iterator[Any]:
         path = Path(str(self.source))
-        return parquet.rows(path, field) if self.unit == "row" else jsontext.lines(_utf8(path), path)
+        return parquet.rows(path, field) if self.unit == "row" else jsontext.lines(open_utf8(path), path)
 
     def _many(self, field: str, objects: list[Any] | None) -> Iterator[Document]:
         unit = self.unit
@@ -218,16 +217,16 @@ def _find(path: str | os.PathLike[str], field: str) -> Corpus:
     if not where.is_file():
         raise UsageError(f"path={name!r} is a pipe, socket or device; save its text as a file.")
     file = File(where.name, where)
-    with _open(where) as opened:
+    with open_bytes(where) as opened:
         compressed = opened.read(6).startswith(COMPRESSED)
-    if compressed and not file.unit and not _is_text(where):
+    if compressed and not file.unit and not is_text(where):
         raise UsageError(
             f"path={name!r} is compressed, not text. Unpack it; a table is read as it is: reroll train arrays --path "
             f"{name}"
         )
     if not where.stat().st_size:
         raise UsageError(f"path={name!r} is empty; give a file with text in it.")
-    note = "" if file.unit or _is_text(where) else "not UTF-8 text: its bytes are learned as they are"
+    note = "" if file.unit or is_text(where) else "not UTF-8 text: its bytes are learned as they are"
     if file.unit != "object":
         return Corpus(name, (file,), field, note)
     files = tuple(File(document.name, document.source) for document in file.documents(field, alone=True))
@@ -302,13 +301,6 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
 
 
-def _open(source: Path | bytes) -> BinaryIO:
-    try:
-        return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-    except OSError as error:
-        raise UsageError(f"path={source} cannot be read ({error.strerror}); check its permissions.") from None
-
-
 def _below(folder: Path, left_out: Collection[str] = ()) -> Iterator[Path]:
     """The files of a folder in a fixed order, without what is hidden."""
     for place, folders, files in os.walk(folder):
@@ -341,7 +333,7 @@ def _several(name: str, paths: list[Path], field: str, root: Path | None = None)
     if splits := _named_splits(files):
         note = ", ".join(f"{split} is {file.name}" for split, file in splits.items())
         return Corpus(name, tuple(File(file.name, file, split) for split, file in splits.items()), field, note)
-    texts = [path for path in files if (parquet.has_column(path, field) if parquet.is_table(path) else _is_text(path))]
+    texts = [path for path in files if (parquet.has_column(path, field) if parquet.is_table(path) else is_text(path))]
     readable = set(texts)
     other = [path.name for path in paths if path not in readable and (path in once or not os.path.isfile(path))]
     note = f"skipped, being binary or no files: {len(other)}, such as {other[0]!r}" if other else ""
@@ -366,34 +358,6 @@ def _named_splits(files: list[Path]) -> dict[str, Path]:
     return {}
 
 
-def _utf8(path: Path) -> BinaryIO:
-    """A text, opened; one in UTF-16 is read whole."""
-    with _open(path) as file:
-        wide = file.read(2) in UTF16
-    return _open(_from_utf16(path) if wide else path)
-
-
-def _from_utf16(path: Path) -> bytes:
-    """The text of a file in UTF-16, as UTF-8; it is read whole."""
-    try:
-        return path.read_bytes().decode("utf-16").encode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"path={path} cannot be read as UTF-16 ({error}). Save it as UTF-8.") from None
-
-
-def _is_text(path: Path) -> bool:
-    """Whether the beginning of a file is UTF-8, or UTF-16 after its mark, without NUL characters."""
-    with _open(path) as file:
-        head = file.read(8192)
-    try:
-        # A character may be cut off by the end of the head, but not by the end of the file.
-        wide = head.startswith(UTF16) and len(head) > 2  # a mark alone is no text
-        decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8")()
-        return "\0" not in decoder.decode(head, final=len(head) < 8192)
-    except UnicodeDecodeError:
-        return False
-
-
 def _standard_library(prose_only: bool) -> tuple[File, ...]:
     """The texts of `help()` by topic, and the sources of the standard library, in order of their names."""
     try:
@@ -403,7 +367,7 @@ def _standard_library(prose_only: bool) -> tuple[File, ...]:
     files = [File(f"topics/{topic}", topics[topic].encode()) for topic in sorted(topics)]
     if not prose_only:
         root = Path(sysconfig.get_path("stdlib"))
-        sources = (path for path in _below(root, LEFT_OUT) if path.suffix == ".py" and _is_text(path))
+        sources = (path for path in _below(root, LEFT_OUT) if path.suffix == ".py" and is_text(path))
         files += [File(path.relative_to(root).as_posix(), path) for path in sources]
     if not files:
         raise UsageError(
