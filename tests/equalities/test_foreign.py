@@ -692,7 +692,7 @@ class Impure(nn.Module):
         if self.how == "generator":
             return y + torch.randn(5, 3, generator=self.generator, dtype=torch.float64)
         if self.how in ("numpy", "random"):
-            drawn = np.random.rand() if self.how == "numpy" else random.random()  # noqa: NPY002
+            drawn = np.random.rand() if self.how == "numpy" else random.random()  # noqa: NPY002 (the global generator is the point)
             return y * (1 + drawn)
         kept = self.tensor if self.how == "tensor" else self.seen.get("y", 0)
         y = y + kept

@@ -290,7 +290,8 @@ def test_large_names_of_series_tell_them_apart(tmp_path):
 
 def test_large_whole_numbers_beside_nulls_in_parquet_are_as_in_csv(tmp_path):
     table = pytest.importorskip("pyarrow", reason="Parquet needs the extra `data`").table
-    write, path = pytest.importorskip("pyarrow.parquet").write_table, tmp_path / "a.parquet"
+    write = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the extra `data`").write_table
+    path = tmp_path / "a.parquet"
     for key in ([BIG + 1, None, 6, 9], [None, BIG + 1, 6, 9]):
         write(table({"v": [1.5, 2, 7, 8], "key": key}), path)
         with pytest.raises(UsageError, match=f"key={BIG + 1} is beyond 2⁵³, where floats round whole numbers"):

@@ -55,13 +55,13 @@ def cross_entropy(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         # A generator's entries have one type for the checker, so it cannot see that only the bias may be None.
-        features, weight, bias = (None if t is None else t.to(dtype) for t in (features, weight, bias))  # pyright: ignore[reportAssignmentType]
+        features, weight, bias = (None if t is None else t.to(dtype) for t in (features, weight, bias))  # pyright: ignore[reportAssignmentType]: bias alone may be None
     rows = rows or max(1, CHUNK_FLOATS // weight.shape[0])
     with torch.autocast(device, enabled=False):
         flat = features.reshape(-1, features.shape[-1]), weight, bias, targets.reshape(-1), rows
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (features, weight, bias) if t is not None)
         # torch declares no type for what `apply` returns.
-        losses, hits = _Chunked.apply(*flat) if needs_grad else _forward(*flat)  # pyright: ignore[reportGeneralTypeIssues]
+        losses, hits = _Chunked.apply(*flat) if needs_grad else _forward(*flat)  # pyright: ignore[reportGeneralTypeIssues]: torch types no apply()
     return losses.view(targets.shape), hits.view(targets.shape)
 
 
